@@ -33,15 +33,22 @@ def _short(value, width=80):
     text = repr(value)
     return text if len(text) <= width else text[:width - 3] + "..."
 
-# %% ../nbs/00_files.ipynb #c1b1b728
-def read_jsonl(path) -> Iterator[tuple[int, dict]]:
-    "Each object of a JSON-lines file with its line number (from 1). Raises `BadInput` that names the line."
+# %% ../nbs/00_files.ipynb #102ea209
+def read_jsonl(path,                          # the file, UTF-8, one object a line
+               bad: list | None = None        # given a list, broken lines are put there as errors and passed over
+              ) -> Iterator[tuple[int, dict]]:
+    "Each object of a JSON-lines file with its line number (from 1). Raises `BadInput` that names the line, unless `bad` collects."
     try: text = Path(path).read_text(encoding="utf-8-sig")
     except FileNotFoundError: raise BadInput("there is no such file", file=path, remedy="Check the path.") from None
     except UnicodeDecodeError as e: raise BadInput(f"is not UTF-8 text: {e.reason} at byte {e.start}", file=path, remedy="Convert the file to UTF-8.") from None
     except IsADirectoryError: raise BadInput("is a folder, not a file", file=path, remedy="Name one file in it.") from None
     for number, line in enumerate(text.split("\n"), 1):
-        if line.strip(): yield number, _parse_line(line, path, number)
+        if not line.strip(): continue
+        try: row = _parse_line(line, path, number)
+        except BadInput as e:
+            if bad is None: raise
+            bad.append(e)
+        else: yield number, row
 
 def _parse_line(line, path, number):
     try: row = json.loads(line)
