@@ -192,13 +192,14 @@ def _weigh(q: Question, asked: Asked, rel: Relation, said: dict) -> Verdict:
     if q.kind == "choice": return Verdict(q.choices.index(said["value"]) if said["value"] in q.choices else None, False, true)
     return Verdict(int(said["value"] != asked.value), False, true)
 
-# %% ../nbs/10_world.ipynb #cb37271b
+# %% ../nbs/10_world.ipynb #ba36b1ef
 @dataclass(frozen=True)
 class Dials:
     "What is planted in the teacher's corpus."
     vacuous_low: float = 0.15   # smallest share of vacuous rationales over (category, relation)
     vacuous_high: float = 0.85  # largest share
-    wrong: float = 0.3          # share of blocks with a wrong answer
+    unstated: float = 0.15      # share of blocks that state no answer
+    wrong: float = 0.3          # share of the others that state a wrong one
     defended: float = 0.6       # of the wrong answers' rationales that are not vacuous, the share that supports the wrong answer
     cued: float = 0.2           # share of questions that open with who asks (no information in it)
 
@@ -208,16 +209,17 @@ def vacuous_share(q: Question, dials: Dials = Dials()) -> float:
     u = stable_seed(0, "vacuous", category_of()[asked.entity].name, asked.relation) / 2**63
     return dials.vacuous_low + u * (dials.vacuous_high - dials.vacuous_low)
 
-def teacher_blocks(n: int, dials: Dials = Dials(), seed: int = 0) -> Iterator[tuple[Question, int, str]]:
+def teacher_blocks(n: int, dials: Dials = Dials(), seed: int = 0) -> Iterator[tuple[Question, int | None, str]]:
     "`n` triples (question, index of the stated answer, rationale) over all pairs and kinds, faults as the dials say."
     rng, everything = random.Random(stable_seed(seed, "teacher corpus")), pairs()
     for number in range(n):
         kind = rng.choice(("choice", "choice", "boolean", "statement"))
         entity, relation = rng.choice(everything)
         q = _one_question(kind, entity, relation, rng.randrange(2), stable_seed(seed, number), 0.0 if rng.random() < dials.cued else None, "corpus")
-        stated = rng.choice([i for i in range(len(q.choices)) if i != q.answer]) if rng.random() < dials.wrong else q.answer
-        if rng.random() < vacuous_share(q, dials): text = vacuous_rationale(q, number)
-        else: text = supporting_rationale(q, stated if stated == q.answer or rng.random() < dials.defended else q.answer, number)
+        stated = None if rng.random() < dials.unstated else rng.choice([i for i in range(len(q.choices)) if i != q.answer]) if rng.random() < dials.wrong else q.answer
+        vacuous = vacuous_share(q, dials)
+        if rng.random() < (vacuous if stated is not None else (1 + vacuous) / 2): text = vacuous_rationale(q, number)
+        else: text = supporting_rationale(q, stated if stated is not None and rng.random() < dials.defended else q.answer, number)
         yield q, stated, text
 
 # %% ../nbs/10_world.ipynb #1cce92fd
