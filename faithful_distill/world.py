@@ -192,7 +192,7 @@ def _weigh(q: Question, asked: Asked, rel: Relation, said: dict) -> Verdict:
     if q.kind == "choice": return Verdict(q.choices.index(said["value"]) if said["value"] in q.choices else None, False, true)
     return Verdict(int(said["value"] != asked.value), False, true)
 
-# %% ../nbs/10_world.ipynb #ba36b1ef
+# %% ../nbs/10_world.ipynb #2119212b
 @dataclass(frozen=True)
 class Dials:
     "What is planted in the teacher's corpus."
@@ -200,7 +200,7 @@ class Dials:
     vacuous_high: float = 0.85  # largest share
     unstated: float = 0.15      # share of blocks that state no answer
     wrong: float = 0.3          # share of the others that state a wrong one
-    defended: float = 0.6       # of the wrong answers' rationales that are not vacuous, the share that supports the wrong answer
+    defended: float = 0.7       # of the wrong answers' rationales that are not vacuous, the share that supports the wrong answer
     cued: float = 0.2           # share of questions that open with who asks (no information in it)
 
 def vacuous_share(q: Question, dials: Dials = Dials()) -> float:
@@ -213,7 +213,7 @@ def teacher_blocks(n: int, dials: Dials = Dials(), seed: int = 0) -> Iterator[tu
     "`n` triples (question, index of the stated answer, rationale) over all pairs and kinds, faults as the dials say."
     rng, everything = random.Random(stable_seed(seed, "teacher corpus")), pairs()
     for number in range(n):
-        kind = rng.choice(("choice", "choice", "boolean", "statement"))
+        kind = rng.choice(("choice", "boolean", "statement"))
         entity, relation = rng.choice(everything)
         q = _one_question(kind, entity, relation, rng.randrange(2), stable_seed(seed, number), 0.0 if rng.random() < dials.cued else None, "corpus")
         stated = None if rng.random() < dials.unstated else rng.choice([i for i in range(len(q.choices)) if i != q.answer]) if rng.random() < dials.wrong else q.answer
