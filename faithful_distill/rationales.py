@@ -133,7 +133,7 @@ def rationalize(teacher,                          # a `Teacher`, or a name or fo
     if out is not None: _finish(out, journal, records)
     return records
 
-# %% ../nbs/40_rationales.ipynb #c7c62e43
+# %% ../nbs/40_rationales.ipynb #e1d1cfbb
 def _write_some(teacher, jobs, strategy, text, seed, max_new_tokens, scores, provenance, decoding) -> list[dict]:
     "The records of some jobs, decoded together."
     from faithful_distill.decoding import contrastive_generate, rationale_text, stop_rule
@@ -146,10 +146,11 @@ def _write_some(teacher, jobs, strategy, text, seed, max_new_tokens, scores, pro
 def _resume(out, provenance: dict, jobs: list[Job], scores: bool):
     "What is already there: ({key: record}, open journal or None)."
     if out is None: return {}, None
-    if Path(out).is_file() and not _journal_path(out).exists():
-        if jobs_there := [r for _, r in read_jsonl(out)]: return _checked(jobs_there, out, provenance, scores), Journal(_journal_path(out))
+    finished = [r for _, r in read_jsonl(out)] if Path(out).is_file() and not _journal_path(out).exists() else []
+    done = _checked(finished, out, provenance, scores)
     journal = Journal(_journal_path(out))
-    return _checked(journal.records, journal.path, provenance, scores), journal
+    journal.append(*finished)
+    return done or _checked(journal.records, journal.path, provenance, scores), journal
 
 def _journal_path(out) -> Path: return Path(f"{out}.partial")
 
