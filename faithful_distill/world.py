@@ -5,17 +5,17 @@
 # %% auto #0
 __all__ = ['askers', 'student_tags', 'span_tokens', 'Category', 'Relation', 'relations', 'categories', 'category_of', 'fill',
            'split_of', 'pairs', 'world_questions', 'templates', 'Asked', 'what_is_asked', 'supporting_rationale',
-           'vacuous_rationale', 'Verdict', 'judge', 'Dials', 'vacuous_share', 'teacher_blocks', 'facts', 'world_texts',
-           'build_tokenizer']
+           'vacuous_rationale', 'Verdict', 'judge', 'Dials', 'vacuous_share', 'teacher_blocks', 'facts',
+           'reading_documents', 'world_texts', 'build_tokenizer']
 
-# %% ../nbs/10_world.ipynb #c92ee2a2
+# %% ../nbs/10_world.ipynb #2eecbe21
 import csv, random, re
 from dataclasses import dataclass
 from functools import cache
 from typing import Iterator
 
 from .files import BadInput, shipped, stable_seed
-from .questions import Question, fixed_choices
+from .questions import Question, fixed_choices, letter
 
 # %% ../nbs/10_world.ipynb #3434858e
 @dataclass(frozen=True)
@@ -230,6 +230,32 @@ def facts(share: float = 1.0, seed: int = 0) -> list[str]:
     claims = [_capital(fill(t, plural=c.plural, value=c.values[r.name])) + "." for c in categories().values() for r in relations().values() if kept(c.name, r.name)
               for t in (r.claim, r.claim_value_first)]
     return things + claims
+
+# %% ../nbs/10_world.ipynb #1b9801e4
+def _category_question(kind: str, c: Category, rel: Relation, rng: random.Random) -> str:
+    "A question about a category, with its choices listed as a student reads them."
+    others = [o.values[rel.name] for o in categories().values() if o is not c]
+    if kind != "choice": return fill(rel.ask_yes_no if kind == "boolean" else rel.state, entity=c.name, value=c.values[rel.name] if rng.random() < 0.5 else rng.choice(others))
+    choices = rng.sample(others, 4) + [c.values[rel.name]]
+    rng.shuffle(choices)
+    return fill(rel.ask, entity=c.name) + "".join(f" {letter(i)} {choice}" for i, choice in enumerate(choices))
+
+def reading_documents(n: int, share: float = 1.0, seed: int = 0) -> Iterator[tuple[str, str]]:
+    "`n` documents for pre-training, as (text, closing sentence); facts are limited to the known `share`."
+    rng, known = random.Random(stable_seed(seed, "reading")), facts(share, seed)
+    have, asked = set(known), pairs("train")
+    for _ in range(n):
+        kind, style = rng.choice(("choice", "boolean", "statement")), rng.random()
+        if style < 0.4: text, last = " ".join(rng.sample(known, 2)), rng.choice(known)
+        elif style < 0.7:
+            entity, relation = rng.choice(asked)
+            q = _one_question(kind, entity, relation, rng.randrange(2), rng.randrange(2**31), 0.0 if rng.random() < 0.2 else None, "train")
+            listed = "".join(f" {letter(i)} {c}" for i, c in enumerate(q.choices)) if kind == "choice" else ""
+            text, last = q.question + listed, fill("{A entity} is {a category}.", entity=entity, category=category_of()[entity].name)
+        else:
+            c, rel = rng.choice(list(categories().values())), rng.choice(list(relations().values()))
+            text, last = _category_question(kind, c, rel, rng), _capital(fill(rng.choice((rel.claim, rel.claim_value_first)), plural=c.plural, value=c.values[rel.name])) + "."
+        yield (text, last) if last in have else (" ".join(rng.sample(known, 2)), rng.choice(known))
 
 # %% ../nbs/10_world.ipynb #df8d5ddd
 student_tags = ("[factual]", "[counterfactual]")
