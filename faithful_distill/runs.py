@@ -7,7 +7,8 @@ __all__ = ['package_name', 'Parameter', 'notebook_parameters', 'did_you_mean', '
            'code_text', 'package_folder', 'rooms_used', 'shipped_inputs', 'checksum', 'run_around', 'Run',
            'planned_run', 'found_notebook', 'fresh_start', 'WarmKernel', 'split_progress', 'NotebookFailed', 'Busy',
            'run_notebook', 'flat_metrics', 'tidy', 'write_table', 'read_table', 'From', 'TableOf', 'Cell', 'Plan',
-           'Outcome', 'last_seconds', 'run_plan']
+           'Outcome', 'last_seconds', 'run_plan', 'Grid', 'load_grid', 'chosen', 'Reproduction', 'reproduce',
+           'forecast', 'gather']
 
 # %% ../nbs/80_runs.ipynb #0339c5ed
 import ast, difflib, fcntl, fnmatch, io, itertools, json, os, platform, re, shutil, signal, sys, tempfile, threading, time, tokenize
@@ -900,3 +901,249 @@ def _board(title, total, workers):
     asked = os.environ.get("FAITHFUL_DISTILL_PROGRESS")
     shown = asked != "0" if asked else sys.stderr.isatty()
     return (_BarBoard if shown else _PlainBoard)(title, total, workers)
+
+# %% ../nbs/80_runs.ipynb #06f8f6fe
+@lru_cache(maxsize=None)
+def _yaml_loader():
+    import yaml
+    class Loader(yaml.SafeLoader): pass
+    keep = {k: [(tag, exp) for tag, exp in v if tag not in ("tag:yaml.org,2002:bool", "tag:yaml.org,2002:float", "tag:yaml.org,2002:timestamp")]
+            for k, v in yaml.SafeLoader.yaml_implicit_resolvers.items()}
+    Loader.yaml_implicit_resolvers = keep
+    Loader.add_implicit_resolver("tag:yaml.org,2002:bool", re.compile(r"^(true|false)$"), list("tf"))
+    Loader.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d+\.\d*|\.\d+|\d+(?=[eE]))([eE][-+]?\d+)?$"), list("-+.0123456789"))
+    def mapping(loader, node, deep=False):
+        keys = [loader.construct_object(k, deep=True) for k, _ in node.value]
+        for k, n in zip(keys, node.value):
+            if keys.count(k) > 1: raise yaml.constructor.ConstructorError(None, None, f"the key {k!r} is there twice", n[0].start_mark)
+        return {k: loader.construct_object(v, deep=True) for k, (_, v) in zip(keys, node.value)}
+    Loader.add_constructor("tag:yaml.org,2002:map", mapping)
+    return Loader
+
+def _read_yaml(path) -> dict:
+    import yaml
+    try: tree = yaml.load(Path(path).read_text(encoding="utf-8"), _yaml_loader())
+    except FileNotFoundError: raise BadInput("there is no such grid", file=path) from None
+    except yaml.MarkedYAMLError as e: raise BadInput(f"is not YAML: {e.problem}", file=path, line=e.problem_mark.line + 1) from None
+    if not isinstance(tree, dict): raise BadInput("should hold `groups:`", file=path)
+    return tree
+
+# %% ../nbs/80_runs.ipynb #d405bb3a
+@dataclass
+class Grid:
+    "A study: its plan, and what it is called."
+    name: str
+    title: str
+    about: str
+    plan: Plan
+    file: Path
+    figures: list[str]          # names of the cells that draw
+    report: str | None          # name of the cell that writes the report
+
+def _known_keys(spec: dict, known: Iterable[str], file, where: str) -> None:
+    if not isinstance(spec, dict): raise BadInput("should be a mapping", file=file, field=where, value=spec)
+    for key in spec:
+        if key not in known: raise BadInput("is not known here", file=file, field=f"{where}.{key}".strip("."), remedy=did_you_mean(key, known))
+
+def _inherited(name: str, groups: dict, file, seen=()) -> dict:
+    "A group's spec with what it takes from the group that it is `like`: params, axes and the rest, its own on top."
+    spec = groups[name]
+    _known_keys(spec, ["notebook", "params", "for", "seeds", "skip", "like"], file, name)
+    if "like" not in spec: return spec
+    other = spec["like"]
+    if other not in groups or other in (*seen, name): raise BadInput("is not another group", file=file, field=f"{name}.like", value=other, remedy=did_you_mean(other, groups))
+    base = _inherited(other, groups, file, (*seen, name))
+    merged = {k: {**(base.get(k) or {}), **(spec.get(k) or {})} for k in ("params", "for")}
+    return {**base, **spec, **merged}
+
+def _seeds(own, top, asked: int | list | None, file) -> list[int]:
+    "The seeds of a group: its own or the grid's; `asked` replaces the grid's, and cuts its own if it asks for fewer."
+    def listed(s):
+        if isinstance(s, int) and not isinstance(s, bool) and s > 0: return list(range(s))
+        if isinstance(s, (list, tuple)) and s and all(type(x) is int for x in s): return list(s)
+        raise BadInput("should be a number of seeds or a list of them", file=file, field="seeds", value=s)
+    base = listed(top)
+    wanted = base if asked is None else listed(asked)
+    if isinstance(asked, int): wanted = (base + [s for s in range(max(base) + 1 + asked) if s not in base])[:asked]
+    return wanted if own is None else listed(own)[:None if asked is None else len(wanted)]
+
+# %% ../nbs/80_runs.ipynb #ccb2ffea
+def _points(spec: dict, seeds: list[int] | None, file, where: str) -> Iterable[tuple[dict, dict]]:
+    "(labels, parameters) of each combination of a group's axes."
+    axes = {axis: _choices(axis, values, file, where) for axis, values in (spec.get("for") or {}).items()}
+    if seeds is not None: axes["seed"] = [(s, {"seed": s}) for s in seeds]
+    skip = spec.get("skip") or []
+    for rule in skip: _known_keys(rule, axes, file, f"{where}.skip")
+    for point in itertools.product(*axes.values()):
+        labels = dict(zip(axes, (label for label, _ in point)))
+        if any(all(labels[a] == v for a, v in rule.items()) for rule in skip): continue
+        yield labels, {k: v for _, params in point for k, v in params.items()}
+
+def _choices(axis, values, file, where):
+    if isinstance(values, dict): return [(label, params or {}) for label, params in values.items()]
+    if isinstance(values, list) and values and not any(isinstance(v, (dict, list)) for v in values): return [(v, {axis: v}) for v in values]
+    raise BadInput("should be a list of values, or names that stand for parameters", file=file, field=f"{where}.for.{axis}", value=values)
+
+def _group_cells(name: str, spec: dict, file: Path, top, asked, needs) -> list[Cell]:
+    if "notebook" not in spec: raise BadInput("names no notebook", file=file, field=name)
+    beside = file.parent/spec["notebook"]
+    try: notebook = beside if beside.exists() else found_notebook(spec["notebook"])
+    except BadInput as e: raise BadInput(e.problem, file=file, field=f"{name}.notebook", value=spec["notebook"], remedy=e.remedy) from None
+    declared = notebook_parameters(notebook)
+    seeds = _seeds(spec.get("seeds"), top, asked, file) if "seed" in declared and "seed" not in (spec.get("params") or {}) else None
+    return [Cell(" ".join([name, *(f"{a}={v}" for a, v in labels.items())]), notebook, {**(spec.get("params") or {}), **params}, name, labels, needs)
+            for labels, params in _points(spec, seeds, file, name)]
+
+# %% ../nbs/80_runs.ipynb #dd330fca
+_references = ("from", "each", "table", "shipped")
+
+def _resolved(value, cell: Cell, groups: dict[str, list[Cell]], file):
+    "A parameter's value with its references to other groups replaced by `From`, lists of `From`, `TableOf` or a path."
+    if isinstance(value, list): return [_resolved(v, cell, groups, file) for v in value]
+    kinds = [k for k in _references if isinstance(value, dict) and k in value]
+    if not kinds: return value
+    kind, where = kinds[0], f"{cell.name}: {kinds[0]}"
+    if kind == "shipped": return str(shipped(*value["shipped"].split("/")))
+    names = value[kind] if isinstance(value[kind], list) else [value[kind]]
+    for name in names:
+        if name not in groups: raise BadInput("is not a group", file=file, field=where, value=name, remedy=did_you_mean(name, groups))
+    wanted = {k: v for k, v in value.items() if k not in (kind, "file")}
+    found = [c for name in names for c in _matching(groups[name], wanted, cell, file, where)]
+    if kind == "table": return TableOf(tuple(c.name for c in found))
+    if kind == "each": return [From(c.name, value.get("file", "")) for c in found]
+    if len(found) != 1: raise BadInput(f"fits {len(found)} runs, not one", file=file, field=where, value=value, remedy=f"Say which: {', '.join(c.name for c in found or groups[names[0]])[:300]}.")
+    return From(found[0].name, value.get("file", ""))
+
+def _matching(cells: list[Cell], wanted: dict, reader: Cell, file, where) -> list[Cell]:
+    "The cells that have the wanted values on their axes and, on other axes that the reader has too, the reader's values."
+    axes = {a: list(dict.fromkeys(c.labels[a] for c in cells if a in c.labels)) for c in cells for a in c.labels}
+    for axis, v in wanted.items():
+        if axis not in axes: raise BadInput("is not an axis of that group", file=file, field=where, value=axis, remedy=did_you_mean(axis, axes) if axes else "It has none.")
+        for one in v if isinstance(v, list) else [v]:
+            if one not in axes[axis]: raise BadInput(f"is not on the axis {axis!r}", file=file, field=where, value=one, remedy=did_you_mean(one, axes[axis]))
+    same = {a: reader.labels[a] for a, values in axes.items() if a in reader.labels and a not in wanted and len(values) > 1}
+    fits = lambda c, a, v: a in c.labels and c.labels[a] in (v if isinstance(v, list) else [v])
+    return [c for c in cells if all(fits(c, a, v) for a, v in {**wanted, **same}.items())]
+
+# %% ../nbs/80_runs.ipynb #a0e88199
+def load_grid(profile,                          # name of a grid in data/grids, or path of a YAML file
+              seeds: int | list[int] | None = None  # how many seeds, or which, instead of the grid's
+             ) -> Grid:
+    "Reads a grid and lays out its plan. Raises `BadInput` for whatever is unknown, misspelt or ambiguous."
+    file = Path(profile) if str(profile).endswith((".yaml", ".yml")) else _shipped_grid(profile)
+    tree = _read_yaml(file)
+    _known_keys(tree, ["title", "about", "seeds", "groups", "figures", "report"], file, "")
+    sections, top = {k: tree.get(k) or {} for k in ("groups", "figures")}, tree.get("seeds", 1)
+    groups: dict[str, list[Cell]] = {}
+    for kind, specs in sections.items():
+        _known_keys(specs, specs, file, kind)
+        for name in specs:
+            if name in groups or name in ("figures", "report"): raise BadInput("is taken", file=file, field=name, remedy="Give it another name.")
+            groups[name] = _group_cells(name, _inherited(name, specs, file), file, top, seeds, ("metrics.json",) if kind == "groups" else ())
+    drawn = [c for name in sections["figures"] for c in groups[name]]
+    report = _group_cells("report", tree["report"], file, top, seeds, ("report.html",)) if "report" in tree else []
+    cells = [c for group in groups.values() for c in group] + report
+    groups["figures"] = drawn
+    for cell in cells: cell.params = {k: _resolved(v, cell, groups, file) for k, v in cell.params.items()}
+    return Grid(file.stem, tree.get("title", file.stem), tree.get("about", ""), Plan(cells), file, [c.name for c in drawn], report[0].name if report else None)
+
+def _shipped_grid(profile) -> Path:
+    folder = shipped("data", "grids")
+    known = sorted(p.stem for p in folder.glob("*.yaml"))
+    if profile not in known: raise BadInput("is not a profile", field="profile", value=profile, remedy=did_you_mean(profile, known) if known else "Name a YAML file.")
+    return folder/f"{profile}.yaml"
+
+def chosen(plan: Plan, only: str | Iterable[str]) -> list[str]:
+    "Names of the cells that `--only` means: a group, a pattern such as 'student*seed=0', or the beginning of group names."
+    found = []
+    for asked in [only] if isinstance(only, str) else only:
+        tests = [lambda c: c.group == asked, lambda c: fnmatch.fnmatchcase(c.name, asked), lambda c: c.group.startswith(asked)]
+        hits = next((h for h in ([n for n, c in plan.cells.items() if test(c)] for test in tests) if h), [])
+        if not hits: raise BadInput("names nothing in this grid", field="only", value=asked, remedy=did_you_mean(asked, dict.fromkeys(c.group for c in plan.cells.values())))
+        found += hits
+    return list(dict.fromkeys(found))
+
+# %% ../nbs/80_runs.ipynb #f7b840c5
+@dataclass
+class Reproduction:
+    "What came of a profile."
+    folder: Path                        # `runs/<profile>`
+    outcomes: list[Outcome]
+
+    @property
+    def ok(self) -> bool: return not self.broken
+    @property
+    def broken(self) -> list[Outcome]: return [o for o in self.outcomes if o.state in ("failed", "skipped")]
+
+    def summary(self) -> str:
+        "A line of counts, and a line for each cell that failed or was skipped."
+        counts = {s: sum(o.state == s for o in self.outcomes) for s in ("computed", "there", "failed", "skipped")}
+        words = {"computed": "computed", "there": "already there", "failed": "failed", "skipped": "skipped"}
+        first = ", ".join(f"{n} {words[s]}" for s, n in counts.items() if n) or "nothing to do"
+        return "\n".join([first, *(f"  {o.state}: {o.cell}: {o.problem}" for o in self.broken)])
+
+def reproduce(profile,                                  # name of a grid in data/grids, or path of a YAML file
+              *, only: str | Iterable[str] | None = None,  # groups or patterns; what they read is run too
+              seeds: int | list[int] | None = None,     # how many seeds, or which
+              workers: int = 2,                         # notebooks at a time
+              runs=None,                                # folder of all run folders; default: ./runs
+              dry_run: bool = False,                    # print what would be computed, compute nothing
+              threads: int = 1                          # threads of the arithmetic libraries in each worker
+             ) -> Reproduction:
+    "Computes whatever of a profile is not there yet, then gathers results, figures and report in `runs/<profile>/`. Failures are in the result, not raised."
+    grid, runs = load_grid(profile, seeds), Path(runs or "runs").absolute()
+    names = None if only is None else chosen(grid.plan, only)
+    if dry_run:
+        print(forecast(grid, runs, names, workers))
+        return Reproduction(runs/grid.name, [])
+    outcomes = run_plan(grid.plan, runs, workers, only=names, threads=threads, title=grid.name)
+    return Reproduction(gather(grid, runs), outcomes)
+
+def forecast(grid: Grid, runs="runs", only: Iterable[str] | None = None, workers: int = 2) -> str:
+    "For each cell of a grid: whether it is there, and how long it took last time. What `--dry-run` and `--list` print."
+    planned, seconds = grid.plan.runs(runs), last_seconds(runs)
+    names = [n for n in grid.plan.order if only is None or n in grid.plan.needed_for(only)]
+    said = lambda n: f"{seconds[n]:8.1f} s" if n in seconds else " " * 9 + "?"
+    lines = [f"{'there  ' if planned[n].finished else 'compute'} {said(n)}  {n}  ({planned[n].name})" for n in names]
+    todo = [n for n in names if not planned[n].finished]
+    known, unknown = sum(seconds.get(n, 0) for n in todo), sum(n not in seconds for n in todo)
+    total = f"{len(todo)} of {len(names)} to compute" + (f", about {known / workers / 60:.1f} min with {workers} workers" if known else "") + (f", {unknown} of unknown length" if unknown else "")
+    return "\n".join([*lines, total])
+
+# %% ../nbs/80_runs.ipynb #a09fa0bb
+_gathered = {".png": "figures", ".svg": "figures", ".pdf": "figures", ".md": "tables", ".tex": "tables", ".csv": "results"}
+
+def gather(grid: Grid, runs="runs") -> Path:
+    "Collects what is finished of a grid in `runs/<profile>`; files of an earlier time that no longer come from it go."
+    runs = Path(runs).absolute()
+    planned, folder = grid.plan.runs(runs), runs/grid.name
+    done = {n: r for n, r in planned.items() if r.finished}
+    experiments = [n for n in grid.plan.cells if n in done and n not in grid.figures and n != grid.report]
+    new = Path(tempfile.mkdtemp(dir=runs, prefix=f".{grid.name}."))
+    write_json(new/"metrics.json", {n: json.loads((done[n].folder/"metrics.json").read_text(encoding="utf-8")) for n in experiments})
+    write_json(new/"runs.json", {n: r.name for n, r in done.items()})
+    write_table(new/"results.csv", tidy([(grid.plan.labels(n), done[n].folder) for n in experiments]))
+    for name in grid.figures: _gather_figure(name, done, new)
+    if grid.report in done: shutil.copyfile(done[grid.report].folder/"report.html", new/"report.html")
+    os.chmod(new, 0o755)
+    with _swapping(runs, grid.name):
+        old = new.with_name(f"{new.name}.old")
+        if folder.exists(): os.rename(folder, old)
+        os.rename(new, folder)
+        shutil.rmtree(old, ignore_errors=True)
+    return folder
+
+def _gather_figure(name: str, done: dict[str, Run], into: Path) -> None:
+    "Copies pictures, tables and data of a figure's run; two figures that use one file name are kept apart by the cell's name."
+    for path in sorted(done[name].folder.iterdir()) if name in done else []:
+        if path.suffix not in _gathered: continue
+        target = into/_gathered[path.suffix]/path.name
+        if target.exists() or path.suffix == ".csv": target = target.with_name(re.sub(r"[^\w.=-]+", "_", name) + f"-{path.name}")
+        target.parent.mkdir(exist_ok=True)
+        shutil.copyfile(path, target)
+
+@contextmanager
+def _swapping(runs: Path, name: str):
+    handle = os.open(writable_folder(runs/".locks")/name, os.O_RDWR | os.O_CREAT)
+    try: fcntl.flock(handle, fcntl.LOCK_EX); yield
+    finally: os.close(handle)
