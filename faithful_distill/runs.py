@@ -10,8 +10,8 @@ __all__ = ['package_name', 'Parameter', 'notebook_parameters', 'did_you_mean', '
            'Outcome', 'last_seconds', 'run_plan', 'Grid', 'load_grid', 'chosen', 'Reproduction', 'reproduce',
            'forecast', 'gather']
 
-# %% ../nbs/80_runs.ipynb #0339c5ed
-import ast, difflib, fcntl, fnmatch, io, itertools, json, os, platform, re, shutil, signal, sys, tempfile, threading, time, tokenize
+# %% ../nbs/80_runs.ipynb #e4a0f0da
+import ast, difflib, fcntl, fnmatch, io, itertools, json, numbers, os, platform, re, shutil, signal, sys, tempfile, threading, time, tokenize
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -186,7 +186,7 @@ def rooms_used(sources: Iterable[str],          # pieces of code
             waiting.append(text[room])
     return dict(sorted(used.items()))
 
-# %% ../nbs/80_runs.ipynb #5355d585
+# %% ../nbs/80_runs.ipynb #8fd2f419
 @lru_cache(maxsize=None)
 def _shipped_prefixes(source: str) -> frozenset[tuple[str, ...]]:
     "The constant leading parts of each call of `shipped(...)`."
@@ -212,8 +212,13 @@ def _is_shipped(parts):
     except BadInput: return False
 
 def checksum(path) -> str:
-    "Key of the content of a file or folder."
-    return tree_hash(path) if Path(path).is_dir() else sha256_file(path)[:12]
+    "Key of the content of a file or folder; worked out again only if names, sizes or times changed."
+    path = Path(path)
+    files = [p for p in sorted(path.rglob("*")) if p.is_file()] if path.is_dir() else [path]
+    return _checksum(path, tuple((str(p), p.stat().st_size, p.stat().st_mtime_ns) for p in files))
+
+@lru_cache(maxsize=None)
+def _checksum(path: Path, state: tuple) -> str: return tree_hash(path) if path.is_dir() else sha256_file(path)[:12]
 
 # %% ../nbs/80_runs.ipynb #52419945
 def run_around(path) -> Path | None:
@@ -408,12 +413,14 @@ def _package_state() -> str:
     "Changes whenever a module of the package changes."
     return content_key([[p.name, p.stat().st_mtime_ns, p.stat().st_size] for p in sorted(package_folder().glob("*.py"))])
 
-# %% ../nbs/80_runs.ipynb #6554fa49
+# %% ../nbs/80_runs.ipynb #50cd58a5
 @lru_cache(maxsize=None)
 def _engine() -> str:
     "Registers the warm engine with papermill and returns its name."
     from papermill.clientwrap import PapermillNotebookClient
     from papermill.engines import Engine, papermill_engines
+    from papermill.log import logger
+    logger.setLevel("ERROR")        # it warns of parameters whose annotations it cannot read; they are checked already
     class Client(PapermillNotebookClient):
         def process_message(self, msg, cell, cell_index):
             if msg["msg_type"] == "stream" and msg["content"]["name"] == "stderr":
@@ -556,7 +563,7 @@ def _compute(run, kernel, lock, needs, on_progress, timeout, label):
     write_json(run.partial/"times.json", {**times, "seconds": round(time.time() - begun, 3)})
     os.rename(run.partial, run.folder)
 
-# %% ../nbs/80_runs.ipynb #4cc18300
+# %% ../nbs/80_runs.ipynb #71b6c8d6
 def _prepare(run: Run) -> None:
     "Makes the partial folder, drops half-written files of an earlier try, writes the tables that the notebook reads."
     writable_folder(run.partial)
@@ -588,8 +595,7 @@ def _what_failed(error: Exception, executed: Path) -> tuple[int | None, str]:
 
 def _failed_cell(executed):
     cells = [c for c in json.loads(executed.read_text(encoding="utf-8"))["cells"] if c["cell_type"] == "code"]
-    status = [c["metadata"].get("papermill", {}).get("status") for c in cells]
-    return next((n for n, s in enumerate(status, 1) if s in ("failed", "running")), None)
+    return max((n for n, c in enumerate(cells, 1) if c["metadata"].get("papermill", {}).get("start_time")), default=None)
 
 def _check_results(run: Run, needs) -> None:
     "The files that have to be there are there, and `metrics.json` is JSON without NaN."
@@ -599,7 +605,7 @@ def _check_results(run: Run, needs) -> None:
     def refuse(constant): raise NotebookFailed(run.name, run.partial/run.notebook.name, None, f"metrics.json holds {constant}; a value that is not there is null, with a reason")
     if (run.partial/"metrics.json").exists(): json.loads((run.partial/"metrics.json").read_text(encoding="utf-8"), parse_constant=refuse)
 
-# %% ../nbs/80_runs.ipynb #fa4fb7dd
+# %% ../nbs/80_runs.ipynb #f3a18abe
 def flat_metrics(metrics, name: str = "") -> Iterable[dict]:
     "Each number in nested metrics as a row: metric (dotted), value, low, high, n, reason. Text is passed over."
     join = lambda part: f"{name}.{part}" if name else str(part)
@@ -613,14 +619,16 @@ def flat_metrics(metrics, name: str = "") -> Iterable[dict]:
     elif isinstance(metrics, (int, float)):
         yield {"metric": name, "value": float(metrics), "low": None, "high": None, "n": None, "reason": ""}
 
+_score_columns = ("metric", "value", "low", "high", "n", "reason")
+
 def tidy(results: Iterable):            # run folders, or pairs (labels, run folder); without labels: the scalar parameters in which the runs differ
-    "A long pandas table, one row per run and metric, sorted: labels, metric, value, low, high, n, reason."
+    "A long pandas table, one row per run and metric, sorted: labels, metric, value, low, high, n, reason. A label that is called like one of these gets a `_`."
     import pandas as pd
     pairs = [r if isinstance(r, tuple) else (None, r) for r in results]
-    pairs = [(dict(labels), Path(folder)) for labels, folder in _labelled(pairs)]
+    pairs = [({k + "_" * (k in _score_columns): v for k, v in labels.items()}, Path(folder)) for labels, folder in _labelled(pairs)]
     columns = list(dict.fromkeys(k for labels, _ in pairs for k in labels))
     rows = [{**labels, **row} for labels, folder in pairs for row in flat_metrics(json.loads((folder/"metrics.json").read_text(encoding="utf-8")))]
-    table = pd.DataFrame(rows, columns=[*columns, "metric", "value", "low", "high", "n", "reason"]).astype({"value": float, "low": float, "high": float, "n": "Int64"})
+    table = pd.DataFrame(rows, columns=[*columns, *_score_columns]).astype({"value": float, "low": float, "high": float, "n": "Int64"})
     return _sorted(table, [*columns, "metric"])
 
 def _labelled(pairs):
@@ -630,10 +638,11 @@ def _labelled(pairs):
     mine = iter(scalars)
     return [(labels if labels is not None else (lambda s: {k: s.get(k) for k in differ})(next(mine)), f) for labels, f in pairs]
 
-# %% ../nbs/80_runs.ipynb #67efa145
+# %% ../nbs/80_runs.ipynb #09dfece0
 def _sorted(table, columns):
     "Rows in an order that depends on their content only: numbers by size, then words."
-    rank = lambda v: (0, v, "") if isinstance(v, (int, float)) and v == v else (1, 0, "" if v is None or v != v else str(v))
+    from pandas import isna
+    rank = lambda v: (1, 0, "") if isna(v) else (0, v, "") if isinstance(v, numbers.Real) else (1, 0, str(v))
     order = sorted(range(len(table)), key=lambda i: [rank(table[c].iloc[i]) for c in columns])
     return table.iloc[order].reset_index(drop=True)
 
@@ -674,7 +683,7 @@ class Cell:
         values = [v for value in self.params.values() for v in (value if isinstance(value, list) else [value])]
         return list(dict.fromkeys(n for v in values for n in ([v.cell] if isinstance(v, From) else v.cells if isinstance(v, TableOf) else [])))
 
-# %% ../nbs/80_runs.ipynb #c224cde4
+# %% ../nbs/80_runs.ipynb #263bed7e
 class Plan:
     "Cells in an order in which they can run. Raises `BadInput` for a name twice, an unknown reference, a cycle."
     def __init__(self, cells: Iterable[Cell]):
@@ -717,7 +726,8 @@ class Plan:
             if isinstance(v, TableOf): return Table(tuple((tuple(self.labels(n).items()), upstream[n].name) for n in v.cells))
             return v
         try: return planned_run(cell.notebook, {k: value(v) for k, v in cell.params.items()}, runs)
-        except BadInput as e: raise BadInput(f"cell {name!r}: {e.problem}", file=e.file, field=e.field, remedy=e.remedy, **({"value": e.value} if hasattr(e.value, "__len__") or isinstance(e.value, (int, float)) else {})) from None
+        except BadInput as e:
+            raise BadInput(f"cell {name!r}: {e.problem}", **{k: getattr(e, k) for k in ("file", "line", "field", "value", "remedy")}) from None
 
     def labels(self, name: str) -> dict:
         "What a table says of a cell: its group and its place on the axes."
@@ -1110,7 +1120,7 @@ def forecast(grid: Grid, runs="runs", only: Iterable[str] | None = None, workers
     total = f"{len(todo)} of {len(names)} to compute" + (f", about {known / workers / 60:.1f} min with {workers} workers" if known else "") + (f", {unknown} of unknown length" if unknown else "")
     return "\n".join([*lines, total])
 
-# %% ../nbs/80_runs.ipynb #a09fa0bb
+# %% ../nbs/80_runs.ipynb #f010a985
 _gathered = {".png": "figures", ".svg": "figures", ".pdf": "figures", ".md": "tables", ".tex": "tables", ".csv": "results"}
 
 def gather(grid: Grid, runs="runs") -> Path:
@@ -1119,15 +1129,14 @@ def gather(grid: Grid, runs="runs") -> Path:
     planned, folder = grid.plan.runs(runs), runs/grid.name
     done = {n: r for n, r in planned.items() if r.finished}
     experiments = [n for n in grid.plan.cells if n in done and n not in grid.figures and n != grid.report]
-    new = Path(tempfile.mkdtemp(dir=runs, prefix=f".{grid.name}."))
-    write_json(new/"metrics.json", {n: json.loads((done[n].folder/"metrics.json").read_text(encoding="utf-8")) for n in experiments})
-    write_json(new/"runs.json", {n: r.name for n, r in done.items()})
-    write_table(new/"results.csv", tidy([(grid.plan.labels(n), done[n].folder) for n in experiments]))
-    for name in grid.figures: _gather_figure(name, done, new)
-    if grid.report in done: shutil.copyfile(done[grid.report].folder/"report.html", new/"report.html")
-    os.chmod(new, 0o755)
-    with _swapping(runs, grid.name):
-        old = new.with_name(f"{new.name}.old")
+    with _lock_of(runs, grid.name):
+        new, old = runs/f".{grid.name}.new", runs/f".{grid.name}.old"
+        for path in (new, old): shutil.rmtree(path, ignore_errors=True)
+        write_json(new/"metrics.json", {n: json.loads((done[n].folder/"metrics.json").read_text(encoding="utf-8")) for n in experiments})
+        write_json(new/"runs.json", {n: r.name for n, r in done.items()})
+        write_table(new/"results.csv", tidy([(grid.plan.labels(n), done[n].folder) for n in experiments]))
+        for name in grid.figures: _gather_figure(name, done, new)
+        if grid.report in done: shutil.copyfile(done[grid.report].folder/"report.html", new/"report.html")
         if folder.exists(): os.rename(folder, old)
         os.rename(new, folder)
         shutil.rmtree(old, ignore_errors=True)
@@ -1143,7 +1152,7 @@ def _gather_figure(name: str, done: dict[str, Run], into: Path) -> None:
         shutil.copyfile(path, target)
 
 @contextmanager
-def _swapping(runs: Path, name: str):
+def _lock_of(runs: Path, name: str):
     handle = os.open(writable_folder(runs/".locks")/name, os.O_RDWR | os.O_CREAT)
     try: fcntl.flock(handle, fcntl.LOCK_EX); yield
     finally: os.close(handle)
