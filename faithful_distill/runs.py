@@ -843,7 +843,7 @@ def _try(schedule: _Schedule, name: str, worker: int, kernel: WarmKernel, timeou
     if not schedule.stopping: schedule.note(outcome)
     return True
 
-# %% ../nbs/80_runs.ipynb #1cada77b
+# %% ../nbs/80_runs.ipynb #6a1f1941
 def run_plan(plan: Plan,                    # what to run
              runs="runs",                   # folder of all run folders
              workers: int = 2,              # notebooks at a time
@@ -863,14 +863,14 @@ def run_plan(plan: Plan,                    # what to run
         for thread in crew: thread.start()
         try:
             for thread in crew:
-                while thread.is_alive(): thread.join(0.1)       # short waits, so that Ctrl-C gets through
+                while thread.is_alive(): thread.join(0.2); board.tick()     # short waits, so that Ctrl-C gets through
         finally:
             schedule.stopping = True
             for kernel in kernels: kernel.kill()
             for thread in crew: thread.join(10)
     return [schedule.outcomes[n] for n in schedule.order]
 
-# %% ../nbs/80_runs.ipynb #5c1e4dbf
+# %% ../nbs/80_runs.ipynb #6cd28e45
 class _PlainBoard:
     "One line for each cell that was computed, failed or was skipped."
     def __init__(self, title, total, workers): self.there = 0
@@ -879,6 +879,7 @@ class _PlainBoard:
     def started(self, worker, name): pass
     def says(self, worker, name, line): pass
     def idle(self, worker): pass
+    def tick(self): pass
     def line(self, text): print(text, flush=True)
     def finished(self, outcome: Outcome, done: int, total: int) -> None:
         "Counts what was there, tells all else."
@@ -891,7 +892,7 @@ class _BarBoard(_PlainBoard):
     def __init__(self, title, total, workers):
         from tqdm import tqdm
         super().__init__(title, total, workers)
-        self.lock, self.write = threading.Lock(), lambda text: tqdm.write(text, file=sys.stderr)
+        self.lock, self.ticked, self.write = threading.Lock(), 0.0, lambda text: tqdm.write(text, file=sys.stderr)
         self.bar = tqdm(total=total, desc=title, unit="cell", dynamic_ncols=True, position=0, smoothing=0)
         self.lines = [tqdm(total=0, bar_format="  {desc}", dynamic_ncols=True, position=i + 1, leave=False) for i in range(workers)]
     def __exit__(self, *_):
@@ -901,6 +902,9 @@ class _BarBoard(_PlainBoard):
     def started(self, worker, name): self._show(worker, name)
     def says(self, worker, name, line): self._show(worker, f"{name} | {line}")
     def idle(self, worker): self._show(worker, "")
+    def tick(self):
+        with self.lock:
+            if time.time() - self.ticked > 1: self.ticked = time.time(); self.bar.refresh()      # a clock that stands still looks like a crash
     def line(self, text):
         with self.lock: self.write(text)
     def finished(self, outcome, done, total):
