@@ -153,7 +153,7 @@ def _ends(path, size=2**20):
         head = f.read(size); f.seek(max(0, path.stat().st_size - size))
         return head + f.read()
 
-# %% ../nbs/60_training.ipynb #c06dbc9e
+# %% ../nbs/60_training.ipynb #9002f4ba
 def checkpoint_to_resume(folder: Path, about: dict) -> str | None:
     "The newest whole checkpoint of this very run; None if there is none."
     from faithful_distill.trainer import checkpoints
@@ -180,7 +180,7 @@ class TrainingResult:
     @cached_property
     def student(self) -> Student: return load_student(self.out)
 
-# %% ../nbs/60_training.ipynb #44504c12
+# %% ../nbs/60_training.ipynb #b4f82bc7
 def train_student(student: Student | str | Path,   # a Student (copied), a folder or a hub name
                   rationales,                      # records, a Dataset of them, or the file `rationalize` wrote
                   *, out: str | Path,              # folder for the trained student
@@ -212,9 +212,9 @@ def finished(out: Path, run: str) -> TrainingResult | None:
     if note.get("run") != run: raise BadInput("holds a student of another run (other settings, records or first weights)", file=out, remedy="Choose another `out`, or pass overwrite=True.")
     return TrainingResult(out, note["steps"], note["metrics"], note["rows"], 0.0)
 
-# %% ../nbs/60_training.ipynb #5242be30
+# %% ../nbs/60_training.ipynb #d623c64e
 def _train(student, records, dev, out, settings, run, callbacks) -> TrainingResult:
-    from faithful_distill import trainer as machine
+    from faithful_distill import trainer as engine
     started, ranks = time.time(), int(os.environ["WORLD_SIZE"])
     args = engine_arguments(settings, sum(r["role"] == "gold" for r in records), out, dev is not None)
     student = prepared(student, settings)
@@ -263,11 +263,11 @@ def write_model(student: Student, state: dict, out: Path) -> None:
     for path in hidden.iterdir(): os.replace(path, out/path.name)
     hidden.rmdir()
 
-# %% ../nbs/60_training.ipynb #cb0210ce
+# %% ../nbs/60_training.ipynb #c5733a83
 def dev_evaluation(student: Student, dev: list[dict], settings: Settings, rank: int, ranks: int):
     "A function trainer -> dev metrics. Every rank reads its share; all get the same numbers."
     import torch
-    from faithful_distill import trainer as machine
+    from faithful_distill import trainer as engine
     from faithful_distill.student import answer, combine, distillation_loss, student_logits
     made, _ = make_units(student, dev, settings)
     batches = machine.StepBatches(machine.unit_lengths(made), settings.batch_size*ranks, rank=rank, ranks=ranks, shuffle=False)
