@@ -219,13 +219,13 @@ def _train(student, records, dev, out, settings, run, callbacks) -> TrainingResu
     args = engine_arguments(settings, sum(r["role"] == "gold" for r in records), out, dev is not None)
     student = prepared(student, settings)
     made, rows = make_units(student, records, settings)
-    batches = machine.StepBatches(machine.unit_lengths(made), settings.batch_size, seed=settings.seed, rank=args.process_index, ranks=ranks, pieces=settings.accumulation)
+    batches = engine.StepBatches(engine.unit_lengths(made), settings.batch_size, seed=settings.seed, rank=args.process_index, ranks=ranks, pieces=settings.accumulation)
     about = dict(run=run, ranks=ranks, stage=zero_stage(deepspeed_config(settings.deepspeed)))
-    trainer = machine.DistillationTrainer(student, made, args, batches=batches, loss=dict(alpha_cf=0.0 if not rows["counterfactual"] else settings.alpha_cf, reduction=settings.reduction, label_smoothing=settings.label_smoothing),
-                                         dev=dev and dev_evaluation(student, dev, settings, args.process_index, ranks), eval_dataset=dev and machine.Units(made[:1]))
+    trainer = engine.DistillationTrainer(student, made, args, batches=batches, loss=dict(alpha_cf=0.0 if not rows["counterfactual"] else settings.alpha_cf, reduction=settings.reduction, label_smoothing=settings.label_smoothing),
+                                         dev=dev and dev_evaluation(student, dev, settings, args.process_index, ranks), eval_dataset=dev and engine.Units(made[:1]))
     from transformers.trainer_callback import EarlyStoppingCallback, PrinterCallback
     trainer.remove_callback(PrinterCallback)
-    watching = [machine.Conduct(trainer), machine.MetricsFile(out/"metrics.jsonl"), machine.Bar(), machine.WholeCheckpoints(out/"checkpoints", about)]
+    watching = [engine.Conduct(trainer), engine.MetricsFile(out/"metrics.jsonl"), engine.Bar(), engine.WholeCheckpoints(out/"checkpoints", about)]
     if settings.patience: watching.append(EarlyStoppingCallback(settings.patience))
     for callback in [*watching, *callbacks]: trainer.add_callback(callback)
     trainer.train(resume_from_checkpoint=checkpoint_to_resume(out/"checkpoints", about))
@@ -270,18 +270,18 @@ def dev_evaluation(student: Student, dev: list[dict], settings: Settings, rank: 
     from faithful_distill import trainer as engine
     from faithful_distill.student import answer, combine, distillation_loss, student_logits
     made, _ = make_units(student, dev, settings)
-    batches = machine.StepBatches(machine.unit_lengths(made), settings.batch_size*ranks, rank=rank, ranks=ranks, shuffle=False)
+    batches = engine.StepBatches(engine.unit_lengths(made), settings.batch_size*ranks, rank=rank, ranks=ranks, shuffle=False)
     questions = [record_question(r) for r in dev if r["role"] == "gold"]
 
     def evaluate(trainer) -> dict:
         sums = torch.zeros(4, dtype=torch.float64, device=trainer.args.device)
         trainer.deepspeed.eval()
         for batch in batches:
-            batch = trainer._prepare_inputs(machine.collate_units([made[i] if i >= 0 else [] for i in batch], student))
+            batch = trainer._prepare_inputs(engine.collate_units([made[i] if i >= 0 else [] for i in batch], student))
             with torch.no_grad(): loss = distillation_loss(student_logits(trainer.deepspeed, batch), batch["labels"], batch["counterfactual"])
             sums += torch.stack([loss.factual, loss.counterfactual, loss.tokens_factual, loss.tokens_counterfactual]).to(sums)
-        sums = machine.over_ranks(sums).tolist()
-        found = dict(loss=float(combine(*sums, settings.alpha_cf if sums[3] else 0.0, settings.reduction)), **machine.loss_parts(sums))
+        sums = engine.over_ranks(sums).tolist()
+        found = dict(loss=float(combine(*sums, settings.alpha_cf if sums[3] else 0.0, settings.reduction)), **engine.loss_parts(sums))
         if settings.metric == "accuracy":
             said = answer(student, questions, prefix="none" if settings.prefixes == "none" else "factual")
             found["accuracy"] = sum(a.choice == q.answer for a, q in zip(said, questions))/len(questions)
