@@ -140,7 +140,7 @@ def train(file, dev, student, out, method, alpha_cf, reduction, prefixes, epochs
                            alpha_cf=alpha_cf if method == "counterfactual" else 0.0, reduction=reduction, prefixes=prefixes, batch_size=batch_size, lr=lr, deepspeed=deepspeed, seed=seed, **how)
     click.echo(result)
 
-# %% ../nbs/95_cli.ipynb #b90d849c
+# %% ../nbs/95_cli.ipynb #f6b56806
 @main.command()
 @_data_options
 @click.option("--student", required=True, help="Folder or hub name of a trained student.")
@@ -157,7 +157,7 @@ def evaluate(data, path, split, limit, skip_bad, student, file, metrics, simulat
 
     Example:  faithful-distill evaluate --data csqa --split dev --student student --rationales dev-rationales.jsonl --out evaluation"""
     from faithful_distill.files import read_jsonl, writable_folder, write_json
-    from faithful_distill.interventions import Explained, load_base, measure, simulate_folds
+    from faithful_distill.interventions import Explained, measure, simulate_folds
     from faithful_distill.questions import require_answers
     from faithful_distill.student import load_student
     out = writable_folder(out)
@@ -167,7 +167,7 @@ def evaluate(data, path, split, limit, skip_bad, student, file, metrics, simulat
     scores = dict(measured.scores)
     if simulator:
         written = measured.arms["written"][0]
-        scores |= simulate_folds(load_base(simulator), Explained(questions, [a.rationale for a in written], [a.choice for a in written])).scores()
+        scores |= simulate_folds(simulator, Explained(questions, [a.rationale for a in written], [a.choice for a in written])).scores()
     write_json(out/"metrics.json", {name: s.to_dict() for name, s in scores.items()})
     write_json(out/"answers.json", measured.rows())
     for name, score in scores.items(): click.echo(f"{name:32s}{score}")
