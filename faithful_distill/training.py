@@ -239,7 +239,7 @@ def prepared(student, settings: Settings) -> Student:
     if settings.recompute: getattr(student.model, "activation_checkpointing_enable", student.model.gradient_checkpointing_enable)()
     return student
 
-# %% ../nbs/60_training.ipynb #d98d90c4
+# %% ../nbs/60_training.ipynb #5d4e4c1e
 def export(trainer, student: Student, out: Path, settings: Settings, run: str, rows: dict, started: float) -> TrainingResult:
     "Gather the weights and write the finished student (rank 0); checkpoints are then removed."
     state = trainer.accelerator.get_state_dict(trainer.deepspeed)
@@ -258,7 +258,9 @@ def export(trainer, student: Student, out: Path, settings: Settings, run: str, r
 
 def write_model(student: Student, state: dict, out: Path) -> None:
     "`save_pretrained` of model and tokenizer, through a hidden folder so that no half-written file is ever in `out`."
-    hidden = out/".writing"
+    hidden, first = out/".writing", {}
+    for name, tensor in student.model.state_dict(keep_vars=True).items():  # gathering copied tied weights apart: tie them again
+        if first.setdefault(id(tensor), name) in state and name in state: state[name] = state[first[id(tensor)]]
     student.model.save_pretrained(hidden, state_dict=state); student.tokenizer.save_pretrained(hidden)
     for path in hidden.iterdir(): os.replace(path, out/path.name)
     hidden.rmdir()
