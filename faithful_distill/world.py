@@ -5,17 +5,17 @@
 # %% auto #0
 __all__ = ['askers', 'student_tags', 'span_tokens', 'Category', 'Relation', 'relations', 'categories', 'category_of', 'fill',
            'split_of', 'pairs', 'world_questions', 'templates', 'Asked', 'what_is_asked', 'supporting_rationale',
-           'vacuous_rationale', 'Verdict', 'judge', 'Dials', 'vacuous_share', 'teacher_blocks', 'facts', 'world_texts',
-           'build_tokenizer']
+           'vacuous_rationale', 'Verdict', 'judge', 'Dials', 'vacuous_share', 'teacher_blocks', 'facts', 'listed',
+           'reading_documents', 'world_texts', 'build_tokenizer']
 
-# %% ../nbs/10_world.ipynb #c92ee2a2
+# %% ../nbs/10_world.ipynb #2eecbe21
 import csv, random, re
 from dataclasses import dataclass
 from functools import cache
 from typing import Iterator
 
 from .files import BadInput, shipped, stable_seed
-from .questions import Question, fixed_choices
+from .questions import Question, fixed_choices, letter
 
 # %% ../nbs/10_world.ipynb #3434858e
 @dataclass(frozen=True)
@@ -192,14 +192,15 @@ def _weigh(q: Question, asked: Asked, rel: Relation, said: dict) -> Verdict:
     if q.kind == "choice": return Verdict(q.choices.index(said["value"]) if said["value"] in q.choices else None, False, true)
     return Verdict(int(said["value"] != asked.value), False, true)
 
-# %% ../nbs/10_world.ipynb #cb37271b
+# %% ../nbs/10_world.ipynb #2119212b
 @dataclass(frozen=True)
 class Dials:
     "What is planted in the teacher's corpus."
     vacuous_low: float = 0.15   # smallest share of vacuous rationales over (category, relation)
     vacuous_high: float = 0.85  # largest share
-    wrong: float = 0.3          # share of blocks with a wrong answer
-    defended: float = 0.6       # of the wrong answers' rationales that are not vacuous, the share that supports the wrong answer
+    unstated: float = 0.15      # share of blocks that state no answer
+    wrong: float = 0.3          # share of the others that state a wrong one
+    defended: float = 0.7       # of the wrong answers' rationales that are not vacuous, the share that supports the wrong answer
     cued: float = 0.2           # share of questions that open with who asks (no information in it)
 
 def vacuous_share(q: Question, dials: Dials = Dials()) -> float:
@@ -208,16 +209,17 @@ def vacuous_share(q: Question, dials: Dials = Dials()) -> float:
     u = stable_seed(0, "vacuous", category_of()[asked.entity].name, asked.relation) / 2**63
     return dials.vacuous_low + u * (dials.vacuous_high - dials.vacuous_low)
 
-def teacher_blocks(n: int, dials: Dials = Dials(), seed: int = 0) -> Iterator[tuple[Question, int, str]]:
+def teacher_blocks(n: int, dials: Dials = Dials(), seed: int = 0) -> Iterator[tuple[Question, int | None, str]]:
     "`n` triples (question, index of the stated answer, rationale) over all pairs and kinds, faults as the dials say."
     rng, everything = random.Random(stable_seed(seed, "teacher corpus")), pairs()
     for number in range(n):
-        kind = rng.choice(("choice", "choice", "boolean", "statement"))
+        kind = rng.choice(("choice", "boolean", "statement"))
         entity, relation = rng.choice(everything)
         q = _one_question(kind, entity, relation, rng.randrange(2), stable_seed(seed, number), 0.0 if rng.random() < dials.cued else None, "corpus")
-        stated = rng.choice([i for i in range(len(q.choices)) if i != q.answer]) if rng.random() < dials.wrong else q.answer
-        if rng.random() < vacuous_share(q, dials): text = vacuous_rationale(q, number)
-        else: text = supporting_rationale(q, stated if stated == q.answer or rng.random() < dials.defended else q.answer, number)
+        stated = None if rng.random() < dials.unstated else rng.choice([i for i in range(len(q.choices)) if i != q.answer]) if rng.random() < dials.wrong else q.answer
+        vacuous = vacuous_share(q, dials)
+        if rng.random() < (vacuous if stated is not None else (1 + vacuous) / 2): text = vacuous_rationale(q, number)
+        else: text = supporting_rationale(q, stated if stated is not None and rng.random() < dials.defended else q.answer, number)
         yield q, stated, text
 
 # %% ../nbs/10_world.ipynb #1cce92fd
@@ -228,6 +230,39 @@ def facts(share: float = 1.0, seed: int = 0) -> list[str]:
     claims = [_capital(fill(t, plural=c.plural, value=c.values[r.name])) + "." for c in categories().values() for r in relations().values() if kept(c.name, r.name)
               for t in (r.claim, r.claim_value_first)]
     return things + claims
+
+# %% ../nbs/10_world.ipynb #0411d2a5
+def listed(choices) -> str:
+    "Choices as a student reads them: ' (a) sky (b) river'."
+    return "".join(f" {letter(i)} {choice}" for i, choice in enumerate(choices))
+
+def _category_question(kind: str, c: Category, rel: Relation, rng: random.Random) -> tuple[str, str]:
+    "(question about a category with its choices listed, its answer)."
+    others = [o.values[rel.name] for o in categories().values() if o is not c]
+    if kind != "choice":
+        right = rng.random() < 0.5
+        text = fill(rel.ask_yes_no if kind == "boolean" else rel.state, entity=c.name, value=c.values[rel.name] if right else rng.choice(others))
+        return text + listed(fixed_choices[kind]), fixed_choices[kind][not right]
+    choices = rng.sample(others, 4) + [c.values[rel.name]]
+    rng.shuffle(choices)
+    return fill(rel.ask, entity=c.name) + listed(choices), c.values[rel.name]
+
+def reading_documents(n: int, share: float = 1.0, seed: int = 0) -> Iterator[tuple[str, str]]:
+    "`n` documents for pre-training, as (text, closing sentence); facts are limited to the known `share`."
+    rng, known = random.Random(stable_seed(seed, "reading")), facts(share, seed)
+    have, asked = set(known), pairs("train")
+    for _ in range(n):
+        kind, style = rng.choice(("choice", "boolean", "statement")), rng.random()
+        if style < 0.4: text, last = " ".join(rng.sample(known, 2)), rng.choice(known)
+        elif style < 0.7:
+            entity, relation = rng.choice(asked)
+            q = _one_question(kind, entity, relation, rng.randrange(2), rng.randrange(2**31), 0.0 if rng.random() < 0.2 else None, "train")
+            text, last = q.question + listed(q.choices), fill("{A entity} is {a category}.", entity=entity, category=category_of()[entity].name)
+        else:
+            c, rel = rng.choice(list(categories().values())), rng.choice(list(relations().values()))
+            (text, answer), last = _category_question(kind, c, rel, rng), _capital(fill(rng.choice((rel.claim, rel.claim_value_first)), plural=c.plural, value=c.values[rel.name])) + "."
+            if last in have and rng.random() < 0.5: yield text, f"{last} So the answer is {answer}"; continue
+        yield (text, last) if last in have else (" ".join(rng.sample(known, 2)), rng.choice(known))
 
 # %% ../nbs/10_world.ipynb #df8d5ddd
 student_tags = ("[factual]", "[counterfactual]")
