@@ -17,15 +17,15 @@ from typing import Any, Iterable, Sequence
 
 from .files import BadInput, write_json, write_text
 
-# %% ../nbs/90_figures.ipynb #ff545df6
+# %% ../nbs/90_figures.ipynb #533c5317
 palette = {
     # students
-    "answer only": ("#8c8c8c", "X"), "greedy cot": ("#56b4e9", "o"), "contrastive cot": ("#0072b2", "s"), "greedy + counterfactual": ("#e69f00", "D"),
+    "answer only": ("#a6a6a6", "X"), "greedy cot": ("#56b4e9", "o"), "contrastive cot": ("#0072b2", "s"), "greedy + counterfactual": ("#e69f00", "D"),
     "full method": ("#d55e00", "^"), "true rationales": ("#009e73", "v"),
     # the teacher's strategies
     "greedy": ("#56b4e9", "o"), "contrastive-empty": ("#0072b2", "s"), "contrastive-wrong": ("#aa4499", "D"), "all-wrong": ("#882255", "p"), "sampled": ("#999933", "X"),
     # prefixes, and what a rationale argues for
-    "factual": ("#0072b2", "o"), "counterfactual": ("#d55e00", "^"), "none": ("#8c8c8c", "X"), "gold": ("#0072b2", "o"), "wrong": ("#d55e00", "^"),
+    "factual": ("#0072b2", "o"), "counterfactual": ("#d55e00", "^"), "none": ("#a6a6a6", "X"), "gold": ("#0072b2", "o"), "wrong": ("#d55e00", "^"),
 }
 _spare = [("#332288", "o"), ("#cc6677", "s"), ("#117733", "D"), ("#ddaa33", "^"), ("#44aa99", "v"), ("#661100", "P"), ("#6699cc", "X"), ("#000000", "*")]
 ink, faint, rule = "#222222", "#767676", "#d9d9d9"      # text, secondary text, lines
@@ -63,7 +63,7 @@ def blank_figure(width: float, height: float, rows: int = 1, columns: int = 1, *
     use_style()
     return plt.subplots(rows, columns, figsize=(width, height), squeeze=False, **options)
 
-# %% ../nbs/90_figures.ipynb #f17deb4e
+# %% ../nbs/90_figures.ipynb #0ea2c55a
 def save_figure(figure, path, formats: Sequence[str] = ("png", "svg", "pdf"), limit: int = 60_000) -> list[Path]:
     "Writes a figure as `path`.png, .svg and .pdf and closes it. The PNG is below `limit` bytes unless that would make it illegible."
     import matplotlib.pyplot as plt
@@ -84,7 +84,7 @@ def _small_png(data: bytes, limit: int) -> bytes:
     for colours, shrink in [(256, 1), (128, 1), (64, 1), (128, 0.75), (64, 0.6)]:
         size = (round(image.width * shrink), round(image.height * shrink))
         buffer = BytesIO()
-        image.resize(size, Image.LANCZOS).quantize(colours, dither=Image.Dither.NONE).save(buffer, "PNG", optimize=True)
+        image.resize(size, Image.LANCZOS).quantize(colours, dither=Image.Dither.NONE).save(buffer, "PNG", optimize=True, dpi=(style["savefig.dpi"] * shrink,) * 2)
         if len(buffer.getvalue()) <= limit: break
     return buffer.getvalue()
 
@@ -125,7 +125,7 @@ def paired_difference(table, axis: str, a, b, over: Sequence[str] = ("seed",), l
     value, low, high = t_interval([sides[0][i] - sides[1][i] for i in shared], level)
     return {"value": value, "low": low, "high": high, "n": len(shared)}
 
-# %% ../nbs/90_figures.ipynb #328755ee
+# %% ../nbs/90_figures.ipynb #ed4b8b11
 def number(value, percent: bool = False, digits: int = 2) -> str:
     "A value as figures and tables print it; an en dash for one that is not there."
     if value is None or value != value: return "–"
@@ -156,9 +156,11 @@ def dots(summary,                       # rows of `summarise`
     look = looks(rows)
     figure, grid = blank_figure(width, height * (0.85 + 0.27 * len(rows)), height, columns, sharex=True, sharey=True)
     limits = limits or _room(summary, bars, reference)
+    ticks = _ticks(limits, 1.0 if percent else math.inf, 5 if columns == 1 else 3)
     for axes, name in zip(grid.flat, names):
         part = summary if panel is None else summary[summary[panel] == name]
         _dot_panel(axes, part, row, rows, look, limits, percent, bars)
+        axes.set_xticks(ticks)
         if reference is not None: axes.axvline(reference, color=faint, lw=1, ls=(0, (4, 3)), zorder=1)
         _frame(axes, name, percent, "x")
     if reference_label: _name_reference(grid.flat[0], reference_label, x=reference)
@@ -169,13 +171,19 @@ def dots(summary,                       # rows of `summarise`
     else: figure.supxlabel(label, fontsize=9)
     return figure
 
-# %% ../nbs/90_figures.ipynb #bfc804be
+# %% ../nbs/90_figures.ipynb #afe6b96f
 def _room(summary, bars: bool, reference: float | None) -> tuple[float, float]:
     "Limits of the value axis: all intervals, zero for bars, and room for the printed values at the right."
     ends = [v for c in ("value", "low", "high") for v in summary[c].dropna()] + [0.0] * bars + ([] if reference is None else [reference])
     low, high = (min(ends), max(ends)) if ends else (0.0, 1.0)
     span = (high - low) or 1.0
     return low - (0 if bars and low == 0 else 0.08 * span), high + 0.36 * span
+
+def _ticks(limits, most: float, count: int) -> list[float]:
+    "Round values for the axis; none where only the printed values stand, and none above 100 %."
+    from matplotlib.ticker import MaxNLocator
+    low, high = limits[0], limits[0] + (limits[1] - limits[0]) * 0.8
+    return [t for t in MaxNLocator(count, steps=[1, 2, 2.5, 5, 10]).tick_values(low, high) if low - 1e-9 <= t <= min(high, most + 1e-9)]
 
 def _name_reference(axes, text: str, x: float | None = None, y: float | None = None) -> None:
     "A small word at a line of reference: at the foot of an upright one, at the left end of a level one."
@@ -521,7 +529,7 @@ def read_section(folder) -> Section:
     if not path.exists(): raise BadInput("left no section.json", file=folder, remedy="End the notebook with `write_section(out, Section(...))`.")
     return Section(**{**json.loads(path.read_text(encoding="utf-8")), "folder": str(folder)})
 
-# %% ../nbs/90_figures.ipynb #da858057
+# %% ../nbs/90_figures.ipynb #fd35494a
 def prose(text: str) -> str:
     "Simple Markdown as HTML: paragraphs, `-` lists, tables, **bold**, *italic*, `code`, [link](url). Everything else is shown as it is."
     blocks = [b.strip("\n") for b in re.split(r"\n\s*\n", text.strip()) if b.strip()]
@@ -548,9 +556,10 @@ def _inline(text: str) -> str:
     text = re.sub(r"\*\*(.+?)\*\*", r"<strong>\1</strong>", text)
     text = re.sub(r"(?<![\w*])\*([^*\s](?:[^*]*[^*\s])?)\*(?![\w*])", r"<em>\1</em>", text)
     text = re.sub(r"\[([^\]]+)\]\((https?://[^\s)\"]+|#[\w-]+)\)", r'<a href="\2">\1</a>', text)
+    text = re.sub(r"(?<=\d) %|(?<=n) = (?=\d)|(?<=\d) × (?=\d)", lambda m: m[0].replace(" ", "\u00a0"), text)       # no line ends inside a number
     return re.sub("\0(\\d+)\0", lambda m: f"<code>{html.escape(codes[int(m[1])], quote=False)}</code>", text)
 
-# %% ../nbs/90_figures.ipynb #951fcca8
+# %% ../nbs/90_figures.ipynb #83d182e3
 _css = """
 :root { --ink: #1f2328; --soft: #5c636b; --line: #d8dbdf; --wash: #f6f7f8; --blue: #0b5c94; }
 * { box-sizing: border-box; }
@@ -566,14 +575,14 @@ code { font: 0.86em ui-monospace, "SF Mono", Menlo, Consolas, monospace; backgro
 .lead { font-size: 1.1rem; color: #33393f; }
 nav { font-size: 0.88rem; margin: 2rem 0 0; padding: 0.9rem 1.2rem; background: var(--wash); border-radius: 6px; }
 nav ol { margin: 0; padding-left: 1.3rem; columns: 2; column-gap: 2.2rem; }  nav li { margin: 0.12rem 0; break-inside: avoid; }  nav a { color: inherit; text-decoration: none; }
-figure { margin: 1.7rem 0; }  figure img { width: 100%; height: auto; display: block; }
+figure { margin: 1.7rem 0; }  figure img { max-width: 100%; height: auto; display: block; }
 figcaption { font-size: 0.82rem; line-height: 1.5; color: var(--soft); margin-top: 0.55rem; }  figcaption b { color: var(--ink); }
 .wide { overflow-x: auto; }
 table { border-collapse: collapse; font-size: 0.78rem; line-height: 1.4; margin: 0.9rem 0; width: 100%; font-variant-numeric: tabular-nums; border-top: 1.5px solid var(--ink); border-bottom: 1.5px solid var(--ink); }
 th { text-align: left; font-weight: 600; padding: 0.4rem 0.8rem 0.4rem 0; border-bottom: 0.75px solid var(--ink); vertical-align: bottom; }
 td { padding: 0.34rem 0.8rem 0.34rem 0; vertical-align: top; border-bottom: 1px solid #eceef0; }  tr:last-child td { border-bottom: 0; }
 .claims { list-style: none; padding: 0; font-size: 0.88rem; line-height: 1.45; }
-.claims li { display: grid; grid-template-columns: 7.2rem 1fr; gap: 0.9rem; padding: 0.5rem 0; border-top: 1px solid var(--line); }  .claims li:last-child { border-bottom: 1px solid var(--line); }
+.claims li { display: grid; grid-template-columns: 8.4rem 1fr; gap: 0.9rem; padding: 0.5rem 0; border-top: 1px solid var(--line); }  .claims li:last-child { border-bottom: 1px solid var(--line); }
 .verdict { font-weight: 600; white-space: nowrap; }  .yes { color: #00704f; }  .no { color: #b04a00; }  .open { color: var(--soft); }  .claims small { color: var(--soft); display: block; }
 .facts { font-size: 0.82rem; }  .facts td:first-child { color: var(--soft); width: 13rem; }
 footer { font-size: 0.78rem; color: var(--soft); margin-top: 3.5rem; border-top: 1px solid var(--line); padding-top: 0.9rem; }
@@ -581,7 +590,7 @@ footer { font-size: 0.78rem; color: var(--soft); margin-top: 3.5rem; border-top:
 @media print { html { font-size: 10.5pt; } body { max-width: none; padding: 0; } nav { display: none; } figure, table, .claims li { break-inside: avoid; } h2 { break-after: avoid; } a { color: inherit; } }
 """
 
-# %% ../nbs/90_figures.ipynb #6885fad4
+# %% ../nbs/90_figures.ipynb #d192fb11
 _page = """<!doctype html>
 <html lang="en">
 <head>
@@ -600,7 +609,7 @@ _page = """<!doctype html>
 <section id="s{{ loop.index }}">
 <h2>{{ s.heading }}</h2>
 {{ s.text | prose }}
-{% for src, caption in s.pictures %}<figure><img src="{{ src }}" alt="{{ caption }}"><figcaption><b>Figure {{ count.figure() }}.</b> {{ caption | inline }}</figcaption></figure>
+{% for src, width, caption in s.pictures %}<figure><img src="{{ src }}" alt="{{ caption }}" style="width: {{ width }}px"><figcaption><b>Figure {{ count.figure() }}.</b> {{ caption | inline }}</figcaption></figure>
 {% endfor %}{{ verdicts(s.claims) if s.claims else "" }}
 {% for table, caption in s.grids %}<figure><figcaption><b>Table {{ count.table() }}.</b> {{ caption | inline }}</figcaption>{{ table | prose }}</figure>
 {% endfor %}</section>
@@ -619,7 +628,7 @@ def _verdicts(claims: list[dict]):
         *words[c["holds"]], Markup(_inline(c["text"])), Markup("<small>{}</small>").format("; ".join(filter(None, [c.get("number"), c.get("remark")]))) if c.get("number") or c.get("remark") else "")
     return Markup('<ul class="claims">') + Markup("").join(map(item, claims)) + Markup("</ul>")
 
-# %% ../nbs/90_figures.ipynb #24d3c2cb
+# %% ../nbs/90_figures.ipynb #bee78782
 def build_report(path,                          # the HTML file to write
                  title: str,
                  lead: str = "",                # what this is and what came out, in a paragraph or two of Markdown
@@ -633,7 +642,7 @@ def build_report(path,                          # the HTML file to write
     sections = [s if isinstance(s, Section) else read_section(s) for s in sections]
     env = Environment(autoescape=True, trim_blocks=False)
     env.filters |= {"prose": lambda t: Markup(prose(t)), "inline": lambda t: Markup(_inline(t))}
-    shown = [{"heading": s.heading, "text": s.text, "claims": s.claims, "pictures": [(_data_uri(Path(s.folder)/f"{name}.png"), caption) for name, caption in s.figures],
+    shown = [{"heading": s.heading, "text": s.text, "claims": s.claims, "pictures": [(*_picture(Path(s.folder)/f"{name}.png"), caption) for name, caption in s.figures],
               "grids": [((Path(s.folder)/f"{name}.md").read_text(encoding="utf-8"), caption) for name, caption in s.tables]} for s in sections]
     claims = [c for s in sections for c in s.claims] if summary_of_claims else []
     page = env.from_string(_page).render(title=title, lead=lead, css=Markup(_css), sections=shown, claims=claims, facts=facts, footer=footer, verdicts=_verdicts, count=_Count())
@@ -645,5 +654,8 @@ class _Count:
     def figure(self): self.figures += 1; return self.figures
     def table(self): self.tables += 1; return self.tables
 
-def _data_uri(path: Path) -> str:
-    return "data:image/png;base64," + base64.b64encode(path.read_bytes()).decode()
+def _picture(path: Path) -> tuple[str, int]:
+    "A PNG as a data URI, and its width in CSS pixels, so that text is equally large in all pictures."
+    from PIL import Image
+    with Image.open(path) as image: width = image.width / image.info.get("dpi", (style["savefig.dpi"],))[0]
+    return "data:image/png;base64," + base64.b64encode(path.read_bytes()).decode(), round(width * 100)
