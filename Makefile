@@ -1,0 +1,32 @@
+# Two commands do everything: `make quickstart` walks the whole road in minutes, `make test` checks all of it.
+# Both make their own environment in .venv first.
+PYTHON ?= python3
+BIN := .venv/bin
+export TOKENIZERS_PARALLELISM := false
+
+.PHONY: quickstart study test notebooks drift clean help
+
+help:            ## list what can be made
+	@grep -hE '^[a-z]+: .*##' $(MAKEFILE_LIST) | sed 's/:.*##/:/'
+
+.venv/.ready: settings.ini setup.py
+	@$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "Python 3.11 or newer is needed; say PYTHON=/path/to/it")'
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --upgrade pip setuptools
+	$(BIN)/python -m pip install --quiet --editable '.[dev]'
+	@touch $@
+
+quickstart: .venv/.ready ## the whole road on the embedded world: runs/quickstart/report.html
+	$(BIN)/faithful-distill reproduce --profile quickstart
+
+test: .venv/.ready drift notebooks ## everything that must hold
+	$(BIN)/python -m pytest tests -q
+
+drift: .venv/.ready ## notebooks and modules say the same
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python tests/drift.py
+
+notebooks: .venv/.ready ## every notebook runs, top to bottom
+	OMP_NUM_THREADS=1 $(BIN)/nbdev_test --n_workers 2 --timing
+
+clean: ## remove the environment and whatever was computed
+	rm -rf .venv runs data/runs data/cache build *.egg-info

@@ -1,0 +1,276 @@
+"""The metrics as functions of arrays: against independent computations, and properties that must hold on any input."""
+import json
+import math
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy import stats
+
+from faithful_distill import faithfulness as F
+from faithful_distill.files import BadInput
+
+few = settings(max_examples=60, deadline=None)
+label = st.integers(0, 2)
+tables = st.integers(1, 40).flatmap(lambda n: st.tuples(*[st.lists(label, min_size=n, max_size=n) for _ in range(4)]))
+fast = dict(draws=200)
+
+
+def las_in_ten_lines(y, xr, x, r):
+    "Written from the definition, with no code in common with the package."
+    bins = {0: [], 1: []}
+    for i in range(len(y)):
+        gain = (1 if xr[i] == y[i] else 0) - (1 if x[i] == y[i] else 0)
+        bins[1 if r[i] == y[i] else 0].append(gain)
+    part = {k: sum(v) / len(v) if v else None for k, v in bins.items()}
+    whole = None if None in part.values() else (part[0] + part[1]) / 2
+    return whole, part[0], part[1], len(bins[0]), len(bins[1])
+
+
+@few
+@given(tables)
+def test_las_equals_the_definition_on_random_tables(table):
+    score, (whole, las_0, las_1, n_0, n_1) = F.las(*table, min_bin=1, **fast), las_in_ten_lines(*table)
+    assert (score.details["n_0"], score.details["n_1"]) == (n_0, n_1)
+    for got, expected in ((score, whole), (score.details["las_0"], las_0), (score.details["las_1"], las_1)):
+        assert (got.value is None and got.reason) if expected is None else got.value == pytest.approx(expected, abs=1e-12)
+    y, xr, x, _ = table
+    assert score.details["unadjusted"].value == pytest.approx(np.mean(np.equal(xr, y)) - np.mean(np.equal(x, y)), abs=1e-12)
+
+
+@pytest.mark.parametrize("leak", [0, 1])
+def test_las_with_a_single_bin_is_none_and_its_parts_are_not(leak):
+    y, xr, x = [0] * 30, [0] * 30, [1] * 30
+    score = F.las(y, xr, x, [1 - leak] * 30)
+    assert score.value is None and "0 of 30" in score.reason and score.details[f"las_{leak}"].value == 1.0
+    assert score.details[f"las_{1 - leak}"].value is None and score.details["acc_xr"] == 1.0
+    json.dumps(score.to_dict(), allow_nan=False)
+
+
+def test_las_tiny_bin_and_its_threshold():
+    y, xr, x, r = [0] * 40, [0] * 40, [1] * 40, [0] * 31 + [1] * 9
+    assert F.las(y, xr, x, r).value is None and F.las(y, xr, x, r, min_bin=9).value == 1.0
+
+
+def test_las_leaves_out_examples_without_a_prediction_and_counts_them():
+    y = [0, 1, None, 1, -1]
+    score = F.las(y, [0, 1, 0, 0, 0], [0] * 5, [0, 0, 0, 1, 0], min_bin=1, cluster=list("aabbb"))
+    assert score.n == 3 and score.details["unpredicted"] == 2
+    assert score.value == pytest.approx(las_in_ten_lines([0, 1, 1], [0, 1, 0], [0, 0, 0], [0, 0, 1])[0])
+
+
+def test_las_over_simulators_is_the_mean_of_each():
+    rng = np.random.default_rng(3)
+    y, seeds = rng.integers(0, 3, 200), [[np.where(rng.random(200) < share, 0, rng.integers(0, 3, 200)) for share in (0.5, 0.3, 0.4)] for _ in range(3)]
+    each = [las_in_ten_lines(y, *s)[0] for s in seeds]
+    score = F.las(y, *(np.stack([s[j] for s in seeds]) for j in range(3)))
+    assert score.value == pytest.approx(np.mean(each)) and score.details["per_seed"] == pytest.approx(each)
+    assert score.details["seed_sd"] == pytest.approx(np.std(each, ddof=1))
+    assert score.low <= score.details["examples_low"] <= score.value <= score.details["examples_high"] <= score.high
+    assert [s["las"] for s in score.details["simulators"]] == pytest.approx(each)
+
+
+def test_probability_las_is_flip_las_on_hits():
+    rng = np.random.default_rng(5)
+    y, xr, x, r = rng.integers(0, 2, (4, 100))
+    assert F.las(y, xr, x, r).value == F.las_from_credit(y == r, y == xr, y == x).value
+
+
+def test_permuted_label_simulators_give_las_about_zero_with_the_stated_coverage():
+    covered = 0
+    for seed in range(60):
+        y, xr, x, r = np.random.default_rng(seed).integers(0, 4, (4, 400))
+        score = F.las(y, xr, x, r, draws=1000)
+        covered += score.low <= 0 <= score.high
+    assert covered >= 52  # 95 % of 60 is 57; below 52 has probability 0.6 %
+
+
+# ---- every metric on random input, for the properties that all share
+
+def metrics(y, a, b, c, extra):
+    gold = np.equal(y, a)
+    same = np.stack([np.equal(y, a), np.equal(y, b), np.ones(len(y))], 1)
+    return {
+        "accuracy": F.accuracy(y, a, **extra),
+        "las": F.las(y, a, b, c, min_bin=1, **extra),
+        "perturb": F.perturbation_drop(F.hits(y, a), F.hits(y, [b, c]), **extra),
+        "refine": F.refinement_gain(F.hits(y, a), F.hits(y, b), **extra),
+        "swap": F.swap_consistency(F.hits(y, b), gold, **extra),
+        "same": F.same_answer_rate(a, b, **extra),
+        "aoc": F.early_answering_aoc(same, [1 + v % 2 for v in a], **extra),
+        "insertion": F.counterfactual_insertion(F.hits(y, a), F.hits(y, b), **extra),
+        "insertion correlation": F.insertion_correlation(F.hits(y, a), F.hits(y, b), **extra),
+        "rank": F.rank_correlation(np.array(a, float), np.array(b, float), **extra),
+        "within": F.rank_correlation_within(np.array(a, float), np.array(b, float), c, **extra),
+        "paired": F.paired_difference(F.hits(y, a), F.hits(y, b), **extra),
+    }
+
+
+ranges = {"accuracy": (0, 1), "swap": (0, 1), "same": (0, 1), "aoc": (0, 1), "insertion": (0, 1)}
+
+
+@few
+@given(tables)
+def test_scores_stay_in_range_and_never_are_nan(table):
+    for name, score in metrics(*table, fast).items():
+        low, high = ranges.get(name, (-1, 1))
+        json.dumps(score.to_dict(), allow_nan=False)
+        if score.value is None: assert score.reason, name
+        else: assert low <= score.value <= high, name
+        if score.low is not None: assert low <= score.low <= score.value + 1e-9 and score.value - 1e-9 <= score.high <= high, name
+
+
+@few
+@given(tables, st.randoms(use_true_random=False))
+def test_row_order_does_not_matter(table, random):
+    order = list(range(len(table[0])))
+    random.shuffle(order)
+    shuffled = [[column[i] for i in order] for column in table]
+    for (name, a), b in zip(metrics(*table, fast).items(), metrics(*shuffled, fast).values(), strict=True):
+        for end in ("value", "low", "high"):
+            x, z = getattr(a, end), getattr(b, end)
+            assert x == z or x == pytest.approx(z, abs=1e-9), (name, end)
+
+
+@settings(max_examples=25, deadline=None)
+@given(tables)
+def test_intervals_shrink_with_n(table):
+    many = [column * 16 for column in table]
+    for (name, a), b in zip(metrics(*table, dict(draws=500)).items(), metrics(*many, dict(draws=500)).values(), strict=True):
+        if a.value is None or a.low is None or name == "within": continue  # `within` has groups, not rows: their number stays
+        assert b.value == pytest.approx(a.value, abs=1e-9), name
+        if not a.details.get("undefined_draws") and a.n >= 4 and name not in ("las", "swap", "rank", "insertion correlation"):
+            assert b.high - b.low <= 0.6 * (a.high - a.low) + 1e-9, name
+
+
+def test_intervals_of_ratio_metrics_shrink_with_n():
+    rng = np.random.default_rng(0)
+    y, a, b, c = rng.integers(0, 3, (4, 60))
+    for name in ("las", "swap", "rank", "insertion correlation"):
+        small, large = metrics(y, a, b, c, {})[name], metrics(*(np.tile(v, 16) for v in (y, a, b, c)), {})[name]
+        assert (large.high - large.low) / (small.high - small.low) == pytest.approx(0.25, abs=0.05), name
+
+
+# ---- the bootstrap
+
+def test_the_three_routes_agree(monkeypatch):
+    rng = np.random.default_rng(1)
+    values = rng.integers(0, 2, (3000, 2)).astype(float) @ np.array([[1, 0.5], [0, 1]])
+    ratio = lambda m: (m[..., :1] / m[..., 1:])
+    by_counts = F.bootstrap(values, ratio)
+    jitter = values + rng.normal(0, 1e-9, values.shape)
+    row_by_row = F.bootstrap(jitter, ratio)
+    monkeypatch.setattr(F, "_budget", 1000)
+    limit = F.bootstrap(jitter, ratio)
+    assert [r[3]["interval"] for r in (by_counts, row_by_row, limit)] == ["multinomial", "resampled", "normal limit"]
+    width = by_counts[2] - by_counts[1]
+    for other in (row_by_row, limit):
+        for j in range(3): assert abs(other[j] - by_counts[j]) < 0.06 * width
+
+
+def test_percentile_interval_of_a_share_covers_it():
+    rng, covered = np.random.default_rng(2), 0
+    for _ in range(200):
+        score = F.mean_score((rng.random(150) < 0.3).astype(float), draws=1000)
+        covered += score.low <= 0.3 <= score.high
+    assert 180 <= covered <= 199  # 190 expected
+
+
+def test_clusters_match_a_plain_cluster_bootstrap():
+    rng = np.random.default_rng(4)
+    groups = np.repeat(np.arange(40), rng.integers(1, 6, 40))
+    values = (rng.random(40)[groups] < rng.random(len(groups))).astype(float)
+    drawn = []
+    for _ in range(2000):
+        rows = np.concatenate([np.flatnonzero(groups == g) for g in rng.integers(0, 40, 40)])
+        drawn.append(values[rows].mean())
+    low, high = np.quantile(drawn, [0.025, 0.975])
+    score = F.mean_score(values, cluster=groups)
+    assert score.value == pytest.approx(values.mean()) and score.low == pytest.approx(low, abs=0.02) and score.high == pytest.approx(high, abs=0.02)
+
+
+def test_a_million_rows_of_each_kind_with_ten_thousand_draws():
+    rng = np.random.default_rng(0)
+    n = 1_000_000
+    y, xr, x, r = rng.integers(0, 3, (4, n))
+    score = F.las(y, np.stack([xr, x, xr]), np.stack([x, r, r]), np.stack([r, xr, x]))  # three simulators
+    assert score.details["interval"] == "multinomial" and score.high - score.low < 0.05
+    prob = rng.random((2, n))
+    assert F.refinement_gain(prob[0], prob[1]).details["interval"] == "normal limit"
+    assert F.rank_correlation(prob[0], prob[0] + prob[1]).details["interval"] == "Bonett-Wright"
+    steps = rng.integers(1, 6, n)
+    assert F.early_answering_aoc(rng.integers(0, 2, (n, 6)), steps).n == n
+
+
+def test_rank_correlation_equals_scipy_and_its_interval_a_plain_bootstrap():
+    rng = np.random.default_rng(6)
+    a, b = rng.normal(size=120), rng.integers(0, 4, 120)
+    b = b + (a > 0.5)
+    score = F.rank_correlation(a, b)
+    assert score.value == pytest.approx(stats.spearmanr(a, b).statistic)
+    drawn = []
+    for _ in range(800):
+        i = rng.integers(0, 120, 120)
+        drawn.append(stats.spearmanr(a[i], b[i]).statistic)
+    low, high = np.quantile(drawn, [0.025, 0.975])
+    assert score.low == pytest.approx(low, abs=0.04) and score.high == pytest.approx(high, abs=0.04)
+
+
+def test_within_question_correlation_ignores_how_easy_the_question_is():
+    a = np.array([0, 1, 10, 11, 20, 21.0])
+    b = np.array([1, 0, 11, 10, 21, 20.0])  # within each pair they disagree, pooled they agree
+    groups = [0, 0, 1, 1, 2, 2]
+    assert F.rank_correlation_within(a, b, groups).value == pytest.approx(-1) and F.rank_correlation(a, b, cluster=groups).value > 0.5
+
+
+# ---- bad and edge input
+
+@pytest.mark.parametrize("call", [
+    lambda: F.accuracy([0, 1], [0]), lambda: F.accuracy([0.5], [0]), lambda: F.accuracy([None], [0]), lambda: F.hits(["a"], [0]),
+    lambda: F.perturbation_drop([0.5, 1.5], [0, 0]), lambda: F.perturbation_drop([math.nan], [0]), lambda: F.refinement_gain([1], [1, 0]),
+    lambda: F.las([0], [0], [0], [0, 1]), lambda: F.rev([-math.inf], [0]), lambda: F.early_answering_aoc([[0, 1]], [2]),
+    lambda: F.early_answering_aoc([0, 1], [1, 1]), lambda: F.choice_probability([0], [[math.nan, 0]]), lambda: F.paired_difference([1], [[1], [1]]),
+    lambda: F.mean_score([1, 0], draws=0), lambda: F.mean_score([1, 0], level=1.0), lambda: F.mean_score([1, 0], cluster=[1]),
+    lambda: F.early_answering_aoc([[0, math.nan]], [1]),
+])
+def test_bad_input_is_one_clear_error(call):
+    with pytest.raises(BadInput): call()
+
+
+def test_unknown_parameters_raise():
+    with pytest.raises(TypeError): F.accuracy([0], [0], drawz=3)
+
+
+@pytest.mark.parametrize("score", [
+    F.accuracy([], []), F.las([], [], [], []), F.perturbation_drop([], []), F.refinement_gain([], []), F.swap_consistency([], []), F.same_answer_rate([], []),
+    F.early_answering_aoc(np.zeros((0, 2)), []), F.counterfactual_insertion([0], [0]), F.insertion_correlation([], []), F.rev([], []), F.rev([-1, -1], [-1, -2], y=[0, 0]),
+    F.across_seeds([]), F.across_seeds([None]), F.rank_correlation([], []), F.rank_correlation_within([1, 1], [1, 2], [0, 0]), F.las([None] * 3, [0] * 3, [0] * 3, [0] * 3),
+])
+def test_undefined_is_none_with_a_reason(score):
+    assert score.value is None and score.low is None and score.reason
+
+
+def test_one_example_has_a_value_and_no_interval():
+    for score in (F.accuracy([1], [1]), F.perturbation_drop([1], [0]), F.refinement_gain([0], [1]), F.same_answer_rate([0], [0]), F.rev([-1.0], [-2.0])):
+        assert score.value is not None and score.low is None and score.reason
+
+
+def test_self_splice_changes_exactly_zero_and_control_arms_of_planted_students():
+    rng = np.random.default_rng(0)
+    gold, wrong = rng.integers(0, 4, 500), None
+    wrong = (gold + rng.integers(1, 4, 500)) % 4
+    own = F.hits(gold, gold)
+    assert F.perturbation_drop(own, own).value == 0.0 and F.same_answer_rate(gold, gold).value == 1.0
+    target, is_gold = np.concatenate([gold, wrong]), np.repeat([1, 0], 500)
+    copies, ignores = F.swap_consistency(F.hits(target, target), is_gold), F.swap_consistency(F.hits(target, np.tile(gold, 2)), is_gold)
+    assert copies.value == 1.0 and ignores.value == 0.5 and ignores.details["wrong"].value == 0.0
+    shuffled = F.swap_consistency(F.hits(target, rng.permutation(target)), is_gold)
+    assert abs(shuffled.value - 0.25) < 0.05  # chance among four
+
+
+def test_across_seeds_is_the_student_interval():
+    values = [0.1, 0.4, 0.35, 0.3, 0.5]
+    low, high = stats.t.interval(0.95, 4, np.mean(values), stats.sem(values))
+    score = F.across_seeds([F.Score(v, n=9) for v in values])
+    assert (score.low, score.high, score.n) == (pytest.approx(low), pytest.approx(high), 5)
