@@ -63,7 +63,7 @@ def blank_figure(width: float, height: float, rows: int = 1, columns: int = 1, *
     use_style()
     return plt.subplots(rows, columns, figsize=(width, height), squeeze=False, **options)
 
-# %% ../nbs/90_figures.ipynb #0ea2c55a
+# %% ../nbs/90_figures.ipynb #0e550f91
 def save_figure(figure, path, formats: Sequence[str] = ("png", "svg", "pdf"), limit: int = 60_000) -> list[Path]:
     "Writes a figure as `path`.png, .svg and .pdf and closes it. The PNG is below `limit` bytes unless that would make it illegible."
     import matplotlib.pyplot as plt
@@ -77,6 +77,7 @@ def save_figure(figure, path, formats: Sequence[str] = ("png", "svg", "pdf"), li
     plt.close(figure)
     return written
 
+# %% ../nbs/90_figures.ipynb #c6ea6781
 def _small_png(data: bytes, limit: int) -> bytes:
     from io import BytesIO
     from PIL import Image
@@ -125,7 +126,7 @@ def paired_difference(table, axis: str, a, b, over: Sequence[str] = ("seed",), l
     value, low, high = t_interval([sides[0][i] - sides[1][i] for i in shared], level)
     return {"value": value, "low": low, "high": high, "n": len(shared)}
 
-# %% ../nbs/90_figures.ipynb #ed4b8b11
+# %% ../nbs/90_figures.ipynb #a47c3827
 def number(value, percent: bool = False, digits: int = 2) -> str:
     "A value as figures and tables print it; an en dash for one that is not there."
     if value is None or value != value: return "–"
@@ -142,6 +143,7 @@ def _frame(axes, title, percent: bool, axis: str) -> None:
     axes.grid(False); axes.grid(True, axis=axis)
     if percent: (axes.xaxis if axis == "x" else axes.yaxis).set_major_formatter(FuncFormatter(lambda v, _: f"{100 * v:.0f} %"))
 
+# %% ../nbs/90_figures.ipynb #46fe5a93
 def dots(summary,                       # rows of `summarise`
          row: str,                      # column that names the rows, usually the method
          panel: str | None = None,      # column that names the panels
@@ -171,7 +173,7 @@ def dots(summary,                       # rows of `summarise`
     else: figure.supxlabel(label, fontsize=9)
     return figure
 
-# %% ../nbs/90_figures.ipynb #afe6b96f
+# %% ../nbs/90_figures.ipynb #14d30960
 def _room(summary, bars: bool, reference: float | None) -> tuple[float, float]:
     "Limits of the value axis: all intervals, zero for bars, and room for the printed values at the right."
     ends = [v for c in ("value", "low", "high") for v in summary[c].dropna()] + [0.0] * bars + ([] if reference is None else [reference])
@@ -190,6 +192,7 @@ def _name_reference(axes, text: str, x: float | None = None, y: float | None = N
     place, among, align = ((x, 0), ("data", "axes fraction"), "bottom") if y is None else ((0.01, y), ("axes fraction", "data"), "bottom")
     axes.annotate(text, place, (3, 2), xycoords=among, textcoords="offset points", fontsize=7.5, color=faint, va=align)
 
+# %% ../nbs/90_figures.ipynb #b5c6af74
 def _dot_panel(axes, part, row, rows, look, limits, percent, bars) -> None:
     for place, name in enumerate(rows):
         found = part[part[row] == name]
@@ -214,7 +217,7 @@ def _readable(colour: str) -> str:
     shade = min(1.0, 0.40 / (0.299 * rgb[0] + 0.587 * rgb[1] + 0.114 * rgb[2] + 1e-9))
     return to_hex([c * shade for c in rgb])
 
-# %% ../nbs/90_figures.ipynb #37417992
+# %% ../nbs/90_figures.ipynb #7e39b367
 def lines(summary,                      # rows of `summarise`
           x: str,                       # column with numbers
           line: str,                    # column that names the lines
@@ -242,6 +245,7 @@ def lines(summary,                      # rows of `summarise`
         if i % columns == columns - 1 or i == len(names) - 1: _name_lines(axes, summary if panel is None else summary[summary[panel] == name], x, line, look)
     return figure
 
+# %% ../nbs/90_figures.ipynb #5e68d0bc
 def _line(axes, part, x, colour, marker) -> None:
     part = part[part["value"].notna()]
     band = part[part["low"].notna()]
@@ -284,7 +288,7 @@ def _name_lines(axes, part, x, line, look) -> None:
         axes.annotate(str(key), (end[x], end["value"]), (22 if moved else 8, now - was), textcoords="offset points", va="center", fontsize=8.2, color=_readable(look[key][0]),
                       annotation_clip=False, arrowprops=leader if moved else None)
 
-# %% ../nbs/90_figures.ipynb #8b24a062
+# %% ../nbs/90_figures.ipynb #7f54756f
 def slopes(summary,                     # rows of `summarise`
            side: str,                   # column with the two sides, in the order in which they are to stand
            line: str,                   # column that names the lines
@@ -309,6 +313,7 @@ def slopes(summary,                     # rows of `summarise`
         _name_ends(axes, part, side, sides, line, look, percent, last)
     return figure
 
+# %% ../nbs/90_figures.ipynb #d16b671a
 def _slope(axes, part, side, sides, colour, marker, shift) -> None:
     points = [(k + shift, part[part[side] == s].iloc[0]) for k, s in enumerate(sides) if len(part[part[side] == s])]
     points = [(k, p) for k, p in points if p["value"] == p["value"]]
@@ -327,7 +332,7 @@ def _name_ends(axes, part, side, sides, line, look, percent, with_names) -> None
             axes.annotate(text, (sides.index(end), r["value"]), (shift, now - was), textcoords="offset points", ha=align, va="center", fontsize=8,
                           color=_readable(look[r[line]][0]), annotation_clip=False)
 
-# %% ../nbs/90_figures.ipynb #ee60cc81
+# %% ../nbs/90_figures.ipynb #4173a468
 def matrix(summary,                     # rows of `summarise`
            row: str, column: str, panel: str | None = None, *,
            label: str = "", row_label: str = "", column_label: str = "", percent: bool = True, limits: tuple[float, float] = (0.0, 1.0), columns: int = 3, width: float = 7.2):
@@ -354,6 +359,7 @@ def matrix(summary,                     # rows of `summarise`
     if note: figure.suptitle(note, x=0.01, ha="left", fontsize=8.5, color=faint)
     return figure
 
+# %% ../nbs/90_figures.ipynb #d042990c
 def _matrix_cell(axes, x, y, found, shades, limits, percent, common) -> None:
     from matplotlib.patches import Rectangle
     s = found.iloc[0] if len(found) else None
@@ -455,7 +461,7 @@ def _strip_legend(axes, shades, most, across) -> None:
     axes.text(left - 6, 13, f"less likely given the answer  −{most:.1f}", fontsize=7.5, ha="right", va="center", color=faint)
     axes.text(right + 6, 13, f"+{most:.1f}  more likely given the answer (nats)", fontsize=7.5, ha="left", va="center", color=faint)
 
-# %% ../nbs/90_figures.ipynb #25801973
+# %% ../nbs/90_figures.ipynb #f6354089
 def cell_text(s, percent: bool = False, digits: int = 2) -> str:
     "One cell of a table: '62 % [58, 66], n = 360 × 5'; of a score without a value its reason."
     if s is None: return "–"
@@ -473,6 +479,7 @@ def crossed(summary, row: str, column: str | None = None, *, percent: bool | Seq
         body.append([str(name), *(cell_text(f.iloc[0] if len(f) else None, percent if isinstance(percent, bool) else c in percent, digits) for c, f in of.items())])
     return [[row, *map(str, columns)], *body]
 
+# %% ../nbs/90_figures.ipynb #e6997776
 def markdown_table(rows: list[list[str]]) -> str:
     "Rows of text as a Markdown table."
     safe = [[str(c).replace("|", "\\|") for c in r] for r in rows]
@@ -497,7 +504,7 @@ def save_table(rows: list[list[str]], path, caption: str = "") -> list[Path]:
     path = Path(path)
     return [write_text(path.with_name(path.name + ".md"), markdown_table(rows)), write_text(path.with_name(path.name + ".tex"), latex_table(rows, caption, f"tab:{path.name}"))]
 
-# %% ../nbs/90_figures.ipynb #6f483099
+# %% ../nbs/90_figures.ipynb #a8bd0e76
 @dataclass
 class Section:
     "A section of a report. Pictures and tables are file names without their ending, beside `section.json`."
@@ -516,6 +523,7 @@ def claim(text: str,                    # the claim, as a sentence
     said = "" if not score else cell_text({"reason": "", "low": None, "high": None, "n": None, "seeds": 1, **score}, percent)
     return {"text": text, "holds": None if holds is None else bool(holds), "number": said, "remark": remark or (score or {}).get("reason") or ""}
 
+# %% ../nbs/90_figures.ipynb #71918329
 def write_section(out, section: Section) -> Path:
     "Writes `section.json` to `out`. Raises `BadInput` if a picture or table of it is not there."
     for kind, names in ((".png", section.figures), (".md", section.tables)):
@@ -529,7 +537,7 @@ def read_section(folder) -> Section:
     if not path.exists(): raise BadInput("left no section.json", file=folder, remedy="End the notebook with `write_section(out, Section(...))`.")
     return Section(**{**json.loads(path.read_text(encoding="utf-8")), "folder": str(folder)})
 
-# %% ../nbs/90_figures.ipynb #fd35494a
+# %% ../nbs/90_figures.ipynb #d5f3627f
 def prose(text: str) -> str:
     "Simple Markdown as HTML: paragraphs, `-` lists, tables, **bold**, *italic*, `code`, [link](url). Everything else is shown as it is."
     blocks = [b.strip("\n") for b in re.split(r"\n\s*\n", text.strip()) if b.strip()]
@@ -549,6 +557,7 @@ def _html_table(rows: list[str]) -> str:
     line = lambda tag, r: "<tr>" + "".join(f"<{tag}>{_inline(c)}</{tag}>" for c in r) + "</tr>"
     return f"<div class=wide><table><thead>{line('th', cells[0])}</thead><tbody>{''.join(line('td', r) for r in cells[2:])}</tbody></table></div>"
 
+# %% ../nbs/90_figures.ipynb #0cf9e939
 def _inline(text: str) -> str:
     codes: list[str] = []
     def keep(m): codes.append(m[1]); return f"\0{len(codes) - 1}\0"
@@ -590,7 +599,7 @@ footer { font-size: 0.78rem; color: var(--soft); margin-top: 3.5rem; border-top:
 @media print { html { font-size: 10.5pt; } body { max-width: none; padding: 0; } nav { display: none; } figure, table, .claims li { break-inside: avoid; } h2 { break-after: avoid; } a { color: inherit; } }
 """
 
-# %% ../nbs/90_figures.ipynb #d192fb11
+# %% ../nbs/90_figures.ipynb #0eea03df
 _page = """<!doctype html>
 <html lang="en">
 <head>
@@ -621,6 +630,7 @@ _page = """<!doctype html>
 </html>
 """
 
+# %% ../nbs/90_figures.ipynb #9a5624e2
 def _verdicts(claims: list[dict]):
     from markupsafe import Markup, escape
     words = {True: ("yes", "✓ holds"), False: ("no", "✗ does not hold"), None: ("open", "? cannot be told")}
