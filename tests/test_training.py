@@ -1,11 +1,11 @@
 "Training as it is met in earnest: several processes, killed processes, full disks, and the same numbers as ever."
-import json, os, subprocess, sys
+import json, os, random, subprocess, sys
 from pathlib import Path
 
 import pytest
 
-import ranks
-from faithful_distill.files import BadInput
+import interrupted, ranks
+from faithful_distill.files import BadInput, write_json
 from faithful_distill.training import read_jsonl, train_student
 
 here = Path(__file__).parent
@@ -83,3 +83,68 @@ def test_two_runs_in_one_process_leave_no_trace(tmp_path):
     assert (first.out/"model.safetensors").read_bytes() == (again.out/"model.safetensors").read_bytes()
     assert dict(os.environ) == before and torch.equal(torch.get_rng_state(), state)
     assert not is_deepspeed_zero3_enabled() and not torch.distributed.is_initialized()
+
+
+@pytest.fixture(scope="session")
+def undisturbed(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("undisturbed")
+    for size in (1, 2): assert interrupted.attempt(folder/str(size), size=size)
+    return folder
+
+
+def same_result(a, b):
+    assert (a/"model.safetensors").read_bytes() == (b/"model.safetensors").read_bytes()
+    assert (a/"metrics.jsonl").read_bytes() == (b/"metrics.jsonl").read_bytes()
+    assert not (a/"checkpoints").exists()
+
+
+@pytest.mark.parametrize("kills, begun, size", [([("step", 3), ("save", 2), ("mark", 1), ("step", 7)], [0, 2, 2, 2, 6], 1), ([("step", 5), ("save", 3)], [0, 4, 4], 2)])
+def test_killed_and_called_again_ends_in_the_same_bytes(undisturbed, tmp_path, kills, begun, size):
+    "kill -9 after a step, in the middle of a checkpoint's file, and just before the checkpoint is marked whole."
+    for kill in kills: assert not interrupted.attempt(tmp_path/"run", kill, size)
+    assert interrupted.attempt(tmp_path/"run", size=size)
+    same_result(tmp_path/"run", undisturbed/str(size))
+    assert [int(step) for step in (tmp_path/"run.0.begun").read_text().split()] == begun
+
+
+@pytest.mark.skipif(not os.environ.get("FAITHFUL_DISTILL_SLOW"), reason="ten kills at random: set FAITHFUL_DISTILL_SLOW=1")
+@pytest.mark.parametrize("size", [1, 2])
+def test_ten_kills_at_random(undisturbed, tmp_path, size):
+    rng = random.Random(size)
+    killed = 0
+    while killed < 10:
+        run = tmp_path/str(killed)
+        while not interrupted.attempt(run, interrupted.random_kill(rng) if killed < 10 else None, size): killed += 1
+        same_result(run, undisturbed/str(size))
+
+
+def test_other_runs_and_other_numbers_of_ranks_are_refused(tmp_path):
+    "A checkpoint of another run, or of two processes, is neither overwritten nor resumed; the error says what to do."
+    assert not interrupted.attempt(tmp_path/"run", ("step", 5), 2)
+    again = lambda **more: train_student(ranks.base(dropout_rate=0.1), ranks.records(), out=tmp_path/"run", **{**dict(max_steps=interrupted.steps, batch_size=2, lr=1e-2, deepspeed=ranks.stage_config(2)), **more})
+    with pytest.raises(BadInput, match="nproc_per_node 2"): again()
+    with pytest.raises(BadInput, match="another run"): again(lr=1e-3)
+    with pytest.raises(BadInput, match="another run"): train_student(ranks.base("llama"), ranks.records(), out=tmp_path/"run", max_steps=interrupted.steps, batch_size=2, lr=1e-2, deepspeed=ranks.stage_config(2))
+    assert len(list((tmp_path/"run"/"checkpoints").glob("*/whole.json"))) == 1
+    assert again(overwrite=True).steps == interrupted.steps
+
+
+reference = here/"references"/"trajectories.json"
+
+
+def trajectory(kind, folder):
+    result = train_student(ranks.base(kind), ranks.records(), out=folder/kind, max_steps=20, batch_size=2, lr=3e-3, log_every=1, deepspeed="cpu")
+    return [dict(loss=row["loss"], grad_norm=row["grad_norm"]) for row in history(result.out)]
+
+
+@pytest.mark.parametrize("kind", ["t5", "llama"])
+def test_golden_trajectories(tmp_path, kind):
+    "Loss and gradient norm of the first 20 steps are those recorded. Record anew with FAITHFUL_DISTILL_RECORD=1, and say why in the commit."
+    found = trajectory(kind, tmp_path)
+    if os.environ.get("FAITHFUL_DISTILL_RECORD"):
+        import deepspeed, torch, transformers
+        kept = json.loads(reference.read_text()) if reference.exists() else {}
+        write_json(reference, dict(kept, versions=dict(torch=torch.__version__, transformers=transformers.__version__, deepspeed=deepspeed.__version__), **{kind: found}))
+    recorded = json.loads(reference.read_text())
+    assert len(found) == 20
+    for step, (want, got) in enumerate(zip(recorded[kind], found)): assert got == pytest.approx(want, rel=1e-3), f"step {step + 1}, recorded with {recorded['versions']}"
