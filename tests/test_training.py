@@ -148,3 +148,100 @@ def test_golden_trajectories(tmp_path, kind):
     recorded = json.loads(reference.read_text())
     assert len(found) == 20
     for step, (want, got) in enumerate(zip(recorded[kind], found)): assert got == pytest.approx(want, rel=1e-3), f"step {step + 1}, recorded with {recorded['versions']}"
+
+
+def train(out, base=None, records=None, **more):
+    return train_student(base or ranks.base(), ranks.records() if records is None else records, out=out, **{**dict(max_steps=6, batch_size=4, lr=1e-2, log_every=1, deepspeed="cpu"), **more})
+
+
+def at_step(n, act):
+    from transformers import TrainerCallback
+    class At(TrainerCallback):
+        def on_step_end(self, args, state, control, model=None, **_):
+            if state.global_step == n: act(model)
+    return At()
+
+
+def whole(out): return sorted(p.parent.name for p in (out/"checkpoints").glob("*/whole.json"))
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_leaves_its_checkpoints(tmp_path):
+    spoil = at_step(3, lambda model: next(model.parameters()).data.fill_(float("nan")))
+    with pytest.raises(BadInput, match="not a finite number in step 4"): train(tmp_path, save_every=2, callbacks=[spoil])
+    assert whole(tmp_path) == ["checkpoint-2"] and not (tmp_path/"student.json").exists()
+    clean = train(tmp_path/"clean")
+    assert history(train(tmp_path, save_every=2).out) == history(clean.out)   # called again it goes on from there
+
+
+def test_a_full_disk_is_a_clear_error_and_earlier_checkpoints_stay(tmp_path, monkeypatch):
+    import torch
+    save, full = torch.save, []
+    def maybe(obj, f, *args, **kwargs):
+        if full: raise OSError(28, "No space left on device")
+        return save(obj, f, *args, **kwargs)
+    monkeypatch.setattr(torch, "save", maybe)
+    with pytest.raises(BadInput, match="Make room"): train(tmp_path, save_every=2, callbacks=[at_step(3, lambda _: full.append(True))])
+    assert whole(tmp_path) == ["checkpoint-2"]
+    full.clear()
+    assert train(tmp_path, save_every=2).steps == 6
+
+
+@pytest.mark.parametrize("match, given", [
+    ("no rationales", dict(records=[])), ("no gold rationale", dict(records=[r for r in ranks.records() if r["role"] == "counterfactual"])),
+    ("alpha_cf=0", dict(records=[r for r in ranks.records() if r["role"] == "gold"])), ("divide", dict(batch_size=3, accumulation=2)), ("dev", dict(metric="loss")), ("peft refuses", dict(lora=dict(rank=8)))])
+def test_what_cannot_be_trained_is_said_before_anything_is_written(tmp_path, match, given):
+    with pytest.raises(BadInput, match=match): train(tmp_path/"out", **given)
+    assert not list((tmp_path/"out").glob("*")) and not list((tmp_path/"out").glob("checkpoints/*"))
+
+
+@pytest.mark.parametrize("kind", ["t5", "llama", "gpt2"])
+@pytest.mark.parametrize("stage", [2, 3])
+def test_lora_leaves_a_plain_student(tmp_path, kind, stage):
+    "Only adapters are trained, and the merged student computes what the adapted one did."
+    import torch
+    from faithful_distill.student import answer, load_student
+    from faithful_distill.questions import Question
+    targets = dict(t5=["q", "v"], llama=["q_proj", "v_proj"], gpt2=["c_attn"])[kind]
+    base, questions = ranks.base(kind), [Question(r["id"], r["question"], tuple(r["choices"]), r["answer"]) for r in ranks.records() if r["role"] == "gold"]
+    out = train(tmp_path, base, deepspeed=ranks.stage_config(stage), lora=dict(r=2, target_modules=targets), max_steps=8).out
+    row = history(out)
+    assert row[-1]["loss"] < row[0]["loss"]
+    before, after = dict(base.model.named_parameters()), dict(load_student(out).model.named_parameters())
+    assert before.keys() == after.keys()
+    changed = {name for name in before if not torch.equal(before[name].data, after[name].data)}
+    assert changed and all(any(t in name for t in targets) for name in changed)
+    again = train(tmp_path/"again", base, deepspeed=ranks.stage_config(2), lora=dict(r=2, target_modules=targets), max_steps=8).out
+    for name, p in load_student(again).model.named_parameters(): assert torch.allclose(p.data, after[name].data, atol=1e-5)
+
+
+@pytest.mark.parametrize("metric", ["loss", "accuracy"])
+def test_the_best_model_on_dev_is_kept_and_training_stops(tmp_path, metric):
+    "Far too high a learning rate: it gets worse at some point; what is left is the student of the best evaluation."
+    result = train(tmp_path, dev=ranks.records(), metric=metric, patience=2, evaluate_every=2, max_steps=40, lr=0.1)
+    evaluations = [row for row in history(tmp_path) if "eval_loss" in row]
+    values = [row[f"eval_{metric}"] for row in evaluations]
+    best = (max if metric == "accuracy" else min)(values)
+    assert result.metrics[f"eval_{metric}"] == best
+    assert len(values) == 20 or values.index(best) == len(values) - 3
+    if metric == "loss":
+        from faithful_distill.student import collate, combine, distillation_loss, load_student, student_logits, training_rows
+        student = load_student(tmp_path)
+        batch = collate(training_rows(student, ranks.records()), student)
+        assert float(distillation_loss(student_logits(student.model, batch), batch["labels"], batch["counterfactual"]).total) == pytest.approx(best, rel=1e-4)
+
+
+def test_bf16_recomputing_smoothing_and_adafactor_run(tmp_path):
+    assert train(tmp_path/"a", precision="bf16", recompute=True).metrics["loss"] > 0
+    smooth, plain = train(tmp_path/"b", label_smoothing=0.1, max_steps=1), train(tmp_path/"c", max_steps=1)
+    assert smooth.metrics["loss"] != plain.metrics["loss"]
+    assert train(tmp_path/"d", optimizer="adafactor", schedule="constant").history[-1]["learning_rate"] == 1e-2
+
+
+def test_answer_only_students_answer_at_once(tmp_path):
+    from faithful_distill.student import answer
+    from faithful_distill.questions import Question
+    result = train(tmp_path, answer_only=True, prefixes="none", max_steps=150)
+    questions = [Question(r["id"], r["question"], tuple(r["choices"]), r["answer"]) for r in ranks.records() if r["role"] == "gold"]
+    said = answer(result.student, questions)
+    assert [a.choice for a in said] == [q.answer for q in questions] and {a.rationale for a in said} == {""}
+    assert result.rows["counterfactual"] == 0 and result.student.prefix == "none"
