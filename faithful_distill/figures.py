@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['palette', 'ink', 'faint', 'rule', 'style', 'plain_name', 'looks', 'use_style', 'blank_figure', 'save_figure',
            't_interval', 'summarise', 'paired_difference', 'number', 'dots', 'lines', 'spread', 'slopes', 'matrix',
-           'n_text', 'Strip', 'strip_places', 'heat_strip']
+           'n_text', 'Strip', 'strip_places', 'heat_strip', 'cell_text', 'crossed', 'markdown_table', 'latex_table',
+           'latex_text', 'save_table', 'Section', 'claim', 'write_section', 'read_section', 'prose', 'build_report']
 
 # %% ../nbs/90_figures.ipynb #41d54b18
 import base64, html, json, math, re
@@ -16,15 +17,15 @@ from typing import Any, Iterable, Sequence
 
 from .files import BadInput, write_json, write_text
 
-# %% ../nbs/90_figures.ipynb #22bd4d32
+# %% ../nbs/90_figures.ipynb #533c5317
 palette = {
     # students
-    "answer only": ("#8c8c8c", "X"), "greedy cot": ("#56b4e9", "o"), "contrastive cot": ("#0072b2", "s"), "greedy + counterfactual": ("#e69f00", "D"),
-    "full method": ("#d55e00", "^"), "true rationales": ("#009e73", "P"),
+    "answer only": ("#a6a6a6", "X"), "greedy cot": ("#56b4e9", "o"), "contrastive cot": ("#0072b2", "s"), "greedy + counterfactual": ("#e69f00", "D"),
+    "full method": ("#d55e00", "^"), "true rationales": ("#009e73", "v"),
     # the teacher's strategies
-    "greedy": ("#56b4e9", "o"), "contrastive-empty": ("#0072b2", "s"), "contrastive-wrong": ("#aa4499", "D"), "all-wrong": ("#882255", "v"), "sampled": ("#999933", "X"),
+    "greedy": ("#56b4e9", "o"), "contrastive-empty": ("#0072b2", "s"), "contrastive-wrong": ("#aa4499", "D"), "all-wrong": ("#882255", "p"), "sampled": ("#999933", "X"),
     # prefixes, and what a rationale argues for
-    "factual": ("#0072b2", "o"), "counterfactual": ("#d55e00", "^"), "none": ("#8c8c8c", "X"), "gold": ("#0072b2", "o"), "wrong": ("#d55e00", "^"),
+    "factual": ("#0072b2", "o"), "counterfactual": ("#d55e00", "^"), "none": ("#a6a6a6", "X"), "gold": ("#0072b2", "o"), "wrong": ("#d55e00", "^"),
 }
 _spare = [("#332288", "o"), ("#cc6677", "s"), ("#117733", "D"), ("#ddaa33", "^"), ("#44aa99", "v"), ("#661100", "P"), ("#6699cc", "X"), ("#000000", "*")]
 ink, faint, rule = "#222222", "#767676", "#d9d9d9"      # text, secondary text, lines
@@ -40,10 +41,10 @@ def looks(names: Iterable) -> dict[Any, tuple[str, str]]:
     spare = iter(_spare * len(names))
     return {n: known.get(n) or next(spare) for n in names}
 
-# %% ../nbs/90_figures.ipynb #35c057e9
+# %% ../nbs/90_figures.ipynb #41a276a9
 style = {
     "font.family": "DejaVu Sans", "font.size": 9, "axes.titlesize": 9.5, "axes.titleweight": "bold", "axes.titlelocation": "left", "axes.titlepad": 8,
-    "axes.labelsize": 9, "axes.labelcolor": ink, "text.color": ink, "xtick.color": faint, "ytick.color": faint, "xtick.labelcolor": ink, "ytick.labelcolor": ink,
+    "axes.labelsize": 9, "axes.labelcolor": ink, "text.color": ink, "xtick.labelsize": 8.5, "ytick.labelsize": 8.8, "xtick.color": faint, "ytick.color": faint, "xtick.labelcolor": ink, "ytick.labelcolor": ink,
     "axes.edgecolor": rule, "axes.linewidth": 0.8, "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "axes.axisbelow": True,
     "grid.color": "#ececec", "grid.linewidth": 0.8, "xtick.major.size": 0, "ytick.major.size": 0, "lines.linewidth": 1.8, "lines.markersize": 5.5,
     "legend.frameon": False, "figure.dpi": 100, "savefig.dpi": 160, "figure.facecolor": "white", "svg.fonttype": "path", "svg.hashsalt": "faithful-distill",
@@ -62,7 +63,7 @@ def blank_figure(width: float, height: float, rows: int = 1, columns: int = 1, *
     use_style()
     return plt.subplots(rows, columns, figsize=(width, height), squeeze=False, **options)
 
-# %% ../nbs/90_figures.ipynb #f17deb4e
+# %% ../nbs/90_figures.ipynb #0ea2c55a
 def save_figure(figure, path, formats: Sequence[str] = ("png", "svg", "pdf"), limit: int = 60_000) -> list[Path]:
     "Writes a figure as `path`.png, .svg and .pdf and closes it. The PNG is below `limit` bytes unless that would make it illegible."
     import matplotlib.pyplot as plt
@@ -83,7 +84,7 @@ def _small_png(data: bytes, limit: int) -> bytes:
     for colours, shrink in [(256, 1), (128, 1), (64, 1), (128, 0.75), (64, 0.6)]:
         size = (round(image.width * shrink), round(image.height * shrink))
         buffer = BytesIO()
-        image.resize(size, Image.LANCZOS).quantize(colours, dither=Image.Dither.NONE).save(buffer, "PNG", optimize=True)
+        image.resize(size, Image.LANCZOS).quantize(colours, dither=Image.Dither.NONE).save(buffer, "PNG", optimize=True, dpi=(style["savefig.dpi"] * shrink,) * 2)
         if len(buffer.getvalue()) <= limit: break
     return buffer.getvalue()
 
@@ -124,7 +125,7 @@ def paired_difference(table, axis: str, a, b, over: Sequence[str] = ("seed",), l
     value, low, high = t_interval([sides[0][i] - sides[1][i] for i in shared], level)
     return {"value": value, "low": low, "high": high, "n": len(shared)}
 
-# %% ../nbs/90_figures.ipynb #2052351a
+# %% ../nbs/90_figures.ipynb #ed4b8b11
 def number(value, percent: bool = False, digits: int = 2) -> str:
     "A value as figures and tables print it; an en dash for one that is not there."
     if value is None or value != value: return "–"
@@ -155,24 +156,39 @@ def dots(summary,                       # rows of `summarise`
     look = looks(rows)
     figure, grid = blank_figure(width, height * (0.85 + 0.27 * len(rows)), height, columns, sharex=True, sharey=True)
     limits = limits or _room(summary, bars, reference)
+    ticks = _ticks(limits, 1.0 if percent else math.inf, 5 if columns == 1 else 3)
     for axes, name in zip(grid.flat, names):
         part = summary if panel is None else summary[summary[panel] == name]
         _dot_panel(axes, part, row, rows, look, limits, percent, bars)
+        axes.set_xticks(ticks)
         if reference is not None: axes.axvline(reference, color=faint, lw=1, ls=(0, (4, 3)), zorder=1)
         _frame(axes, name, percent, "x")
-    if reference_label: grid.flat[0].annotate(reference_label, (reference, 1), (3, 1), xycoords=("data", "axes fraction"), textcoords="offset points", fontsize=7.5, color=faint, va="bottom")
+    if reference_label: _name_reference(grid.flat[0], reference_label, x=reference)
     for axes in list(grid.flat)[len(names):]: axes.set_visible(False)
     for i, axes in enumerate(grid.flat):
-        if i < len(names) and i + columns >= len(names): axes.set_xlabel(label); axes.tick_params(labelbottom=True)
+        if i < len(names) and i + columns >= len(names): axes.tick_params(labelbottom=True)
+    if columns % 2: grid[-1, columns // 2 if height == 1 else 0].set_xlabel(label)
+    else: figure.supxlabel(label, fontsize=9)
     return figure
 
-# %% ../nbs/90_figures.ipynb #f6a07559
+# %% ../nbs/90_figures.ipynb #afe6b96f
 def _room(summary, bars: bool, reference: float | None) -> tuple[float, float]:
     "Limits of the value axis: all intervals, zero for bars, and room for the printed values at the right."
     ends = [v for c in ("value", "low", "high") for v in summary[c].dropna()] + [0.0] * bars + ([] if reference is None else [reference])
     low, high = (min(ends), max(ends)) if ends else (0.0, 1.0)
     span = (high - low) or 1.0
-    return low - (0 if bars and low == 0 else 0.06 * span), high + 0.30 * span
+    return low - (0 if bars and low == 0 else 0.08 * span), high + 0.36 * span
+
+def _ticks(limits, most: float, count: int) -> list[float]:
+    "Round values for the axis; none where only the printed values stand, and none above 100 %."
+    from matplotlib.ticker import MaxNLocator
+    low, high = limits[0], limits[0] + (limits[1] - limits[0]) * 0.8
+    return [t for t in MaxNLocator(count, steps=[1, 2, 2.5, 5, 10]).tick_values(low, high) if low - 1e-9 <= t <= min(high, most + 1e-9)]
+
+def _name_reference(axes, text: str, x: float | None = None, y: float | None = None) -> None:
+    "A small word at a line of reference: at the foot of an upright one, at the left end of a level one."
+    place, among, align = ((x, 0), ("data", "axes fraction"), "bottom") if y is None else ((0.01, y), ("axes fraction", "data"), "bottom")
+    axes.annotate(text, place, (3, 2), xycoords=among, textcoords="offset points", fontsize=7.5, color=faint, va=align)
 
 def _dot_panel(axes, part, row, rows, look, limits, percent, bars) -> None:
     for place, name in enumerate(rows):
@@ -183,11 +199,10 @@ def _dot_panel(axes, part, row, rows, look, limits, percent, bars) -> None:
             axes.annotate(f"– {s['reason']}"[:40], (limits[0], place), (4, 0), textcoords="offset points", va="center", fontsize=7.5, color=faint)
             continue
         if bars: axes.barh(place, s["value"], height=0.56, color=colour, alpha=0.22, lw=0)
-        if s["low"] == s["low"]: axes.plot([s["low"], s["high"]], [place, place], color=colour, lw=1.6, solid_capstyle="butt")
-        axes.plot(s["value"], place, marker, color=colour, mec="white", mew=0.8, ms=6.5, clip_on=False, zorder=4)
-        right = max(v for v in (s["value"], s["high"]) if v == v)
-        axes.annotate(number(s["value"], percent), (right, place), (6, 0), textcoords="offset points", va="center", fontsize=8, color=ink)
-    axes.set(xlim=limits, ylim=(len(rows) - 0.4, -0.6), yticks=range(len(rows)))
+        if s["low"] == s["low"]: axes.plot([s["low"], s["high"]], [place, place], color=colour, lw=1.8, solid_capstyle="butt")
+        axes.plot(s["value"], place, marker, color=colour, mec="white", mew=0.7, ms=6.5, clip_on=False, zorder=4)
+        axes.annotate(number(s["value"], percent), (1, place), xycoords=("axes fraction", "data"), ha="right", va="center", fontsize=8, color=ink)
+    axes.set(xlim=limits, ylim=(len(rows) - 0.3, -0.6), yticks=range(len(rows)))
     axes.set_yticklabels([str(r) for r in rows])
     for text, name in zip(axes.get_yticklabels(), rows): text.set_color(_readable(look[name][0]))
     axes.spines["left"].set_visible(False)
@@ -199,7 +214,7 @@ def _readable(colour: str) -> str:
     shade = min(1.0, 0.40 / (0.299 * rgb[0] + 0.587 * rgb[1] + 0.114 * rgb[2] + 1e-9))
     return to_hex([c * shade for c in rgb])
 
-# %% ../nbs/90_figures.ipynb #f5aa958e
+# %% ../nbs/90_figures.ipynb #37417992
 def lines(summary,                      # rows of `summarise`
           x: str,                       # column with numbers
           line: str,                    # column that names the lines
@@ -221,7 +236,7 @@ def lines(summary,                      # rows of `summarise`
         if i + columns >= len(names): axes.set_xlabel(xlabel); axes.tick_params(labelbottom=True)
     for axes in list(grid.flat)[len(names):]: axes.set_visible(False)
     if log: _plain_ticks(grid, sorted(summary[x].unique()))
-    if reference_label: grid.flat[0].annotate(reference_label, (0.01, reference), (0, 3), xycoords=("axes fraction", "data"), textcoords="offset points", fontsize=7.5, color=faint)
+    if reference_label: _name_reference(grid.flat[0], reference_label, y=reference)
     figure.canvas.draw()
     for i, (axes, name) in enumerate(zip(grid.flat, names)):
         if i % columns == columns - 1 or i == len(names) - 1: _name_lines(axes, summary if panel is None else summary[summary[panel] == name], x, line, look)
@@ -239,7 +254,7 @@ def _plain_ticks(grid, values) -> None:
         axes.xaxis.set_major_locator(FixedLocator(values)); axes.xaxis.set_minor_locator(NullLocator())
         axes.xaxis.set_major_formatter(FuncFormatter(lambda v, _: f"{v:g}"))
 
-# %% ../nbs/90_figures.ipynb #17a9f41a
+# %% ../nbs/90_figures.ipynb #c309c890
 def spread(places: Sequence[float], gap: float, low: float = -math.inf, high: float = math.inf) -> list[float]:
     "Places moved as little as needed so that neighbours are `gap` apart, between `low` and `high` if they fit."
     order = sorted(range(len(places)), key=lambda i: places[i])
@@ -263,9 +278,11 @@ def _name_lines(axes, part, x, line, look) -> None:
     own = [to_points(e["value"]) for e in ends.values()]
     box = axes.get_window_extent()
     apart = spread(own, 11, box.y0 * 72 / axes.figure.dpi, box.y1 * 72 / axes.figure.dpi)
+    moved = any(abs(n - w) > 4 for n, w in zip(apart, own))
     for (key, end), was, now in zip(ends.items(), own, apart):
-        axes.annotate(str(key), (end[x], end["value"]), (8, now - was), textcoords="offset points", va="center", fontsize=8.2, color=_readable(look[key][0]), annotation_clip=False,
-                      arrowprops={"arrowstyle": "-", "color": look[key][0], "lw": 0.6, "shrinkA": 0, "shrinkB": 3} if abs(now - was) > 4 else None)
+        leader = {"arrowstyle": "-", "color": look[key][0], "lw": 0.7, "shrinkA": 1, "shrinkB": 4, "relpos": (0, 0.5)}
+        axes.annotate(str(key), (end[x], end["value"]), (22 if moved else 8, now - was), textcoords="offset points", va="center", fontsize=8.2, color=_readable(look[key][0]),
+                      annotation_clip=False, arrowprops=leader if moved else None)
 
 # %% ../nbs/90_figures.ipynb #8b24a062
 def slopes(summary,                     # rows of `summarise`
@@ -310,7 +327,7 @@ def _name_ends(axes, part, side, sides, line, look, percent, with_names) -> None
             axes.annotate(text, (sides.index(end), r["value"]), (shift, now - was), textcoords="offset points", ha=align, va="center", fontsize=8,
                           color=_readable(look[r[line]][0]), annotation_clip=False)
 
-# %% ../nbs/90_figures.ipynb #64aa00b6
+# %% ../nbs/90_figures.ipynb #ee60cc81
 def matrix(summary,                     # rows of `summarise`
            row: str, column: str, panel: str | None = None, *,
            label: str = "", row_label: str = "", column_label: str = "", percent: bool = True, limits: tuple[float, float] = (0.0, 1.0), columns: int = 3, width: float = 7.2):
@@ -318,12 +335,14 @@ def matrix(summary,                     # rows of `summarise`
     from matplotlib.colors import LinearSegmentedColormap
     names, height, columns = _panels(summary, panel, columns)
     across, down = (list(dict.fromkeys(summary[c])) for c in (column, row))
+    counts = {n_text(s) for _, s in summary.iterrows()}
+    common = counts.pop() if len(counts) == 1 else ""               # said once if it is the same everywhere
     shades = LinearSegmentedColormap.from_list("shades", ["#ffffff", "#cfe3f2", "#5fa2d0", "#0b4f86"])
-    figure, grid = blank_figure(width, height * (0.95 + 0.56 * len(down)), height, columns, sharex=True, sharey=True)
+    figure, grid = blank_figure(width, height * (0.95 + (0.5 if common else 0.62) * len(down)), height, columns, sharex=True, sharey=True)
     for i, (axes, name) in enumerate(zip(grid.flat, names)):
         part = summary if panel is None else summary[summary[panel] == name]
         for y, x in ((y, x) for y in range(len(down)) for x in range(len(across))):
-            _matrix_cell(axes, x, y, part[(part[row] == down[y]) & (part[column] == across[x])], shades, limits, percent)
+            _matrix_cell(axes, x, y, part[(part[row] == down[y]) & (part[column] == across[x])], shades, limits, percent, common)
         axes.set(xlim=(-0.5, len(across) - 0.5), ylim=(len(down) - 0.5, -0.5), xticks=range(len(across)), yticks=range(len(down)))
         axes.set_xticklabels([str(a) for a in across]); axes.set_yticklabels([str(d) for d in down])
         if name is not None: axes.set_title(str(name))
@@ -331,23 +350,21 @@ def matrix(summary,                     # rows of `summarise`
         if i % columns == 0: axes.set_ylabel(row_label)
         if i + columns >= len(names): axes.set_xlabel(column_label); axes.tick_params(labelbottom=True)
     for axes in list(grid.flat)[len(names):]: axes.set_visible(False)
-    if label: figure.suptitle(label, x=0.01, ha="left", fontsize=8.5, color=faint)
+    note = ", ".join(filter(None, [label, common and f"{common} in every cell"]))
+    if note: figure.suptitle(note, x=0.01, ha="left", fontsize=8.5, color=faint)
     return figure
 
-def _matrix_cell(axes, x, y, found, shades, limits, percent) -> None:
+def _matrix_cell(axes, x, y, found, shades, limits, percent, common) -> None:
     from matplotlib.patches import Rectangle
     s = found.iloc[0] if len(found) else None
     there = s is not None and s["value"] == s["value"]
     place = min(1.0, max(0.0, (s["value"] - limits[0]) / (limits[1] - limits[0]))) if there else 0.0
     axes.add_patch(Rectangle((x - 0.485, y - 0.47), 0.97, 0.94, color=shades(place) if there else "#f4f4f4", lw=0))
     colour = "white" if place > 0.62 else ink
-    axes.annotate(number(s["value"] if there else None, percent), (x, y), (0, 5 if there else 0), textcoords="offset points", ha="center", va="center", fontsize=10.5, color=colour)
-    if there: axes.annotate(_small_print(s, percent), (x, y), (0, -8), textcoords="offset points", ha="center", va="center", fontsize=6.6, color=colour)
-
-def _small_print(s, percent) -> str:
+    axes.annotate(number(s["value"] if there else None, percent), (x, y), (0, 5 + 4 * (there and not common)), textcoords="offset points", ha="center", va="center", fontsize=10.5, color=colour)
     bare = lambda v: number(v, percent).replace(" %", "")
-    between = f"{bare(s['low'])}–{bare(s['high'])}" if s["low"] == s["low"] else ""
-    return ", ".join(filter(None, [between, n_text(s)]))
+    small = [f"{bare(s['low'])} – {bare(s['high'])}"] * bool(s["low"] == s["low"]) + [n_text(s)] * (not common) if there else []
+    for k, text in enumerate(small): axes.annotate(text, (x, y), (0, -8 - 9 * k), textcoords="offset points", ha="center", va="center", fontsize=7, color=colour)
 
 def n_text(s) -> str:
     "How many questions, and how many seeds if there are several: 'n = 360 × 5'."
@@ -420,7 +437,7 @@ def _wrapped(text: str, width: float, size: float) -> list[str]:
             lines[-1] = f"{lines[-1]} {word}".strip()
     return lines
 
-# %% ../nbs/90_figures.ipynb #2a3911c6
+# %% ../nbs/90_figures.ipynb #5515fa11
 def _draw_strip(axes, strip: Strip, places, top, row, size, shades, most) -> None:
     from matplotlib.patches import FancyBboxPatch
     axes.text(0, top, strip.label, fontsize=9, fontweight="bold", va="center", color=_readable(looks([strip.label])[strip.label][0]))
@@ -429,7 +446,7 @@ def _draw_strip(axes, strip: Strip, places, top, row, size, shades, most) -> Non
         y, shown = top - 20 - line * row, max(-1.0, min(1.0, growth / most)) if growth == growth else 0.0
         axes.add_patch(FancyBboxPatch((x + 1.5, y - size * 0.62), width - 3, size * 1.3, boxstyle="round,pad=1.5,rounding_size=2", color=shades(0.5 + shown / 2), lw=0))
         axes.text(x + width / 2, y, token.strip() or "␣", fontsize=size, ha="center", va="center", color="white" if abs(shown) > 0.72 else ink)
-        axes.text(x + width / 2, y - size - 2.5, f"{growth:+.1f}".replace("-", "−"), fontsize=6, ha="center", va="center", color=faint)
+        if abs(shown) >= 0.08: axes.text(x + width / 2, y - size - 2.5, f"{growth:+.1f}".replace("-", "−"), fontsize=6, ha="center", va="center", color=faint)
 
 def _strip_legend(axes, shades, most, across) -> None:
     import numpy as np
@@ -437,3 +454,208 @@ def _strip_legend(axes, shades, most, across) -> None:
     axes.imshow(np.linspace(0, 1, 256)[None], cmap=shades, extent=(left, right, 9, 17), aspect="auto", zorder=3)
     axes.text(left - 6, 13, f"less likely given the answer  −{most:.1f}", fontsize=7.5, ha="right", va="center", color=faint)
     axes.text(right + 6, 13, f"+{most:.1f}  more likely given the answer (nats)", fontsize=7.5, ha="left", va="center", color=faint)
+
+# %% ../nbs/90_figures.ipynb #25801973
+def cell_text(s, percent: bool = False, digits: int = 2) -> str:
+    "One cell of a table: '62 % [58, 66], n = 360 × 5'; of a score without a value its reason."
+    if s is None: return "–"
+    if s["value"] is None or s["value"] != s["value"]: return f"– ({s['reason']})" if s.get("reason") else "–"
+    bare = lambda v: number(v, percent, digits).replace(" %", "")
+    between = f" [{bare(s['low'])}, {bare(s['high'])}]" if s["low"] == s["low"] and s["low"] is not None else ""
+    return number(s["value"], percent, digits) + between + (f", {n_text(s)}" if n_text(s) else "")
+
+def crossed(summary, row: str, column: str | None = None, *, percent: bool | Sequence[str] = False, digits: int = 2) -> list[list[str]]:
+    "A summary as rows of text, the first row the head; `percent`: whether, or for which columns, values are shown as percentages."
+    columns = list(dict.fromkeys(summary[column])) if column else ["value"]
+    body = []
+    for name in dict.fromkeys(summary[row]):
+        of = {c: summary[(summary[row] == name) & (summary[column] == c)] if column else summary[summary[row] == name] for c in columns}
+        body.append([str(name), *(cell_text(f.iloc[0] if len(f) else None, percent if isinstance(percent, bool) else c in percent, digits) for c, f in of.items())])
+    return [[row, *map(str, columns)], *body]
+
+def markdown_table(rows: list[list[str]]) -> str:
+    "Rows of text as a Markdown table."
+    safe = [[str(c).replace("|", "\\|") for c in r] for r in rows]
+    line = lambda r: "| " + " | ".join(r) + " |"
+    return "\n".join([line(safe[0]), "|" + "---|" * len(safe[0]), *map(line, safe[1:])]) + "\n"
+
+def latex_table(rows: list[list[str]], caption: str = "", label: str = "") -> str:
+    "Rows of text as a LaTeX table with booktabs rules."
+    line = lambda r: " & ".join(map(latex_text, r)) + r" \\"
+    frame = [r"\begin{tabular}{l" + "c" * (len(rows[0]) - 1) + "}", r"\toprule", line(rows[0]), r"\midrule", *map(line, rows[1:]), r"\bottomrule", r"\end{tabular}"]
+    if caption: frame = [r"\begin{table}", r"\centering", *frame, rf"\caption{{{latex_text(caption)}}}", *([rf"\label{{{label}}}"] if label else []), r"\end{table}"]
+    return "\n".join(frame) + "\n"
+
+def latex_text(text: str) -> str:
+    "Text with LaTeX's special characters escaped."
+    signs = {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "×": r"$\times$", "−": "$-$", "–": "--", "→": r"$\to$", "<": r"\textless{}", ">": r"\textgreater{}",
+             **{c: "\\" + c for c in "&%$#_{}"}}
+    return "".join(signs.get(c, c) for c in str(text))
+
+def save_table(rows: list[list[str]], path, caption: str = "") -> list[Path]:
+    "Writes `path`.md and `path`.tex."
+    path = Path(path)
+    return [write_text(path.with_name(path.name + ".md"), markdown_table(rows)), write_text(path.with_name(path.name + ".tex"), latex_table(rows, caption, f"tab:{path.name}"))]
+
+# %% ../nbs/90_figures.ipynb #6f483099
+@dataclass
+class Section:
+    "A section of a report. Pictures and tables are file names without their ending, beside `section.json`."
+    heading: str
+    text: str = ""                                              # Markdown: paragraphs, lists, tables, **bold**, *italic*, `code`, [link](url)
+    figures: list[tuple[str, str]] = field(default_factory=list)    # (name, caption)
+    tables: list[tuple[str, str]] = field(default_factory=list)     # (name, caption)
+    claims: list[dict] = field(default_factory=list)            # made by `claim`
+    folder: str = ""                                            # where it was read from
+
+def claim(text: str,                    # the claim, as a sentence
+          holds: bool | None,           # None: cannot be told
+          score: dict | None = None,    # {'value', 'low', 'high', 'n'} that decided it
+          *, percent: bool = False, remark: str = "") -> dict:
+    "A claim with its verdict and the number behind it, for a section."
+    said = "" if not score else cell_text({"reason": "", "low": None, "high": None, "n": None, "seeds": 1, **score}, percent)
+    return {"text": text, "holds": None if holds is None else bool(holds), "number": said, "remark": remark or (score or {}).get("reason") or ""}
+
+def write_section(out, section: Section) -> Path:
+    "Writes `section.json` to `out`. Raises `BadInput` if a picture or table of it is not there."
+    for kind, names in ((".png", section.figures), (".md", section.tables)):
+        for name, _ in names:
+            if not (Path(out)/f"{name}{kind}").exists(): raise BadInput("is named in the section but is not there", file=Path(out)/f"{name}{kind}", remedy="Save it first.")
+    return write_json(Path(out)/"section.json", {k: v for k, v in asdict(section).items() if k != "folder"})
+
+def read_section(folder) -> Section:
+    "The section that a figure notebook left in its run folder."
+    path = Path(folder)/"section.json"
+    if not path.exists(): raise BadInput("left no section.json", file=folder, remedy="End the notebook with `write_section(out, Section(...))`.")
+    return Section(**{**json.loads(path.read_text(encoding="utf-8")), "folder": str(folder)})
+
+# %% ../nbs/90_figures.ipynb #fd35494a
+def prose(text: str) -> str:
+    "Simple Markdown as HTML: paragraphs, `-` lists, tables, **bold**, *italic*, `code`, [link](url). Everything else is shown as it is."
+    blocks = [b.strip("\n") for b in re.split(r"\n\s*\n", text.strip()) if b.strip()]
+    return "\n".join(map(_block, blocks))
+
+def _block(block: str) -> str:
+    rows = block.split("\n")
+    if all(r.lstrip().startswith("|") for r in rows) and len(rows) > 2: return _html_table(rows)
+    if all(re.match(r"\s*([-*]) |\s{2,}", r) for r in rows):
+        items = re.split(r"\n\s*[-*] ", "\n" + block)[1:]
+        return "<ul>" + "".join(f"<li>{_inline(' '.join(i.split()))}</li>" for i in items) + "</ul>"
+    if found := re.match(r"(#{1,4}) (.*)$", block): return f"<h{len(found[1]) + 2}>{_inline(found[2])}</h{len(found[1]) + 2}>"
+    return f"<p>{_inline(' '.join(block.split()))}</p>"
+
+def _html_table(rows: list[str]) -> str:
+    cells = [[c.strip().replace("\\|", "|") for c in re.split(r"(?<!\\)\|", r.strip())[1:-1]] for r in rows]
+    line = lambda tag, r: "<tr>" + "".join(f"<{tag}>{_inline(c)}</{tag}>" for c in r) + "</tr>"
+    return f"<div class=wide><table><thead>{line('th', cells[0])}</thead><tbody>{''.join(line('td', r) for r in cells[2:])}</tbody></table></div>"
+
+def _inline(text: str) -> str:
+    codes: list[str] = []
+    def keep(m): codes.append(m[1]); return f"\0{len(codes) - 1}\0"
+    text = html.escape(re.sub(r"`([^`]+)`", keep, text), quote=False)
+    text = re.sub(r"\*\*(.+?)\*\*", r"<strong>\1</strong>", text)
+    text = re.sub(r"(?<![\w*])\*([^*\s](?:[^*]*[^*\s])?)\*(?![\w*])", r"<em>\1</em>", text)
+    text = re.sub(r"\[([^\]]+)\]\((https?://[^\s)\"]+|#[\w-]+)\)", r'<a href="\2">\1</a>', text)
+    text = re.sub(r"(?<=\d) %|(?<=n) = (?=\d)|(?<=\d) × (?=\d)", lambda m: m[0].replace(" ", "\u00a0"), text)       # no line ends inside a number
+    return re.sub("\0(\\d+)\0", lambda m: f"<code>{html.escape(codes[int(m[1])], quote=False)}</code>", text)
+
+# %% ../nbs/90_figures.ipynb #83d182e3
+_css = """
+:root { --ink: #1f2328; --soft: #5c636b; --line: #d8dbdf; --wash: #f6f7f8; --blue: #0b5c94; }
+* { box-sizing: border-box; }
+html { background: #fff; color: var(--ink); font: 17px/1.6 Charter, "Bitstream Charter", "Iowan Old Style", Georgia, Cambria, serif; }
+body { max-width: 47rem; margin: 0 auto; padding: 3.5rem 1.4rem 5rem; }
+h1, h2, h3, h4, nav, table, figcaption, .facts, .claims, footer { font-family: Inter, "Helvetica Neue", "Segoe UI", Arial, sans-serif; }
+h1 { font-size: 2.05rem; line-height: 1.2; letter-spacing: -0.02em; margin: 0 0 1rem; }
+h2 { font-size: 1.3rem; line-height: 1.3; letter-spacing: -0.01em; margin: 3.4rem 0 0.6rem; padding-top: 1.3rem; border-top: 1px solid var(--line); }
+h3, h4 { font-size: 1.02rem; margin: 1.8rem 0 0.4rem; }
+p, ul { margin: 0.7rem 0; }  ul { padding-left: 1.3rem; }
+a { color: var(--blue); text-underline-offset: 0.15em; }
+code { font: 0.86em ui-monospace, "SF Mono", Menlo, Consolas, monospace; background: var(--wash); padding: 0.08em 0.3em; border-radius: 3px; }
+.lead { font-size: 1.1rem; color: #33393f; }
+nav { font-size: 0.88rem; margin: 2rem 0 0; padding: 0.9rem 1.2rem; background: var(--wash); border-radius: 6px; }
+nav ol { margin: 0; padding-left: 1.3rem; columns: 2; column-gap: 2.2rem; }  nav li { margin: 0.12rem 0; break-inside: avoid; }  nav a { color: inherit; text-decoration: none; }
+figure { margin: 1.7rem 0; }  figure img { max-width: 100%; height: auto; display: block; }
+figcaption { font-size: 0.82rem; line-height: 1.5; color: var(--soft); margin-top: 0.55rem; }  figcaption b { color: var(--ink); }
+.wide { overflow-x: auto; }
+table { border-collapse: collapse; font-size: 0.78rem; line-height: 1.4; margin: 0.9rem 0; width: 100%; font-variant-numeric: tabular-nums; border-top: 1.5px solid var(--ink); border-bottom: 1.5px solid var(--ink); }
+th { text-align: left; font-weight: 600; padding: 0.4rem 0.8rem 0.4rem 0; border-bottom: 0.75px solid var(--ink); vertical-align: bottom; }
+td { padding: 0.34rem 0.8rem 0.34rem 0; vertical-align: top; border-bottom: 1px solid #eceef0; }  tr:last-child td { border-bottom: 0; }
+.claims { list-style: none; padding: 0; font-size: 0.88rem; line-height: 1.45; }
+.claims li { display: grid; grid-template-columns: 8.4rem 1fr; gap: 0.9rem; padding: 0.5rem 0; border-top: 1px solid var(--line); }  .claims li:last-child { border-bottom: 1px solid var(--line); }
+.verdict { font-weight: 600; white-space: nowrap; }  .yes { color: #00704f; }  .no { color: #b04a00; }  .open { color: var(--soft); }  .claims small { color: var(--soft); display: block; }
+.facts { font-size: 0.82rem; }  .facts td:first-child { color: var(--soft); width: 13rem; }
+footer { font-size: 0.78rem; color: var(--soft); margin-top: 3.5rem; border-top: 1px solid var(--line); padding-top: 0.9rem; }
+@media (max-width: 36rem) { html { font-size: 16px; } nav ol { columns: 1; } .claims li { grid-template-columns: 1fr; gap: 0.1rem; } }
+@media print { html { font-size: 10.5pt; } body { max-width: none; padding: 0; } nav { display: none; } figure, table, .claims li { break-inside: avoid; } h2 { break-after: avoid; } a { color: inherit; } }
+"""
+
+# %% ../nbs/90_figures.ipynb #d192fb11
+_page = """<!doctype html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>{{ title }}</title>
+<style>{{ css }}</style>
+</head>
+<body>
+<h1>{{ title }}</h1>
+<div class="lead">{{ lead | prose }}</div>
+{% if claims %}<h3>What was claimed, and what came out</h3>
+{{ verdicts(claims) }}{% endif %}
+{% if sections | length > 2 %}<nav><ol>{% for s in sections %}<li><a href="#s{{ loop.index }}">{{ s.heading }}</a></li>{% endfor %}</ol></nav>{% endif %}
+{% for s in sections %}
+<section id="s{{ loop.index }}">
+<h2>{{ s.heading }}</h2>
+{{ s.text | prose }}
+{% for src, width, caption in s.pictures %}<figure><img src="{{ src }}" alt="{{ caption }}" style="width: {{ width }}px"><figcaption><b>Figure {{ count.figure() }}.</b> {{ caption | inline }}</figcaption></figure>
+{% endfor %}{{ verdicts(s.claims) if s.claims else "" }}
+{% for table, caption in s.grids %}<figure><figcaption><b>Table {{ count.table() }}.</b> {{ caption | inline }}</figcaption>{{ table | prose }}</figure>
+{% endfor %}</section>
+{% endfor %}
+{% if facts %}<h2>How this was made</h2>
+<table class="facts"><tbody>{% for name, value in facts.items() %}<tr><td>{{ name }}</td><td>{{ value | string | inline }}</td></tr>{% endfor %}</tbody></table>{% endif %}
+{% if footer %}<footer>{{ footer | inline }}</footer>{% endif %}
+</body>
+</html>
+"""
+
+def _verdicts(claims: list[dict]):
+    from markupsafe import Markup, escape
+    words = {True: ("yes", "✓ holds"), False: ("no", "✗ does not hold"), None: ("open", "? cannot be told")}
+    item = lambda c: Markup('<li><span class="verdict {}">{}</span><span>{}{}</span></li>').format(
+        *words[c["holds"]], Markup(_inline(c["text"])), Markup("<small>{}</small>").format("; ".join(filter(None, [c.get("number"), c.get("remark")]))) if c.get("number") or c.get("remark") else "")
+    return Markup('<ul class="claims">') + Markup("").join(map(item, claims)) + Markup("</ul>")
+
+# %% ../nbs/90_figures.ipynb #bee78782
+def build_report(path,                          # the HTML file to write
+                 title: str,
+                 lead: str = "",                # what this is and what came out, in a paragraph or two of Markdown
+                 sections: Iterable = (),       # Sections, or run folders that hold one
+                 *, summary_of_claims: bool = True,     # all claims of all sections once more at the top
+                 facts: dict[str, Any] | None = None,   # how it was made: a table at the end
+                 footer: str = "") -> Path:
+    "Writes a report of its sections as one HTML file that needs nothing else."
+    from jinja2 import Environment
+    from markupsafe import Markup
+    sections = [s if isinstance(s, Section) else read_section(s) for s in sections]
+    env = Environment(autoescape=True, trim_blocks=False)
+    env.filters |= {"prose": lambda t: Markup(prose(t)), "inline": lambda t: Markup(_inline(t))}
+    shown = [{"heading": s.heading, "text": s.text, "claims": s.claims, "pictures": [(*_picture(Path(s.folder)/f"{name}.png"), caption) for name, caption in s.figures],
+              "grids": [((Path(s.folder)/f"{name}.md").read_text(encoding="utf-8"), caption) for name, caption in s.tables]} for s in sections]
+    claims = [c for s in sections for c in s.claims] if summary_of_claims else []
+    page = env.from_string(_page).render(title=title, lead=lead, css=Markup(_css), sections=shown, claims=claims, facts=facts, footer=footer, verdicts=_verdicts, count=_Count())
+    return write_text(path, re.sub(r"\n{3,}", "\n\n", page))
+
+class _Count:
+    "Numbers of figures and tables, in order of appearance."
+    def __init__(self): self.figures = self.tables = 0
+    def figure(self): self.figures += 1; return self.figures
+    def table(self): self.tables += 1; return self.tables
+
+def _picture(path: Path) -> tuple[str, int]:
+    "A PNG as a data URI, and its width in CSS pixels, so that text is equally large in all pictures."
+    from PIL import Image
+    with Image.open(path) as image: width = image.width / image.info.get("dpi", (style["savefig.dpi"],))[0]
+    return "data:image/png;base64," + base64.b64encode(path.read_bytes()).decode(), round(width * 100)

@@ -77,7 +77,7 @@ def load_teacher(name_or_dir: str | Path,        # hub name or local folder
     local = Path(name_or_dir).is_dir()
     return Teacher(model.eval(), tokenizer, Path(name_or_dir).name if local else str(name_or_dir), weights_hash(name_or_dir) if local else str(getattr(model.config, "_commit_hash", "")))
 
-# %% ../nbs/40_rationales.ipynb #90a2963c
+# %% ../nbs/40_rationales.ipynb #5e28dded
 _answer_sentence = re.compile(r"\s*(so|thus|therefore|hence),? the (answer|statement) is\b.*$", re.IGNORECASE | re.DOTALL)
 
 def without_answer_sentence(text: str) -> str:
@@ -99,7 +99,7 @@ def _record(job: Job, text: str, generation, provenance: dict) -> dict:
     q, perturbed = job.question, [i for i in job.others if i is not None]
     return dict(id=q.id, split=q.split, question=q.question, choices=list(q.choices), answer=q.answer, kind=q.kind, role=job.role, target=job.target,
                 perturbed=None if not perturbed else perturbed[0] if len(perturbed) == 1 else perturbed, rationale=without_answer_sentence(text),
-                tokens=len(generation.tokens), stop=generation.stop, **({} if generation.growth is None else {"growth": [round(g, 4) for g in generation.growth]}), **provenance)
+                tokens=len(generation.tokens), stop=generation.stop, **({} if generation.growth is None else {"growth": [round(g, 4) for g in generation.growth[:len(generation.tokens)]]}), **provenance)
 
 # %% ../nbs/40_rationales.ipynb #f90a7aa5
 def rationalize(teacher,                          # a `Teacher`, or a name or folder for `load_teacher`

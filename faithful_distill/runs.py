@@ -1039,7 +1039,7 @@ def _matching(cells: list[Cell], wanted: dict, reader: Cell, file, where) -> lis
     fits = lambda c, a, v: a in c.labels and c.labels[a] in (v if isinstance(v, list) else [v])
     return [c for c in cells if all(fits(c, a, v) for a, v in {**wanted, **same}.items())]
 
-# %% ../nbs/80_runs.ipynb #a0e88199
+# %% ../nbs/80_runs.ipynb #4ac61f99
 def load_grid(profile,                          # name of a grid in data/grids, or path of a YAML file
               seeds: int | list[int] | None = None  # how many seeds, or which, instead of the grid's
              ) -> Grid:
@@ -1056,6 +1056,7 @@ def load_grid(profile,                          # name of a grid in data/grids, 
             groups[name] = _group_cells(name, _inherited(name, specs, file), file, top, seeds, ("metrics.json",) if kind == "groups" else ())
     drawn = [c for name in sections["figures"] for c in groups[name]]
     report = _group_cells("report", tree["report"], file, top, seeds, ("report.html",)) if "report" in tree else []
+    for cell in report: cell.params = {k: tree[k] for k in notebook_parameters(cell.notebook).keys() & tree.keys() & {"title", "about"}} | cell.params
     cells = [c for group in groups.values() for c in group] + report
     groups["figures"] = drawn
     for cell in cells: cell.params = {k: _resolved(v, cell, groups, file) for k, v in cell.params.items()}
