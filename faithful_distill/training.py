@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['Settings', 'make_settings', 'deepspeed_config', 'zero_stage', 'read_records', 'used_records', 'make_units',
            'engine_arguments', 'run_key', 'weights_key', 'checkpoint_to_resume', 'TrainingResult', 'train_student',
-           'finished', 'prepared', 'export', 'write_model', 'dev_evaluation']
+           'disk_is_full', 'finished', 'prepared', 'with_lora', 'merged_lora', 'export', 'write_model',
+           'dev_evaluation']
 
 # %% ../nbs/60_training.ipynb #06401e39
 import copy, difflib, hashlib, json, os, shutil, time
@@ -180,7 +181,7 @@ class TrainingResult:
     @cached_property
     def student(self) -> Student: return load_student(self.out)
 
-# %% ../nbs/60_training.ipynb #b4f82bc7
+# %% ../nbs/60_training.ipynb #28db4cea
 def train_student(student: Student | str | Path,   # a Student (copied), a folder or a hub name
                   rationales,                      # records, a Dataset of them, or the file `rationalize` wrote
                   *, out: str | Path,              # folder for the trained student
@@ -199,11 +200,19 @@ def train_student(student: Student | str | Path,   # a Student (copied), a folde
     done = finished(out, run)
     if done: return done
     from faithful_distill.trainer import deepspeed_session
-    with deepspeed_session(): return _train(student, records, dev, out, settings, run, callbacks)
+    with deepspeed_session():
+        try: return _train(student, records, dev, out, settings, run, callbacks)
+        except Exception as e:
+            if not disk_is_full(e): raise
+            raise BadInput(f"cannot be written to: {str(e).splitlines()[0]}", file=out, remedy="Make room and call again: training goes on from the last whole checkpoint.") from e
 
 def _clear(out):
     shutil.rmtree(out/"checkpoints", ignore_errors=True)
     for name in ("metrics.jsonl", "student.json", "times.json"): (out/name).unlink(missing_ok=True)
+
+def disk_is_full(e: Exception) -> bool:
+    "Is this error a full disk or quota, as Python, torch or safetensors word it?"
+    return any(words in str(e) for words in ("No space left", "os error 28", "Disk quota", "File too large", "PytorchStreamWriter failed", "file write failed"))
 
 def finished(out: Path, run: str) -> TrainingResult | None:
     "The result that `out` holds already; `BadInput` if it is another run's."
@@ -212,7 +221,7 @@ def finished(out: Path, run: str) -> TrainingResult | None:
     if note.get("run") != run: raise BadInput("holds a student of another run (other settings, records or first weights)", file=out, remedy="Choose another `out`, or pass overwrite=True.")
     return TrainingResult(out, note["steps"], note["metrics"], note["rows"], 0.0)
 
-# %% ../nbs/60_training.ipynb #d623c64e
+# %% ../nbs/60_training.ipynb #62b02543
 def _train(student, records, dev, out, settings, run, callbacks) -> TrainingResult:
     from faithful_distill import trainer as engine
     started, ranks = time.time(), int(os.environ["WORLD_SIZE"])
@@ -236,13 +245,38 @@ def prepared(student, settings: Settings) -> Student:
     if isinstance(student, Student): student = copy.copy(student); student.model = copy.deepcopy(student.model)
     else: student = load_student(student, device="cpu")
     student = Student(student.model, student.tokenizer, student.name, settings.max_source, settings.max_target)
+    if settings.lora is not None: student.model = with_lora(student, settings)
     if settings.recompute: getattr(student.model, "activation_checkpointing_enable", student.model.gradient_checkpointing_enable)()
     return student
 
-# %% ../nbs/60_training.ipynb #5d4e4c1e
+# %% ../nbs/60_training.ipynb #00d85d16
+def with_lora(student: Student, settings: Settings):
+    "The student's model with adapters; their first values depend on the seed alone."
+    import torch
+    try: import peft
+    except ImportError: raise BadInput("needs the package peft", field="lora", value=settings.lora, remedy="pip install faithful_distill[lora]") from None
+    kind = "SEQ_2_SEQ_LM" if student.is_seq2seq else "CAUSAL_LM"
+    with torch.random.fork_rng():
+        torch.manual_seed(settings.seed)
+        try: model = peft.get_peft_model(student.model, peft.LoraConfig(task_type=kind, **settings.lora))
+        except (TypeError, ValueError) as e: raise BadInput(f"peft refuses it: {e}", field="lora", value=settings.lora, remedy="Give arguments of peft.LoraConfig, e.g. dict(r=8, target_modules=['q', 'v']).") from None
+    if settings.recompute: model.enable_input_require_grads()
+    return model
+
+def merged_lora(model, state: dict) -> dict:
+    "Gathered weights of a model with adapters as those of the plain model."
+    for name, layer in model.named_modules():
+        if f"{name}.lora_A.default.weight" not in state: continue
+        a, b = (state.pop(f"{name}.lora_{x}.default.weight").float() for x in "AB")
+        change, weight = layer.scaling["default"]*(b @ a), state[f"{name}.base_layer.weight"]
+        state[f"{name}.base_layer.weight"] = (weight.float() + (change.T if layer.fan_in_fan_out else change)).to(weight.dtype)
+    return {name.removeprefix("base_model.model.").replace(".base_layer.", "."): weight for name, weight in state.items()}
+
+# %% ../nbs/60_training.ipynb #3a52d117
 def export(trainer, student: Student, out: Path, settings: Settings, run: str, rows: dict, started: float) -> TrainingResult:
     "Gather the weights and write the finished student (rank 0); checkpoints are then removed."
     state = trainer.accelerator.get_state_dict(trainer.deepspeed)
+    if settings.lora is not None: state, student.model = merged_lora(student.model, state), student.model.get_base_model()
     log = trainer.state.log_history
     last = next((dict(row) for row in reversed(log) if "loss" in row), {})
     best = [row for row in log if "eval_loss" in row and (not trainer.state.best_global_step or row["step"] == trainer.state.best_global_step)][-1:]

@@ -22,8 +22,8 @@ def records():
     return made
 
 
-def base(kind="t5"):
-    return tiny_student([r["question"] + " " + r["rationale"] for r in records()] + choices, kind, width=16)
+def base(kind="t5", **config):
+    return tiny_student([r["question"] + " " + r["rationale"] for r in records()] + choices, kind, width=16, **config)
 
 
 def stage_config(stage):
