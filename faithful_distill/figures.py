@@ -4,9 +4,10 @@
 
 # %% auto #0
 __all__ = ['palette', 'ink', 'faint', 'rule', 'style', 'plain_name', 'looks', 'use_style', 'blank_figure', 'save_figure',
-           't_interval', 'summarise', 'paired_difference', 'number', 'dots', 'lines', 'spread', 'slopes', 'matrix',
-           'n_text', 'Strip', 'strip_places', 'heat_strip', 'cell_text', 'crossed', 'markdown_table', 'latex_table',
-           'latex_text', 'save_table', 'Section', 'claim', 'write_section', 'read_section', 'prose', 'build_report']
+           't_interval', 'summarise', 'in_order', 'paired_difference', 'number', 'dots', 'lines', 'spread', 'slopes',
+           'matrix', 'n_text', 'Strip', 'strip_places', 'heat_strip', 'cell_text', 'crossed', 'markdown_table',
+           'latex_table', 'latex_text', 'save_rows', 'save_table', 'Section', 'claim', 'write_section', 'read_section',
+           'prose', 'build_report']
 
 # %% ../nbs/90_figures.ipynb #41d54b18
 import base64, html, json, math, re
@@ -115,6 +116,14 @@ def _summary(group, level) -> dict:
     if len(there) == 1: low, high = (None if isna(there[c].iloc[0]) else there[c].iloc[0] for c in ("low", "high"))
     return row | {"value": value, "low": low, "high": high}
 
+# %% ../nbs/90_figures.ipynb #09377e6d
+def in_order(table, **orders: Sequence):    # column = its values in the order wanted
+    "Rows of a table whose columns have the named values, sorted by these orders; the first column named changes slowest."
+    for column, names in reversed(orders.items()):
+        place = {name: i for i, name in enumerate(names)}
+        table = table[table[column].isin(place)].sort_values(column, key=lambda c: c.map(place), kind="stable")
+    return table.reset_index(drop=True)
+
 # %% ../nbs/90_figures.ipynb #e5bae4aa
 def paired_difference(table, axis: str, a, b, over: Sequence[str] = ("seed",), level: float = 0.95) -> dict:
     "Mean of value[axis = a] - value[axis = b] over rows that agree on `over`, with t interval: {'value', 'low', 'high', 'n'}; n = pairs."
@@ -143,26 +152,26 @@ def _frame(axes, title, percent: bool, axis: str) -> None:
     axes.grid(False); axes.grid(True, axis=axis)
     if percent: (axes.xaxis if axis == "x" else axes.yaxis).set_major_formatter(FuncFormatter(lambda v, _: f"{100 * v:.0f} %"))
 
-# %% ../nbs/90_figures.ipynb #46fe5a93
+# %% ../nbs/90_figures.ipynb #3e9209b6
 def dots(summary,                       # rows of `summarise`
          row: str,                      # column that names the rows, usually the method
          panel: str | None = None,      # column that names the panels
          *, label: str = "",            # what is measured, written below the axis
          percent: bool = False, bars: bool = False,
          reference: float | None = None, reference_label: str = "",   # a line to compare with: chance, zero
-         limits: tuple[float, float] | None = None,
+         limits: tuple[float, float] | None = None, same_scale: bool = True,    # one value axis for all panels
          columns: int = 3, width: float = 7.2):
     "A panel for each value of `panel`, a row for each value of `row`: dot, interval, value. Returns the figure."
     names, height, columns = _panels(summary, panel, columns)
     rows = list(dict.fromkeys(summary[row]))
     look = looks(rows)
-    figure, grid = blank_figure(width, height * (0.85 + 0.27 * len(rows)), height, columns, sharex=True, sharey=True)
-    limits = limits or _room(summary, bars, reference)
-    ticks = _ticks(limits, 1.0 if percent else math.inf, 5 if columns == 1 else 3)
+    figure, grid = blank_figure(width, height * (0.85 + 0.27 * len(rows)), height, columns, sharex=same_scale, sharey=True)
+    shared = limits or (_room(summary, bars, reference) if same_scale else None)
     for axes, name in zip(grid.flat, names):
         part = summary if panel is None else summary[summary[panel] == name]
-        _dot_panel(axes, part, row, rows, look, limits, percent, bars)
-        axes.set_xticks(ticks)
+        own = shared or _room(part, bars, reference)
+        _dot_panel(axes, part, row, rows, look, own, percent, bars)
+        axes.set_xticks(_ticks(own, 1.0 if percent else math.inf, 5 if columns == 1 else 3))
         if reference is not None: axes.axvline(reference, color=faint, lw=1, ls=(0, (4, 3)), zorder=1)
         _frame(axes, name, percent, "x")
     if reference_label: _name_reference(grid.flat[0], reference_label, x=reference)
@@ -479,7 +488,7 @@ def crossed(summary, row: str, column: str | None = None, *, percent: bool | Seq
         body.append([str(name), *(cell_text(f.iloc[0] if len(f) else None, percent if isinstance(percent, bool) else c in percent, digits) for c, f in of.items())])
     return [[row, *map(str, columns)], *body]
 
-# %% ../nbs/90_figures.ipynb #e6997776
+# %% ../nbs/90_figures.ipynb #047813fe
 def markdown_table(rows: list[list[str]]) -> str:
     "Rows of text as a Markdown table."
     safe = [[str(c).replace("|", "\\|") for c in r] for r in rows]
@@ -499,10 +508,15 @@ def latex_text(text: str) -> str:
              **{c: "\\" + c for c in "&%$#_{}"}}
     return "".join(signs.get(c, c) for c in str(text))
 
-def save_table(rows: list[list[str]], path, caption: str = "") -> list[Path]:
-    "Writes `path`.md and `path`.tex."
+def save_rows(rows: list[list[str]], path, caption: str = "") -> list[Path]:
+    "Writes rows of text as `path`.md and `path`.tex."
     path = Path(path)
-    return [write_text(path.with_name(path.name + ".md"), markdown_table(rows)), write_text(path.with_name(path.name + ".tex"), latex_table(rows, caption, f"tab:{path.name}"))]
+    latex = latex_table(rows, caption, f"tab:{path.name}")
+    return [write_text(path.with_name(f"{path.name}.md"), markdown_table(rows)), write_text(path.with_name(f"{path.name}.tex"), latex)]
+
+def save_table(summary, row: str, column: str | None, path, *, percent: bool | Sequence[str] = False, digits: int = 2, caption: str = "") -> list[Path]:
+    "Writes a summary as `path`.md and `path`.tex, one row per value of `row`, one column per value of `column`."
+    return save_rows(crossed(summary, row, column, percent=percent, digits=digits), path, caption)
 
 # %% ../nbs/90_figures.ipynb #a8bd0e76
 @dataclass
