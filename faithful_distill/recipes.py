@@ -6,7 +6,7 @@
 __all__ = ['recipes', 'models', 'recipe', 'Need', 'memory_need', 't5_parameters', 'memory_table', 'launch', 'run_call', 'explain',
            'model_card', 'push_to_hub']
 
-# %% ../nbs/65_recipes.ipynb #fcc89202
+# %% ../nbs/65_recipes.ipynb #b14463d9
 import json, os, subprocess, sys, tempfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +15,7 @@ from typing import Sequence
 from .files import BadInput, write_json, write_text
 from .questions import as_questions
 from .student import Student, answer
-from .training import TrainingResult, deepspeed_config, read_records, train_student, zero_stage
+from .training import TrainingResult, deepspeed_config, make_settings, read_records, train_student, zero_stage
 
 # %% ../nbs/65_recipes.ipynb #cc6e35f2
 recipes = {
@@ -78,10 +78,12 @@ def memory_table(names: Sequence[str] = ("t5-3b", "t5-11b"), ranks: Sequence[int
                 rows.append({"model": name, "deepspeed": configuration, "gpus": n, "GB per GPU": round(need.gpu/1e9, 1), "GB main memory": round(need.host/1e9, 1), "card": card})
     return rows
 
-# %% ../nbs/65_recipes.ipynb #e9ad2b78
+# %% ../nbs/65_recipes.ipynb #032e50ef
 def launch(ranks: int, student: str | Path, rationales, *, out: str | Path, dev=None, timeout: float | None = None, **settings) -> TrainingResult:
     "`train_student` on `ranks` processes of this machine. The student is a folder or a hub name."
-    from faithful_distill.trainer import rank_variables
+    from faithful_distill.trainer import StepBatches, rank_variables
+    checked = make_settings(settings)
+    StepBatches([], checked.batch_size, ranks=ranks, pieces=checked.accumulation)  # said here rather than by every process
     with tempfile.TemporaryDirectory() as folder:
         call = Path(folder)/"call.json"
         data = {name: [dict(r) for r in read_records(given)] for name, given in (("rationales", rationales), ("dev", dev)) if given is not None}
