@@ -245,3 +245,16 @@ def test_answer_only_students_answer_at_once(tmp_path):
     said = answer(result.student, questions)
     assert [a.choice for a in said] == [q.answer for q in questions] and {a.rationale for a in said} == {""}
     assert result.rows["counterfactual"] == 0 and result.student.prefix == "none"
+
+
+def test_launched_from_here_on_two_processes(tmp_path):
+    "The notebook's way: a base student on disk, two ranks outside this process, the result read back."
+    from faithful_distill.recipes import launch, model_card
+    base = ranks.base()
+    base.model.save_pretrained(tmp_path/"base"); base.tokenizer.save_pretrained(tmp_path/"base")
+    given = dict(max_steps=4, batch_size=4, lr=1e-2, log_every=1, warmup=0, deepspeed=ranks.stage_config(3))
+    result = launch(2, tmp_path/"base", ranks.records(), out=tmp_path/"two", timeout=200, **given)
+    alone = train_student(base, ranks.records(), out=tmp_path/"one", **given)
+    for want, got in zip(history(alone.out), history(result.out)): assert got == pytest.approx(want, rel=2e-4, abs=2e-4)
+    assert "5 factual and 4 counterfactual" in model_card(result.out)
+    with pytest.raises(BadInput, match="divide among 2 ranks"): launch(2, tmp_path/"base", ranks.records(), out=tmp_path/"three", timeout=200, **dict(given, batch_size=3))
