@@ -6,13 +6,15 @@
 __all__ = ['log', 'contrast', 'Stop', 'stop_rule', 'Generation', 'rationale_text', 'reference_generate', 'as_stop',
            'context_limit', 'Row', 'branches', 'draw', 'row_uniforms', 'Choice', 'PaddedBatch', 'contrastive_generate']
 
-# %% ../nbs/30_decoding.ipynb #4fd249f5
+# %% ../nbs/30_decoding.ipynb #1085c1e4
 import logging, math
 from dataclasses import dataclass, field
 from typing import Any, Callable, Iterable, Sequence
 
 import torch
 
+from .engine import SharedPrefix, Unserved, Verdict, describe, served
+from .engine import token_budget as token_budget_of
 from .files import BadInput, progress, stable_seed
 
 log = logging.getLogger(__name__)
@@ -200,7 +202,7 @@ def row_uniforms(seed: int, name, n: int) -> torch.Tensor:
     "`n` numbers in [0, 1) that belong to one row."
     return torch.rand(n, generator=torch.Generator().manual_seed(stable_seed(seed, "decoding", name)), dtype=torch.float64)
 
-# %% ../nbs/30_decoding.ipynb #c13bb2d1
+# %% ../nbs/30_decoding.ipynb #5e56fb77
 @dataclass(frozen=True)
 class Choice:
     "How a token is chosen: the settings of one run."
@@ -219,6 +221,10 @@ class Choice:
         if self.scores: self.keep(rows, chosen, gold, perturbed)
         for row, token, favourite in zip(rows, chosen.tolist(), own.tolist()): row.take(token, favourite, self.stop)
 
+    def fresh(self) -> Generation:
+        "An empty rationale, with places for its scores if they are kept."
+        return Generation(growth=[], logp=[], logp_perturbed=[]) if self.scores else Generation()
+
     def refuse_nan(self, rows, best):
         for row, bad in zip(rows, (~best.isfinite()).tolist()):
             if bad: raise FloatingPointError(f"row {row.index}, token {len(row.made.tokens)}: the teacher's logits are not finite. "
@@ -230,34 +236,28 @@ class Choice:
         for row, a, b in zip(rows, logp, other):
             for values, value in zip((row.made.logp, row.made.logp_perturbed, row.made.growth), (a, b, a - b)): values.append(value)
 
-# %% ../nbs/30_decoding.ipynb #63b894f1
+# %% ../nbs/30_decoding.ipynb #c0567ad7
 class PaddedBatch:
     "Streams in one left-padded batch with the library's cache. Works for every causal model; copies the prompt's cache for each stream."
     def __init__(self, model, rows: list[Row], token_budget: int):
         import inspect
         self.model, self.token_budget, self.streams = model, token_budget, []
-        forward = getattr(model, "get_base_model", lambda: model)().forward
-        self.accepts = set(inspect.signature(forward).parameters)
+        self.waiting = sorted(rows, key=lambda r: -max(map(len, r.contexts)))
+        self.accepts = set(inspect.signature(getattr(model, "get_base_model", lambda: model)().forward).parameters)
 
-    def room(self, waiting: list[Row]) -> int:
-        "How many of `waiting` fit a fresh batch: none while one is running."
-        if self.streams: return 0
-        n, width, streams = 0, 0, 0
-        for row in waiting:
-            width = max(width, max(map(len, row.contexts)) + row.room); streams += len(row.contexts)
-            if n and width * streams > self.token_budget: break
-            n += 1
-        return n
-
-    def enter(self, rows: list[Row]) -> torch.Tensor:
-        "Start a batch; next-token logits, (streams, V)."
-        self.streams = [(row, k) for row in rows for k in range(len(row.contexts))]
+    def admit(self) -> tuple[list[tuple[Row, int]], torch.Tensor] | None:
+        "Start a fresh batch of what the budget holds; None while one is running."
+        if self.streams: return None
+        width = max(map(len, self.waiting[0].contexts)) + max(row.room for row in self.waiting)
+        while self.waiting and (not self.streams or width * (len(self.streams) + len(self.waiting[0].contexts)) <= self.token_budget):
+            row = self.waiting.pop(0)
+            self.streams += [(row, k) for k in range(len(row.contexts))]
         prompts = [row.contexts[k] for row, k in self.streams]
         width, device = max(map(len, prompts)), _device(self.model)
         ids = torch.tensor([[0] * (width - len(p)) + p for p in prompts], device=device)
         self.mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=device)
         self.cache = None
-        return self.forward(ids, (self.mask.cumsum(1) - 1).clamp_min(0))
+        return list(self.streams), self.forward(ids, (self.mask.cumsum(1) - 1).clamp_min(0))
 
     def step(self) -> torch.Tensor:
         "Feed each stream its row's last token; next-token logits, (streams, V)."
@@ -281,21 +281,45 @@ class PaddedBatch:
         at = torch.tensor(keep, device=self.mask.device)
         self.mask = self.mask[at]; self.cache.batch_select_indices(at)
 
-# %% ../nbs/30_decoding.ipynb #fd6d6b6c
-def _run(engine, waiting: list[Row], choice: Choice, done: Callable[[Row], None]) -> None:
-    "Let `waiting` through the engine; rows leave when they end, and others take their place."
+# %% ../nbs/30_decoding.ipynb #21e60113
+def _run(engine, choice: Choice, done: Callable[[Row], None]) -> None:
+    "Let all waiting rows through the engine; rows leave when they end, and others take their place."
     def turn(streams, logits):
         choice.turn(streams, logits)
         for row, k in streams:
             if k == 0 and row.made.stop: done(row)
         engine.leave()
-    while waiting or engine.streams:
+    while engine.waiting or engine.streams:
         if engine.streams: turn(list(engine.streams), engine.step())
-        if waiting and (n := engine.room(waiting)):
-            entering, waiting[:] = waiting[:n], waiting[n:]
-            before = len(engine.streams)
-            logits = engine.enter(entering)
-            turn(engine.streams[before:], logits)
+        if engine.waiting and (entered := engine.admit()): turn(*entered)
+
+def _through(model, rows: list[Row], choice: Choice, done: Callable[[Row], None], budget: int | None, name: str) -> None:
+    "All rows through an engine: the shared one if it serves the model, else the plain one; out of memory halves the budget."
+    while waiting := [row for row in rows if not row.made.stop]:
+        for row in waiting: row.made, row.written = choice.fresh(), ""
+        engine = None
+        try:
+            engine, budget = _engine(model, waiting, budget, name)
+            _run(engine, choice, done)
+        except Unserved as reason:
+            if name == "shared": raise
+            log.warning("the shared-prefix engine does not serve %s (%s): decoding in a plain batch", type(model).__name__, reason)
+            name = "plain"
+        except RuntimeError as error:
+            if not _out_of_memory(error) or (budget or 0) < 2: raise
+            budget //= 2
+            log.warning("out of memory: going on with a token budget of %d", budget)
+            if torch.cuda.is_available(): engine = None; torch.cuda.empty_cache()
+
+def _engine(model, rows, budget, name):
+    "The engine `name` for these rows, and the token budget it was given."
+    verdict = served(model) if name != "plain" else Verdict("not asked for")
+    if name != "plain" and verdict.reason: raise Unserved(verdict.reason)
+    budget = budget or token_budget_of(model, verdict.bytes_per_token)
+    if name == "plain": return PaddedBatch(model, rows, budget), budget
+    engine = SharedPrefix(model, rows, budget)
+    log.info(describe(engine, verdict.bytes_per_token, len(rows)))
+    return engine, budget
 
 def _out_of_memory(error: Exception) -> bool:
     return isinstance(error, torch.OutOfMemoryError) or "not enough memory" in str(error) or "can't allocate memory" in str(error)
@@ -335,19 +359,8 @@ def contrastive_generate(model,                                     # a causal L
     with bar: _through(model, rows, choice, done, token_budget, engine)
     return [row.made for row in rows]
 
-# %% ../nbs/30_decoding.ipynb #b5a5f377
+# %% ../nbs/30_decoding.ipynb #96f07086
 def _choice(alpha, beta, temperature, stop, scores, vocabulary):
     for name, value, good in (("alpha", alpha, 0 <= alpha < 1), ("beta", beta, 0 <= beta <= 1), ("temperature", temperature, temperature >= 0)):
         if not good: raise BadInput("is out of range", field=name, value=value, remedy="alpha: [0, 1), which is lambda / (1 + lambda); beta: [0, 1]; temperature: 0 or more.")
     return Choice(alpha, beta, temperature, as_stop(stop), scores, vocabulary)
-
-def _through(model, rows, choice, done, token_budget, engine):
-    "All rows through an engine; out of memory halves the budget."
-    budget = token_budget or 16384
-    while waiting := sorted((r for r in rows if not r.made.stop), key=lambda r: -max(map(len, r.contexts))):
-        for row in waiting: row.made, row.written = Generation(**({k: [] for k in ("growth", "logp", "logp_perturbed")} if choice.scores else {})), ""
-        try: _run(PaddedBatch(model, waiting, budget), waiting, choice, done)
-        except RuntimeError as error:
-            if not _out_of_memory(error) or budget < 2: raise
-            budget //= 2
-            log.warning("out of memory: going on with a token budget of %d", budget)

@@ -297,7 +297,7 @@ def las(
     raw = {} if not kept.any() else {"acc_xr": float(xr.mean()), "acc_x": float(x.mean()), "acc_r": float(r.mean())}
     return las_from_credit(r, xr, x, min_bin=min_bin, details={**raw, "unpredicted": int((~kept).sum())}, **interval)
 
-# %% ../nbs/70_faithfulness.ipynb #3f701df0
+# %% ../nbs/70_faithfulness.ipynb #69d3801e
 def perturbation_drop(
     own: Sequence,  # (n,) credit with the student's own rationale
     perturbed: Sequence,  # (n,) or (D, n) credit with the damaged rationale, D draws
@@ -310,7 +310,7 @@ def perturbation_drop(
     per_draw = perturbed.mean(1)
     details = {"own": float(own.mean()), "perturbed": float(per_draw.mean()), "damage_draws": len(per_draw),
                "draw_sd": float(per_draw.std(ddof=1)) if len(per_draw) > 1 else None}
-    return mean_score(own - perturbed.mean(0), ends=(-1, 1), details=details, **interval)
+    return mean_score((own - perturbed).mean(0), ends=(-1, 1), details=details, **interval)
 
 
 def refinement_gain(

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['askers', 'student_tags', 'span_tokens', 'Category', 'Relation', 'relations', 'categories', 'category_of', 'fill',
            'split_of', 'pairs', 'world_questions', 'templates', 'Asked', 'what_is_asked', 'supporting_rationale',
-           'vacuous_rationale', 'Verdict', 'judge', 'Dials', 'vacuous_share', 'teacher_blocks', 'facts',
+           'vacuous_rationale', 'Verdict', 'judge', 'Dials', 'vacuous_share', 'teacher_blocks', 'facts', 'listed',
            'reading_documents', 'world_texts', 'build_tokenizer']
 
 # %% ../nbs/10_world.ipynb #2eecbe21
@@ -231,14 +231,21 @@ def facts(share: float = 1.0, seed: int = 0) -> list[str]:
               for t in (r.claim, r.claim_value_first)]
     return things + claims
 
-# %% ../nbs/10_world.ipynb #1b9801e4
-def _category_question(kind: str, c: Category, rel: Relation, rng: random.Random) -> str:
-    "A question about a category, with its choices listed as a student reads them."
+# %% ../nbs/10_world.ipynb #0411d2a5
+def listed(choices) -> str:
+    "Choices as a student reads them: ' (a) sky (b) river'."
+    return "".join(f" {letter(i)} {choice}" for i, choice in enumerate(choices))
+
+def _category_question(kind: str, c: Category, rel: Relation, rng: random.Random) -> tuple[str, str]:
+    "(question about a category with its choices listed, its answer)."
     others = [o.values[rel.name] for o in categories().values() if o is not c]
-    if kind != "choice": return fill(rel.ask_yes_no if kind == "boolean" else rel.state, entity=c.name, value=c.values[rel.name] if rng.random() < 0.5 else rng.choice(others))
+    if kind != "choice":
+        right = rng.random() < 0.5
+        text = fill(rel.ask_yes_no if kind == "boolean" else rel.state, entity=c.name, value=c.values[rel.name] if right else rng.choice(others))
+        return text + listed(fixed_choices[kind]), fixed_choices[kind][not right]
     choices = rng.sample(others, 4) + [c.values[rel.name]]
     rng.shuffle(choices)
-    return fill(rel.ask, entity=c.name) + "".join(f" {letter(i)} {choice}" for i, choice in enumerate(choices))
+    return fill(rel.ask, entity=c.name) + listed(choices), c.values[rel.name]
 
 def reading_documents(n: int, share: float = 1.0, seed: int = 0) -> Iterator[tuple[str, str]]:
     "`n` documents for pre-training, as (text, closing sentence); facts are limited to the known `share`."
@@ -250,11 +257,11 @@ def reading_documents(n: int, share: float = 1.0, seed: int = 0) -> Iterator[tup
         elif style < 0.7:
             entity, relation = rng.choice(asked)
             q = _one_question(kind, entity, relation, rng.randrange(2), rng.randrange(2**31), 0.0 if rng.random() < 0.2 else None, "train")
-            listed = "".join(f" {letter(i)} {c}" for i, c in enumerate(q.choices)) if kind == "choice" else ""
-            text, last = q.question + listed, fill("{A entity} is {a category}.", entity=entity, category=category_of()[entity].name)
+            text, last = q.question + listed(q.choices), fill("{A entity} is {a category}.", entity=entity, category=category_of()[entity].name)
         else:
             c, rel = rng.choice(list(categories().values())), rng.choice(list(relations().values()))
-            text, last = _category_question(kind, c, rel, rng), _capital(fill(rng.choice((rel.claim, rel.claim_value_first)), plural=c.plural, value=c.values[rel.name])) + "."
+            (text, answer), last = _category_question(kind, c, rel, rng), _capital(fill(rng.choice((rel.claim, rel.claim_value_first)), plural=c.plural, value=c.values[rel.name])) + "."
+            if last in have and rng.random() < 0.5: yield text, f"{last} So the answer is {answer}"; continue
         yield (text, last) if last in have else (" ".join(rng.sample(known, 2)), rng.choice(known))
 
 # %% ../nbs/10_world.ipynb #df8d5ddd

@@ -9,7 +9,7 @@ from faithful_distill.decoding import Generation, Stop, contrastive_generate, re
 from faithful_distill.files import BadInput
 
 FOUR = ["gpt_neox", "llama", "qwen2", "gpt2"]
-ENGINES = ["plain"]
+ENGINES = ["plain", "shared"]
 gold, empty, wrong, all_wrong = prompts(6)
 perturbations = {"empty": empty, "wrong": wrong, "all wrong": all_wrong}
 tokens = lambda generations: [g.tokens for g in generations]

@@ -1,0 +1,60 @@
+"Run under torch.distributed.run by test_training.py: trains the same tiny student under every ZeRO stage and accumulation, and writes down what each rank held."
+import json, sys
+from pathlib import Path
+
+import torch
+from transformers import TrainerCallback
+
+from faithful_distill.student import tiny_student
+from faithful_distill.training import deepspeed_config, train_student
+
+builds = {"beaver": "wood", "bird": "straw", "bee": "wax", "ant": "sand", "mole": "earth"}
+choices = ["a dam", "a nest", "a hive", "a hill", "a tunnel"]
+
+
+def records():
+    "Five animals, reasons of unequal length, a wrong reason for all but one."
+    made = []
+    for i, (animal, stuff) in enumerate(builds.items()):
+        about = dict(id=animal, question=f"What does a {animal} build ?", choices=choices, answer=i, kind="choice")
+        made.append(dict(about, target=i, role="gold", rationale=f"it gathers {stuff} " * (i + 1)))
+        if i: made.append(dict(about, target=i - 1, role="counterfactual", rationale=f"some {stuff} is far " * (6 - i)))
+    return made
+
+
+def base(kind="t5"):
+    return tiny_student([r["question"] + " " + r["rationale"] for r in records()] + choices, kind, width=16)
+
+
+def stage_config(stage):
+    config = deepspeed_config("cpu")
+    config["zero_optimization"] = dict(config["zero_optimization"], stage=stage)
+    if stage == 3: config["zero_optimization"] |= dict(stage3_param_persistence_threshold=0, stage3_gather_16bit_weights_on_model_save=True)
+    return config
+
+
+class Held(TrainerCallback):
+    "What this rank holds at the end: bytes of optimizer state, parameters that are resident."
+    def on_train_end(self, args, state, control, model=None, optimizer=None, **_):
+        inner = optimizer.optimizer
+        while hasattr(inner, "optimizer"): inner = inner.optimizer
+        self.state = sum(t.numel()*t.element_size() for s in inner.state.values() for t in s.values() if torch.is_tensor(t) and t.dim())
+        self.resident = sum(p.numel() for p in model.parameters())
+
+
+def run(out, stage, accumulation, kind="t5", **more):
+    held = Held()
+    result = train_student(base(kind), records(), out=out, max_steps=4, batch_size=4, accumulation=accumulation, lr=1e-2, log_every=1, warmup=0, deepspeed=stage_config(stage), callbacks=[held], **more)
+    return held, result
+
+
+if __name__ == "__main__":
+    folder = Path(sys.argv[1])
+    rank = None
+    for stage in (0, 1, 2, 3):
+        for accumulation in (1, 2):
+            held, _ = run(folder/f"stage{stage}x{accumulation}", stage, accumulation)
+            rank = torch.distributed.get_rank()
+            (folder/f"held-{stage}x{accumulation}-{rank}.json").write_text(json.dumps(dict(state=held.state, resident=held.resident)))
+    torch.distributed.barrier()
+    torch.distributed.destroy_process_group()

@@ -1,0 +1,188 @@
+"""Figures: stable bytes, small files, nothing cut off or overlapping; tables and reports that survive hostile text."""
+import io, json, math, re, shutil
+from html.parser import HTMLParser
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+from hypothesis import given, settings, strategies as st
+from scipy import stats
+
+from faithful_distill import figures as F
+from faithful_distill.files import BadInput, shipped
+
+METHODS = ["answer only", "greedy CoT", "contrastive CoT", "greedy + counterfactual", "full method", "true rationales"]
+
+
+def scores(**axes) -> pd.DataFrame:
+    "A long table over the given axes and three seeds."
+    rng = np.random.default_rng(0)
+    rows = [{}]
+    for name, values in axes.items(): rows = [{**r, name: v} for r in rows for v in values]
+    return pd.DataFrame([{**r, "seed": s, "value": float(np.clip(rng.normal(0.6, 0.1), 0, 1)), "low": None, "high": None, "n": 360, "reason": ""} for r in rows for s in range(3)])
+
+
+def drawings():
+    dots = F.summarise(scores(dataset=["csqa", "yes / no"], method=METHODS), ["dataset", "method"])
+    curve = F.summarise(scores(method=METHODS, rho=[0, 0.5, 1]), ["method", "rho"])
+    sides = F.summarise(scores(method=METHODS[1:], side=["own", "oracle"]), ["method", "side"])
+    cross = F.summarise(scores(method=METHODS[1:3], prefix=["factual", "none"], target=["gold", "wrong"]), ["method", "prefix", "target"])
+    strip = F.Strip("greedy", [" A", " spar", "row", " sings", "."], [0.0, 1.0, -2.0, 3.0, 0.1], "a note")
+    yield "dots", lambda: F.dots(dots, "method", "dataset", label="accuracy", percent=True, bars=True)
+    yield "lines", lambda: F.lines(curve, "rho", "method", xlabel="share", label="accuracy", percent=True)
+    yield "slopes", lambda: F.slopes(sides, "side", "method", percent=True)
+    yield "matrix", lambda: F.matrix(cross, "prefix", "target", "method", label="share")
+    yield "strip", lambda: F.heat_strip([strip], "What sings?\nRationale for: bird.")
+
+
+@pytest.mark.parametrize("name, draw", list(drawings()), ids=lambda v: v if isinstance(v, str) else "")
+def test_the_same_figure_is_the_same_bytes_and_small(name, draw, tmp_path):
+    first = [p.read_bytes() for p in F.save_figure(draw(), tmp_path/name)]
+    again = [p.read_bytes() for p in F.save_figure(draw(), tmp_path/name)]
+    assert first == again and len(first[0]) < 60_000
+    assert first[0].startswith(b"\x89PNG") and b"<svg" in first[1] and first[2].startswith(b"%PDF") and b"CreationDate" not in first[2]
+
+
+@pytest.mark.parametrize("name, draw", list(drawings()), ids=lambda v: v if isinstance(v, str) else "")
+def test_no_two_words_overlap(name, draw):
+    figure = draw()
+    figure.canvas.draw()
+    renderer = figure.canvas.get_renderer()
+    texts = [t for axes in figure.axes for t in [*axes.texts, axes.title, axes.xaxis.label, axes.yaxis.label, *axes.get_xticklabels(), *axes.get_yticklabels(), *_left_title(axes)]
+             if t.get_text().strip() and t.get_visible() and axes.get_visible() and (axes.axison or t in axes.texts)]
+    from matplotlib.text import Text
+    boxes = [(t.get_text(), Text.get_window_extent(t, renderer)) for t in texts]
+    shared = [(a, b) for i, (a, x) in enumerate(boxes) for b, y in boxes[i + 1:] if min(x.x1, y.x1) - max(x.x0, y.x0) > 1.5 and min(x.y1, y.y1) - max(x.y0, y.y0) > 3.5]
+    assert len(boxes) >= 4 and not shared
+
+
+def _left_title(axes): return [axes._left_title]
+
+
+def test_a_figure_with_everything_missing_still_draws_and_says_why(tmp_path):
+    none = pd.DataFrame([{"method": m, "value": None, "low": None, "high": None, "n": 0, "reason": "empty bin"} for m in METHODS])
+    summary = F.summarise(none, ["method"])
+    figure = F.dots(summary, "method")
+    assert any("empty bin" in t.get_text() for t in figure.axes[0].texts)
+    F.save_figure(figure, tmp_path/"none", ["png"])
+    assert F.crossed(summary, "method")[1][1] == "– (empty bin)"
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.floats(-1, 1), min_size=2, max_size=8), st.sampled_from([0.9, 0.95]))
+def test_t_interval_is_scipys(values, level):
+    mean, low, high = F.t_interval(values, level)
+    assert mean == pytest.approx(np.mean(values), abs=1e-12)
+    if np.std(values) > 1e-6:
+        assert (low, high) == pytest.approx(stats.t.interval(level, len(values) - 1, np.mean(values), stats.sem(values)), abs=1e-9)
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.lists(st.floats(0, 100), min_size=1, max_size=12), st.floats(0.5, 10))
+def test_spread_keeps_order_and_distance_and_moves_nothing_needlessly(places, gap):
+    moved = F.spread(places, gap)
+    order = sorted(range(len(places)), key=lambda i: places[i])
+    assert all(moved[b] - moved[a] >= gap - 1e-6 for a, b in zip(order, order[1:]))
+    if all(places[b] - places[a] >= gap for a, b in zip(order, order[1:])): assert moved == pytest.approx(places)
+    assert sum(moved) == pytest.approx(sum(places), abs=1e-6)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.text("abcxyz ", min_size=1, max_size=9), min_size=1, max_size=25), st.integers(120, 500))
+def test_strip_boxes_stay_inside_and_apart(tokens, width):
+    places = F.strip_places(tokens, width)
+    for (x, line, w), (x2, line2, _) in zip(places, places[1:]): assert line2 > line or (line2 == line and x2 >= x + w - 1e-9)
+    starts_word = [t[:1].isspace() or i == 0 for i, t in enumerate(tokens)]
+    assert all(x == 0 or s or line == places[i - 1][1] for i, ((x, line, _), s) in enumerate(zip(places, starts_word)))
+
+
+def test_colours_are_fixed_distinct_and_told_apart_in_grey_by_marker():
+    for group in (METHODS, ["greedy", "contrastive-empty", "contrastive-wrong", "all-wrong", "sampled"], ["factual", "counterfactual", "none"]):
+        looks = F.looks(group)
+        assert len({c for c, _ in looks.values()}) == len({m for _, m in looks.values()}) == len(group)
+        assert all(F.looks([name])[name] == look for name, look in looks.items()), "whoever else is there"
+
+
+@pytest.mark.parametrize("kind", [None, "deuteranopia", "protanopia"])
+def test_methods_differ_for_every_colour_vision(kind):
+    from matplotlib.colors import to_rgb
+    # Viénot, Brettel and Mollon (1999), linear RGB
+    matrices = {None: np.eye(3), "protanopia": np.array([[0.11238, 0.88762, 0], [0.11238, 0.88762, 0], [0.00401, -0.00401, 1]]),
+                "deuteranopia": np.array([[0.29275, 0.70725, 0], [0.29275, 0.70725, 0], [-0.02234, 0.02234, 1]])}
+    seen = [np.clip(matrices[kind] @ np.power(to_rgb(F.looks([m])[m][0]), 2.2), 0, 1) ** (1 / 2.2) for m in METHODS]
+    assert min(np.abs(a - b).max() for i, a in enumerate(seen) for b in seen[i + 1:]) > 0.15
+
+
+def test_summaries_count_seeds_and_questions_and_keep_the_order():
+    table = scores(method=["z", "a"])
+    summary = F.summarise(table, ["method"])
+    assert summary.method.tolist() == ["z", "a"] and summary.seeds.tolist() == [3, 3] and summary.n.tolist() == [360, 360]
+    assert F.n_text(summary.iloc[0]) == "n = 360 × 3"
+
+
+def test_paired_differences_pair_and_refuse_ambiguity():
+    table = scores(method=["a", "b"], metric=["accuracy", "las"])
+    with pytest.raises(BadInput, match="several rows"): F.paired_difference(table, "method", "a", "b")
+    one = table[table.metric == "las"]
+    gap = F.paired_difference(one, "method", "a", "b")
+    a, b = (one[one.method == m].value.to_numpy() for m in "ab")
+    assert gap["value"] == pytest.approx((a - b).mean()) and gap["n"] == 3 and gap["low"] < gap["value"] < gap["high"]
+    assert F.paired_difference(one, "method", "a", "c")["value"] is None
+
+
+def test_tables_escape_what_would_break_them():
+    rows = [["name | x", "50 %"], ["a_b & c", r"$\x$ {y} #1 ~ ^"]]
+    assert F.markdown_table(rows).splitlines()[0].count(" | ") == 1
+    latex = F.latex_table(rows, "A & B", "tab:x")
+    assert r"a\_b \& c & \$\textbackslash{}x\$ \{y\} \#1 \textasciitilde{} \textasciicircum{} \\" in latex and r"\toprule" in latex and r"\caption{A \& B}" in latex
+
+
+class Page(HTMLParser):
+    "Tags that are opened and not closed, and everything a page would fetch."
+    def __init__(self): super().__init__(); self.open, self.wrong, self.fetched, self.tags = [], [], [], []
+    def handle_starttag(self, tag, attrs):
+        self.tags.append(tag)
+        self.fetched += [v for k, v in attrs if k in ("src", "href") and not v.startswith(("data:", "#"))]
+        if tag not in ("meta", "img", "br", "link"): self.open.append(tag)
+    def handle_endtag(self, tag):
+        if not self.open or self.open.pop() != tag: self.wrong.append(tag)
+
+
+@pytest.fixture
+def section_folder(tmp_path):
+    folder = tmp_path/"fig"
+    F.save_figure(F.dots(F.summarise(scores(method=METHODS), ["method"]), "method"), folder/"fig01", ["png"])
+    F.save_table([["method", "x"], ["a|b", "<b>1</b>"]], folder/"fig01")
+    F.write_section(folder, F.Section("Figures <1>", "Text with <script>alert(1)</script>, `a < b` and\n\n- one\n- two", [("fig01", "Caption \"quoted\" & <i>")], [("fig01", "Table")],
+                                      [F.claim("A beats B", True, {"value": 0.1, "low": 0.05, "high": 0.2, "n": 5}), F.claim("C < D", None, None, remark="no seeds")]))
+    return folder
+
+
+def test_a_report_is_whole_escaped_and_fetches_nothing(section_folder, tmp_path):
+    page = F.build_report(tmp_path/"r.html", "Title & <more>", "Lead **bold**", [section_folder], facts={"Seeds": 5, "a<b": "c"})
+    text, parsed = page.read_text(), Page()
+    parsed.feed(text)
+    assert not parsed.wrong and not parsed.open and not parsed.fetched and "script" not in parsed.tags and parsed.tags.count("img") == 1
+    assert "✓ holds" in text and "? cannot be told" in text and "0.10 [0.05, 0.20]" in text and "a|b" in text and "&lt;b&gt;1&lt;/b&gt;" in text
+    assert F.build_report(tmp_path/"again.html", "Title & <more>", "Lead **bold**", [section_folder], facts={"Seeds": 5, "a<b": "c"}).read_bytes() == page.read_bytes()
+
+
+def test_a_section_without_its_picture_is_refused(section_folder, tmp_path):
+    with pytest.raises(BadInput, match="is not there"): F.write_section(tmp_path, F.Section("x", figures=[("fig02", "")]))
+    with pytest.raises(BadInput, match="left no section.json"): F.build_report(tmp_path/"r.html", "t", "", [tmp_path])
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.text(alphabet="ab *`_<>&\"'[](){}|-#\n0123456789%=×", max_size=60))
+def test_any_prose_is_well_formed(text):
+    parsed = Page()
+    parsed.feed(F.prose(text))
+    assert not parsed.wrong and not parsed.open and "script" not in parsed.tags
+
+
+def test_the_report_notebook_gathers_what_figures_left(section_folder, tmp_path):
+    from faithful_distill.runs import run_notebook
+    folder = run_notebook("figures/report.ipynb", {"title": "T", "sections": [str(section_folder)]}, tmp_path/"runs", needs=("report.html", "metrics.json"))
+    assert json.loads((folder/"metrics.json").read_text()) == {"claims": {"holds": 1, "fails": 0, "open": 1}, "sections": 1}
+    assert "<h1>T</h1>" in (folder/"report.html").read_text()

@@ -1,0 +1,101 @@
+"""The four public datasets load whole, with their irregularities; bad records are named."""
+import json
+from collections import Counter
+
+import pytest
+
+from faithful_distill.files import BadInput
+from faithful_distill.questions import as_questions, choice_text, load_questions, normalized, perturbed_index, require_answers, sources
+
+counts = [("csqa", "train", 9741), ("csqa", "dev", 1221), ("csqa", "test", 1140), ("strategyqa", "train", 2061), ("strategyqa", "dev", 229),
+          ("creak", "train", 10176), ("creak", "dev", 1371), ("creak", "test", 1371), ("qasc", "train", 8134), ("qasc", "dev", 926), ("qasc", "test", 920)]
+
+
+@pytest.mark.parametrize("name,split,n", counts)
+def test_real_files_load_whole(real_data, name, split, n):
+    questions = as_questions(load_questions(name, split, path=real_data / name))
+    assert len(questions) == n and len({q.id for q in questions}) == n
+    assert all((q.answer is None) == (split == "test") for q in questions)
+    assert all(q.question == q.question.strip() for q in questions)
+    if split == "test":
+        with pytest.raises(BadInput, match="labelled split"): require_answers(questions)
+
+
+def test_real_files_irregularities(real_data):
+    csqa = as_questions(load_questions("csqa", "train", path=real_data / "csqa"))
+    twins = [q for q in csqa if len(set(map(normalized, q.choices))) < len(q.choices)]
+    gold_twins = [q for q in twins if sum(normalized(c) == normalized(q.choices[q.answer]) for c in q.choices) > 1]
+    assert len(twins) == 122 and len(gold_twins) == 42
+    for q in twins:
+        assert len({normalized(choice_text(q, i)) for i in range(len(q.choices))}) == len(q.choices)
+        assert normalized(q.choices[perturbed_index(q)]) != normalized(q.choices[q.answer])
+    creak = as_questions(load_questions("creak", "dev", path=real_data / "creak" / "dev.json"))
+    rows = [json.loads(line) for line in (real_data / "creak" / "dev.json").read_text().splitlines()]
+    assert [q.choices[q.answer] for q in creak] == [r["label"] for r in rows]
+    raw = json.loads((real_data / "strategyqa" / "dev.json").read_text())
+    strategy = as_questions(load_questions("strategyqa", "dev", path=real_data / "strategyqa"))
+    assert [q.choices[q.answer] == "yes" for q in strategy] == [r["answer"] for r in raw]
+    qasc = as_questions(load_questions("qasc", "train", path=real_data / "qasc"))
+    assert {len(q.choices) for q in qasc} == {8} and max(Counter(q.question for q in qasc).values()) > 1
+
+
+def test_wrong_answers_depend_on_nothing_but_seed_and_id(real_data):
+    questions = as_questions(load_questions("csqa", "dev", path=real_data / "csqa", limit=300))
+    forward = {q.id: perturbed_index(q, 5) for q in questions}
+    assert forward == {q.id: perturbed_index(q, 5) for q in reversed(questions)}
+    assert forward != {q.id: perturbed_index(q, 6) for q in questions}
+
+
+bad_rows = [
+    ({"choices": ["a", "b"], "answer": 0}, "question"), ({"question": " ", "choices": ["a", "b"], "answer": 0}, "question"),
+    ({"question": "Q", "choices": ["a"], "answer": 0}, "choices"), ({"question": "Q", "choices": ["a", ""], "answer": 0}, "choices"),
+    ({"question": "Q", "choices": ["a", "b"], "answer": 2}, "answer"), ({"question": "Q", "choices": ["a", "b"], "answer": -1}, "answer"),
+    ({"question": "Q", "choices": ["a", "b"], "answer": "c"}, "answer"), ({"question": "Q", "choices": ["a", "A "], "answer": "a"}, "answer"),
+    ({"question": "Q", "choices": ["a", "b"], "answer": True}, "answer"), ({"question": "Q", "choices": ["a", "b"], "answer": 0.5}, "answer"),
+    ({"question": "Q", "choices": ["a", "b"], "answer": 0, "kind": "essay"}, "kind"), ({"question": "Q", "choices": "ab", "answer": 0}, "choices"),
+]
+
+
+@pytest.mark.parametrize("row,field", bad_rows)
+def test_bad_records_name_file_line_and_field(tmp_path, row, field):
+    good = {"question": "Q", "choices": ["a", "b"], "answer": "b"}
+    path = tmp_path / "own.jsonl"
+    path.write_text(f"{json.dumps(good)}\n\n{json.dumps(row)}\n{json.dumps(good)}\n")
+    with pytest.raises(BadInput) as error: load_questions(path)
+    assert (error.value.field, error.value.line) == (field, 3) and str(error.value).startswith(f"{path}:3: ")
+    assert len(load_questions(path, skip_bad=tmp_path / "rejected.jsonl")) == 2
+    rejected = [json.loads(line) for line in (tmp_path / "rejected.jsonl").read_text().splitlines()]
+    assert [(r["line"], r["field"]) for r in rejected] == [(3, field)]
+
+
+def test_broken_lines_and_wrong_kinds_of_file(tmp_path, real_data):
+    path = tmp_path / "own.jsonl"
+    path.write_text('{"question": "Q", "choices": ["a", "b"], "answer": 0}\n{"question": \n')
+    with pytest.raises(BadInput, match="own.jsonl:2: broken JSON"): load_questions(path)
+    with pytest.raises(BadInput, match="load it as 'creak'"): load_questions(real_data / "creak" / "dev.json")
+    with pytest.raises(BadInput, match="load it as 'strategyqa'"): load_questions(real_data / "strategyqa" / "dev.json")
+    with pytest.raises(BadInput, match="load it as 'csqa' or 'qasc'"): load_questions(real_data / "qasc" / "dev.jsonl")
+    with pytest.raises(BadInput, match="dev.json:2: field 'ex_id'"): load_questions("creak", "dev", path=real_data / "strategyqa" / "dev.json")
+    with pytest.raises(BadInput, match="neither a known dataset nor a file"): load_questions("cqsa")
+    with pytest.raises(BadInput, match="not a split"): load_questions("strategyqa", "validation", path=tmp_path)
+
+
+def test_duplicate_ids(tmp_path):
+    path = tmp_path / "own.jsonl"
+    path.write_text('{"id": "1", "question": "Q", "choices": ["a", "b"], "answer": 0}\n' * 2)
+    with pytest.raises(BadInput, match="own.jsonl:2: field 'id': was already used in line 1"): load_questions(path)
+
+
+def test_through_datasets_on_disk(tmp_path, real_data):
+    "A folder written by `datasets` goes through the code of the hub."
+    import datasets
+    rows = [json.loads(line) for line in (real_data / "qasc" / "dev.jsonl").read_text().splitlines()[:50]]
+    flat = [dict(id=r["id"], question=r["question"]["stem"], answerKey=r["answerKey"], combinedfact=r["combinedfact"],
+                 choices={k: [c[k] for c in r["question"]["choices"]] for k in ("text", "label")}) for r in rows]
+    datasets.DatasetDict({"validation": datasets.Dataset.from_list(flat)}).save_to_disk(tmp_path / "qasc")
+    local = as_questions(load_questions("qasc", "dev", path=real_data / "qasc", limit=50))
+    assert as_questions(load_questions("qasc", "dev", path=tmp_path / "qasc")) == local
+
+
+def test_every_source_has_all_its_names():
+    for name, source in sources.items(): assert set(source.files) == set(source.hub_splits), name

@@ -1,0 +1,92 @@
+"""A teacher over a dataset: killed, resumed, in parts, through the command line, on real questions."""
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from click.testing import CliRunner
+from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
+
+from faithful_distill.cli import main
+from faithful_distill.files import BadInput, read_jsonl, shipped
+from faithful_distill.prompts import block
+from faithful_distill.rationales import Teacher, argument, load_teacher, rationalize
+from faithful_distill.world import build_tokenizer, judge, world_questions
+
+
+@pytest.fixture(scope="module")
+def teacher():
+    return load_teacher(shipped("data", "models", "teacher"))
+
+
+def test_the_flip_undoes_itself_nowhere():
+    for q in world_questions("choice", "dev"):
+        for perturbation in ("wrong", "all_wrong"):
+            target, others = argument(q, "counterfactual", perturbation, seed=3)
+            assert target != q.answer and q.answer in others and target not in others
+            target, others = argument(q, "gold", perturbation, seed=3)
+            assert target == q.answer and q.answer not in others
+
+
+def test_embedded_teacher_argues_for_what_it_is_told(teacher):
+    "Contrast makes the embedded teacher support the answer it is given more often, gold or not; the reason the package exists."
+    questions = {q.id: q for k in ("choice", "boolean", "statement") for q in world_questions(k, "test", 2, limit=60)}
+    share = {}
+    for strategy in ("greedy", "contrastive-wrong"):
+        for r in rationalize(teacher, questions.values(), strategy, max_new_tokens=24):
+            share.setdefault((strategy, r["role"]), []).append(judge(questions[r["id"]], r["rationale"]).supports == r["target"])
+    mean = {k: sum(v) / len(v) for k, v in share.items()}
+    for role in ("gold", "counterfactual"): assert mean["contrastive-wrong", role] > mean["greedy", role] + 0.1, mean
+
+
+def test_killed_and_resumed_gives_the_same_bytes(tmp_path):
+    "`kill -9` while rationales are being written; a second call ends with the bytes of an undisturbed run."
+    command = [sys.executable, "-m", "faithful_distill.cli", "rationales", "--data", "world", "--limit", "90", "--strategy", "contrastive-empty"]
+    code = f"import sys; from faithful_distill.rationales import rationalize; import faithful_distill.rationales as r; r.rationalize.__kwdefaults__['chunk'] = 16; from faithful_distill.cli import main; main(sys.argv[1:])"
+    call = lambda out: [sys.executable, "-c", code, *command[3:], "--out", str(out)]
+    subprocess.run(call(tmp_path / "whole.jsonl"), check=True, capture_output=True)
+    process = subprocess.Popen(call(tmp_path / "killed.jsonl"), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
+    journal = tmp_path / "killed.jsonl.partial"
+    while process.poll() is None and not (journal.exists() and journal.stat().st_size > 0): time.sleep(0.005)
+    if process.poll() is None: os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    subprocess.run(call(tmp_path / "killed.jsonl"), check=True, capture_output=True)
+    assert (tmp_path / "killed.jsonl").read_bytes() == (tmp_path / "whole.jsonl").read_bytes() and not journal.exists()
+
+
+def test_bad_rows_stop_one_command_with_one_line(tmp_path):
+    path = tmp_path / "own.jsonl"
+    path.write_text('{"question": "Who?", "choices": ["me", "you"]}\n')
+    for arguments, said in [(["--data", str(path)], "--teacher"), (["--data", "world", "--strategy", "beam"], "is not a strategy"), (["--data", "world", "--teacher", str(tmp_path)], "cannot be loaded as a teacher"),
+                            (["--data", str(path), "--teacher", str(shipped("data", "models", "teacher"))], "no answer"), (["--data", "world", "--shots", "2", "--prompt", "triviaqa"], "no worked examples")]:
+        done = CliRunner().invoke(main, ["rationales", *arguments, "--out", str(tmp_path / "out.jsonl")])
+        assert done.exit_code == 2 and said in done.output and "Traceback" not in done.output, done.output
+    done = CliRunner().invoke(main, ["rationales", "--data", "world", "--limit", "1", "--out", "/proc/nowhere/out.jsonl"])
+    assert done.exit_code == 2 and "cannot be written" in done.output
+
+
+def test_prompt_longer_than_the_context(teacher):
+    from dataclasses import replace
+    q = world_questions("choice")[0]
+    with pytest.raises(BadInput, match="context"): rationalize(teacher, [replace(q, question=q.question + " robin" * 600)], "greedy")
+
+
+@pytest.mark.parametrize("name,split", [("csqa", "dev"), ("strategyqa", "dev"), ("creak", "dev"), ("qasc", "dev")])
+def test_the_road_on_real_questions(tmp_path, real_data, name, split):
+    "A tiny random teacher with a real few-shot prompt over each real dataset, gold and counterfactual, through the command line."
+    from faithful_distill.prompts import few_shot
+    from faithful_distill.questions import as_questions, load_questions
+    questions = as_questions(load_questions(name, split, path=real_data / name, limit=6))
+    tokenizer = build_tokenizer([few_shot(name), *(block(q, i, q.explanation) for q in questions for i in range(len(q.choices)))])
+    torch.manual_seed(0)
+    model = GPTNeoXForCausalLM(GPTNeoXConfig(vocab_size=len(tokenizer), hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=64, max_position_embeddings=2048, eos_token_id=1, bos_token_id=None))
+    model.save_pretrained(tmp_path / "teacher"); tokenizer.save_pretrained(tmp_path / "teacher")
+    done = CliRunner().invoke(main, ["rationales", "--data", name, "--path", str(real_data / name), "--split", split, "--limit", "6", "--teacher", str(tmp_path / "teacher"), "--max-new-tokens", "8", "--out", str(tmp_path / "r.jsonl")])
+    assert done.exit_code == 0, done.output
+    records = [r for _, r in read_jsonl(tmp_path / "r.jsonl")]
+    assert len(records) == 12 and [r["id"] for r in records[::2]] == [q.id for q in questions] and all(r["tokens"] > 0 or r["stop"] == "stop" for r in records)
+    assert {"id", "split", "question", "choices", "answer", "target", "perturbed", "role", "rationale", "tokens", "stop", "alpha", "seed", "teacher", "prompt", "version"} <= set(records[0])

@@ -1,0 +1,233 @@
+"The student room against slow and independent ways of doing the same."
+import copy, random
+
+import pytest
+import torch
+from hypothesis import given, settings, strategies as st
+
+from faithful_distill.files import BadInput
+from faithful_distill.questions import Question, load_questions
+from faithful_distill.student import (Row, answer, collate, combine, distillation_loss, encode_sources, encode_targets, load_student, match_choice, row_prefix, source_text,
+                                      student_logits, target_text, tiny_student, token_pieces, training_rows, units)
+
+questions = [Question("1", "What does a beaver build ?", ("a dam", "a bank", "a nest"), 0), Question("2", "Where is money kept ?", ("bank", "river", "bank", "under the bed"), 2),
+             Question("3", "Can a penguin fly ?", ("yes", "no"), 1, kind="boolean")]
+reasons = ["Beavers cut wood and stop rivers with it .", "Safe .", "Its wings are too small to carry it ."]
+vocabulary = [q.question for q in questions] + [c for q in questions for c in q.choices] + reasons
+kinds = ["t5", "llama", "gpt_neox", "qwen2", "gpt2"]
+
+
+def record(q, target, rationale, **more):
+    return dict(id=q.id, question=q.question, choices=list(q.choices), answer=q.answer, kind=q.kind, target=target, role="gold" if target == q.answer else "counterfactual", rationale=rationale, **more)
+
+
+def rows_of(student):
+    return training_rows(student, [record(q, q.answer, r) for q, r in zip(questions, reasons)] + [record(q, (q.answer + 1) % 2, r) for q, r in zip(questions, reasons[::-1])])
+
+
+@pytest.fixture(scope="module", params=kinds)
+def student(request): return tiny_student(vocabulary, request.param)
+
+
+def test_one_forward_equals_one_row_at_a_time(student):
+    "Padding and company change no row: summed losses and gradients of the batch are those of the rows alone."
+    rows = rows_of(student)
+    batch = collate(rows, student)
+    whole = distillation_loss(student_logits(student.model, batch), batch["labels"], batch["counterfactual"])
+    student.model.zero_grad(); whole.total.backward()
+    together = [p.grad.clone() for p in student.model.parameters() if p.grad is not None]
+    student.model.zero_grad()
+    totals = (whole.tokens_factual, whole.tokens_counterfactual)
+    alone = 0
+    for row in rows:
+        one = collate([row], student)
+        loss = distillation_loss(student_logits(student.model, one), one["labels"], one["counterfactual"], totals=totals)
+        loss.total.backward(); alone += float(loss.total.detach())
+    assert alone == pytest.approx(float(whole.total.detach()), rel=1e-5)
+    for a, p in zip(together, [p for p in student.model.parameters() if p.grad is not None]): assert torch.allclose(a, p.grad, atol=1e-6)
+    student.model.zero_grad()
+
+
+def test_loss_is_the_slow_sum_over_tokens(student):
+    "Token by token with plain log-softmax, from the rows' own ids."
+    rows = rows_of(student)
+    batch = collate(rows, student)
+    loss = distillation_loss(student_logits(student.model, batch), batch["labels"], batch["counterfactual"])
+    sums = {False: 0.0, True: 0.0}
+    for row in rows:
+        written = row.context + row.target
+        for i in range(len(row.context), len(written)):
+            if student.is_seq2seq: logits = student.model(input_ids=torch.tensor([row.source]), decoder_input_ids=torch.tensor([[student.start, *written[:i]]])).logits
+            else: logits = student.model(input_ids=torch.tensor([row.source + written[:i]])).logits
+            sums[row.counterfactual] -= float(logits[0, -1].log_softmax(-1)[written[i]])
+    assert float(loss.factual) == pytest.approx(sums[False], rel=1e-4) and float(loss.counterfactual) == pytest.approx(sums[True], rel=1e-4)
+    assert int(loss.tokens_factual) == sum(len(r.target) for r in rows if not r.counterfactual)
+
+
+def test_rationales_of_counterfactual_rows_get_exactly_zero_gradient(student):
+    batch = collate(rows_of(student), student)
+    logits = student_logits(student.model, batch); logits.retain_grad()
+    for reduction in ("per_part", "per_token"):
+        logits.grad = None
+        distillation_loss(logits, batch["labels"], batch["counterfactual"], reduction=reduction).total.backward(retain_graph=True)
+        assert (logits.grad[batch["labels"] == -100] == 0).all() and (logits.grad[batch["labels"] != -100] != 0).any(-1).all()
+    student.model.zero_grad()
+
+
+@given(st.floats(0, 0.99), st.lists(st.tuples(st.floats(0, 9), st.booleans()), min_size=1, max_size=9))
+def test_combine_weighs_tokens_as_written(alpha, tokens):
+    f, c = [l for l, side in tokens if not side], [l for l, side in tokens if side]
+    mean = lambda x: sum(x)/len(x) if x else 0.0
+    assert combine(sum(f), sum(c), len(f), len(c), alpha, "per_part") == pytest.approx((1 - alpha)*mean(f) + alpha*mean(c))
+    weight = (1 - alpha)*len(f) + alpha*len(c)
+    if weight >= 1: assert combine(sum(f), sum(c), len(f), len(c), alpha, "per_token") == pytest.approx(((1 - alpha)*sum(f) + alpha*sum(c))/weight)
+
+
+def slow_answer(student, q, rationale, prefix):
+    "Batch 1, no cache, transformers' generate for nothing: the words after the rationale, one forward a token."
+    source = encode_sources(student, [q], [prefix])[0]
+    [t] = encode_targets(student, [q], [0], [rationale], [prefix])
+    written = t.tag + t.rationale + t.sentence
+    begin = len(written)
+    for _ in range(12):
+        if student.is_seq2seq: logits = student.model(input_ids=torch.tensor([source]), decoder_input_ids=torch.tensor([[student.start, *written]])).logits
+        else: logits = student.model(input_ids=torch.tensor([source + written])).logits
+        token = int(logits[0, -1].argmax())
+        if token == student.eos: break
+        written.append(token)
+    return student.tokenizer.decode(written[begin:], skip_special_tokens=True)
+
+
+@pytest.mark.parametrize("prefix", ["factual", "counterfactual", "none"])
+def test_batched_answers_are_those_of_a_slow_loop(student, prefix):
+    many, why = questions*3, (reasons + reasons[1:] + reasons[:1] + ["", "", ""])
+    for q, r, a in zip(many, why, answer(student, many, why, prefix=prefix, batch_size=5)):
+        slow = slow_answer(student, q, r, prefix)
+        assert slow.startswith(a.text) and a.rationale == r and a.id == q.id
+
+
+def test_own_rationales_are_those_of_generate(student):
+    "The greedy loop with its cache and thinning against `transformers.generate`, batch 1."
+    from faithful_distill.student import write_rationales, encode_questions
+    sources = encode_sources(student, questions, ["factual"]*3)
+    with torch.no_grad(): found = write_rationales(student, encode_questions(student, sources), sources, [None]*3, "factual", 10)
+    tag = student.tokenizer("[factual]", add_special_tokens=False)["input_ids"]
+    for source, (text, _, _) in zip(sources, found):
+        if student.is_seq2seq: ids = student.model.generate(torch.tensor([source]), decoder_input_ids=torch.tensor([[student.start, *tag]]), max_new_tokens=10, do_sample=False)[0][1 + len(tag):]
+        else: ids = student.model.generate(torch.tensor([source + tag]), max_new_tokens=10, do_sample=False)[0][len(source) + len(tag):]
+        assert student.tokenizer.decode(ids, skip_special_tokens=True).strip().startswith(text)
+
+
+def test_batch_size_and_order_change_nothing(student):
+    mixed = [None, reasons[1], None]
+    reference = answer(student, questions, mixed, max_new_tokens=8)
+    for size in (1, 2):
+        backwards = answer(student, questions[::-1], mixed[::-1], batch_size=size, max_new_tokens=8)[::-1]
+        for a, b in zip(reference, backwards):
+            assert (a.id, a.rationale, a.text, a.choice) == (b.id, b.rationale, b.text, b.choice) and a.scores == pytest.approx(b.scores, abs=1e-4)
+
+
+def test_a_student_goes_on_from_a_beginning(student):
+    for a in answer(student, questions, ["Safe", "Its wings", "Beavers cut"], begun=True, max_new_tokens=6): assert a.rationale.startswith(("Safe", "Its wings", "Beavers cut"))
+
+
+@settings(max_examples=60)
+@given(st.lists(st.sampled_from("the a wood river bank ( ) it . , ? [factual]".split()), min_size=0, max_size=12), st.integers(10, 40))
+def test_truncation_never_cuts_the_answer(rationale, room):
+    student = tiny_student_once()
+    student.max_target = room
+    [t] = encode_targets(student, questions[:1], [2], [" ".join(rationale)], ["factual"])
+    assert len(t.tag + t.rationale + t.sentence + t.answer) <= room
+    assert student.tokenizer.decode(t.answer, skip_special_tokens=True) == "a nest" and t.answer[-1] == student.eos
+    assert len(t.rationale) + t.cut == len(student.tokenizer(" ".join(rationale), add_special_tokens=False)["input_ids"])
+
+
+def tiny_student_once(made=[]):
+    if not made: made.append(tiny_student(vocabulary))
+    return copy.copy(made[0])
+
+
+def test_too_little_room_is_an_error_with_the_number_needed():
+    student = tiny_student_once()
+    student.max_target = 5
+    with pytest.raises(BadInput, match="at least 8"): encode_targets(student, questions[:1], [0], ["x"], ["factual"])
+    student.max_target, student.max_source = 99, 6
+    with pytest.raises(BadInput, match="max_source"): encode_sources(student, questions[:1], ["factual"])
+
+
+def byte_level(texts):
+    "A byte-level BPE, as GPT-2 and Llama 3 have."
+    from tokenizers import ByteLevelBPETokenizer
+    from transformers import PreTrainedTokenizerFast
+    bpe = ByteLevelBPETokenizer(); bpe.train_from_iterator(texts, vocab_size=400, show_progress=False, special_tokens=["<|end|>"])
+    return PreTrainedTokenizerFast(tokenizer_object=bpe._tokenizer, eos_token="<|end|>")
+
+
+def sentence_pieces(texts):
+    "A unigram model with metaspaces, as T5 has."
+    from tokenizers import SentencePieceUnigramTokenizer
+    from transformers import PreTrainedTokenizerFast
+    pieces = SentencePieceUnigramTokenizer(); pieces.train_from_iterator(texts, vocab_size=200, special_tokens=["<pad>", "</s>", "<unk>"], unk_token="<unk>", show_progress=False)
+    return PreTrainedTokenizerFast(tokenizer_object=pieces._tokenizer, eos_token="</s>", pad_token="<pad>", unk_token="<unk>")
+
+
+@pytest.mark.parametrize("make", [byte_level, sentence_pieces])
+def test_pieces_add_up_for_subword_tokenizers(make):
+    texts = [target_text(q, i, r, p) for q, r in zip(questions, reasons) for i in range(2) for p in ("factual", "counterfactual")]*3
+    tokenizer = make(texts)
+    for q, r in zip(questions, reasons):
+        parts = ["[counterfactual]", r, "So the answer is", q.choices[0]]
+        pieces = token_pieces(tokenizer, [parts])[0]
+        assert sum(pieces, []) == tokenizer(" ".join(parts), add_special_tokens=False)["input_ids"]
+        assert [tokenizer.decode(p).strip() for p in pieces] == parts
+
+
+def test_real_questions_encode_whole(real_data):
+    "Every CommonsenseQA dev question: its text, its choices, duplicates told apart."
+    dev = list(load_questions("csqa", "dev", path=real_data/"csqa"))
+    qs = [Question(q["id"], q["question"], tuple(q["choices"]), q["answer"], q["kind"]) for q in dev]
+    for q in qs:
+        for i in range(len(q.choices)): assert match_choice(q, target_text(q, i, "", "none").removeprefix("So the answer is ")) == i
+        assert all(choice in source_text(q) for choice in q.choices)
+
+
+def test_random_prefixes_are_even_and_independent_of_role():
+    n = 2000
+    drawn = {role: [row_prefix("random", role, str(i), 0) for i in range(n)] for role in ("gold", "counterfactual")}
+    for role in drawn: assert 0.45 < sum(p == "factual" for p in drawn[role])/n < 0.55
+    assert 0.45 < sum(a == b for a, b in zip(*drawn.values()))/n < 0.55
+
+
+def test_units_keep_every_row():
+    rng = random.Random(0)
+    ids = [str(rng.randrange(9)) for _ in range(40)]
+    rows = [Row([1], [1], [1], rng.random() < 0.6) for _ in ids]
+    made = units(rows, ids)
+    assert sum(map(len, made)) == 40 and all(not u[0].counterfactual and all(r.counterfactual for r in u[1:]) for u in made)
+    with pytest.raises(BadInput, match="no gold rationale"): units([r for r in rows if r.counterfactual], [i for i, r in zip(ids, rows) if r.counterfactual])
+
+
+@pytest.mark.parametrize("field, value", [("role", "silver"), ("target", 7), ("target", None), ("rationale", ...)])
+def test_bad_records_are_named(field, value):
+    bad = record(questions[0], 0, reasons[0])
+    if value is ...: del bad[field]
+    else: bad[field] = value
+    with pytest.raises(BadInput, match=field): training_rows(tiny_student_once(), [bad])
+
+
+def test_a_student_without_end_or_tags_is_refused(tmp_path):
+    student = tiny_student(vocabulary)
+    student.tokenizer.eos_token = None
+    with pytest.raises(BadInput, match="end-of-text"): type(student)(student.model, student.tokenizer)
+    student = tiny_student(vocabulary)
+    student.tokenizer.pad_token = None
+    with pytest.raises(BadInput, match="padding"): type(student)(student.model, student.tokenizer)
+    (tmp_path/"config.json").write_text("{}")
+    with pytest.raises(BadInput, match="cannot be loaded"): load_student(tmp_path)
+
+
+def test_a_saved_student_is_loaded_as_it_was(student, tmp_path):
+    if student.name == "tiny-qwen2": pytest.skip("transformers gives Qwen2 its own byte-level tokenizer, whatever the folder holds")
+    student.model.save_pretrained(tmp_path); student.tokenizer.save_pretrained(tmp_path)
+    loaded = load_student(tmp_path, device="cpu")
+    assert [a.scores for a in answer(loaded, questions, reasons)] == [a.scores for a in answer(student, questions, reasons)]
