@@ -4,9 +4,10 @@
 
 # %% auto #0
 __all__ = ['palette', 'ink', 'faint', 'rule', 'style', 'plain_name', 'looks', 'use_style', 'blank_figure', 'save_figure',
-           't_interval', 'summarise', 'paired_difference', 'number', 'dots', 'lines', 'spread', 'slopes', 'matrix',
-           'n_text', 'Strip', 'strip_places', 'heat_strip', 'cell_text', 'crossed', 'markdown_table', 'latex_table',
-           'latex_text', 'save_table', 'Section', 'claim', 'write_section', 'read_section', 'prose', 'build_report']
+           't_interval', 'summarise', 'in_order', 'paired_difference', 'number', 'dots', 'lines', 'spread', 'slopes',
+           'matrix', 'n_text', 'Strip', 'strip_places', 'heat_strip', 'cell_text', 'crossed', 'markdown_table',
+           'latex_table', 'latex_text', 'save_rows', 'save_table', 'Section', 'claim', 'write_section', 'read_section',
+           'prose', 'build_report']
 
 # %% ../nbs/90_figures.ipynb #41d54b18
 import base64, html, json, math, re
@@ -17,17 +18,20 @@ from typing import Any, Iterable, Sequence
 
 from .files import BadInput, write_json, write_text
 
-# %% ../nbs/90_figures.ipynb #533c5317
+# %% ../nbs/90_figures.ipynb #6a61ecd2
 palette = {
     # students
-    "answer only": ("#a6a6a6", "X"), "greedy cot": ("#56b4e9", "o"), "contrastive cot": ("#0072b2", "s"), "greedy + counterfactual": ("#e69f00", "D"),
-    "full method": ("#d55e00", "^"), "true rationales": ("#009e73", "v"),
+    "answer only": ("#a6a6a6", "X"), "greedy cot": ("#56b4e9", "o"), "contrastive cot": ("#0072b2", "s"),
+    "greedy + counterfactual": ("#e69f00", "D"), "full method": ("#d55e00", "^"), "true rationales": ("#009e73", "v"),
     # the teacher's strategies
-    "greedy": ("#56b4e9", "o"), "contrastive-empty": ("#0072b2", "s"), "contrastive-wrong": ("#aa4499", "D"), "all-wrong": ("#882255", "p"), "sampled": ("#999933", "X"),
+    "greedy": ("#56b4e9", "o"), "contrastive-empty": ("#0072b2", "s"), "contrastive-wrong": ("#aa4499", "D"),
+    "all-wrong": ("#882255", "p"), "sampled": ("#999933", "X"),
     # prefixes, and what a rationale argues for
-    "factual": ("#0072b2", "o"), "counterfactual": ("#d55e00", "^"), "none": ("#a6a6a6", "X"), "gold": ("#0072b2", "o"), "wrong": ("#d55e00", "^"),
+    "factual": ("#0072b2", "o"), "counterfactual": ("#d55e00", "^"), "none": ("#a6a6a6", "X"),
+    "gold": ("#0072b2", "o"), "wrong": ("#d55e00", "^"),
 }
-_spare = [("#332288", "o"), ("#cc6677", "s"), ("#117733", "D"), ("#ddaa33", "^"), ("#44aa99", "v"), ("#661100", "P"), ("#6699cc", "X"), ("#000000", "*")]
+_spare = [("#332288", "o"), ("#cc6677", "s"), ("#117733", "D"), ("#ddaa33", "^"), ("#44aa99", "v"), ("#661100", "P"), ("#6699cc", "X"),
+          ("#000000", "*")]
 ink, faint, rule = "#222222", "#767676", "#d9d9d9"      # text, secondary text, lines
 
 def plain_name(name) -> str:
@@ -41,14 +45,17 @@ def looks(names: Iterable) -> dict[Any, tuple[str, str]]:
     spare = iter(_spare * len(names))
     return {n: known.get(n) or next(spare) for n in names}
 
-# %% ../nbs/90_figures.ipynb #41a276a9
+# %% ../nbs/90_figures.ipynb #9ff3d9c8
 style = {
-    "font.family": "DejaVu Sans", "font.size": 9, "axes.titlesize": 9.5, "axes.titleweight": "bold", "axes.titlelocation": "left", "axes.titlepad": 8,
-    "axes.labelsize": 9, "axes.labelcolor": ink, "text.color": ink, "xtick.labelsize": 8.5, "ytick.labelsize": 8.8, "xtick.color": faint, "ytick.color": faint, "xtick.labelcolor": ink, "ytick.labelcolor": ink,
-    "axes.edgecolor": rule, "axes.linewidth": 0.8, "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "axes.axisbelow": True,
-    "grid.color": "#ececec", "grid.linewidth": 0.8, "xtick.major.size": 0, "ytick.major.size": 0, "lines.linewidth": 1.8, "lines.markersize": 5.5,
-    "legend.frameon": False, "figure.dpi": 100, "savefig.dpi": 160, "figure.facecolor": "white", "svg.fonttype": "path", "svg.hashsalt": "faithful-distill",
-    "pdf.fonttype": 42, "figure.constrained_layout.use": True, "figure.constrained_layout.h_pad": 0.06, "figure.constrained_layout.w_pad": 0.06,
+    "font.family": "DejaVu Sans", "font.size": 9, "text.color": ink,
+    "axes.titlesize": 9.5, "axes.titleweight": "bold", "axes.titlelocation": "left", "axes.titlepad": 8,
+    "axes.labelsize": 9, "axes.labelcolor": ink, "axes.edgecolor": rule, "axes.linewidth": 0.8, "axes.axisbelow": True,
+    "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.color": "#ececec", "grid.linewidth": 0.8,
+    "xtick.labelsize": 8.5, "xtick.color": faint, "xtick.labelcolor": ink, "xtick.major.size": 0,
+    "ytick.labelsize": 8.8, "ytick.color": faint, "ytick.labelcolor": ink, "ytick.major.size": 0,
+    "lines.linewidth": 1.8, "lines.markersize": 5.5, "legend.frameon": False, "figure.facecolor": "white",
+    "figure.dpi": 100, "savefig.dpi": 160, "svg.fonttype": "path", "svg.hashsalt": "faithful-distill", "pdf.fonttype": 42,
+    "figure.constrained_layout.use": True, "figure.constrained_layout.h_pad": 0.06, "figure.constrained_layout.w_pad": 0.06,
 }
 
 def use_style() -> None:
@@ -63,7 +70,7 @@ def blank_figure(width: float, height: float, rows: int = 1, columns: int = 1, *
     use_style()
     return plt.subplots(rows, columns, figsize=(width, height), squeeze=False, **options)
 
-# %% ../nbs/90_figures.ipynb #0ea2c55a
+# %% ../nbs/90_figures.ipynb #3e51a478
 def save_figure(figure, path, formats: Sequence[str] = ("png", "svg", "pdf"), limit: int = 60_000) -> list[Path]:
     "Writes a figure as `path`.png, .svg and .pdf and closes it. The PNG is below `limit` bytes unless that would make it illegible."
     import matplotlib.pyplot as plt
@@ -73,10 +80,12 @@ def save_figure(figure, path, formats: Sequence[str] = ("png", "svg", "pdf"), li
     for kind in formats:
         buffer = BytesIO()
         figure.savefig(buffer, format=kind, metadata=without_date.get(kind), bbox_inches="tight", pad_inches=0.08)
-        written.append(write_text(path.with_name(f"{path.name}.{kind}"), _small_png(buffer.getvalue(), limit) if kind == "png" else buffer.getvalue()))
+        data = _small_png(buffer.getvalue(), limit) if kind == "png" else buffer.getvalue()
+        written.append(write_text(path.with_name(f"{path.name}.{kind}"), data))
     plt.close(figure)
     return written
 
+# %% ../nbs/90_figures.ipynb #e554c8b6
 def _small_png(data: bytes, limit: int) -> bytes:
     from io import BytesIO
     from PIL import Image
@@ -84,11 +93,12 @@ def _small_png(data: bytes, limit: int) -> bytes:
     for colours, shrink in [(256, 1), (128, 1), (64, 1), (128, 0.75), (64, 0.6)]:
         size = (round(image.width * shrink), round(image.height * shrink))
         buffer = BytesIO()
-        image.resize(size, Image.LANCZOS).quantize(colours, dither=Image.Dither.NONE).save(buffer, "PNG", optimize=True, dpi=(style["savefig.dpi"] * shrink,) * 2)
+        fewer = image.resize(size, Image.LANCZOS).quantize(colours, dither=Image.Dither.NONE)
+        fewer.save(buffer, "PNG", optimize=True, dpi=(style["savefig.dpi"] * shrink,) * 2)
         if len(buffer.getvalue()) <= limit: break
     return buffer.getvalue()
 
-# %% ../nbs/90_figures.ipynb #b96a7d15
+# %% ../nbs/90_figures.ipynb #f6fddc43
 def t_interval(values: Sequence[float], level: float = 0.95) -> tuple[float, float | None, float | None]:
     "Mean and Student's t interval of a few values; no interval for one value."
     from scipy.stats import t
@@ -98,34 +108,46 @@ def t_interval(values: Sequence[float], level: float = 0.95) -> tuple[float, flo
     return mean, mean - half, mean + half
 
 def summarise(table, by: Sequence[str], level: float = 0.95):
-    "One row per group of a tidy table, in order of appearance: the columns `by`, then value, low, high, n (questions per seed), seeds, reason."
+    "One row per group of a tidy table, in order of appearance: `by`, value, low, high, n (questions per seed), seeds, reason."
     import pandas as pd
-    rows = [{**dict(zip(by, key)), **_summary(group, level)} for key, group in table.groupby(list(by), sort=False, dropna=False, observed=True)]
-    return pd.DataFrame(rows, columns=[*by, "value", "low", "high", "n", "seeds", "reason"]).astype({"n": "Int64", "value": float, "low": float, "high": float})
+    groups = table.groupby(list(by), sort=False, dropna=False, observed=True)
+    rows = [{**dict(zip(by, key)), **_summary(group, level)} for key, group in groups]
+    short = pd.DataFrame(rows, columns=[*by, "value", "low", "high", "n", "seeds", "reason"])
+    return short.astype({"n": "Int64", "value": float, "low": float, "high": float})
 
 def _summary(group, level) -> dict:
     from pandas import isna
     there = group[group["value"].notna()]
     counts = [int(n) for n in group["n"].dropna().unique()] if "n" in group else []
     reasons = [r for r in group["reason"].dropna().unique() if r] if "reason" in group else []
-    row = {"value": None, "low": None, "high": None, "n": min(counts) if counts else None, "seeds": len(there), "reason": "; ".join(reasons)}
+    row = {"value": None, "low": None, "high": None, "seeds": len(there), "reason": "; ".join(reasons)}
+    row["n"] = min(counts) if counts else None
     if len(there) == 0: return row
     value, low, high = t_interval(list(there["value"]), level)
     if len(there) == 1: low, high = (None if isna(there[c].iloc[0]) else there[c].iloc[0] for c in ("low", "high"))
     return row | {"value": value, "low": low, "high": high}
 
-# %% ../nbs/90_figures.ipynb #e5bae4aa
+# %% ../nbs/90_figures.ipynb #09377e6d
+def in_order(table, **orders: Sequence):    # column = its values in the order wanted
+    "Rows of a table whose columns have the named values, sorted by these orders; the first column named changes slowest."
+    for column, names in reversed(orders.items()):
+        place = {name: i for i, name in enumerate(names)}
+        table = table[table[column].isin(place)].sort_values(column, key=lambda c: c.map(place), kind="stable")
+    return table.reset_index(drop=True)
+
+# %% ../nbs/90_figures.ipynb #f3bc9138
 def paired_difference(table, axis: str, a, b, over: Sequence[str] = ("seed",), level: float = 0.95) -> dict:
     "Mean of value[axis = a] - value[axis = b] over rows that agree on `over`, with t interval: {'value', 'low', 'high', 'n'}; n = pairs."
     sides = [table[(table[axis] == name) & table["value"].notna()].set_index(list(over))["value"] for name in (a, b)]
     for name, side in zip((a, b), sides):
-        if side.index.has_duplicates: raise BadInput(f"has several rows for one {', '.join(over)}", field=f"{axis}={name}", remedy="Pick one metric, or name more columns in `over`.")
+        if side.index.has_duplicates:
+            raise BadInput(f"has several rows for one {', '.join(over)}", field=f"{axis}={name}", remedy="Pick one metric, or name more columns.")
     shared = [i for i in sides[0].index if i in sides[1].index]
     if not shared: return {"value": None, "low": None, "high": None, "n": 0, "reason": f"{a} and {b} share no {', '.join(over)}"}
     value, low, high = t_interval([sides[0][i] - sides[1][i] for i in shared], level)
     return {"value": value, "low": low, "high": high, "n": len(shared)}
 
-# %% ../nbs/90_figures.ipynb #ed4b8b11
+# %% ../nbs/90_figures.ipynb #a47c3827
 def number(value, percent: bool = False, digits: int = 2) -> str:
     "A value as figures and tables print it; an en dash for one that is not there."
     if value is None or value != value: return "–"
@@ -142,25 +164,26 @@ def _frame(axes, title, percent: bool, axis: str) -> None:
     axes.grid(False); axes.grid(True, axis=axis)
     if percent: (axes.xaxis if axis == "x" else axes.yaxis).set_major_formatter(FuncFormatter(lambda v, _: f"{100 * v:.0f} %"))
 
+# %% ../nbs/90_figures.ipynb #3e9209b6
 def dots(summary,                       # rows of `summarise`
          row: str,                      # column that names the rows, usually the method
          panel: str | None = None,      # column that names the panels
          *, label: str = "",            # what is measured, written below the axis
          percent: bool = False, bars: bool = False,
          reference: float | None = None, reference_label: str = "",   # a line to compare with: chance, zero
-         limits: tuple[float, float] | None = None,
+         limits: tuple[float, float] | None = None, same_scale: bool = True,    # one value axis for all panels
          columns: int = 3, width: float = 7.2):
     "A panel for each value of `panel`, a row for each value of `row`: dot, interval, value. Returns the figure."
     names, height, columns = _panels(summary, panel, columns)
     rows = list(dict.fromkeys(summary[row]))
     look = looks(rows)
-    figure, grid = blank_figure(width, height * (0.85 + 0.27 * len(rows)), height, columns, sharex=True, sharey=True)
-    limits = limits or _room(summary, bars, reference)
-    ticks = _ticks(limits, 1.0 if percent else math.inf, 5 if columns == 1 else 3)
+    figure, grid = blank_figure(width, height * (0.85 + 0.27 * len(rows)), height, columns, sharex=same_scale, sharey=True)
+    shared = limits or (_room(summary, bars, reference) if same_scale else None)
     for axes, name in zip(grid.flat, names):
         part = summary if panel is None else summary[summary[panel] == name]
-        _dot_panel(axes, part, row, rows, look, limits, percent, bars)
-        axes.set_xticks(ticks)
+        own = shared or _room(part, bars, reference)
+        _dot_panel(axes, part, row, rows, look, own, percent, bars)
+        axes.set_xticks(_ticks(own, 1.0 if percent else math.inf, 5 if columns == 1 else 3))
         if reference is not None: axes.axvline(reference, color=faint, lw=1, ls=(0, (4, 3)), zorder=1)
         _frame(axes, name, percent, "x")
     if reference_label: _name_reference(grid.flat[0], reference_label, x=reference)
@@ -171,7 +194,7 @@ def dots(summary,                       # rows of `summarise`
     else: figure.supxlabel(label, fontsize=9)
     return figure
 
-# %% ../nbs/90_figures.ipynb #afe6b96f
+# %% ../nbs/90_figures.ipynb #94ef6d69
 def _room(summary, bars: bool, reference: float | None) -> tuple[float, float]:
     "Limits of the value axis: all intervals, zero for bars, and room for the printed values at the right."
     ends = [v for c in ("value", "low", "high") for v in summary[c].dropna()] + [0.0] * bars + ([] if reference is None else [reference])
@@ -182,7 +205,7 @@ def _room(summary, bars: bool, reference: float | None) -> tuple[float, float]:
 def _ticks(limits, most: float, count: int) -> list[float]:
     "Round values for the axis; none where only the printed values stand, and none above 100 %."
     from matplotlib.ticker import MaxNLocator
-    low, high = limits[0], limits[0] + (limits[1] - limits[0]) * 0.8
+    low, high = limits[0], limits[0] + (limits[1] - limits[0]) * 0.88
     return [t for t in MaxNLocator(count, steps=[1, 2, 2.5, 5, 10]).tick_values(low, high) if low - 1e-9 <= t <= min(high, most + 1e-9)]
 
 def _name_reference(axes, text: str, x: float | None = None, y: float | None = None) -> None:
@@ -190,18 +213,21 @@ def _name_reference(axes, text: str, x: float | None = None, y: float | None = N
     place, among, align = ((x, 0), ("data", "axes fraction"), "bottom") if y is None else ((0.01, y), ("axes fraction", "data"), "bottom")
     axes.annotate(text, place, (3, 2), xycoords=among, textcoords="offset points", fontsize=7.5, color=faint, va=align)
 
+# %% ../nbs/90_figures.ipynb #7b3052a8
 def _dot_panel(axes, part, row, rows, look, limits, percent, bars) -> None:
     for place, name in enumerate(rows):
         found = part[part[row] == name]
         if len(found) == 0: continue
         s, (colour, marker) = found.iloc[0], look[name]
         if s["value"] != s["value"]:
-            axes.annotate(f"– {s['reason']}"[:40], (limits[0], place), (4, 0), textcoords="offset points", va="center", fontsize=7.5, color=faint)
+            reason = f"– {s['reason']}"[:40]
+            axes.annotate(reason, (limits[0], place), (4, 0), textcoords="offset points", va="center", fontsize=7.5, color=faint)
             continue
         if bars: axes.barh(place, s["value"], height=0.56, color=colour, alpha=0.22, lw=0)
         if s["low"] == s["low"]: axes.plot([s["low"], s["high"]], [place, place], color=colour, lw=1.8, solid_capstyle="butt")
         axes.plot(s["value"], place, marker, color=colour, mec="white", mew=0.7, ms=6.5, clip_on=False, zorder=4)
-        axes.annotate(number(s["value"], percent), (1, place), xycoords=("axes fraction", "data"), ha="right", va="center", fontsize=8, color=ink)
+        among = ("axes fraction", "data")
+        axes.annotate(number(s["value"], percent), (1, place), xycoords=among, ha="right", va="center", fontsize=8, color=ink)
     axes.set(xlim=limits, ylim=(len(rows) - 0.3, -0.6), yticks=range(len(rows)))
     axes.set_yticklabels([str(r) for r in rows])
     for text, name in zip(axes.get_yticklabels(), rows): text.set_color(_readable(look[name][0]))
@@ -214,7 +240,7 @@ def _readable(colour: str) -> str:
     shade = min(1.0, 0.40 / (0.299 * rgb[0] + 0.587 * rgb[1] + 0.114 * rgb[2] + 1e-9))
     return to_hex([c * shade for c in rgb])
 
-# %% ../nbs/90_figures.ipynb #37417992
+# %% ../nbs/90_figures.ipynb #5c0bb230
 def lines(summary,                      # rows of `summarise`
           x: str,                       # column with numbers
           line: str,                    # column that names the lines
@@ -239,9 +265,11 @@ def lines(summary,                      # rows of `summarise`
     if reference_label: _name_reference(grid.flat[0], reference_label, y=reference)
     figure.canvas.draw()
     for i, (axes, name) in enumerate(zip(grid.flat, names)):
-        if i % columns == columns - 1 or i == len(names) - 1: _name_lines(axes, summary if panel is None else summary[summary[panel] == name], x, line, look)
+        part = summary if panel is None else summary[summary[panel] == name]
+        if i % columns == columns - 1 or i == len(names) - 1: _name_lines(axes, part, x, line, look)
     return figure
 
+# %% ../nbs/90_figures.ipynb #5e68d0bc
 def _line(axes, part, x, colour, marker) -> None:
     part = part[part["value"].notna()]
     band = part[part["low"].notna()]
@@ -254,7 +282,7 @@ def _plain_ticks(grid, values) -> None:
         axes.xaxis.set_major_locator(FixedLocator(values)); axes.xaxis.set_minor_locator(NullLocator())
         axes.xaxis.set_major_formatter(FuncFormatter(lambda v, _: f"{v:g}"))
 
-# %% ../nbs/90_figures.ipynb #c309c890
+# %% ../nbs/90_figures.ipynb #a6a09135
 def spread(places: Sequence[float], gap: float, low: float = -math.inf, high: float = math.inf) -> list[float]:
     "Places moved as little as needed so that neighbours are `gap` apart, between `low` and `high` if they fit."
     order = sorted(range(len(places)), key=lambda i: places[i])
@@ -281,10 +309,10 @@ def _name_lines(axes, part, x, line, look) -> None:
     moved = any(abs(n - w) > 4 for n, w in zip(apart, own))
     for (key, end), was, now in zip(ends.items(), own, apart):
         leader = {"arrowstyle": "-", "color": look[key][0], "lw": 0.7, "shrinkA": 1, "shrinkB": 4, "relpos": (0, 0.5)}
-        axes.annotate(str(key), (end[x], end["value"]), (22 if moved else 8, now - was), textcoords="offset points", va="center", fontsize=8.2, color=_readable(look[key][0]),
-                      annotation_clip=False, arrowprops=leader if moved else None)
+        axes.annotate(str(key), (end[x], end["value"]), (22 if moved else 8, now - was), textcoords="offset points", va="center",
+                      fontsize=8.2, color=_readable(look[key][0]), annotation_clip=False, arrowprops=leader if moved else None)
 
-# %% ../nbs/90_figures.ipynb #8b24a062
+# %% ../nbs/90_figures.ipynb #3ef1fd57
 def slopes(summary,                     # rows of `summarise`
            side: str,                   # column with the two sides, in the order in which they are to stand
            line: str,                   # column that names the lines
@@ -296,7 +324,8 @@ def slopes(summary,                     # rows of `summarise`
     figure, grid = blank_figure(width, height * rows, rows, columns, sharex=True, sharey=True)
     for i, (axes, name) in enumerate(zip(grid.flat, names)):
         part = summary if panel is None else summary[summary[panel] == name]
-        for j, (key, (colour, marker)) in enumerate(look.items()): _slope(axes, part[part[line] == key], side, sides, colour, marker, 0.022 * (j - (len(look) - 1) / 2))
+        for j, (key, (colour, marker)) in enumerate(look.items()):
+            _slope(axes, part[part[line] == key], side, sides, colour, marker, 0.022 * (j - (len(look) - 1) / 2))
         axes.set(xlim=(-0.42, len(sides) - 0.58), xticks=range(len(sides)))
         axes.set_xticklabels([str(s) for s in sides])
         _frame(axes, name, percent, "y")
@@ -309,6 +338,7 @@ def slopes(summary,                     # rows of `summarise`
         _name_ends(axes, part, side, sides, line, look, percent, last)
     return figure
 
+# %% ../nbs/90_figures.ipynb #95ce8ae8
 def _slope(axes, part, side, sides, colour, marker, shift) -> None:
     points = [(k + shift, part[part[side] == s].iloc[0]) for k, s in enumerate(sides) if len(part[part[side] == s])]
     points = [(k, p) for k, p in points if p["value"] == p["value"]]
@@ -324,13 +354,14 @@ def _name_ends(axes, part, side, sides, line, look, percent, with_names) -> None
         own = [axes.transData.transform((0, r["value"]))[1] * 72 / axes.figure.dpi for r in rows]
         for r, was, now in zip(rows, own, spread(own, 10.5)):
             text = number(r["value"], percent) + (f"  {r[line]}" if with_names and align == "left" else "")
-            axes.annotate(text, (sides.index(end), r["value"]), (shift, now - was), textcoords="offset points", ha=align, va="center", fontsize=8,
-                          color=_readable(look[r[line]][0]), annotation_clip=False)
+            axes.annotate(text, (sides.index(end), r["value"]), (shift, now - was), textcoords="offset points", ha=align, va="center",
+                          fontsize=8, color=_readable(look[r[line]][0]), annotation_clip=False)
 
-# %% ../nbs/90_figures.ipynb #ee60cc81
+# %% ../nbs/90_figures.ipynb #b694a2c5
 def matrix(summary,                     # rows of `summarise`
            row: str, column: str, panel: str | None = None, *,
-           label: str = "", row_label: str = "", column_label: str = "", percent: bool = True, limits: tuple[float, float] = (0.0, 1.0), columns: int = 3, width: float = 7.2):
+           label: str = "", row_label: str = "", column_label: str = "", percent: bool = True,
+           limits: tuple[float, float] = (0.0, 1.0), columns: int = 3, width: float = 7.2):
     "A matrix for each value of `panel`: the value large, interval and n small in each cell, the shade says the value. Returns the figure."
     from matplotlib.colors import LinearSegmentedColormap
     names, height, columns = _panels(summary, panel, columns)
@@ -354,6 +385,7 @@ def matrix(summary,                     # rows of `summarise`
     if note: figure.suptitle(note, x=0.01, ha="left", fontsize=8.5, color=faint)
     return figure
 
+# %% ../nbs/90_figures.ipynb #1c3bf689
 def _matrix_cell(axes, x, y, found, shades, limits, percent, common) -> None:
     from matplotlib.patches import Rectangle
     s = found.iloc[0] if len(found) else None
@@ -361,10 +393,12 @@ def _matrix_cell(axes, x, y, found, shades, limits, percent, common) -> None:
     place = min(1.0, max(0.0, (s["value"] - limits[0]) / (limits[1] - limits[0]))) if there else 0.0
     axes.add_patch(Rectangle((x - 0.485, y - 0.47), 0.97, 0.94, color=shades(place) if there else "#f4f4f4", lw=0))
     colour = "white" if place > 0.62 else ink
-    axes.annotate(number(s["value"] if there else None, percent), (x, y), (0, 5 + 4 * (there and not common)), textcoords="offset points", ha="center", va="center", fontsize=10.5, color=colour)
+    middle = {"textcoords": "offset points", "ha": "center", "va": "center", "color": colour}
+    axes.annotate(number(s["value"] if there else None, percent), (x, y), (0, 5 + 4 * (there and not common)), fontsize=10.5, **middle)
     bare = lambda v: number(v, percent).replace(" %", "")
-    small = [f"{bare(s['low'])} – {bare(s['high'])}"] * bool(s["low"] == s["low"]) + [n_text(s)] * (not common) if there else []
-    for k, text in enumerate(small): axes.annotate(text, (x, y), (0, -8 - 9 * k), textcoords="offset points", ha="center", va="center", fontsize=7, color=colour)
+    between = [f"{bare(s['low'])} – {bare(s['high'])}"] if there and s["low"] == s["low"] else []
+    small = between + ([n_text(s)] if there and not common else [])
+    for k, text in enumerate(small): axes.annotate(text, (x, y), (0, -8 - 9 * k), fontsize=7, **middle)
 
 def n_text(s) -> str:
     "How many questions, and how many seeds if there are several: 'n = 360 × 5'."
@@ -403,10 +437,11 @@ def strip_places(tokens: Sequence[str], width: float, size: float = 10.5) -> lis
         x += widths[i]
     return places
 
-# %% ../nbs/90_figures.ipynb #ff6a91f5
+# %% ../nbs/90_figures.ipynb #e4b98da8
 def heat_strip(strips: Sequence[Strip],         # rationales, one below the other
                question: str = "",              # lines above: the question, what the rationale argues for, what it is contrasted with
-               *, width: float = 7.2, size: float = 10.5, most: float | None = None):      # growth of the darkest shade; default: the largest shown
+               *, width: float = 7.2, size: float = 10.5,
+               most: float | None = None):      # growth of the darkest shade; default: the largest shown
     "Rationales as text, each token on the shade of its plausibility growth. Returns the figure."
     from matplotlib.colors import LinearSegmentedColormap
     across, row = width * 72 - 12, size + 21
@@ -437,16 +472,20 @@ def _wrapped(text: str, width: float, size: float) -> list[str]:
             lines[-1] = f"{lines[-1]} {word}".strip()
     return lines
 
-# %% ../nbs/90_figures.ipynb #5515fa11
+# %% ../nbs/90_figures.ipynb #cbde2b96
 def _draw_strip(axes, strip: Strip, places, top, row, size, shades, most) -> None:
     from matplotlib.patches import FancyBboxPatch
-    axes.text(0, top, strip.label, fontsize=9, fontweight="bold", va="center", color=_readable(looks([strip.label])[strip.label][0]))
+    known = plain_name(strip.label) in {plain_name(name) for name in palette}
+    colour = _readable(looks([strip.label])[strip.label][0]) if known else ink
+    axes.text(0, top, strip.label, fontsize=9, fontweight="bold", va="center", color=colour)
     if strip.note: axes.text(_text_width(strip.label, 9) * 1.13 + 8, top, strip.note, fontsize=8.5, va="center", color=faint)
     for (x, line, width), token, growth in zip(places, strip.tokens, strip.growth):
         y, shown = top - 20 - line * row, max(-1.0, min(1.0, growth / most)) if growth == growth else 0.0
-        axes.add_patch(FancyBboxPatch((x + 1.5, y - size * 0.62), width - 3, size * 1.3, boxstyle="round,pad=1.5,rounding_size=2", color=shades(0.5 + shown / 2), lw=0))
-        axes.text(x + width / 2, y, token.strip() or "␣", fontsize=size, ha="center", va="center", color="white" if abs(shown) > 0.72 else ink)
-        if abs(shown) >= 0.08: axes.text(x + width / 2, y - size - 2.5, f"{growth:+.1f}".replace("-", "−"), fontsize=6, ha="center", va="center", color=faint)
+        shade, middle = shades(0.5 + shown / 2), {"ha": "center", "va": "center"}
+        axes.add_patch(FancyBboxPatch((x + 1.5, y - size * 0.62), width - 3, size * 1.3, boxstyle="round,pad=1.5,rounding_size=2", color=shade, lw=0))
+        axes.text(x + width / 2, y, token.strip() or "␣", fontsize=size, color="white" if abs(shown) > 0.72 else ink, **middle)
+        if abs(shown) < 0.08: continue
+        axes.text(x + width / 2, y - size - 2.5, f"{growth:+.1f}".replace("-", "−"), fontsize=6, color=faint, **middle)
 
 def _strip_legend(axes, shades, most, across) -> None:
     import numpy as np
@@ -455,7 +494,7 @@ def _strip_legend(axes, shades, most, across) -> None:
     axes.text(left - 6, 13, f"less likely given the answer  −{most:.1f}", fontsize=7.5, ha="right", va="center", color=faint)
     axes.text(right + 6, 13, f"+{most:.1f}  more likely given the answer (nats)", fontsize=7.5, ha="left", va="center", color=faint)
 
-# %% ../nbs/90_figures.ipynb #25801973
+# %% ../nbs/90_figures.ipynb #98636d1b
 def cell_text(s, percent: bool = False, digits: int = 2) -> str:
     "One cell of a table: '62 % [58, 66], n = 360 × 5'; of a score without a value its reason."
     if s is None: return "–"
@@ -467,12 +506,13 @@ def cell_text(s, percent: bool = False, digits: int = 2) -> str:
 def crossed(summary, row: str, column: str | None = None, *, percent: bool | Sequence[str] = False, digits: int = 2) -> list[list[str]]:
     "A summary as rows of text, the first row the head; `percent`: whether, or for which columns, values are shown as percentages."
     columns = list(dict.fromkeys(summary[column])) if column else ["value"]
-    body = []
-    for name in dict.fromkeys(summary[row]):
-        of = {c: summary[(summary[row] == name) & (summary[column] == c)] if column else summary[summary[row] == name] for c in columns}
-        body.append([str(name), *(cell_text(f.iloc[0] if len(f) else None, percent if isinstance(percent, bool) else c in percent, digits) for c, f in of.items())])
+    def cell(name, c):
+        found = summary[(summary[row] == name) & ((summary[column] == c) if column else True)]
+        return cell_text(found.iloc[0] if len(found) else None, percent if isinstance(percent, bool) else c in percent, digits)
+    body = [[str(name), *(cell(name, c) for c in columns)] for name in dict.fromkeys(summary[row])]
     return [[row, *map(str, columns)], *body]
 
+# %% ../nbs/90_figures.ipynb #2d61c013
 def markdown_table(rows: list[list[str]]) -> str:
     "Rows of text as a Markdown table."
     safe = [[str(c).replace("|", "\\|") for c in r] for r in rows]
@@ -482,22 +522,29 @@ def markdown_table(rows: list[list[str]]) -> str:
 def latex_table(rows: list[list[str]], caption: str = "", label: str = "") -> str:
     "Rows of text as a LaTeX table with booktabs rules."
     line = lambda r: " & ".join(map(latex_text, r)) + r" \\"
-    frame = [r"\begin{tabular}{l" + "c" * (len(rows[0]) - 1) + "}", r"\toprule", line(rows[0]), r"\midrule", *map(line, rows[1:]), r"\bottomrule", r"\end{tabular}"]
-    if caption: frame = [r"\begin{table}", r"\centering", *frame, rf"\caption{{{latex_text(caption)}}}", *([rf"\label{{{label}}}"] if label else []), r"\end{table}"]
+    head = [r"\begin{tabular}{l" + "c" * (len(rows[0]) - 1) + "}", r"\toprule", line(rows[0]), r"\midrule"]
+    frame = [*head, *map(line, rows[1:]), r"\bottomrule", r"\end{tabular}"]
+    named = [rf"\caption{{{latex_text(caption)}}}", *([rf"\label{{{label}}}"] if label else [])]
+    if caption: frame = [r"\begin{table}", r"\centering", *frame, *named, r"\end{table}"]
     return "\n".join(frame) + "\n"
 
 def latex_text(text: str) -> str:
     "Text with LaTeX's special characters escaped."
-    signs = {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "×": r"$\times$", "−": "$-$", "–": "--", "→": r"$\to$", "<": r"\textless{}", ">": r"\textgreater{}",
-             **{c: "\\" + c for c in "&%$#_{}"}}
+    signs = {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "<": r"\textless{}", ">": r"\textgreater{}",
+             "×": r"$\times$", "−": "$-$", "–": "--", "→": r"$\to$", **{c: "\\" + c for c in "&%$#_{}"}}
     return "".join(signs.get(c, c) for c in str(text))
 
-def save_table(rows: list[list[str]], path, caption: str = "") -> list[Path]:
-    "Writes `path`.md and `path`.tex."
+def save_rows(rows: list[list[str]], path, caption: str = "") -> list[Path]:
+    "Writes rows of text as `path`.md and `path`.tex."
     path = Path(path)
-    return [write_text(path.with_name(path.name + ".md"), markdown_table(rows)), write_text(path.with_name(path.name + ".tex"), latex_table(rows, caption, f"tab:{path.name}"))]
+    latex = latex_table(rows, caption, f"tab:{path.name}")
+    return [write_text(path.with_name(f"{path.name}.md"), markdown_table(rows)), write_text(path.with_name(f"{path.name}.tex"), latex)]
 
-# %% ../nbs/90_figures.ipynb #6f483099
+def save_table(summary, row: str, column: str | None, path, *, percent: bool | Sequence[str] = False, digits: int = 2, caption: str = "") -> list[Path]:
+    "Writes a summary as `path`.md and `path`.tex, one row per value of `row`, one column per value of `column`."
+    return save_rows(crossed(summary, row, column, percent=percent, digits=digits), path, caption)
+
+# %% ../nbs/90_figures.ipynb #b27d43ad
 @dataclass
 class Section:
     "A section of a report. Pictures and tables are file names without their ending, beside `section.json`."
@@ -514,22 +561,26 @@ def claim(text: str,                    # the claim, as a sentence
           *, percent: bool = False, remark: str = "") -> dict:
     "A claim with its verdict and the number behind it, for a section."
     said = "" if not score else cell_text({"reason": "", "low": None, "high": None, "n": None, "seeds": 1, **score}, percent)
-    return {"text": text, "holds": None if holds is None else bool(holds), "number": said, "remark": remark or (score or {}).get("reason") or ""}
+    verdict, remark = None if holds is None else bool(holds), remark or (score or {}).get("reason") or ""
+    return {"text": text, "holds": verdict, "number": said, "remark": remark}
 
+# %% ../nbs/90_figures.ipynb #06644872
 def write_section(out, section: Section) -> Path:
     "Writes `section.json` to `out`. Raises `BadInput` if a picture or table of it is not there."
     for kind, names in ((".png", section.figures), (".md", section.tables)):
         for name, _ in names:
-            if not (Path(out)/f"{name}{kind}").exists(): raise BadInput("is named in the section but is not there", file=Path(out)/f"{name}{kind}", remedy="Save it first.")
+            file = Path(out)/f"{name}{kind}"
+            if not file.exists(): raise BadInput("is named in the section but is not there", file=file, remedy="Save it first.")
     return write_json(Path(out)/"section.json", {k: v for k, v in asdict(section).items() if k != "folder"})
 
 def read_section(folder) -> Section:
     "The section that a figure notebook left in its run folder."
     path = Path(folder)/"section.json"
-    if not path.exists(): raise BadInput("left no section.json", file=folder, remedy="End the notebook with `write_section(out, Section(...))`.")
+    remedy = "End the notebook with `write_section(out, Section(...))`."
+    if not path.exists(): raise BadInput("left no section.json", file=folder, remedy=remedy)
     return Section(**{**json.loads(path.read_text(encoding="utf-8")), "folder": str(folder)})
 
-# %% ../nbs/90_figures.ipynb #fd35494a
+# %% ../nbs/90_figures.ipynb #1045f2df
 def prose(text: str) -> str:
     "Simple Markdown as HTML: paragraphs, `-` lists, tables, **bold**, *italic*, `code`, [link](url). Everything else is shown as it is."
     blocks = [b.strip("\n") for b in re.split(r"\n\s*\n", text.strip()) if b.strip()]
@@ -547,8 +598,10 @@ def _block(block: str) -> str:
 def _html_table(rows: list[str]) -> str:
     cells = [[c.strip().replace("\\|", "|") for c in re.split(r"(?<!\\)\|", r.strip())[1:-1]] for r in rows]
     line = lambda tag, r: "<tr>" + "".join(f"<{tag}>{_inline(c)}</{tag}>" for c in r) + "</tr>"
-    return f"<div class=wide><table><thead>{line('th', cells[0])}</thead><tbody>{''.join(line('td', r) for r in cells[2:])}</tbody></table></div>"
+    body = "".join(line("td", r) for r in cells[2:])
+    return f"<div class=wide><table><thead>{line('th', cells[0])}</thead><tbody>{body}</tbody></table></div>"
 
+# %% ../nbs/90_figures.ipynb #ac5da0d5
 def _inline(text: str) -> str:
     codes: list[str] = []
     def keep(m): codes.append(m[1]); return f"\0{len(codes) - 1}\0"
@@ -556,7 +609,8 @@ def _inline(text: str) -> str:
     text = re.sub(r"\*\*(.+?)\*\*", r"<strong>\1</strong>", text)
     text = re.sub(r"(?<![\w*])\*([^*\s](?:[^*]*[^*\s])?)\*(?![\w*])", r"<em>\1</em>", text)
     text = re.sub(r"\[([^\]]+)\]\((https?://[^\s)\"]+|#[\w-]+)\)", r'<a href="\2">\1</a>', text)
-    text = re.sub(r"(?<=\d) %|(?<=n) = (?=\d)|(?<=\d) × (?=\d)", lambda m: m[0].replace(" ", "\u00a0"), text)       # no line ends inside a number
+    unbroken = r"(?<=\d) %|(?<=n) = (?=\d)|(?<=\d) × (?=\d)"             # no line ends inside a number
+    text = re.sub(unbroken, lambda m: m[0].replace(" ", "\u00a0"), text)
     return re.sub("\0(\\d+)\0", lambda m: f"<code>{html.escape(codes[int(m[1])], quote=False)}</code>", text)
 
 # %% ../nbs/90_figures.ipynb #83d182e3
@@ -590,7 +644,7 @@ footer { font-size: 0.78rem; color: var(--soft); margin-top: 3.5rem; border-top:
 @media print { html { font-size: 10.5pt; } body { max-width: none; padding: 0; } nav { display: none; } figure, table, .claims li { break-inside: avoid; } h2 { break-after: avoid; } a { color: inherit; } }
 """
 
-# %% ../nbs/90_figures.ipynb #d192fb11
+# %% ../nbs/90_figures.ipynb #0eea03df
 _page = """<!doctype html>
 <html lang="en">
 <head>
@@ -621,14 +675,16 @@ _page = """<!doctype html>
 </html>
 """
 
+# %% ../nbs/90_figures.ipynb #6a9e0c3d
 def _verdicts(claims: list[dict]):
-    from markupsafe import Markup, escape
+    from markupsafe import Markup
     words = {True: ("yes", "✓ holds"), False: ("no", "✗ does not hold"), None: ("open", "? cannot be told")}
-    item = lambda c: Markup('<li><span class="verdict {}">{}</span><span>{}{}</span></li>').format(
-        *words[c["holds"]], Markup(_inline(c["text"])), Markup("<small>{}</small>").format("; ".join(filter(None, [c.get("number"), c.get("remark")]))) if c.get("number") or c.get("remark") else "")
+    small = lambda c: "; ".join(filter(None, [c.get("number"), c.get("remark")]))
+    frame, note = Markup('<li><span class="verdict {}">{}</span><span>{}{}</span></li>'), Markup("<small>{}</small>")
+    item = lambda c: frame.format(*words[c["holds"]], Markup(_inline(c["text"])), note.format(small(c)) if small(c) else "")
     return Markup('<ul class="claims">') + Markup("").join(map(item, claims)) + Markup("</ul>")
 
-# %% ../nbs/90_figures.ipynb #bee78782
+# %% ../nbs/90_figures.ipynb #ff019745
 def build_report(path,                          # the HTML file to write
                  title: str,
                  lead: str = "",                # what this is and what came out, in a paragraph or two of Markdown
@@ -642,11 +698,17 @@ def build_report(path,                          # the HTML file to write
     sections = [s if isinstance(s, Section) else read_section(s) for s in sections]
     env = Environment(autoescape=True, trim_blocks=False)
     env.filters |= {"prose": lambda t: Markup(prose(t)), "inline": lambda t: Markup(_inline(t))}
-    shown = [{"heading": s.heading, "text": s.text, "claims": s.claims, "pictures": [(*_picture(Path(s.folder)/f"{name}.png"), caption) for name, caption in s.figures],
-              "grids": [((Path(s.folder)/f"{name}.md").read_text(encoding="utf-8"), caption) for name, caption in s.tables]} for s in sections]
     claims = [c for s in sections for c in s.claims] if summary_of_claims else []
-    page = env.from_string(_page).render(title=title, lead=lead, css=Markup(_css), sections=shown, claims=claims, facts=facts, footer=footer, verdicts=_verdicts, count=_Count())
+    page = env.from_string(_page).render(title=title, lead=lead, css=Markup(_css), sections=list(map(_shown, sections)), claims=claims,
+                                         facts=facts, footer=footer, verdicts=_verdicts, count=_Count())
     return write_text(path, re.sub(r"\n{3,}", "\n\n", page))
+
+def _shown(section: Section) -> dict:
+    "A section as the page's template wants it: pictures as (data, width, caption), tables as (Markdown, caption)."
+    folder = Path(section.folder)
+    return {"heading": section.heading, "text": section.text, "claims": section.claims,
+            "pictures": [(*_picture(folder/f"{name}.png"), caption) for name, caption in section.figures],
+            "grids": [((folder/f"{name}.md").read_text(encoding="utf-8"), caption) for name, caption in section.tables]}
 
 class _Count:
     "Numbers of figures and tables, in order of appearance."

@@ -7,11 +7,12 @@ __all__ = ['package_name', 'Parameter', 'notebook_parameters', 'did_you_mean', '
            'code_text', 'package_folder', 'rooms_used', 'shipped_inputs', 'checksum', 'run_around', 'Run',
            'planned_run', 'found_notebook', 'fresh_start', 'WarmKernel', 'split_progress', 'NotebookFailed', 'Busy',
            'run_notebook', 'flat_metrics', 'tidy', 'write_table', 'read_table', 'From', 'TableOf', 'Cell', 'Plan',
-           'Outcome', 'last_seconds', 'run_plan', 'Grid', 'load_grid', 'chosen', 'Reproduction', 'reproduce',
-           'forecast', 'gather']
+           'planned_cell', 'Outcome', 'last_seconds', 'run_plan', 'Grid', 'load_grid', 'chosen', 'Reproduction',
+           'reproduce', 'forecast', 'gather']
 
-# %% ../nbs/80_runs.ipynb #e4a0f0da
-import ast, difflib, fcntl, fnmatch, io, itertools, json, numbers, os, platform, re, shutil, signal, sys, tempfile, threading, time, tokenize
+# %% ../nbs/80_runs.ipynb #716a3d1e
+import ast, difflib, fcntl, fnmatch, io, itertools, json, numbers, os, platform, re, shutil, signal, sys
+import tempfile, threading, time, tokenize
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -19,9 +20,10 @@ from importlib import metadata, util
 from pathlib import Path
 from typing import Any, Callable, Iterable
 
-from .files import BadInput, content_key, sha256_file, shipped, stable_seed, tree_hash, writable_folder, write_json, write_text
+from .files import BadInput, content_key, sha256_file, shipped, stable_seed, tree_hash
+from .files import writable_folder, write_json, write_text
 
-# %% ../nbs/80_runs.ipynb #826adf44
+# %% ../nbs/80_runs.ipynb #807ecfd9
 @dataclass(frozen=True)
 class Parameter:
     "One parameter of a notebook, as its parameters cell declares it."
@@ -35,36 +37,42 @@ def _cells(notebook) -> list[dict]:
     try: nb = json.loads(Path(notebook).read_text(encoding="utf-8"))
     except FileNotFoundError: raise BadInput("there is no such notebook", file=notebook, remedy="Check the name.") from None
     except json.JSONDecodeError as e: raise BadInput(f"is not a notebook: {e.msg}", file=notebook, line=e.lineno) from None
-    return [{"source": "".join(c["source"]), "tags": c.get("metadata", {}).get("tags", [])} for c in nb["cells"] if c["cell_type"] == "code"]
+    code = [c for c in nb["cells"] if c["cell_type"] == "code"]
+    return [{"source": "".join(c["source"]), "tags": c.get("metadata", {}).get("tags", [])} for c in code]
 
 def notebook_parameters(notebook) -> dict[str, Parameter]:
     "What a notebook declares in its `parameters` cell, by name. Raises `BadInput` if that cell is missing or holds more than literals."
     tagged = [c["source"] for c in _cells(notebook) if "parameters" in c["tags"]]
     if len(tagged) != 1: raise BadInput(f"has {len(tagged)} cells tagged 'parameters'", file=notebook, remedy="Tag exactly one.")
-    help = {t.start[0]: t.string.lstrip("# ") for t in tokenize.generate_tokens(io.StringIO(tagged[0]).readline) if t.type == tokenize.COMMENT}
+    tokens = tokenize.generate_tokens(io.StringIO(tagged[0]).readline)
+    help = {t.start[0]: t.string.lstrip("# ") for t in tokens if t.type == tokenize.COMMENT}
     found = [_declared(s, help, notebook) for s in ast.parse(tagged[0]).body]
     return {p.name: p for p in found}
 
 def _declared(statement, help, notebook):
-    target = statement.targets[0] if isinstance(statement, ast.Assign) and len(statement.targets) == 1 else getattr(statement, "target", None)
+    single = isinstance(statement, ast.Assign) and len(statement.targets) == 1
+    target = statement.targets[0] if single else getattr(statement, "target", None)
     try:
         kind = ast.unparse(statement.annotation) if isinstance(statement, ast.AnnAssign) else ""
         return Parameter(target.id, ast.literal_eval(statement.value), kind, help.get(statement.lineno, ""))
     except (AttributeError, ValueError, TypeError):
-        raise BadInput("the parameters cell may hold only `name: type = literal`", file=notebook, value=ast.unparse(statement), remedy="Compute in the next cell.") from None
+        raise BadInput("the parameters cell may hold only `name: type = literal`", file=notebook, value=ast.unparse(statement),
+                       remedy="Compute in the next cell.") from None
 
-# %% ../nbs/80_runs.ipynb #82488628
+# %% ../nbs/80_runs.ipynb #f8b812d0
 _scalars = {"int": int, "float": float, "str": str, "bool": bool, "list": list, "dict": dict, "None": type(None)}
 
 def _fitted(value, kind: ast.expr):
     "`value` as an annotation asks for it; raises TypeError if it does not fit. Annotations that are not understood accept everything."
     if isinstance(kind, ast.BinOp): return _first_fit(value, [kind.left, kind.right])
     if isinstance(kind, ast.Constant) and kind.value is None: kind = ast.Name("None")
-    if isinstance(kind, ast.Subscript) and isinstance(value, list | tuple) and ast.unparse(kind.value) == "list": return [_fitted(v, kind.slice) for v in value]
-    if isinstance(kind, ast.Subscript) and ast.unparse(kind.value) == "Literal":
-        if value in ast.literal_eval(f"({ast.unparse(kind.slice)},)"): return value
+    outer = ast.unparse(kind.value) if isinstance(kind, ast.Subscript) else ast.unparse(kind)
+    parts = kind.slice if isinstance(kind, ast.Subscript) else None
+    if parts and outer == "list" and isinstance(value, list | tuple): return [_fitted(v, parts) for v in value]
+    if parts and outer == "Literal":
+        if value in ast.literal_eval(f"({ast.unparse(parts)},)"): return value
         raise TypeError
-    expected = _scalars.get(ast.unparse(kind.value if isinstance(kind, ast.Subscript) else kind))
+    expected = _scalars.get(outer)
     if expected is None: return value
     if expected is float and type(value) is int: return float(value)
     if expected is list and isinstance(value, tuple): return list(value)
@@ -82,16 +90,19 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
     near = difflib.get_close_matches(str(name), [str(k) for k in known], n=1)
     return f"Did you mean {near[0]!r}?" if near else f"Known: {', '.join(map(str, known))}."
 
-# %% ../nbs/80_runs.ipynb #0b5f15d5
+# %% ../nbs/80_runs.ipynb #ca8445f4
 def checked_parameters(notebook,              # path of the notebook
                        params: dict | None = None   # what to change; all else keeps its default
                       ) -> dict:
     "All parameters of a notebook but `out`: the given ones checked against name and type, the rest as declared."
     declared = notebook_parameters(notebook)
-    if "out" not in declared: raise BadInput("declares no parameter `out`", file=notebook, remedy="Add `out: str = ...`, the folder it writes to.")
+    if "out" not in declared:
+        raise BadInput("declares no parameter `out`", file=notebook, remedy="Add `out: str = ...`, the folder it writes to.")
     for name in params or {}:
         if name == "out": raise BadInput("is chosen by the driver", file=notebook, field=name, remedy="Leave it out.")
-        if name not in declared: raise BadInput("is not a parameter of this notebook", file=notebook, field=name, remedy=did_you_mean(name, set(declared) - {"out"}))
+        if name in declared: continue
+        remedy = did_you_mean(name, sorted(declared.keys() - {"out"}))
+        raise BadInput("is not a parameter of this notebook", file=notebook, field=name, remedy=remedy)
     merged = {name: p.default for name, p in declared.items()} | (params or {})
     return {name: _checked(merged[name], p, notebook) for name, p in declared.items() if name != "out"}
 
@@ -100,7 +111,9 @@ def _checked(value, parameter: Parameter, notebook):
     if isinstance(value, Path): value = str(value)
     if not kind or isinstance(value, (Upstream, Table)) or _holds_upstream(value): return value
     try: return _fitted(value, ast.parse(kind, mode="eval").body)
-    except TypeError: raise BadInput(f"should be {kind}", file=notebook, field=parameter.name, value=value, remedy=f"The default is {parameter.default!r}.") from None
+    except TypeError:
+        remedy = f"The default is {parameter.default!r}."
+        raise BadInput(f"should be {kind}", file=notebook, field=parameter.name, value=value, remedy=remedy) from None
 
 # %% ../nbs/80_runs.ipynb #0b0a6583
 @dataclass(frozen=True)
@@ -116,7 +129,7 @@ class Table:
 
 def _holds_upstream(value): return isinstance(value, list) and any(isinstance(v, Upstream) for v in value)
 
-# %% ../nbs/80_runs.ipynb #4fa62450
+# %% ../nbs/80_runs.ipynb #d6d33e7b
 @lru_cache(maxsize=None)
 def _tree(source: str) -> ast.Module:
     "Syntax tree of a cell or module; `%magics` and `!commands` are rewritten as IPython does."
@@ -130,12 +143,13 @@ def _tree(source: str) -> ast.Module:
 def code_text(source: str) -> str:
     "Source reduced to what runs: no comments, docstrings or layout."
     tree = ast.parse(ast.unparse(_tree(source)))
+    documented = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef, ast.Module)
     for node in ast.walk(tree):
-        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef, ast.Module)) and ast.get_docstring(node, clean=False) is not None:
+        if isinstance(node, documented) and ast.get_docstring(node, clean=False) is not None:
             node.body = node.body[1:] or [ast.Pass()]
     return ast.unparse(tree)
 
-# %% ../nbs/80_runs.ipynb #9d4096fe
+# %% ../nbs/80_runs.ipynb #9390d27d
 package_name = "faithful_distill"
 
 def package_folder() -> Path:
@@ -145,7 +159,8 @@ def package_folder() -> Path:
 @lru_cache(maxsize=None)
 def _public_homes(init: str) -> dict[str, str]:
     "Public name -> room, from the `_rooms` table of the package's `__init__`."
-    tables = [ast.literal_eval(n.value) for n in _tree(init).body if isinstance(n, ast.Assign) and getattr(n.targets[0], "id", "") == "_rooms"]
+    assigned = [n for n in _tree(init).body if isinstance(n, ast.Assign)]
+    tables = [ast.literal_eval(n.value) for n in assigned if getattr(n.targets[0], "id", "") == "_rooms"]
     return {name: room for table in tables for room, names in table.items() for name in names}
 
 def _dotted_imports(tree: ast.AST):
@@ -153,7 +168,8 @@ def _dotted_imports(tree: ast.AST):
     aliases = set()
     for node in ast.walk(tree):
         if isinstance(node, ast.ImportFrom):
-            base = node.module or "" if node.level else (node.module or "").removeprefix(package_name) if (node.module or "").split(".")[0] == package_name else None
+            module = node.module or ""
+            base = module if node.level else module.removeprefix(package_name) if module.split(".")[0] == package_name else None
             if base is not None: yield from (f"{base}.{a.name}".strip(".") for a in node.names)
         elif isinstance(node, ast.Import):
             for a in node.names:
@@ -186,11 +202,12 @@ def rooms_used(sources: Iterable[str],          # pieces of code
             waiting.append(text[room])
     return dict(sorted(used.items()))
 
-# %% ../nbs/80_runs.ipynb #8fd2f419
+# %% ../nbs/80_runs.ipynb #b9249a74
 @lru_cache(maxsize=None)
 def _shipped_prefixes(source: str) -> frozenset[tuple[str, ...]]:
     "The constant leading parts of each call of `shipped(...)`."
-    calls = [n for n in ast.walk(_tree(source)) if isinstance(n, ast.Call) and (getattr(n.func, "id", "") == "shipped" or getattr(n.func, "attr", "") == "shipped")]
+    called = lambda n: isinstance(n, ast.Call) and "shipped" in (getattr(n.func, "id", ""), getattr(n.func, "attr", ""))
+    calls = [n for n in ast.walk(_tree(source)) if called(n)]
     constant = lambda a: isinstance(a, ast.Constant) and isinstance(a.value, str)
     return frozenset(tuple(a.value for a in itertools.takewhile(constant, n.args)) for n in calls)
 
@@ -203,7 +220,7 @@ def shipped_inputs(sources: Iterable[str]) -> dict[str, str]:
         if parts[:1] != ("data",) or len(parts) > 1 and parts[1] in _not_input: continue
         path = shipped(*parts) if _is_shipped(parts) else None
         if path is None: continue
-        inside = [p for p in sorted(path.iterdir()) if p.name not in _not_input and not p.name.startswith(".")] if len(parts) == 1 else [path]
+        inside = [path] if len(parts) > 1 else [p for p in sorted(path.iterdir()) if p.name not in _not_input and p.name[0] != "."]
         found |= {"/".join([*parts, *p.relative_to(path).parts]): checksum(p) for p in inside}
     return found
 
@@ -211,6 +228,7 @@ def _is_shipped(parts):
     try: return shipped(*parts).exists()
     except BadInput: return False
 
+# %% ../nbs/80_runs.ipynb #a0abb611
 def checksum(path) -> str:
     "Key of the content of a file or folder; worked out again only if names, sizes or times changed."
     path = Path(path)
@@ -220,7 +238,7 @@ def checksum(path) -> str:
 @lru_cache(maxsize=None)
 def _checksum(path: Path, state: tuple) -> str: return tree_hash(path) if path.is_dir() else sha256_file(path)[:12]
 
-# %% ../nbs/80_runs.ipynb #52419945
+# %% ../nbs/80_runs.ipynb #9cfe135d
 def run_around(path) -> Path | None:
     "The finished run folder that `path` is or lies in; None if there is none."
     path = Path(path).absolute()
@@ -230,7 +248,7 @@ def run_around(path) -> Path | None:
     return None
 
 def _input_file(name: str, value: str, base: Path, notebook) -> Path | None:
-    "The file or folder that a parameter's value names, by the parameter's name or because it looks like a path and is there; None for other text."
+    "The file or folder that a value names, by the parameter's name or because it looks like a path and is there; None for other text."
     asked = name.endswith(("_path", "_dir"))
     if not value or not asked and not re.search(r"\w/|/\w|\w\.\w+$", value): return None
     path = Path(os.path.abspath(base/value))
@@ -256,7 +274,7 @@ def _input(name, value, runs: Path, base: Path, notebook):
     received, counts = _input(name, inside, runs, base, notebook)
     return received if run.parent == runs else str(path), counts
 
-# %% ../nbs/80_runs.ipynb #188ae4e6
+# %% ../nbs/80_runs.ipynb #c3a688f1
 @dataclass(frozen=True)
 class Run:
     "A run that is planned: where it will be, and what it is made from."
@@ -287,8 +305,10 @@ def planned_run(notebook, params: dict | None = None, runs="runs") -> Run:
     values = {k: v for k, (v, _) in pairs.items()}
     inputs = {k: c for k, c in counts.items() if c != values[k]}
     record = {**recipe, "params": values, "inputs": inputs, "key": key, "notebook": notebook.name, "seed": values.get("seed")}
-    return Run(notebook, runs/f"{notebook.stem}-{key}", values, record, {f"{k}.csv": v for k, v in declared.items() if isinstance(v, Table)})
+    tables = {f"{k}.csv": v for k, v in declared.items() if isinstance(v, Table)}
+    return Run(notebook, runs/f"{notebook.stem}-{key}", values, record, tables)
 
+# %% ../nbs/80_runs.ipynb #b080e8cf
 def found_notebook(name) -> Path:
     "A notebook by path, or by its place in the package's `nbs/`: 'experiments/train.ipynb'."
     path = Path(name)
@@ -334,13 +354,19 @@ def _die_with_parent():
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)      # PR_SET_PDEATHSIG
     except (OSError, AttributeError): pass
 
-# %% ../nbs/80_runs.ipynb #d1e665fe
+# %% ../nbs/80_runs.ipynb #77b9207e
 def _kernel_environment(folder: str, threads: int) -> dict:
     one = {k: str(threads) for k in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")}
     paths = [str(package_folder().parent), *filter(None, [os.environ.get("PYTHONPATH")])]
-    return {**os.environ, **one, "PYTHONPATH": os.pathsep.join(paths), "PYTHONHASHSEED": "0", "TOKENIZERS_PARALLELISM": "false", "IPYTHONDIR": folder,
-            "FAITHFUL_DISTILL_PROGRESS": "1", "CUBLAS_WORKSPACE_CONFIG": ":4096:8", "PYDEVD_DISABLE_FILE_VALIDATION": "1"}
+    fixed = {"PYTHONHASHSEED": "0", "TOKENIZERS_PARALLELISM": "false", "CUBLAS_WORKSPACE_CONFIG": ":4096:8"}
+    return {**os.environ, **one, **fixed, "PYTHONPATH": os.pathsep.join(paths), "IPYTHONDIR": folder, "FAITHFUL_DISTILL_PROGRESS": "1",
+            "PYDEVD_DISABLE_FILE_VALIDATION": "1"}
 
+def _package_state() -> str:
+    "Changes whenever a module of the package changes."
+    return content_key([[p.name, p.stat().st_mtime_ns, p.stat().st_size] for p in sorted(package_folder().glob("*.py"))])
+
+# %% ../nbs/80_runs.ipynb #8771336b
 class WarmKernel:
     "A Jupyter kernel that executes many notebooks, one at a time. Use it from one thread; `kill` may come from any."
     def __init__(self, threads: int = 1):       # threads of the arithmetic libraries
@@ -351,21 +377,10 @@ class WarmKernel:
         if self.km is not None and (self.source != _package_state() or not _wait(self.km.is_alive)): self.stop()
         for attempt in range(3):                        # a busy machine may need a second try
             if self.km is not None: return
-            try: self._launch()
+            try: _launch(self)
             except RuntimeError:
                 self.stop()
                 if attempt == 2: raise
-
-    def _launch(self):
-        from jupyter_client import AsyncKernelManager
-        self.source, self.folder = _package_state(), tempfile.mkdtemp(prefix="kernel-")
-        sockets = {"transport": "ipc", "ip": f"{self.folder}/k"} if len(self.folder) < 80 else {}       # the path of a socket has to be short
-        self.km = AsyncKernelManager(kernel_spec_manager=_this_python(), connection_file=f"{self.folder}/kernel.json", **sockets)
-        _wait(self.km.start_kernel, env=_kernel_environment(self.folder, self.threads), cwd=self.folder, extra_arguments=["--HistoryManager.enabled=False"])
-        self.kc = self.km.client()
-        self.kc.start_channels()
-        _wait(self.kc.wait_for_ready, timeout=120)
-        self.kc.allow_stdin = False
 
     def refresh(self, folder: Path, lock: Path, seed: int) -> None:
         "Makes the kernel as good as new, with `folder` as its working folder."
@@ -391,7 +406,7 @@ class WarmKernel:
     def __enter__(self): return self
     def __exit__(self, *_): self.stop()
 
-# %% ../nbs/80_runs.ipynb #f4ad98a2
+# %% ../nbs/80_runs.ipynb #f16d13ba
 def _wait(call, *args, **kwargs):
     "Result of a call that may be a coroutine, on this thread's event loop (the one nbclient uses too)."
     import inspect
@@ -401,19 +416,29 @@ def _wait(call, *args, **kwargs):
         return await result if inspect.isawaitable(result) else result
     return run_sync(waited)()
 
+def _launch(kernel: WarmKernel) -> None:
+    "Starts the process and waits until it answers."
+    from jupyter_client import AsyncKernelManager
+    kernel.source, kernel.folder = _package_state(), tempfile.mkdtemp(prefix="kernel-")
+    sockets = {"transport": "ipc", "ip": f"{kernel.folder}/k"} if len(kernel.folder) < 80 else {}      # sockets have short paths
+    kernel.km = AsyncKernelManager(kernel_spec_manager=_this_python(), connection_file=f"{kernel.folder}/kernel.json", **sockets)
+    _wait(kernel.km.start_kernel, env=_kernel_environment(kernel.folder, kernel.threads), cwd=kernel.folder,
+          extra_arguments=["--HistoryManager.enabled=False"])
+    kernel.kc = kernel.km.client()
+    kernel.kc.start_channels()
+    _wait(kernel.kc.wait_for_ready, timeout=120)
+    kernel.kc.allow_stdin = False
+
 def _this_python():
     "A kernel-spec manager that knows one kernel: the Python that is running."
     from jupyter_client.kernelspec import KernelSpec, KernelSpecManager
     class ThisPython(KernelSpecManager):
         def get_kernel_spec(self, kernel_name):
-            return KernelSpec(argv=[sys.executable, "-m", "ipykernel_launcher", "-f", "{connection_file}"], display_name="python3", language="python")
+            argv = [sys.executable, "-m", "ipykernel_launcher", "-f", "{connection_file}"]
+            return KernelSpec(argv=argv, display_name="python3", language="python")
     return ThisPython()
 
-def _package_state() -> str:
-    "Changes whenever a module of the package changes."
-    return content_key([[p.name, p.stat().st_mtime_ns, p.stat().st_size] for p in sorted(package_folder().glob("*.py"))])
-
-# %% ../nbs/80_runs.ipynb #50cd58a5
+# %% ../nbs/80_runs.ipynb #23e3020f
 @lru_cache(maxsize=None)
 def _engine() -> str:
     "Registers the warm engine with papermill and returns its name."
@@ -438,6 +463,7 @@ def _engine() -> str:
     papermill_engines.register("warm", WarmEngine)
     return "warm"
 
+# %% ../nbs/80_runs.ipynb #fbfe46b8
 _bar = re.compile(r"^(?P<what>.*?)\s*(?P<percent>\d+)%\|[^|]*\|\s*(?P<rest>.*\])$|^(?P<open>.*\d+\w* \[\d+:\d\d.*\])$")
 
 def split_progress(text: str) -> tuple[list[str], str]:
@@ -508,7 +534,7 @@ def _settled_output(output, number, times):
 
 def _unaddressed(text): return re.sub(r"\bat 0x[0-9a-f]{6,}", "at 0x...", text)
 
-# %% ../nbs/80_runs.ipynb #75140b77
+# %% ../nbs/80_runs.ipynb #cd483cfa
 @lru_cache(maxsize=None)
 def _environment() -> str:
     "Version of this package and of what it builds on, commit and machine, as JSON text."
@@ -527,10 +553,12 @@ def _commit() -> str | None:
     "The commit that the package is checked out at; None if it is installed, or git is not there."
     import subprocess
     git = lambda *args: subprocess.run(["git", "-C", str(package_folder()), *args], capture_output=True, text=True)
-    try: return git("rev-parse", "HEAD").stdout.strip() or None if git("ls-files", "--error-unmatch", "__init__.py").returncode == 0 else None
+    try:
+        if git("ls-files", "--error-unmatch", "__init__.py").returncode != 0: return None
+        return git("rev-parse", "HEAD").stdout.strip() or None
     except OSError: return None
 
-# %% ../nbs/80_runs.ipynb #f8e0142c
+# %% ../nbs/80_runs.ipynb #8aac4315
 def run_notebook(notebook,                              # path, or a name below `nbs/`
                  params: dict | None = None,            # parameters that differ from the notebook's defaults
                  runs="runs",                           # folder of all run folders
@@ -549,9 +577,11 @@ def run_notebook(notebook,                              # path, or a name below 
         if not run.finished: _compute(run, kernel, lock, tuple(needs), on_progress, timeout, label)
     return run.folder
 
+# %% ../nbs/80_runs.ipynb #c9289485
 def _compute(run, kernel, lock, needs, on_progress, timeout, label):
     begun = time.time()
-    times = {"started": time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(begun)), "label": label or run.name, "resumed": run.partial.exists()}
+    started = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(begun))
+    times = {"started": started, "label": label or run.name, "resumed": run.partial.exists()}
     _prepare(run)
     own = WarmKernel() if kernel is None else None
     try: nb = _execute(run, kernel or own, lock, on_progress, timeout)
@@ -563,7 +593,7 @@ def _compute(run, kernel, lock, needs, on_progress, timeout, label):
     write_json(run.partial/"times.json", {**times, "seconds": round(time.time() - begun, 3)})
     os.rename(run.partial, run.folder)
 
-# %% ../nbs/80_runs.ipynb #71b6c8d6
+# %% ../nbs/80_runs.ipynb #735100a3
 def _prepare(run: Run) -> None:
     "Makes the partial folder, drops half-written files of an earlier try, writes the tables that the notebook reads."
     writable_folder(run.partial)
@@ -587,6 +617,7 @@ def _execute(run: Run, kernel: WarmKernel, lock: Path, on_progress, timeout):
         kernel.stop()                                   # whatever state it is in, nobody else shall meet it
         raise NotebookFailed(run.name, executed, *_what_failed(e, executed)) from None
 
+# %% ../nbs/80_runs.ipynb #c5a08d59
 def _what_failed(error: Exception, executed: Path) -> tuple[int | None, str]:
     "Number of the code cell (from 1, the injected parameters counted) and a line about the error."
     if hasattr(error, "ename"): return _failed_cell(executed), f"{error.ename}: {error.evalue}"
@@ -599,13 +630,15 @@ def _failed_cell(executed):
 
 def _check_results(run: Run, needs) -> None:
     "The files that have to be there are there, and `metrics.json` is JSON without NaN."
+    failed = lambda problem: NotebookFailed(run.name, run.partial/run.notebook.name, None, problem)
     for name in needs:
-        if not (run.partial/name).exists(): raise NotebookFailed(run.name, run.partial/run.notebook.name, None, f"it ended without writing {name} to `out`")
+        if not (run.partial/name).exists(): raise failed(f"it ended without writing {name} to `out`")
     _drop_hidden(run.partial)
-    def refuse(constant): raise NotebookFailed(run.name, run.partial/run.notebook.name, None, f"metrics.json holds {constant}; a value that is not there is null, with a reason")
-    if (run.partial/"metrics.json").exists(): json.loads((run.partial/"metrics.json").read_text(encoding="utf-8"), parse_constant=refuse)
+    def refuse(constant): raise failed(f"metrics.json holds {constant}; a value that is not there is null, with a reason")
+    metrics = run.partial/"metrics.json"
+    if metrics.exists(): json.loads(metrics.read_text(encoding="utf-8"), parse_constant=refuse)
 
-# %% ../nbs/80_runs.ipynb #f3a18abe
+# %% ../nbs/80_runs.ipynb #16f382e5
 def flat_metrics(metrics, name: str = "") -> Iterable[dict]:
     "Each number in nested metrics as a row: metric (dotted), value, low, high, n, reason. Text is passed over."
     join = lambda part: f"{name}.{part}" if name else str(part)
@@ -621,22 +654,27 @@ def flat_metrics(metrics, name: str = "") -> Iterable[dict]:
 
 _score_columns = ("metric", "value", "low", "high", "n", "reason")
 
-def tidy(results: Iterable):            # run folders, or pairs (labels, run folder); without labels: the scalar parameters in which the runs differ
-    "A long pandas table, one row per run and metric, sorted: labels, metric, value, low, high, n, reason. A label that is called like one of these gets a `_`."
+# %% ../nbs/80_runs.ipynb #d4374bc8
+def tidy(results: Iterable):            # pairs (labels, run folder), or run folders
+    """A long pandas table, one row per run and metric, sorted: labels, metric, value, low, high, n, reason.
+    A label that is called like one of the other columns gets a `_`."""
     import pandas as pd
     pairs = [r if isinstance(r, tuple) else (None, r) for r in results]
     pairs = [({k + "_" * (k in _score_columns): v for k, v in labels.items()}, Path(folder)) for labels, folder in _labelled(pairs)]
     columns = list(dict.fromkeys(k for labels, _ in pairs for k in labels))
-    rows = [{**labels, **row} for labels, folder in pairs for row in flat_metrics(json.loads((folder/"metrics.json").read_text(encoding="utf-8")))]
+    rows = [{**labels, **row} for labels, folder in pairs for row in flat_metrics(_metrics_of(folder))]
     table = pd.DataFrame(rows, columns=[*columns, *_score_columns]).astype({"value": float, "low": float, "high": float, "n": "Int64"})
     return _sorted(table, [*columns, "metric"])
 
+def _metrics_of(folder: Path) -> dict: return json.loads((folder/"metrics.json").read_text(encoding="utf-8"))
+
 def _labelled(pairs):
     found = [json.loads((Path(f)/"params.json").read_text(encoding="utf-8")) if labels is None else None for labels, f in pairs]
-    scalars = [{"notebook": Path(r["notebook"]).stem, **{k: v for k, v in r["params"].items() if not isinstance(v, (list, dict))}} for r in found if r]
+    plain = lambda params: {k: v for k, v in params.items() if not isinstance(v, (list, dict))}
+    scalars = [{"notebook": Path(r["notebook"]).stem, **plain(r["params"])} for r in found if r]
     differ = [k for k in dict.fromkeys(k for s in scalars for k in s) if len({json.dumps(s.get(k)) for s in scalars}) > 1]
-    mine = iter(scalars)
-    return [(labels if labels is not None else (lambda s: {k: s.get(k) for k in differ})(next(mine)), f) for labels, f in pairs]
+    own = iter([{k: s.get(k) for k in differ} for s in scalars])
+    return [(next(own) if labels is None else labels, folder) for labels, folder in pairs]
 
 # %% ../nbs/80_runs.ipynb #09dfece0
 def _sorted(table, columns):
@@ -656,7 +694,7 @@ def read_table(path):
     table = pd.read_csv(path, keep_default_na=False, na_values={c: [""] for c in ("value", "low", "high", "n")})
     return table.astype({"n": "Int64"}) if "n" in table else table
 
-# %% ../nbs/80_runs.ipynb #d047c527
+# %% ../nbs/80_runs.ipynb #612a0b59
 @dataclass(frozen=True)
 class From:
     "The run folder of another cell (or a file in it), as the value of a parameter."
@@ -681,9 +719,10 @@ class Cell:
     def upstream(self) -> list[str]:
         "Names of the cells that this one reads."
         values = [v for value in self.params.values() for v in (value if isinstance(value, list) else [value])]
-        return list(dict.fromkeys(n for v in values for n in ([v.cell] if isinstance(v, From) else v.cells if isinstance(v, TableOf) else [])))
+        read = lambda v: [v.cell] if isinstance(v, From) else v.cells if isinstance(v, TableOf) else []
+        return list(dict.fromkeys(name for v in values for name in read(v)))
 
-# %% ../nbs/80_runs.ipynb #263bed7e
+# %% ../nbs/80_runs.ipynb #546884ba
 class Plan:
     "Cells in an order in which they can run. Raises `BadInput` for a name twice, an unknown reference, a cycle."
     def __init__(self, cells: Iterable[Cell]):
@@ -691,18 +730,7 @@ class Plan:
         for cell in cells:
             if cell.name in self.cells: raise BadInput("names two cells", field=cell.name, remedy="Give each cell a name of its own.")
             self.cells[cell.name] = cell
-        for cell in self.cells.values():
-            for name in cell.upstream():
-                if name not in self.cells: raise BadInput(f"reads a cell {name!r} that is not in the plan", field=cell.name, remedy=did_you_mean(name, self.cells))
-        self.order = self._ordered()
-
-    def _ordered(self) -> list[str]:
-        done, waiting = [], list(self.cells)
-        while waiting:
-            ready = [n for n in waiting if set(self.cells[n].upstream()) <= set(done)]
-            if not ready: raise BadInput(f"these cells wait for each other: {', '.join(waiting)}")
-            done += ready[:1]; waiting.remove(ready[0])
-        return done
+        self.order = _in_order(self.cells)
 
     def needed_for(self, names: Iterable[str]) -> set[str]:
         "The named cells and all that they read, directly or through others."
@@ -715,23 +743,38 @@ class Plan:
     def runs(self, runs="runs") -> dict[str, Run]:
         "Each cell's planned run, by name. All parameters are checked on the way."
         planned: dict[str, Run] = {}
-        for name in self.order: planned[name] = self.planned(name, planned, runs)
+        for name in self.order: planned[name] = planned_cell(self, name, planned, runs)
         return planned
-
-    def planned(self, name: str, upstream: dict[str, Run], runs) -> Run:
-        cell = self.cells[name]
-        def value(v):
-            if isinstance(v, list): return [value(x) for x in v]
-            if isinstance(v, From): return Upstream(upstream[v.cell].name, v.file)
-            if isinstance(v, TableOf): return Table(tuple((tuple(self.labels(n).items()), upstream[n].name) for n in v.cells))
-            return v
-        try: return planned_run(cell.notebook, {k: value(v) for k, v in cell.params.items()}, runs)
-        except BadInput as e:
-            raise BadInput(f"cell {name!r}: {e.problem}", **{k: getattr(e, k) for k in ("file", "line", "field", "value", "remedy")}) from None
 
     def labels(self, name: str) -> dict:
         "What a table says of a cell: its group and its place on the axes."
         return {"group": self.cells[name].group or name, **self.cells[name].labels}
+
+# %% ../nbs/80_runs.ipynb #be25f7ae
+def _in_order(cells: dict[str, Cell]) -> list[str]:
+    "Names so that each cell stands after those that it reads."
+    for cell in cells.values():
+        for name in cell.upstream():
+            if name in cells: continue
+            raise BadInput(f"reads a cell {name!r} that is not in the plan", field=cell.name, remedy=did_you_mean(name, cells))
+    done, waiting = [], list(cells)
+    while waiting:
+        ready = [n for n in waiting if set(cells[n].upstream()) <= set(done)]
+        if not ready: raise BadInput(f"these cells wait for each other: {', '.join(waiting)}")
+        done += ready[:1]; waiting.remove(ready[0])
+    return done
+
+def planned_cell(plan: Plan, name: str, upstream: dict[str, Run], runs) -> Run:
+    "The planned run of one cell, given the planned runs of those that it reads."
+    def value(v):
+        if isinstance(v, list): return [value(x) for x in v]
+        if isinstance(v, From): return Upstream(upstream[v.cell].name, v.file)
+        if isinstance(v, TableOf): return Table(tuple((tuple(plan.labels(n).items()), upstream[n].name) for n in v.cells))
+        return v
+    try: return planned_run(plan.cells[name].notebook, {k: value(v) for k, v in plan.cells[name].params.items()}, runs)
+    except BadInput as e:
+        known = {k: getattr(e, k) for k in ("file", "line", "field", "value", "remedy")}
+        raise BadInput(f"cell {name!r}: {e.problem}", **known) from None
 
 # %% ../nbs/80_runs.ipynb #17c1d1f2
 @dataclass
@@ -754,51 +797,25 @@ def last_seconds(runs) -> dict[str, float]:
 def _remember_seconds(runs, name: str, seconds: float) -> None:
     with open(Path(runs)/".seconds.jsonl", "a", encoding="utf-8") as f: f.write(json.dumps([name, round(seconds, 1)]) + "\n")
 
-# %% ../nbs/80_runs.ipynb #89f4152d
+# %% ../nbs/80_runs.ipynb #25dceac6
 class _Schedule:
-    "What the workers share: which cell is next, and what became of each. Every method holds the lock only briefly."
+    "What the workers share: which cells are next, and what became of each. Every method holds the lock only briefly."
     def __init__(self, plan: Plan, runs: Path, names: set[str], board):
         self.plan, self.runs, self.board, self.planned = plan, runs, board, plan.runs(runs)
         self.order = [n for n in plan.order if n in names]
         self.outcomes: dict[str, Outcome] = {}
         self.active: set[str] = set()
-        self.change, self.stopping = threading.Condition(), False
-        self.seconds = last_seconds(runs)
-        self.ahead = self._road_ahead()
-        with self.change: self._note_finished()
-
-    def _road_ahead(self) -> dict[str, float]:
-        "Seconds from the start of a cell to the end of the longest chain that hangs on it."
-        ahead = {n: 0.0 for n in self.plan.order}
-        for name in reversed(self.plan.order):
-            ahead[name] += self.seconds.get(name, 1.0)
-            for up in self.plan.cells[name].upstream(): ahead[up] = max(ahead[up], ahead[name])
-        return ahead
-
-    def _note_finished(self) -> None:
-        "Marks what is there already, and what can never be."
-        for name in self.order:
-            if name in self.outcomes or name in self.active: continue
-            broken = [u for u in self.plan.cells[name].upstream() if u in self.outcomes and self.outcomes[u].state in ("failed", "skipped")]
-            if self.planned[name].finished: self._note(Outcome(name, "there", self.planned[name].folder))
-            elif broken: self._note(Outcome(name, "skipped", None, 0.0, f"it reads {', '.join(broken)}"))
-
-    def _note(self, outcome: Outcome) -> None:
-        self.outcomes[outcome.cell] = outcome
-        self.active.discard(outcome.cell)
-        self.board.finished(outcome, len(self.outcomes), len(self.order))
-        self.change.notify_all()
+        self.change, self.stopping = threading.Condition(), False        # a Condition's lock may be taken twice by one thread
+        self.ahead = _road_ahead(plan, last_seconds(runs))
+        with self.change: _note_finished(self)
 
     def ready(self) -> list[str]:
         "Cells that can start now, most urgent first; blocks while there are none but may yet be. Empty: nothing is left."
         with self.change:
             while not self.stopping:
-                self._note_finished()
-                open_ = [n for n in self.order if n not in self.outcomes and n not in self.active]
-                folders = {self.planned[n].name for n in self.active}
-                able = [n for n in open_ if all(u in self.outcomes for u in self.plan.cells[n].upstream()) and self.planned[n].name not in folders]
-                if able: return sorted(able, key=lambda n: -self.ahead[n])
-                if not open_: return []
+                _note_finished(self)
+                if able := _able(self): return sorted(able, key=lambda n: -self.ahead[n])
+                if len(self.outcomes) == len(self.order): return []
                 self.change.wait(1.0)
             return []
 
@@ -812,9 +829,38 @@ class _Schedule:
         with self.change: self.active.discard(name); self.change.notify_all()
 
     def note(self, outcome: Outcome) -> None:
-        with self.change: self._note(outcome)
+        with self.change:
+            self.outcomes[outcome.cell] = outcome
+            self.active.discard(outcome.cell)
+            self.board.finished(outcome, len(self.outcomes), len(self.order))
+            self.change.notify_all()
 
-# %% ../nbs/80_runs.ipynb #0cf8d55c
+# %% ../nbs/80_runs.ipynb #3caff623
+def _road_ahead(plan: Plan, seconds: dict[str, float]) -> dict[str, float]:
+    "Seconds from the start of a cell to the end of the longest chain that hangs on it."
+    ahead = {n: 0.0 for n in plan.order}
+    for name in reversed(plan.order):
+        ahead[name] += seconds.get(name, 1.0)
+        for up in plan.cells[name].upstream(): ahead[up] = max(ahead[up], ahead[name])
+    return ahead
+
+def _note_finished(schedule: _Schedule) -> None:
+    "Marks what is there already, and what can never be."
+    for name in schedule.order:
+        if name in schedule.outcomes or name in schedule.active: continue
+        known = {u: schedule.outcomes.get(u) for u in schedule.plan.cells[name].upstream()}
+        broken = [u for u, o in known.items() if o and o.state in ("failed", "skipped")]
+        if schedule.planned[name].finished: schedule.note(Outcome(name, "there", schedule.planned[name].folder))
+        elif broken: schedule.note(Outcome(name, "skipped", None, 0.0, f"it reads {', '.join(broken)}"))
+
+def _able(schedule: _Schedule) -> list[str]:
+    "Cells whose inputs are there and that nobody works on, under this name or another."
+    folders = {schedule.planned[n].name for n in schedule.active}
+    begun = schedule.outcomes.keys() | schedule.active
+    waiting = [n for n in schedule.order if n not in begun and schedule.planned[n].name not in folders]
+    return [n for n in waiting if all(u in schedule.outcomes for u in schedule.plan.cells[n].upstream())]
+
+# %% ../nbs/80_runs.ipynb #99463914
 def _work(schedule: _Schedule, worker: int, kernel: WarmKernel, timeout: int | None) -> None:
     "One worker: takes cells until nothing is left."
     try:
@@ -827,7 +873,7 @@ def _try(schedule: _Schedule, name: str, worker: int, kernel: WarmKernel, timeou
     if not schedule.take(name): return False
     cell, run, begun = schedule.plan.cells[name], schedule.planned[name], time.time()
     try:
-        now = schedule.plan.planned(name, schedule.planned, schedule.runs)
+        now = planned_cell(schedule.plan, name, schedule.planned, schedule.runs)
         if now.name != run.name: raise BadInput("its code or data changed while the plan was running", remedy="Start again.")
         with _alone(run, wait=False) as lock:
             if run.finished: outcome = Outcome(name, "there", run.folder)
@@ -837,8 +883,9 @@ def _try(schedule: _Schedule, name: str, worker: int, kernel: WarmKernel, timeou
                 outcome = Outcome(name, "computed", run.folder, time.time() - begun)
                 _remember_seconds(schedule.runs, name, outcome.seconds)
     except Busy: schedule.put_back(name); return False
-    except NotebookFailed as e: outcome = Outcome(name, "failed", run.partial, time.time() - begun, str(e))
-    except Exception as e: outcome = Outcome(name, "failed", run.partial if run.partial.exists() else None, time.time() - begun, f"{type(e).__name__}: {e}")
+    except Exception as e:
+        problem = str(e) if isinstance(e, (NotebookFailed, BadInput)) else f"{type(e).__name__}: {e}"
+        outcome = Outcome(name, "failed", run.partial if run.partial.exists() else None, time.time() - begun, problem)
     schedule.board.idle(worker)
     if not schedule.stopping: schedule.note(outcome)
     return True
@@ -870,7 +917,7 @@ def run_plan(plan: Plan,                    # what to run
             for thread in crew: thread.join(10)
     return [schedule.outcomes[n] for n in schedule.order]
 
-# %% ../nbs/80_runs.ipynb #6cd28e45
+# %% ../nbs/80_runs.ipynb #613cdd9f
 class _PlainBoard:
     "One line for each cell that was computed, failed or was skipped."
     def __init__(self, title, total, workers): self.there = 0
@@ -887,6 +934,7 @@ class _PlainBoard:
         problem = f": {outcome.problem}" if outcome.problem else ""
         self.line(f"[{done:>{len(str(total))}}/{total}] {outcome.state:<8} {outcome.seconds:7.1f} s  {outcome.cell}{problem}")
 
+# %% ../nbs/80_runs.ipynb #0ecba92f
 class _BarBoard(_PlainBoard):
     "An overall bar, and below it a line for each worker."
     def __init__(self, title, total, workers):
@@ -904,7 +952,9 @@ class _BarBoard(_PlainBoard):
     def idle(self, worker): self._show(worker, "")
     def tick(self):
         with self.lock:
-            if time.time() - self.ticked > 1: self.ticked = time.time(); self.bar.refresh()      # a clock that stands still looks like a crash
+            if time.time() - self.ticked < 1: return
+            self.ticked = time.time()
+            self.bar.refresh()                          # a clock that stands still looks like a crash
     def line(self, text):
         with self.lock: self.write(text)
     def finished(self, outcome, done, total):
@@ -916,22 +966,22 @@ def _board(title, total, workers):
     shown = asked != "0" if asked else sys.stderr.isatty()
     return (_BarBoard if shown else _PlainBoard)(title, total, workers)
 
-# %% ../nbs/80_runs.ipynb #06f8f6fe
+# %% ../nbs/80_runs.ipynb #9a77303f
 @lru_cache(maxsize=None)
 def _yaml_loader():
     import yaml
     class Loader(yaml.SafeLoader): pass
-    keep = {k: [(tag, exp) for tag, exp in v if tag not in ("tag:yaml.org,2002:bool", "tag:yaml.org,2002:float", "tag:yaml.org,2002:timestamp")]
-            for k, v in yaml.SafeLoader.yaml_implicit_resolvers.items()}
-    Loader.yaml_implicit_resolvers = keep
-    Loader.add_implicit_resolver("tag:yaml.org,2002:bool", re.compile(r"^(true|false)$"), list("tf"))
-    Loader.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d+\.\d*|\.\d+|\d+(?=[eE]))([eE][-+]?\d+)?$"), list("-+.0123456789"))
+    tag, old = "tag:yaml.org,2002:", yaml.SafeLoader.yaml_implicit_resolvers
+    changed = {f"{tag}{kind}" for kind in ("bool", "float", "timestamp")}
+    Loader.yaml_implicit_resolvers = {first: [r for r in resolvers if r[0] not in changed] for first, resolvers in old.items()}
+    Loader.add_implicit_resolver(f"{tag}bool", re.compile(r"^(true|false)$"), list("tf"))
+    Loader.add_implicit_resolver(f"{tag}float", re.compile(r"^[-+]?(\d+\.\d*|\.\d+|\d+(?=[eE]))([eE][-+]?\d+)?$"), list("-+.0123456789"))
     def mapping(loader, node, deep=False):
         keys = [loader.construct_object(k, deep=True) for k, _ in node.value]
         for k, n in zip(keys, node.value):
             if keys.count(k) > 1: raise yaml.constructor.ConstructorError(None, None, f"the key {k!r} is there twice", n[0].start_mark)
         return {k: loader.construct_object(v, deep=True) for k, (_, v) in zip(keys, node.value)}
-    Loader.add_constructor("tag:yaml.org,2002:map", mapping)
+    Loader.add_constructor(f"{tag}map", mapping)
     return Loader
 
 def _read_yaml(path) -> dict:
@@ -942,7 +992,7 @@ def _read_yaml(path) -> dict:
     if not isinstance(tree, dict): raise BadInput("should hold `groups:`", file=path)
     return tree
 
-# %% ../nbs/80_runs.ipynb #d405bb3a
+# %% ../nbs/80_runs.ipynb #bd07e7ac
 @dataclass
 class Grid:
     "A study: its plan, and what it is called."
@@ -957,7 +1007,8 @@ class Grid:
 def _known_keys(spec: dict, known: Iterable[str], file, where: str) -> None:
     if not isinstance(spec, dict): raise BadInput("should be a mapping", file=file, field=where, value=spec)
     for key in spec:
-        if key not in known: raise BadInput("is not known here", file=file, field=f"{where}.{key}".strip("."), remedy=did_you_mean(key, known))
+        if key in known: continue
+        raise BadInput("is not known here", file=file, field=f"{where}.{key}".strip("."), remedy=did_you_mean(key, known))
 
 def _inherited(name: str, groups: dict, file, seen=()) -> dict:
     "A group's spec with what it takes from the group that it is `like`: params, axes and the rest, its own on top."
@@ -965,11 +1016,13 @@ def _inherited(name: str, groups: dict, file, seen=()) -> dict:
     _known_keys(spec, ["notebook", "params", "for", "seeds", "skip", "like"], file, name)
     if "like" not in spec: return spec
     other = spec["like"]
-    if other not in groups or other in (*seen, name): raise BadInput("is not another group", file=file, field=f"{name}.like", value=other, remedy=did_you_mean(other, groups))
+    if other not in groups or other in (*seen, name):
+        raise BadInput("is not another group", file=file, field=f"{name}.like", value=other, remedy=did_you_mean(other, groups))
     base = _inherited(other, groups, file, (*seen, name))
     merged = {k: {**(base.get(k) or {}), **(spec.get(k) or {})} for k in ("params", "for")}
     return {**base, **spec, **merged}
 
+# %% ../nbs/80_runs.ipynb #19b405cd
 def _seeds(own, top, asked: int | list | None, file) -> list[int]:
     "The seeds of a group: its own or the grid's; `asked` replaces the grid's, and cuts its own if it asks for fewer."
     def listed(s):
@@ -981,7 +1034,7 @@ def _seeds(own, top, asked: int | list | None, file) -> list[int]:
     if isinstance(asked, int): wanted = (base + [s for s in range(max(base) + 1 + asked) if s not in base])[:asked]
     return wanted if own is None else listed(own)[:None if asked is None else len(wanted)]
 
-# %% ../nbs/80_runs.ipynb #ccb2ffea
+# %% ../nbs/80_runs.ipynb #e9f8b04d
 def _points(spec: dict, seeds: list[int] | None, file, where: str) -> Iterable[tuple[dict, dict]]:
     "(labels, parameters) of each combination of a group's axes."
     axes = {axis: _choices(axis, values, file, where) for axis, values in (spec.get("for") or {}).items()}
@@ -998,6 +1051,7 @@ def _choices(axis, values, file, where):
     if isinstance(values, list) and values and not any(isinstance(v, (dict, list)) for v in values): return [(v, {axis: v}) for v in values]
     raise BadInput("should be a list of values, or names that stand for parameters", file=file, field=f"{where}.for.{axis}", value=values)
 
+# %% ../nbs/80_runs.ipynb #7a79fb21
 def _group_cells(name: str, spec: dict, file: Path, top, asked, needs) -> list[Cell]:
     if "notebook" not in spec: raise BadInput("names no notebook", file=file, field=name)
     beside = file.parent/spec["notebook"]
@@ -1005,10 +1059,11 @@ def _group_cells(name: str, spec: dict, file: Path, top, asked, needs) -> list[C
     except BadInput as e: raise BadInput(e.problem, file=file, field=f"{name}.notebook", value=spec["notebook"], remedy=e.remedy) from None
     declared = notebook_parameters(notebook)
     seeds = _seeds(spec.get("seeds"), top, asked, file) if "seed" in declared and "seed" not in (spec.get("params") or {}) else None
-    return [Cell(" ".join([name, *(f"{a}={v}" for a, v in labels.items())]), notebook, {**(spec.get("params") or {}), **params}, name, labels, needs)
+    called = lambda labels: " ".join([name, *(f"{axis}={label}" for axis, label in labels.items())])
+    return [Cell(called(labels), notebook, {**(spec.get("params") or {}), **params}, name, labels, needs)
             for labels, params in _points(spec, seeds, file, name)]
 
-# %% ../nbs/80_runs.ipynb #dd330fca
+# %% ../nbs/80_runs.ipynb #1bce4478
 _references = ("from", "each", "table", "shipped")
 
 def _resolved(value, cell: Cell, groups: dict[str, list[Cell]], file):
@@ -1025,21 +1080,27 @@ def _resolved(value, cell: Cell, groups: dict[str, list[Cell]], file):
     found = [c for name in names for c in _matching(groups[name], wanted, cell, file, where)]
     if kind == "table": return TableOf(tuple(c.name for c in found))
     if kind == "each": return [From(c.name, value.get("file", "")) for c in found]
-    if len(found) != 1: raise BadInput(f"fits {len(found)} runs, not one", file=file, field=where, value=value, remedy=f"Say which: {', '.join(c.name for c in found or groups[names[0]])[:300]}.")
+    if len(found) != 1:
+        which = ", ".join(c.name for c in found or groups[names[0]])[:300]
+        raise BadInput(f"fits {len(found)} runs, not one", file=file, field=where, value=value, remedy=f"Say which: {which}.")
     return From(found[0].name, value.get("file", ""))
 
+# %% ../nbs/80_runs.ipynb #99c7a909
 def _matching(cells: list[Cell], wanted: dict, reader: Cell, file, where) -> list[Cell]:
     "The cells that have the wanted values on their axes and, on other axes that the reader has too, the reader's values."
     axes = {a: list(dict.fromkeys(c.labels[a] for c in cells if a in c.labels)) for c in cells for a in c.labels}
     for axis, v in wanted.items():
-        if axis not in axes: raise BadInput("is not an axis of that group", file=file, field=where, value=axis, remedy=did_you_mean(axis, axes) if axes else "It has none.")
+        if axis not in axes:
+            remedy = did_you_mean(axis, axes) if axes else "It has none."
+            raise BadInput("is not an axis of that group", file=file, field=where, value=axis, remedy=remedy)
         for one in v if isinstance(v, list) else [v]:
-            if one not in axes[axis]: raise BadInput(f"is not on the axis {axis!r}", file=file, field=where, value=one, remedy=did_you_mean(one, axes[axis]))
+            if one in axes[axis]: continue
+            raise BadInput(f"is not on the axis {axis!r}", file=file, field=where, value=one, remedy=did_you_mean(one, axes[axis]))
     same = {a: reader.labels[a] for a, values in axes.items() if a in reader.labels and a not in wanted and len(values) > 1}
     fits = lambda c, a, v: a in c.labels and c.labels[a] in (v if isinstance(v, list) else [v])
     return [c for c in cells if all(fits(c, a, v) for a, v in {**wanted, **same}.items())]
 
-# %% ../nbs/80_runs.ipynb #4ac61f99
+# %% ../nbs/80_runs.ipynb #52df134b
 def load_grid(profile,                          # name of a grid in data/grids, or path of a YAML file
               seeds: int | list[int] | None = None  # how many seeds, or which, instead of the grid's
              ) -> Grid:
@@ -1052,20 +1113,25 @@ def load_grid(profile,                          # name of a grid in data/grids, 
     for kind, specs in sections.items():
         _known_keys(specs, specs, file, kind)
         for name in specs:
-            if name in groups or name in ("figures", "report"): raise BadInput("is taken", file=file, field=name, remedy="Give it another name.")
-            groups[name] = _group_cells(name, _inherited(name, specs, file), file, top, seeds, ("metrics.json",) if kind == "groups" else ())
+            if name in groups or name in ("figures", "report"): raise BadInput("is taken", file=file, field=name)
+            needs = ("metrics.json",) if kind == "groups" else ()
+            groups[name] = _group_cells(name, _inherited(name, specs, file), file, top, seeds, needs)
     drawn = [c for name in sections["figures"] for c in groups[name]]
     report = _group_cells("report", tree["report"], file, top, seeds, ("report.html",)) if "report" in tree else []
-    for cell in report: cell.params = {k: tree[k] for k in notebook_parameters(cell.notebook).keys() & tree.keys() & {"title", "about"}} | cell.params
+    for cell in report:
+        cell.params = {k: tree[k] for k in notebook_parameters(cell.notebook).keys() & tree.keys() & {"title", "about"}} | cell.params
     cells = [c for group in groups.values() for c in group] + report
     groups["figures"] = drawn
     for cell in cells: cell.params = {k: _resolved(v, cell, groups, file) for k, v in cell.params.items()}
-    return Grid(file.stem, tree.get("title", file.stem), tree.get("about", ""), Plan(cells), file, [c.name for c in drawn], report[0].name if report else None)
+    last = report[0].name if report else None
+    return Grid(file.stem, tree.get("title", file.stem), tree.get("about", ""), Plan(cells), file, [c.name for c in drawn], last)
 
+# %% ../nbs/80_runs.ipynb #236eeae0
 def _shipped_grid(profile) -> Path:
     folder = shipped("data", "grids")
     known = sorted(p.stem for p in folder.glob("*.yaml"))
-    if profile not in known: raise BadInput("is not a profile", field="profile", value=profile, remedy=did_you_mean(profile, known) if known else "Name a YAML file.")
+    remedy = did_you_mean(profile, known) if known else "Name a YAML file."
+    if profile not in known: raise BadInput("is not a profile", field="profile", value=profile, remedy=remedy)
     return folder/f"{profile}.yaml"
 
 def chosen(plan: Plan, only: str | Iterable[str]) -> list[str]:
@@ -1074,11 +1140,12 @@ def chosen(plan: Plan, only: str | Iterable[str]) -> list[str]:
     for asked in [only] if isinstance(only, str) else only:
         tests = [lambda c: c.group == asked, lambda c: fnmatch.fnmatchcase(c.name, asked), lambda c: c.group.startswith(asked)]
         hits = next((h for h in ([n for n, c in plan.cells.items() if test(c)] for test in tests) if h), [])
-        if not hits: raise BadInput("names nothing in this grid", field="only", value=asked, remedy=did_you_mean(asked, dict.fromkeys(c.group for c in plan.cells.values())))
+        groups = dict.fromkeys(c.group for c in plan.cells.values())
+        if not hits: raise BadInput("names nothing in this grid", field="only", value=asked, remedy=did_you_mean(asked, groups))
         found += hits
     return list(dict.fromkeys(found))
 
-# %% ../nbs/80_runs.ipynb #f7b840c5
+# %% ../nbs/80_runs.ipynb #e7f47b1d
 @dataclass
 class Reproduction:
     "What came of a profile."
@@ -1097,6 +1164,7 @@ class Reproduction:
         first = ", ".join(f"{n} {words[s]}" for s, n in counts.items() if n) or "nothing to do"
         return "\n".join([first, *(f"  {o.state}: {o.cell}: {o.problem}" for o in self.broken)])
 
+# %% ../nbs/80_runs.ipynb #e9df69a3
 def reproduce(profile,                                  # name of a grid in data/grids, or path of a YAML file
               *, only: str | Iterable[str] | None = None,  # groups or patterns; what they read is run too
               seeds: int | list[int] | None = None,     # how many seeds, or which
@@ -1105,7 +1173,8 @@ def reproduce(profile,                                  # name of a grid in data
               dry_run: bool = False,                    # print what would be computed, compute nothing
               threads: int = 1                          # threads of the arithmetic libraries in each worker
              ) -> Reproduction:
-    "Computes whatever of a profile is not there yet, then gathers results, figures and report in `runs/<profile>/`. Failures are in the result, not raised."
+    """Computes whatever of a profile is not there yet, then gathers results, figures and report in `runs/<profile>/`.
+    Failing cells are in the result, not raised."""
     grid, runs = load_grid(profile, seeds), Path(runs or "runs").absolute()
     names = None if only is None else chosen(grid.plan, only)
     if dry_run:
@@ -1114,6 +1183,7 @@ def reproduce(profile,                                  # name of a grid in data
     outcomes = run_plan(grid.plan, runs, workers, only=names, threads=threads, title=grid.name)
     return Reproduction(gather(grid, runs), outcomes)
 
+# %% ../nbs/80_runs.ipynb #2a3cfe4b
 def forecast(grid: Grid, runs="runs", only: Iterable[str] | None = None, workers: int = 2) -> str:
     "For each cell of a grid: whether it is there, and how long it took last time. What `--dry-run` and `--list` print."
     planned, seconds = grid.plan.runs(runs), last_seconds(runs)
@@ -1122,10 +1192,12 @@ def forecast(grid: Grid, runs="runs", only: Iterable[str] | None = None, workers
     lines = [f"{'there  ' if planned[n].finished else 'compute'} {said(n)}  {n}  ({planned[n].name})" for n in names]
     todo = [n for n in names if not planned[n].finished]
     known, unknown = sum(seconds.get(n, 0) for n in todo), sum(n not in seconds for n in todo)
-    total = f"{len(todo)} of {len(names)} to compute" + (f", about {known / workers / 60:.1f} min with {workers} workers" if known else "") + (f", {unknown} of unknown length" if unknown else "")
-    return "\n".join([*lines, total])
+    total = [f"{len(todo)} of {len(names)} to compute"]
+    if known: total.append(f"about {known / workers / 60:.1f} min with {workers} workers")
+    if unknown: total.append(f"{unknown} of unknown length")
+    return "\n".join([*lines, ", ".join(total)])
 
-# %% ../nbs/80_runs.ipynb #f010a985
+# %% ../nbs/80_runs.ipynb #5c727e22
 _gathered = {".png": "figures", ".svg": "figures", ".pdf": "figures", ".md": "tables", ".tex": "tables", ".csv": "results"}
 
 def gather(grid: Grid, runs="runs") -> Path:
@@ -1137,7 +1209,7 @@ def gather(grid: Grid, runs="runs") -> Path:
     with _lock_of(runs, grid.name):
         new, old = runs/f".{grid.name}.new", runs/f".{grid.name}.old"
         for path in (new, old): shutil.rmtree(path, ignore_errors=True)
-        write_json(new/"metrics.json", {n: json.loads((done[n].folder/"metrics.json").read_text(encoding="utf-8")) for n in experiments})
+        write_json(new/"metrics.json", {n: _metrics_of(done[n].folder) for n in experiments})
         write_json(new/"runs.json", {n: r.name for n, r in done.items()})
         write_table(new/"results.csv", tidy([(grid.plan.labels(n), done[n].folder) for n in experiments]))
         for name in grid.figures: _gather_figure(name, done, new)
@@ -1147,6 +1219,7 @@ def gather(grid: Grid, runs="runs") -> Path:
         shutil.rmtree(old, ignore_errors=True)
     return folder
 
+# %% ../nbs/80_runs.ipynb #8bb1745f
 def _gather_figure(name: str, done: dict[str, Run], into: Path) -> None:
     "Copies pictures, tables and data of a figure's run; two figures that use one file name are kept apart by the cell's name."
     for path in sorted(done[name].folder.iterdir()) if name in done else []:

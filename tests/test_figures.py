@@ -153,7 +153,7 @@ class Page(HTMLParser):
 def section_folder(tmp_path):
     folder = tmp_path/"fig"
     F.save_figure(F.dots(F.summarise(scores(method=METHODS), ["method"]), "method"), folder/"fig01", ["png"])
-    F.save_table([["method", "x"], ["a|b", "<b>1</b>"]], folder/"fig01")
+    F.save_rows([["method", "x"], ["a|b", "<b>1</b>"]], folder/"fig01")
     F.write_section(folder, F.Section("Figures <1>", "Text with <script>alert(1)</script>, `a < b` and\n\n- one\n- two", [("fig01", "Caption \"quoted\" & <i>")], [("fig01", "Table")],
                                       [F.claim("A beats B", True, {"value": 0.1, "low": 0.05, "high": 0.2, "n": 5}), F.claim("C < D", None, None, remark="no seeds")]))
     return folder
