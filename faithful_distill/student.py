@@ -7,7 +7,7 @@ __all__ = ['tags', 'answer_sentence', 'Student', 'check_student', 'special_affix
            'tiny_student', 'source_text', 'target_text', 'token_pieces', 'Target', 'encode_targets', 'encode_sources',
            'Row', 'training_rows', 'row_prefix', 'record_question', 'units', 'collate', 'DistillationLoss',
            'distillation_loss', 'combine', 'student_logits', 'Reading', 'encode_questions', 'write_on', 'choice_scores',
-           'Answer', 'match_choice', 'split_answer', 'write_rationales', 'read_answers', 'answer']
+           'Answer', 'match_choice', 'split_answer', 'write_rationales', 'read_answers', 'choice_tails', 'answer']
 
 # %% ../nbs/50_student.ipynb #8bf613ac
 import copy, random, re
@@ -370,12 +370,17 @@ def _fork(cache):
     if "is_updated" in vars(cache): new.is_updated = dict(cache.is_updated)
     return new
 
-# %% ../nbs/50_student.ipynb #1458915a
+# %% ../nbs/50_student.ipynb #8c10f34a
 def encode_questions(student: Student, sources: list[list[int]]):
-    "One encoder pass: (states, mask) of the sources. None for a causal student."
+    "One encoder pass over the distinct sources: (states, mask) of each. None for a causal student."
     if not student.is_seq2seq: return None
-    ids, mask = _pad(sources, student.pad).to(student.model.device), _pad([[1]*len(s) for s in sources], 0).to(student.model.device)
-    return student.model.get_encoder()(input_ids=ids, attention_mask=mask).last_hidden_state, mask
+    import torch
+    distinct = {tuple(s): i for i, s in enumerate(dict.fromkeys(map(tuple, sources)))} # a question under several rationales is read once
+    ids, mask = (_pad(rows, filler).to(student.model.device) for rows, filler in ((list(map(list, distinct)), student.pad), ([[1]*len(s) for s in distinct], 0)))
+    states = student.model.get_encoder()(input_ids=ids, attention_mask=mask).last_hidden_state
+    if len(distinct) == len(sources): return states, mask
+    where = torch.tensor([distinct[tuple(s)] for s in sources], device=mask.device)
+    return states[where], mask[where]
 
 def write_on(reading: Reading, limit: int) -> tuple[list[list[int]], list[bool]]:
     "Greedy continuation of every row: its tokens (without the end token), and whether it ended within `limit` tokens."
@@ -450,20 +455,23 @@ def write_rationales(student: Student, encoded, sources, begun: list[str | None]
     said = [split_answer(student.tokenizer.decode(text + more, skip_special_tokens=True)) for (_, text), more in zip(opened, ids)]
     return [(rationale, answer is not None, done) for (rationale, answer), done in zip(said, ended)]
 
-# %% ../nbs/50_student.ipynb #84c8b152
+# %% ../nbs/50_student.ipynb #8bd8e694
 def read_answers(student: Student, questions: list[Question], encoded, sources, rationales: list[str], prefix: str) -> list[Answer]:
     "What the student concludes from the rationales it is given."
-    flat = [(q, i, r) for q, r in zip(questions, rationales) for i in range(len(q.choices))]
-    flat = iter(encode_targets(student, *zip(*flat), [prefix]*len(flat)))
-    targets = [[next(flat) for _ in q.choices] for q in questions]
-    contexts = [t[0].tag + t[0].rationale + t[0].sentence for t in targets]
+    targets = encode_targets(student, questions, [0]*len(questions), rationales, [prefix]*len(questions))
+    contexts, tails = [t.tag + t.rationale + t.sentence for t in targets], choice_tails(student, questions)
     if not student.is_seq2seq: contexts = [s + c for s, c in zip(sources, contexts)]
-    reading, tails = Reading(student, contexts, encoded), [[choice.answer for choice in t] for t in targets]
+    reading, limits = Reading(student, contexts, encoded), [max(map(len, row)) + 4 for row in tails]
     scores = choice_scores(reading, tails)
-    ids, ended = write_on(reading, max(len(tail) for row in tails for tail in row) + 4)
-    texts = [text.strip() for text in student.tokenizer.batch_decode(ids, skip_special_tokens=True)]
-    return [Answer(q.id, r, text, match_choice(q, text) if done else None, s, t[0].cut > 0)
-            for q, r, text, s, t, done in zip(questions, rationales, texts, scores, targets, ended)]
+    ids, ended = write_on(reading, max(limits))
+    texts = [text.strip() for text in student.tokenizer.batch_decode([row[:limit] for row, limit in zip(ids, limits)], skip_special_tokens=True)]
+    return [Answer(q.id, r, text, match_choice(q, text) if done and len(row) < limit else None, s, t.cut > 0)
+            for q, r, text, s, t, row, done, limit in zip(questions, rationales, texts, scores, targets, ids, ended, limits)]
+
+def choice_tails(student: Student, questions: list[Question]) -> list[list[list[int]]]:
+    "For each question the token ids of each choice, as they follow the answer sentence, and the end."
+    pieces = iter(token_pieces(student.tokenizer, [[answer_sentence, choice_text(q, i)] for q in questions for i in range(len(q.choices))]))
+    return [[[*next(pieces)[1], student.eos] for _ in q.choices] for q in questions]
 
 # %% ../nbs/50_student.ipynb #60edf772
 def answer(student: Student,
