@@ -26,7 +26,7 @@ drift: .venv/.ready ## notebooks and modules say the same
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python tests/drift.py
 
 notebooks: .venv/.ready ## every notebook runs, top to bottom
-	OMP_NUM_THREADS=1 $(BIN)/nbdev_test --n_workers 2 --timing
+	OMP_NUM_THREADS=1 $(BIN)/nbdev_test --n_workers 2 --timing --skip_folder_re "experiments|figures"
 
 clean: ## remove the environment and whatever was computed
 	rm -rf .venv runs data/runs data/cache build *.egg-info

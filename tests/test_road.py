@@ -1,0 +1,24 @@
+"""The whole road at a size of seconds: rationales, students, evaluation, figures, report; the second time nothing is computed."""
+import json
+import re
+
+from click.testing import CliRunner
+
+from faithful_distill.cli import main
+from faithful_distill.runs import reproduce
+
+
+def test_the_road_end_to_end(tmp_path):
+    first = CliRunner().invoke(main, ["reproduce", "--profile", "smoke", "--runs", str(tmp_path)])
+    assert first.exit_code == 0, first.output
+    page = (tmp_path / "smoke" / "report.html").read_text(encoding="utf-8")
+    assert page.count("data:image/png;base64,") >= 3 and not re.search(r"(src|href)=[\"']https?:", page)
+    metrics = json.loads((tmp_path / "smoke" / "metrics.json").read_text())
+    evaluated = {name: m for name, m in metrics.items() if name.startswith("evaluation")}
+    assert len(evaluated) == 3
+    for m in evaluated.values():
+        for name, score in m.items():
+            if isinstance(score, dict) and "value" in score: assert score["value"] is not None or score["reason"], name
+        assert m["self_splice"]["value"] == 1.0
+    again = reproduce("smoke", runs=tmp_path)
+    assert again.ok and {o.state for o in again.outcomes} == {"there"}
