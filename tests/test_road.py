@@ -19,6 +19,6 @@ def test_the_road_end_to_end(tmp_path):
     for m in evaluated.values():
         for name, score in m.items():
             if isinstance(score, dict) and "value" in score: assert score["value"] is not None or score["reason"], name
-        assert m["n"] == 24
+        assert m["n"] == 16
     again = reproduce("smoke", runs=tmp_path)
     assert again.ok and {o.state for o in again.outcomes} == {"there"}
