@@ -4,22 +4,23 @@
 
 # %% auto #0
 __all__ = ['log', 'contrast', 'Stop', 'stop_rule', 'Generation', 'rationale_text', 'reference_generate', 'as_stop',
-           'context_limit', 'Row', 'branches', 'draw', 'row_uniforms', 'Choice', 'PaddedBatch', 'contrastive_generate']
+           'context_limit', 'Row', 'branches', 'take', 'draw', 'row_uniforms', 'Choice', 'PaddedBatch',
+           'contrastive_generate']
 
-# %% ../nbs/30_decoding.ipynb #1085c1e4
+# %% ../nbs/30_decoding.ipynb #b33fa653
 import logging, math
 from dataclasses import dataclass, field
 from typing import Any, Callable, Iterable, Sequence
 
 import torch
 
-from .engine import SharedPrefix, Unserved, Verdict, describe, served
-from .engine import token_budget as token_budget_of
+from .engine import SharedPrefix, Unserved, needs, refused
+from .engine import token_budget as default_budget
 from .files import BadInput, progress, stable_seed
 
 log = logging.getLogger(__name__)
 
-# %% ../nbs/30_decoding.ipynb #b715f30e
+# %% ../nbs/30_decoding.ipynb #123b85ca
 def contrast(gold: torch.Tensor,              # log P(t | a*), shape (..., V); logits do as well, since a row's constant moves no argmax
              perturbed: torch.Tensor | None,  # log P(t | a'), same shape (the mean over several a'); None without a contrast
              alpha: float = 0.5,              # lambda / (1 + lambda)
@@ -27,8 +28,8 @@ def contrast(gold: torch.Tensor,              # log P(t | a*), shape (..., V); l
             ) -> torch.Tensor:                # scores, shape (..., V), -inf where a token may not compete
     "Contrasted scores `log P* - alpha log P'` (SCOTT, section 3.1; mask of Li et al. 2023)."
     scores = gold if perturbed is None or alpha == 0 else torch.sub(gold, perturbed, alpha=alpha)
-    least = gold.amax(-1, keepdim=True) + math.log(beta) if beta > 0 else -math.inf
-    return scores.masked_fill(gold < least if beta > 0 else gold == least, -math.inf)
+    if beta > 0: return scores.masked_fill(gold < gold.amax(-1, keepdim=True) + math.log(beta), -math.inf)
+    return scores.masked_fill(gold == -math.inf, -math.inf) if scores.sum().isnan() else scores   # only inf - inf needs mending
 
 # %% ../nbs/30_decoding.ipynb #0cbb2539
 @dataclass(frozen=True)
@@ -174,21 +175,26 @@ class Row:
         if stop.text: self.written = (self.written + stop.piece(token))[-len(stop.text):]
         if len(self.made.tokens) >= self.room: self.made.stop = "length"
 
-# %% ../nbs/30_decoding.ipynb #a4c591b2
+# %% ../nbs/30_decoding.ipynb #18e5b949
 def branches(logits: torch.Tensor,                 # next-token logits of each stream, (streams, V)
              streams: list[tuple[Row, int]]        # whose stream each is: (row, 0) the gold one, (row, 1...) perturbed ones
             ) -> tuple[list[Row], torch.Tensor, torch.Tensor | None]:
     "The rows, their gold logits (rows, V), and the mean of their perturbed ones (None if there are none)."
     gold = [i for i, (_, k) in enumerate(streams) if k == 0]
-    others = [i for i, (_, k) in enumerate(streams) if k > 0]
     rows = [streams[i][0] for i in gold]
-    if not others: return rows, logits[gold], None
+    if len(rows) == len(streams): return rows, logits, None
     place = {row.index: n for n, row in enumerate(rows)}
-    owner = torch.tensor([place[streams[i][0].index] for i in others], device=logits.device)
-    if len(others) == len(rows): return rows, logits[gold], logits[[others[n] for n in owner.argsort().tolist()]]
-    share = torch.tensor([1 / (len(streams[i][0].contexts) - 1) for i in others], device=logits.device)
-    total = torch.zeros(len(rows), logits.shape[1], device=logits.device).index_add_(0, owner, logits[others] * share[:, None])
-    return rows, logits[gold], total
+    others = sorted((place[row.index], i) for i, (row, k) in enumerate(streams) if k > 0)
+    if [n for n, _ in others] == list(range(len(rows))): return rows, take(logits, gold), take(logits, [i for _, i in others])
+    owner = torch.tensor([n for n, _ in others], device=logits.device)
+    share = torch.tensor([1 / (len(rows[n].contexts) - 1) for n, _ in others], device=logits.device)
+    total = torch.zeros(len(rows), logits.shape[1], device=logits.device).index_add_(0, owner, take(logits, [i for _, i in others]) * share[:, None])
+    return rows, take(logits, gold), total
+
+def take(logits: torch.Tensor, at: list[int]) -> torch.Tensor:
+    "The lines `at` of `logits`, without a copy where they are evenly spaced (gold and perturbed streams mostly alternate)."
+    step = at[1] - at[0] if len(at) > 1 else 1
+    return logits[at[0]::step][:len(at)] if step > 0 and at == list(range(at[0], at[0] + step * len(at), step)) else logits[at]
 
 # %% ../nbs/30_decoding.ipynb #7cdf4c9e
 def draw(scores: torch.Tensor,      # contrasted scores, (rows, V)
@@ -236,7 +242,7 @@ class Choice:
         for row, a, b in zip(rows, logp, other):
             for values, value in zip((row.made.logp, row.made.logp_perturbed, row.made.growth), (a, b, a - b)): values.append(value)
 
-# %% ../nbs/30_decoding.ipynb #c0567ad7
+# %% ../nbs/30_decoding.ipynb #35c38d2c
 class PaddedBatch:
     "Streams in one left-padded batch with the library's cache. Works for every causal model; copies the prompt's cache for each stream."
     def __init__(self, model, rows: list[Row], token_budget: int):
@@ -258,6 +264,12 @@ class PaddedBatch:
         self.mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=device)
         self.cache = None
         return list(self.streams), self.forward(ids, (self.mask.cumsum(1) - 1).clamp_min(0))
+
+    def size(self) -> tuple[int, int]:
+        "The most tokens and streams held at a time."
+        width = max(max(map(len, row.contexts)) + row.room for row in self.waiting)
+        streams = max(max(len(row.contexts) for row in self.waiting), min(sum(len(row.contexts) for row in self.waiting), self.token_budget // width))
+        return width * streams, streams
 
     def step(self) -> torch.Tensor:
         "Feed each stream its row's last token; next-token logits, (streams, V)."
@@ -281,7 +293,7 @@ class PaddedBatch:
         at = torch.tensor(keep, device=self.mask.device)
         self.mask = self.mask[at]; self.cache.batch_select_indices(at)
 
-# %% ../nbs/30_decoding.ipynb #21e60113
+# %% ../nbs/30_decoding.ipynb #6a408d92
 def _run(engine, choice: Choice, done: Callable[[Row], None]) -> None:
     "Let all waiting rows through the engine; rows leave when they end, and others take their place."
     def turn(streams, logits):
@@ -293,40 +305,33 @@ def _run(engine, choice: Choice, done: Callable[[Row], None]) -> None:
         if engine.streams: turn(list(engine.streams), engine.step())
         if engine.waiting and (entered := engine.admit()): turn(*entered)
 
+# %% ../nbs/30_decoding.ipynb #7bd3a2e6
 def _through(model, rows: list[Row], choice: Choice, done: Callable[[Row], None], budget: int | None, name: str) -> None:
     "All rows through an engine: the shared one if it serves the model, else the plain one; out of memory halves the budget."
+    budget = budget or default_budget(model)
     while waiting := [row for row in rows if not row.made.stop]:
         for row in waiting: row.made, row.written = choice.fresh(), ""
-        engine = None
         try:
-            engine, budget = _engine(model, waiting, budget, name)
+            if name != "plain" and (reason := refused(model)): raise Unserved(reason)
+            engine = (PaddedBatch if name == "plain" else SharedPrefix)(model, waiting, budget)
+            log.info("%d rows: %s", len(waiting), needs(model, *engine.size()))
             _run(engine, choice, done)
         except Unserved as reason:
             if name == "shared": raise
             log.warning("the shared-prefix engine does not serve %s (%s): decoding in a plain batch", type(model).__name__, reason)
             name = "plain"
         except RuntimeError as error:
-            if not _out_of_memory(error) or (budget or 0) < 2: raise
-            budget //= 2
+            if not _out_of_memory(error) or budget < 2: raise
+            budget, engine = budget // 2, None
             log.warning("out of memory: going on with a token budget of %d", budget)
-            if torch.cuda.is_available(): engine = None; torch.cuda.empty_cache()
-
-def _engine(model, rows, budget, name):
-    "The engine `name` for these rows, and the token budget it was given."
-    verdict = served(model) if name != "plain" else Verdict("not asked for")
-    if name != "plain" and verdict.reason: raise Unserved(verdict.reason)
-    budget = budget or token_budget_of(model, verdict.bytes_per_token)
-    if name == "plain": return PaddedBatch(model, rows, budget), budget
-    engine = SharedPrefix(model, rows, budget)
-    log.info(describe(engine, verdict.bytes_per_token, len(rows)))
-    return engine, budget
+            if torch.cuda.is_available(): torch.cuda.empty_cache()
 
 def _out_of_memory(error: Exception) -> bool:
     return isinstance(error, torch.OutOfMemoryError) or "not enough memory" in str(error) or "can't allocate memory" in str(error)
 
-# %% ../nbs/30_decoding.ipynb #0a8a5b86
+# %% ../nbs/30_decoding.ipynb #7f5b7287
 @torch.inference_mode()
-def contrastive_generate(model,                                     # a causal LM of transformers, in eval mode
+def contrastive_generate(model,                                     # a causal LM of transformers
                          gold_ids: Sequence[Sequence[int]],         # token ids of each gold context
                          perturbed_ids=None,                        # per row one perturbed context, or a list of several; None: no contrast
                          *, alpha: float = 0.5,                     # lambda / (1 + lambda), in [0, 1); 0 is greedy decoding
@@ -356,7 +361,10 @@ def contrastive_generate(model,                                     # a causal L
     def done(row):
         bar.update()
         if on_done: on_done(row.index, row.made)
-    with bar: _through(model, rows, choice, done, token_budget, engine)
+    training = model.training
+    try:
+        with bar: _through(model.eval(), rows, choice, done, token_budget, engine)
+    finally: model.train(training)
     return [row.made for row in rows]
 
 # %% ../nbs/30_decoding.ipynb #96f07086
