@@ -90,3 +90,14 @@ def test_the_road_on_real_questions(tmp_path, real_data, name, split):
     records = [r for _, r in read_jsonl(tmp_path / "r.jsonl")]
     assert len(records) == 12 and [r["id"] for r in records[::2]] == [q.id for q in questions] and all(r["tokens"] > 0 or r["stop"] == "stop" for r in records)
     assert {"id", "split", "question", "choices", "answer", "target", "perturbed", "role", "rationale", "tokens", "stop", "alpha", "seed", "teacher", "prompt", "version"} <= set(records[0])
+
+    from faithful_distill.student import source_text, target_text, tiny_student
+    student = tiny_student([t for q in questions for i in range(len(q.choices)) for r in [""] + [r["rationale"] for r in records] for t in (source_text(q), target_text(q, i, r))])
+    student.model.save_pretrained(tmp_path / "base"); student.tokenizer.save_pretrained(tmp_path / "base")
+    done = CliRunner().invoke(main, ["train", "--rationales", str(tmp_path / "r.jsonl"), "--student", str(tmp_path / "base"), "--out", str(tmp_path / "student"), "--max-steps", "2", "--batch-size", "4", "--lr", "1e-3"])
+    assert done.exit_code == 0, (done.output, done.exception)
+    done = CliRunner().invoke(main, ["evaluate", "--data", name, "--path", str(real_data / name), "--split", split, "--limit", "6", "--student", str(tmp_path / "student"), "--rationales", str(tmp_path / "r.jsonl"),
+                                     "--draws", "1", "--max-new-tokens", "8", "--out", str(tmp_path / "evaluation")])
+    assert done.exit_code == 0, (done.output, done.exception)
+    metrics = json.loads((tmp_path / "evaluation" / "metrics.json").read_text())
+    assert metrics["accuracy"]["n"] == 6 and {"perturb", "refine", "swap_factual"} <= set(metrics)
