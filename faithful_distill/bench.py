@@ -6,14 +6,14 @@
 __all__ = ['names', 'bench_model', 'Task', 'bench_task', 'loop', 'generate', 'ours', 'matrix_rate', 'floor_seconds',
            'peak_memory', 'bench_decode', 'bench_table']
 
-# %% ../nbs/34_bench.ipynb #209299ca
+# %% ../nbs/34_bench.ipynb #c008c9e4
 import gc, random, statistics, time
 from dataclasses import dataclass
 from typing import Callable
 
 import torch
 
-from .decoding import Stop, contrastive_generate
+from .decoding import Stop, contrastive_generate, left_pad
 from .engine import common_prefix, group_rows, wide_kernel
 
 # %% ../nbs/34_bench.ipynb #e374f696
@@ -42,7 +42,7 @@ def bench_task(n: int, vocabulary: int, prompt: int = 500, question: int = 80, a
     stems = [shared + tokens(rng.randint(question // 2, question * 3 // 2) if mixed else question) for _ in range(n)]
     return Task([s + tokens(answer) for s in stems], [s + tokens(answer) for s in stems], new, alpha, stops)
 
-# %% ../nbs/34_bench.ipynb #34e7d6ee
+# %% ../nbs/34_bench.ipynb #5701efe6
 @torch.inference_mode()
 def loop(model, task: Task) -> list[list[int]]:
     "One question at a time, a cached pass for each context and token."
@@ -61,11 +61,7 @@ def loop(model, task: Task) -> list[list[int]]:
         out.append(tokens)
     return out
 
-def _padded(rows, device):
-    width = max(map(len, rows))
-    side = lambda fill: torch.tensor([[0] * (width - len(r)) + fill(r) for r in rows], device=device)
-    return side(list), side(lambda r: [1] * len(r))
-
+# %% ../nbs/34_bench.ipynb #efe1531f
 def _cut(out, width, stops):
     new = [row[width:].tolist() for row in out]
     return [r[:next((i for i, t in enumerate(r) if t in stops), len(r))] for r in new]
@@ -73,8 +69,8 @@ def _cut(out, width, stops):
 @torch.inference_mode()
 def generate(model, task: Task, guided: bool) -> list[list[int]]:
     "transformers' generation in one batch, with or without guidance."
-    ids, mask = _padded(task.gold, model.device)
-    negative, negative_mask = _padded(task.wrong, model.device)
+    ids, mask = left_pad(task.gold, model.device)
+    negative, negative_mask = left_pad(task.wrong, model.device)
     guidance = dict(guidance_scale=1 / (1 - task.alpha), negative_prompt_ids=negative, negative_prompt_attention_mask=negative_mask) if guided else {}
     out = model.generate(ids, attention_mask=mask, do_sample=False, max_new_tokens=task.new, eos_token_id=list(task.stops) or None, pad_token_id=0, **guidance)
     return _cut(out, ids.shape[1], set(task.stops))
@@ -135,7 +131,7 @@ def peak_memory(work: Callable, device) -> float | None:
     work()
     return _status("VmHWM") - before
 
-# %% ../nbs/34_bench.ipynb #556c99e2
+# %% ../nbs/34_bench.ipynb #891565a2
 def bench_decode(model,                       # a teacher, or the name of a `bench_model`
                  sizes: tuple[int, ...] = (1, 8, 32, 128), # numbers of questions
                  *, repeats: int = 5,         # at least five for a median to trust
@@ -155,6 +151,7 @@ def _ways(model, task, loop_rows):
     return some, {"a": lambda r: loop(model, part(r)), "b": lambda r: generate(model, task, True), "c": lambda r: generate(model, task, False),
                   "d": lambda r: ours(model, task, task.alpha), "e": lambda r: ours(model, task, 0.0), "f": lambda r: ours(model, task, task.alpha, four=True)}
 
+# %% ../nbs/34_bench.ipynb #a3dfbf3a
 def _bench_size(model, task, repeats, loop_rows, ways, memory, rate) -> list[dict]:
     some, run = _ways(model, task, loop_rows)
     n = {w: len(task.gold) for w in ways} | {"a": len(some(0)), "f": 2 * len(task.gold)}

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['log', 'contrast', 'Stop', 'stop_rule', 'Generation', 'rationale_text', 'reference_generate', 'as_stop',
-           'context_limit', 'Row', 'branches', 'take', 'draw', 'row_uniforms', 'Choice', 'PaddedBatch',
+           'context_limit', 'Row', 'branches', 'take', 'draw', 'row_uniforms', 'Choice', 'left_pad', 'PaddedBatch',
            'contrastive_generate']
 
 # %% ../nbs/30_decoding.ipynb #b33fa653
@@ -242,7 +242,14 @@ class Choice:
         for row, a, b in zip(rows, logp, other):
             for values, value in zip((row.made.logp, row.made.logp_perturbed, row.made.growth), (a, b, a - b)): values.append(value)
 
-# %% ../nbs/30_decoding.ipynb #35c38d2c
+# %% ../nbs/30_decoding.ipynb #cd3a63f3
+def left_pad(prompts: list[list[int]], device) -> tuple[torch.Tensor, torch.Tensor]:
+    "Token ids padded on the left with 0, and the mask of what is not padding: (n, longest) each."
+    width = max(map(len, prompts))
+    pad = lambda fill: torch.tensor([[0] * (width - len(p)) + fill(p) for p in prompts], device=device)
+    return pad(list), pad(lambda p: [1] * len(p))
+
+# %% ../nbs/30_decoding.ipynb #d486d36d
 class PaddedBatch:
     "Streams in one left-padded batch with the library's cache. Works for every causal model; copies the prompt's cache for each stream."
     def __init__(self, model, rows: list[Row], token_budget: int):
@@ -254,14 +261,11 @@ class PaddedBatch:
     def admit(self) -> tuple[list[tuple[Row, int]], torch.Tensor] | None:
         "Start a fresh batch of what the budget holds; None while one is running."
         if self.streams: return None
-        width = max(map(len, self.waiting[0].contexts)) + max(row.room for row in self.waiting)
+        width = max(max(map(len, row.contexts)) + row.room for row in self.waiting)
         while self.waiting and (not self.streams or width * (len(self.streams) + len(self.waiting[0].contexts)) <= self.token_budget):
             row = self.waiting.pop(0)
             self.streams += [(row, k) for k in range(len(row.contexts))]
-        prompts = [row.contexts[k] for row, k in self.streams]
-        width, device = max(map(len, prompts)), _device(self.model)
-        ids = torch.tensor([[0] * (width - len(p)) + p for p in prompts], device=device)
-        self.mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=device)
+        ids, self.mask = left_pad([row.contexts[k] for row, k in self.streams], _device(self.model))
         self.cache = None
         return list(self.streams), self.forward(ids, (self.mask.cumsum(1) - 1).clamp_min(0))
 
@@ -289,9 +293,8 @@ class PaddedBatch:
         keep = [i for i, (row, _) in enumerate(self.streams) if not row.made.stop]
         if len(keep) == len(self.streams): return
         self.streams = [self.streams[i] for i in keep]
-        if not keep: self.cache = None; return
-        at = torch.tensor(keep, device=self.mask.device)
-        self.mask = self.mask[at]; self.cache.batch_select_indices(at)
+        at = torch.tensor(keep, device=self.mask.device, dtype=torch.long)
+        if keep: self.mask = self.mask[at]; self.cache.batch_select_indices(at)
 
 # %% ../nbs/30_decoding.ipynb #6a408d92
 def _run(engine, choice: Choice, done: Callable[[Row], None]) -> None:

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['log', 'common_prefix', 'Group', 'group_rows', 'partial_attention', 'merge', 'Store', 'Reach', 'lay_out', 'meet',
-           'Unserved', 'Plan', 'shared_attention', 'wide_kernel', 'Switch', 'Forward', 'Passes', 'SharedPrefix',
+           'Unserved', 'Plan', 'shared_attention', 'wide_kernel', 'Switch', 'Forward', 'Tree', 'SharedPrefix',
            'refused', 'cached_bytes', 'token_budget', 'needs']
 
 # %% ../nbs/28_engine.ipynb #b2ef060d
@@ -26,7 +26,7 @@ def common_prefix(contexts: list[list[int]]) -> int:
     same = next((i for i, (a, b) in enumerate(zip(low, high)) if a != b), min(len(low), len(high)))
     return min(same, min(map(len, contexts)) - 1)
 
-# %% ../nbs/28_engine.ipynb #f9979d51
+# %% ../nbs/28_engine.ipynb #68cded23
 @dataclass
 class Group:
     "Rows whose contexts share a trunk. Its streams are numbered; each is one context of one row, and its text as it grows."
@@ -43,7 +43,14 @@ class Group:
         self.trunk = self.shared if len(lengths) > 1 else 0             # a lone context has no one to share with
         self.tail = max(lengths) - self.trunk + max(row.room for row in self.rows)
         self.cost = self.trunk + sum(n - self.trunk for n in lengths)   # tokens to compute before the first new one
+        self.split = self.root + self.trunk                             # position of the first token of each tail
 
+    def spans(self):
+        "What is to be computed before the first new token: (numbers of the streams that keep it, tokens, position of the first). The trunk is stream -1."
+        if self.trunk: yield [-1], next(iter(self.holders))[self.root:self.split], self.root
+        for context, holders in self.holders.items(): yield holders, context[self.split:], self.split
+
+# %% ../nbs/28_engine.ipynb #ed50850d
 def group_rows(rows: list, root: int) -> list[Group]:
     "Rows gathered into groups, at most two full rows each; those with the longest contexts first."
     most, groups = 2 * max(len(row.contexts) for row in rows), []
@@ -78,7 +85,7 @@ def merge(parts: list[tuple[torch.Tensor, torch.Tensor]]) -> torch.Tensor:
     for (out, _), weight in zip(parts[1:], weights[1:]): merged = torch.addcmul(merged, out, weight)
     return merged
 
-# %% ../nbs/28_engine.ipynb #e1a20274
+# %% ../nbs/28_engine.ipynb #9dc25926
 @dataclass
 class Store:
     "Keys and values (slots, heads, places, d) for each layer; allocated at the first write, where the layer lives."
@@ -92,8 +99,8 @@ class Store:
     def places(self) -> int: return self.middle + self.width * self.length
 
     def place(self, stream: int, time: int) -> int:
-        "Where token `time` of a stream's tail is kept."
-        return self.middle + time * self.width + stream
+        "Where token `time` of a stream's tail is kept; of the trunk (stream -1), whose times are negative."
+        return self.middle + (time if stream < 0 else time * self.width + stream)
 
     def write(self, layer: int, key: torch.Tensor, value: torch.Tensor, slot: torch.Tensor, place: torch.Tensor) -> None:
         "Put keys and values of shape (tokens, heads, d) at (slot, place)."
@@ -247,9 +254,9 @@ class Forward:
         if logits.shape[0] != len(keep): raise Unserved("it does not take logits_to_keep")
         return logits.to(self.device)
 
-# %% ../nbs/28_engine.ipynb #0ebfe45c
-class Passes:
-    "The stores, the groups and streams that live in them, and the three kinds of forward pass."
+# %% ../nbs/28_engine.ipynb #bac18369
+class Tree:
+    "The stores, and the groups and streams that live in them."
     def __init__(self, model, rows: list, token_budget: int, chunk: int = 1024):
         contexts = [c for row in rows for c in row.contexts]
         self.start, self.chunk = common_prefix(contexts), max(1, min(chunk, token_budget))
@@ -277,29 +284,20 @@ class Passes:
         "Give new groups their slots and compute their trunks and tails; next-token logits of their streams."
         first, ids, positions, tokens, write, last = len(self.groups), [], [], [], [], []
         for slot, group in enumerate(batch, first):
-            group.slot, split = slot, self.start + group.trunk
+            group.slot, ends = slot, {}
             self.home |= {(row.index, k): (group, number) for number, (row, k) in enumerate(group.streams)}
-            ends = [0] * len(group.streams)
-            for context, holders in [(next(iter(group.holders))[:split], [-1]), *group.holders.items()]:
-                for i in range(self.start if holders == [-1] else split, len(context)):
-                    places = [self.store.middle - split + i] if holders == [-1] else [self.store.place(h, i - split) for h in holders]
+            for holders, span, start in group.spans():
+                for position, token in enumerate(span, start):
+                    places = [self.store.place(h, position - group.split) for h in holders]
                     write += [(len(ids), slot, place) for place in places]
-                    tokens.append((slot, holders[0], places[0])); ids.append(context[i]); positions.append(i)
-                for h in holders if holders != [-1] else (): ends[h] = len(ids) - 1
-            last += ends
+                    tokens.append((slot, holders[0], places[0])); ids.append(token); positions.append(position)
+                ends |= dict.fromkeys(holders, len(ids) - 1)
+            last += [ends[number] for number in range(len(group.streams))]
         self.groups += batch; self.streams += [stream for group in batch for stream in group.streams]
         return self.forward(ids, positions, self.reaches(first, tokens), (self.store, write), last)
 
-    def step(self) -> torch.Tensor:
-        "Feed each stream its row's newest token; next-token logits, (streams, V)."
-        homes = [self.home[row.index, k] for row, k in self.streams]
-        positions = [len(row.contexts[k]) + len(row.made.tokens) - 1 for row, k in self.streams]
-        tokens = [(g.slot, number, self.store.place(number, p - self.start - g.trunk)) for p, (g, number) in zip(positions, homes)]
-        write = [(n, slot, place) for n, (slot, _, place) in enumerate(tokens)]
-        return self.forward([row.made.tokens[-1] for row, _ in self.streams], positions, self.reaches(0, tokens), (self.store, write), list(range(len(tokens))))
-
-# %% ../nbs/28_engine.ipynb #b1bdfe9e
-class SharedPrefix(Passes):
+# %% ../nbs/28_engine.ipynb #239c3020
+class SharedPrefix(Tree):
     "Streams that share a root and trunks. Groups in `waiting` enter as slots become free; `streams` lists (row, which context)."
     def admit(self) -> tuple[list, torch.Tensor] | None:
         "Fill the free slots; the new streams and their logits (streams, V), or None if there is no room."
@@ -308,6 +306,14 @@ class SharedPrefix(Passes):
             if self.start and not self.root.kept: self.fill_root()
             logits.append(self.enter(batch))
         return (self.streams[before:], torch.cat(logits)) if logits else None
+
+    def step(self) -> torch.Tensor:
+        "Feed each stream its row's newest token; next-token logits, (streams, V)."
+        homes = [self.home[row.index, k] for row, k in self.streams]
+        positions = [len(row.contexts[k]) + len(row.made.tokens) - 1 for row, k in self.streams]
+        tokens = [(g.slot, number, self.store.place(number, p - g.split)) for p, (g, number) in zip(positions, homes)]
+        write = [(n, slot, place) for n, (slot, _, place) in enumerate(tokens)]
+        return self.forward([row.made.tokens[-1] for row, _ in self.streams], positions, self.reaches(0, tokens), (self.store, write), list(range(len(tokens))))
 
     def next_batch(self) -> list[Group]:
         "Waiting groups that fit into free slots and into one forward pass."
@@ -331,7 +337,7 @@ class SharedPrefix(Passes):
         "The most tokens and streams held at a time."
         return sum(s.slots * s.places for s in (self.root, self.store)), self.store.slots * self.store.width
 
-# %% ../nbs/28_engine.ipynb #d5d82aeb
+# %% ../nbs/28_engine.ipynb #45fda47f
 _verdicts: Any = weakref.WeakKeyDictionary()
 
 def refused(model) -> str:
@@ -339,6 +345,7 @@ def refused(model) -> str:
     if model not in _verdicts: _verdicts[model] = _try(model)
     return _verdicts[model]
 
+# %% ../nbs/28_engine.ipynb #f31288a4
 @dataclass
 class _Made: tokens: list; stop: str = ""
 
@@ -364,6 +371,7 @@ def _try(model) -> str:
     exact = model.get_input_embeddings().weight.dtype == torch.float32
     return "" if wrong < (1e-3 if exact else 0.1) else f"its logits come out different from a plain forward pass, by {wrong:.2g} of their spread"
 
+# %% ../nbs/28_engine.ipynb #ef92b30e
 def _plain(model, ids, device):
     at = torch.tensor([ids], device=device)
     return model(input_ids=at, attention_mask=torch.ones_like(at), use_cache=False).logits[0, -1].to(device)
