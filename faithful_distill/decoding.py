@@ -4,17 +4,17 @@
 
 # %% auto #0
 __all__ = ['log', 'contrast', 'Stop', 'stop_rule', 'Generation', 'rationale_text', 'reference_generate', 'as_stop',
-           'context_limit', 'Row', 'branches', 'take', 'draw', 'row_uniforms', 'Choice', 'PaddedBatch',
+           'context_limit', 'Row', 'branches', 'take', 'draw', 'row_uniforms', 'Choice', 'left_pad', 'PaddedBatch',
            'contrastive_generate']
 
-# %% ../nbs/30_decoding.ipynb #b33fa653
+# %% ../nbs/30_decoding.ipynb #265b5a67
 import logging, math
 from dataclasses import dataclass, field
 from typing import Any, Callable, Iterable, Sequence
 
 import torch
 
-from .engine import SharedPrefix, Unserved, needs, refused
+from .engine import SharedPrefix, Unserved, input_device, needs, refused
 from .engine import token_budget as default_budget
 from .files import BadInput, progress, stable_seed
 
@@ -93,19 +93,20 @@ def rationale_text(tokenizer, generation: Generation) -> str:
     "The rationale as text, with what the ending token still carried."
     return (tokenizer.decode(generation.tokens, skip_special_tokens=True) + generation.tail).strip()
 
-# %% ../nbs/30_decoding.ipynb #c6f027eb
+# %% ../nbs/30_decoding.ipynb #51a56e33
 @torch.no_grad()
 def reference_generate(model, gold_ids: Sequence[Sequence[int]], perturbed_ids=None, *, alpha: float = 0.5, beta: float = 0.0,
                        max_new_tokens: int = 64, stop=None, scores: bool = False) -> list[Generation]:
     "The method as written, for checking: greedy, batch 1, no cache. Parameters as in `contrastive_generate`."
-    log_p = lambda ids: model(torch.tensor([ids], device=_device(model))).logits[0, -1].float().log_softmax(-1)
+    log_p = lambda ids: model(torch.tensor([ids], device=input_device(model))).logits[0, -1].float().log_softmax(-1)
     stop, out = as_stop(stop), []
     for gold_prompt, *others in _contexts(gold_ids, perturbed_ids):
         made, written = Generation(growth=[]), ""
         while not made.stop:
             gold = log_p(gold_prompt + made.tokens)
             prime = sum(log_p(other + made.tokens) for other in others) / len(others) if others else torch.zeros_like(gold)
-            score = torch.where((gold == -math.inf) | (gold.exp() < beta * gold.exp().max()), -math.inf, gold - alpha * prime if alpha else gold)
+            never = (gold == -math.inf) | (gold.exp() < beta * gold.exp().max())
+            score = torch.where(never, -math.inf, gold - alpha * prime if alpha else gold)
             token, own = score.argmax().item(), gold.argmax().item()
             enders = [t for t in ((token, own) if stop.rule == "either" else (token,)) if stop.ends(written, t)]
             if enders: made.stop, made.tail = "stop", stop.tail(written, enders[0]); break
@@ -114,27 +115,22 @@ def reference_generate(model, gold_ids: Sequence[Sequence[int]], perturbed_ids=N
         out.append(made if scores else Generation(made.tokens, made.stop, made.tail))
     return out
 
-# %% ../nbs/30_decoding.ipynb #e0a81ad5
+# %% ../nbs/30_decoding.ipynb #0cf28d7e
 def as_stop(stop) -> Stop:
     "A `Stop` from a `Stop`, an id, several ids, or None (never)."
     if isinstance(stop, Stop): return stop
     return Stop(frozenset([] if stop is None else [stop] if isinstance(stop, int) else stop))
 
-def _device(model):
-    "Where the inputs go: the device of the embedding, or the one its weights are fetched to when they are kept elsewhere."
-    weight = model.get_input_embeddings().weight
-    if weight.device.type != "meta": return weight.device
-    return torch.device(model.get_input_embeddings()._hf_hook.execution_device)
-
 def _contexts(gold_ids, perturbed_ids) -> list[list[list[int]]]:
     "Per row its contexts, the gold one first."
     if perturbed_ids is None: return [[list(g)] for g in gold_ids]
     if len(gold_ids) != len(perturbed_ids):
-        raise BadInput(f"has {len(perturbed_ids)} rows where gold_ids has {len(gold_ids)}", field="perturbed_ids", remedy="Give one entry per row.")
+        raise BadInput(f"has {len(perturbed_ids)} rows where gold_ids has {len(gold_ids)}", field="perturbed_ids",
+                       remedy="Give one entry per row.")
     several = lambda p: [list(x) for x in p] if len(p) and not isinstance(p[0], int) else [list(p)]
     return [[list(g), *several(p)] for g, p in zip(gold_ids, perturbed_ids)]
 
-# %% ../nbs/30_decoding.ipynb #8ec2322f
+# %% ../nbs/30_decoding.ipynb #f69f07e1
 def context_limit(model) -> int | None:
     "The most tokens the model can attend to, None if it has no such limit."
     config = model.config.get_text_config()
@@ -146,12 +142,13 @@ def _checked(model, gold_ids, perturbed_ids, max_new_tokens):
     if max_new_tokens < 1: raise BadInput("must be at least 1", field="max_new_tokens", value=max_new_tokens)
     for i, contexts in enumerate(rows):
         for name, ids in zip(["gold_ids"] + ["perturbed_ids"] * len(contexts), contexts):
-            if not ids: raise BadInput("is an empty context", field=f"{name}[{i}]", remedy="Give at least one token, such as the beginning-of-text token.")
+            def refuse(problem, remedy): raise BadInput(problem, field=f"{name}[{i}]", remedy=remedy)
+            if not ids: refuse("is an empty context", "Give at least one token, such as the beginning-of-text token.")
             if not (0 <= min(ids) and max(ids) < vocabulary):
-                raise BadInput(f"has a token id outside the model's {vocabulary}", field=f"{name}[{i}]", value=max(ids), remedy="Use the teacher's own tokenizer.")
+                refuse(f"has a token id outside the model's {vocabulary}: {max(ids)}", "Use the teacher's own tokenizer.")
             if limit and len(ids) >= limit:
-                raise BadInput(f"fills the model's context of {limit} tokens and leaves no room for a rationale", field=f"{name}[{i}]", value=f"{len(ids)} tokens",
-                               remedy="Use fewer examples in the prompt, or a teacher with a longer context.")
+                refuse(f"fills the model's context of {limit} tokens ({len(ids)}) and leaves no room for a rationale",
+                       "Use fewer examples in the prompt, or a teacher with a longer context.")
     return [(contexts, min(max_new_tokens, limit - max(map(len, contexts))) if limit else max_new_tokens) for contexts in rows]
 
 # %% ../nbs/30_decoding.ipynb #c4a718e1
@@ -175,7 +172,7 @@ class Row:
         if stop.text: self.written = (self.written + stop.piece(token))[-len(stop.text):]
         if len(self.made.tokens) >= self.room: self.made.stop = "length"
 
-# %% ../nbs/30_decoding.ipynb #18e5b949
+# %% ../nbs/30_decoding.ipynb #44ea8803
 def branches(logits: torch.Tensor,                 # next-token logits of each stream, (streams, V)
              streams: list[tuple[Row, int]]        # whose stream each is: (row, 0) the gold one, (row, 1...) perturbed ones
             ) -> tuple[list[Row], torch.Tensor, torch.Tensor | None]:
@@ -188,8 +185,8 @@ def branches(logits: torch.Tensor,                 # next-token logits of each s
     if [n for n, _ in others] == list(range(len(rows))): return rows, take(logits, gold), take(logits, [i for _, i in others])
     owner = torch.tensor([n for n, _ in others], device=logits.device)
     share = torch.tensor([1 / (len(rows[n].contexts) - 1) for n, _ in others], device=logits.device)
-    total = torch.zeros(len(rows), logits.shape[1], device=logits.device).index_add_(0, owner, take(logits, [i for _, i in others]) * share[:, None])
-    return rows, take(logits, gold), total
+    total = torch.zeros(len(rows), logits.shape[1], device=logits.device)
+    return rows, take(logits, gold), total.index_add_(0, owner, take(logits, [i for _, i in others]) * share[:, None])
 
 def take(logits: torch.Tensor, at: list[int]) -> torch.Tensor:
     "The lines `at` of `logits`, without a copy where they are evenly spaced (gold and perturbed streams mostly alternate)."
@@ -242,7 +239,14 @@ class Choice:
         for row, a, b in zip(rows, logp, other):
             for values, value in zip((row.made.logp, row.made.logp_perturbed, row.made.growth), (a, b, a - b)): values.append(value)
 
-# %% ../nbs/30_decoding.ipynb #35c38d2c
+# %% ../nbs/30_decoding.ipynb #cd3a63f3
+def left_pad(prompts: list[list[int]], device) -> tuple[torch.Tensor, torch.Tensor]:
+    "Token ids padded on the left with 0, and the mask of what is not padding: (n, longest) each."
+    width = max(map(len, prompts))
+    pad = lambda fill: torch.tensor([[0] * (width - len(p)) + fill(p) for p in prompts], device=device)
+    return pad(list), pad(lambda p: [1] * len(p))
+
+# %% ../nbs/30_decoding.ipynb #2ce40f52
 class PaddedBatch:
     "Streams in one left-padded batch with the library's cache. Works for every causal model; copies the prompt's cache for each stream."
     def __init__(self, model, rows: list[Row], token_budget: int):
@@ -254,21 +258,19 @@ class PaddedBatch:
     def admit(self) -> tuple[list[tuple[Row, int]], torch.Tensor] | None:
         "Start a fresh batch of what the budget holds; None while one is running."
         if self.streams: return None
-        width = max(map(len, self.waiting[0].contexts)) + max(row.room for row in self.waiting)
+        width = max(max(map(len, row.contexts)) + row.room for row in self.waiting)
         while self.waiting and (not self.streams or width * (len(self.streams) + len(self.waiting[0].contexts)) <= self.token_budget):
             row = self.waiting.pop(0)
             self.streams += [(row, k) for k in range(len(row.contexts))]
-        prompts = [row.contexts[k] for row, k in self.streams]
-        width, device = max(map(len, prompts)), _device(self.model)
-        ids = torch.tensor([[0] * (width - len(p)) + p for p in prompts], device=device)
-        self.mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=device)
+        ids, self.mask = left_pad([row.contexts[k] for row, k in self.streams], input_device(self.model))
         self.cache = None
         return list(self.streams), self.forward(ids, (self.mask.cumsum(1) - 1).clamp_min(0))
 
     def size(self) -> tuple[int, int]:
         "The most tokens and streams held at a time."
         width = max(max(map(len, row.contexts)) + row.room for row in self.waiting)
-        streams = max(max(len(row.contexts) for row in self.waiting), min(sum(len(row.contexts) for row in self.waiting), self.token_budget // width))
+        counts = [len(row.contexts) for row in self.waiting]
+        streams = max(max(counts), min(sum(counts), self.token_budget // width))
         return width * streams, streams
 
     def step(self) -> torch.Tensor:
@@ -289,9 +291,8 @@ class PaddedBatch:
         keep = [i for i, (row, _) in enumerate(self.streams) if not row.made.stop]
         if len(keep) == len(self.streams): return
         self.streams = [self.streams[i] for i in keep]
-        if not keep: self.cache = None; return
-        at = torch.tensor(keep, device=self.mask.device)
-        self.mask = self.mask[at]; self.cache.batch_select_indices(at)
+        at = torch.tensor(keep, device=self.mask.device, dtype=torch.long)
+        if keep: self.mask = self.mask[at]; self.cache.batch_select_indices(at)
 
 # %% ../nbs/30_decoding.ipynb #6a408d92
 def _run(engine, choice: Choice, done: Callable[[Row], None]) -> None:
@@ -329,7 +330,7 @@ def _through(model, rows: list[Row], choice: Choice, done: Callable[[Row], None]
 def _out_of_memory(error: Exception) -> bool:
     return isinstance(error, torch.OutOfMemoryError) or "not enough memory" in str(error) or "can't allocate memory" in str(error)
 
-# %% ../nbs/30_decoding.ipynb #7f5b7287
+# %% ../nbs/30_decoding.ipynb #73f0f6c6
 @torch.inference_mode()
 def contrastive_generate(model,                                     # a causal LM of transformers
                          gold_ids: Sequence[Sequence[int]],         # token ids of each gold context
@@ -351,8 +352,7 @@ def contrastive_generate(model,                                     # a causal L
 
     Raises `BadInput` for contexts that are empty, foreign to the model or as long as its context, and `FloatingPointError` for
     logits that are not finite. A rationale is cut (`stop='length'`) where the model's context ends."""
-    choice = _choice(alpha, beta, temperature, stop, scores, vocabulary)
-    if engine not in ("auto", "shared", "plain"): raise BadInput("is no engine", field="engine", value=engine, remedy="Use 'auto', 'shared' or 'plain'.")
+    choice = _choice(alpha, beta, temperature, stop, scores, vocabulary, engine)
     checked = _checked(model, gold_ids, perturbed_ids if alpha > 0 or scores else None, max_new_tokens)
     rows = [Row(i, contexts, room, Generation()) for i, (contexts, room) in enumerate(checked)]
     for row in rows:
@@ -367,8 +367,11 @@ def contrastive_generate(model,                                     # a causal L
     finally: model.train(training)
     return [row.made for row in rows]
 
-# %% ../nbs/30_decoding.ipynb #96f07086
-def _choice(alpha, beta, temperature, stop, scores, vocabulary):
-    for name, value, good in (("alpha", alpha, 0 <= alpha < 1), ("beta", beta, 0 <= beta <= 1), ("temperature", temperature, temperature >= 0)):
-        if not good: raise BadInput("is out of range", field=name, value=value, remedy="alpha: [0, 1), which is lambda / (1 + lambda); beta: [0, 1]; temperature: 0 or more.")
+# %% ../nbs/30_decoding.ipynb #7f3b3cf2
+def _choice(alpha, beta, temperature, stop, scores, vocabulary, engine):
+    for name, value, good, remedy in (("alpha", alpha, 0 <= alpha < 1, "alpha is lambda / (1 + lambda): at least 0, less than 1."),
+                                      ("beta", beta, 0 <= beta <= 1, "Use a number from 0 to 1."),
+                                      ("temperature", temperature, temperature >= 0, "Use 0 (the best token) or more."),
+                                      ("engine", engine, engine in ("auto", "shared", "plain"), "Use 'auto', 'shared' or 'plain'.")):
+        if not good: raise BadInput("is out of range", field=name, value=value, remedy=remedy)
     return Choice(alpha, beta, temperature, as_stop(stop), scores, vocabulary)

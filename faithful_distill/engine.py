@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['log', 'common_prefix', 'Group', 'group_rows', 'partial_attention', 'merge', 'Store', 'Reach', 'lay_out', 'meet',
-           'Unserved', 'Plan', 'shared_attention', 'wide_kernel', 'Switch', 'Forward', 'Passes', 'SharedPrefix',
-           'refused', 'cached_bytes', 'token_budget', 'needs']
+           'Unserved', 'Plan', 'shared_attention', 'wide_kernel', 'Switch', 'input_device', 'Forward', 'Tree',
+           'SharedPrefix', 'refused', 'cached_bytes', 'token_budget', 'needs']
 
 # %% ../nbs/28_engine.ipynb #b2ef060d
 import logging, weakref
@@ -26,7 +26,7 @@ def common_prefix(contexts: list[list[int]]) -> int:
     same = next((i for i, (a, b) in enumerate(zip(low, high)) if a != b), min(len(low), len(high)))
     return min(same, min(map(len, contexts)) - 1)
 
-# %% ../nbs/28_engine.ipynb #f9979d51
+# %% ../nbs/28_engine.ipynb #f41a2689
 @dataclass
 class Group:
     "Rows whose contexts share a trunk. Its streams are numbered; each is one context of one row, and its text as it grows."
@@ -43,7 +43,14 @@ class Group:
         self.trunk = self.shared if len(lengths) > 1 else 0             # a lone context has no one to share with
         self.tail = max(lengths) - self.trunk + max(row.room for row in self.rows)
         self.cost = self.trunk + sum(n - self.trunk for n in lengths)   # tokens to compute before the first new one
+        self.split = self.root + self.trunk                             # position of the first token of each tail
 
+    def spans(self):
+        "What to compute before the first new token: (streams that keep it, tokens, position of the first). The trunk is stream -1."
+        if self.trunk: yield [-1], next(iter(self.holders))[self.root:self.split], self.root
+        for context, holders in self.holders.items(): yield holders, context[self.split:], self.split
+
+# %% ../nbs/28_engine.ipynb #ed50850d
 def group_rows(rows: list, root: int) -> list[Group]:
     "Rows gathered into groups, at most two full rows each; those with the longest contexts first."
     most, groups = 2 * max(len(row.contexts) for row in rows), []
@@ -55,13 +62,13 @@ def group_rows(rows: list, root: int) -> list[Group]:
         groups.append(one)
     return sorted(groups, key=lambda g: -(g.trunk + g.tail))
 
-# %% ../nbs/28_engine.ipynb #03dca179
+# %% ../nbs/28_engine.ipynb #88381959
 def partial_attention(query: torch.Tensor,        # (n, heads, q, d)
                       key: torch.Tensor,          # (n, heads, keys, d)
                       value: torch.Tensor,        # (n, heads, keys, d')
                       bias: torch.Tensor | None,  # added to the scores, broadcastable to (n, heads, q, keys)
                       scaling: float
-                     ) -> tuple[torch.Tensor, torch.Tensor]: # the attention (n, heads, q, d'), and the log-sum-exp of its scores (n, heads, q)
+                     ) -> tuple[torch.Tensor, torch.Tensor]: # attention (n, heads, q, d'), log-sum-exp of its scores (n, heads, q)
     "Attention over some of the keys."
     if query.device.type == "cpu" and query.shape[-1] == value.shape[-1]:
         return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(query, key, value, 0.0, False, attn_mask=bias, scale=scaling)
@@ -78,7 +85,7 @@ def merge(parts: list[tuple[torch.Tensor, torch.Tensor]]) -> torch.Tensor:
     for (out, _), weight in zip(parts[1:], weights[1:]): merged = torch.addcmul(merged, out, weight)
     return merged
 
-# %% ../nbs/28_engine.ipynb #e1a20274
+# %% ../nbs/28_engine.ipynb #9dc25926
 @dataclass
 class Store:
     "Keys and values (slots, heads, places, d) for each layer; allocated at the first write, where the layer lives."
@@ -92,8 +99,8 @@ class Store:
     def places(self) -> int: return self.middle + self.width * self.length
 
     def place(self, stream: int, time: int) -> int:
-        "Where token `time` of a stream's tail is kept."
-        return self.middle + time * self.width + stream
+        "Where token `time` of a stream's tail is kept; of the trunk (stream -1), whose times are negative."
+        return self.middle + (time if stream < 0 else time * self.width + stream)
 
     def write(self, layer: int, key: torch.Tensor, value: torch.Tensor, slot: torch.Tensor, place: torch.Tensor) -> None:
         "Put keys and values of shape (tokens, heads, d) at (slot, place)."
@@ -114,7 +121,7 @@ class Store:
         moved = dict(zip(holes, movers))
         return [items[moved.get(i, i)] for i in range(keep)]
 
-# %% ../nbs/28_engine.ipynb #79989df5
+# %% ../nbs/28_engine.ipynb #eb730705
 @dataclass
 class Reach:
     "How the tokens of one forward pass meet one store."
@@ -138,13 +145,14 @@ class Reach:
         key, value = (x[self.slots, :, self.places] for x in self.store.kept[layer])
         group, bias = query.shape[2], self.bias(query, query.shape[2])
         laid = query if self.grid is None else query[self.grid.to(query.device)]
-        laid = laid.unflatten(0, (key.shape[0], -1)).transpose(1, 2).flatten(2, 3)                        # (slots, key heads, q * group, d)
-        parts = [x.unflatten(2, (-1, group)).transpose(1, 2).flatten(0, 1) for x in partial_attention(laid, key, value, bias, scaling)]
+        laid = laid.unflatten(0, (key.shape[0], -1)).transpose(1, 2).flatten(2, 3)         # (slots, key heads, q * group, d)
+        parts = partial_attention(laid, key, value, bias, scaling)
+        parts = [x.unflatten(2, (-1, group)).transpose(1, 2).flatten(0, 1) for x in parts]
         return tuple(parts if self.back is None else [x[self.back.to(x.device)] for x in parts])
 
-# %% ../nbs/28_engine.ipynb #17401403
+# %% ../nbs/28_engine.ipynb #4b832aba
 def lay_out(owners: list[int], count: int) -> tuple[torch.Tensor, torch.Tensor]:
-    "Tokens by the slot that each belongs to: the grid (count, q), and the way back. Short lines are filled with a token that no one reads there."
+    "Tokens by the slot that each belongs to: the grid (count, q), and the way back. Short lines are filled up; no one reads that."
     lines: list[list[int]] = [[] for _ in range(count)]
     for token, owner in enumerate(owners): lines[owner].append(token)
     width, back = max(map(len, lines)), [0] * len(owners)
@@ -153,8 +161,8 @@ def lay_out(owners: list[int], count: int) -> tuple[torch.Tensor, torch.Tensor]:
     return torch.tensor([line + [0] * (width - len(line)) for line in lines]), torch.tensor(back)
 
 def meet(store: Store, first: int, trunks: list[int], tokens: list[tuple[int, int, int]]) -> Reach:
-    """How tokens (slot, stream, place) meet the slots from `first` on, whose trunks have the lengths `trunks`. A token sees its group's trunk and its own
-    stream's tail, both up to its own place; stream -1 is the trunk itself."""
+    """How tokens (slot, stream, place) meet the slots from `first` on, whose trunks have the lengths `trunks`. A token sees
+    its group's trunk and its own stream's tail, both up to its own place; stream -1 is the trunk itself."""
     slot, stream, place = torch.tensor(tokens).T
     low, high = store.middle - max(trunks), int(place.max()) + 1
     grid, back = lay_out((slot - first).tolist(), len(trunks))
@@ -162,9 +170,10 @@ def meet(store: Store, first: int, trunks: list[int], tokens: list[tuple[int, in
     mine = (key < store.middle) | ((key - store.middle) % store.width == stream[grid][..., None])
     visible = mine & (key >= start) & (key <= place[grid][..., None])
     flat = torch.equal(grid.flatten(), torch.arange(len(tokens)))
-    return Reach(store, slice(first, first + len(trunks)), slice(low, high), None if flat else grid.flatten(), None if flat else back, None if visible.all() else visible)
+    way = (None, None) if flat else (grid.flatten(), back)
+    return Reach(store, slice(first, first + len(trunks)), slice(low, high), *way, None if visible.all() else visible)
 
-# %% ../nbs/28_engine.ipynb #dd4e20f8
+# %% ../nbs/28_engine.ipynb #8b03e9c6
 class Unserved(RuntimeError):
     "This model cannot be served by the shared-prefix engine; the message says why."
 
@@ -176,7 +185,8 @@ class Plan:
     layer: int = 0
 
 _plan: ContextVar[Plan | None] = ContextVar("plan", default=None)
-_known = {"dropout", "is_causal", "position_ids", "use_cache", "cache_position", "output_attentions", "position_embeddings", "output_hidden_states", "output_router_logits"}
+_known = {"dropout", "is_causal", "position_ids", "position_embeddings", "use_cache", "cache_position",
+          "output_attentions", "output_hidden_states", "output_router_logits"}
 
 def shared_attention(module, query, key, value, attention_mask=None, scaling=None, **kwargs):
     "Attention of one layer by the current `Plan`: query (1, H, tokens, d), key and value (1, key heads, tokens, d) -> (1, tokens, H, d)."
@@ -194,13 +204,14 @@ def shared_attention(module, query, key, value, attention_mask=None, scaling=Non
     parts = [reach.attend(layer, grouped, query.shape[-1] ** -0.5 if scaling is None else scaling) for reach in plan.reaches]
     return merge(parts).flatten(1, 2).to(query.dtype)[None], None
 
-# %% ../nbs/28_engine.ipynb #2510d611
+# %% ../nbs/28_engine.ipynb #144b3094
 @cache
 def wide_kernel() -> bool:
     "Whether oneDNN's float32 product is to be used for linear layers on this CPU."
     try: vendor = open("/proc/cpuinfo").read(2000)
     except OSError: return False
-    return "AuthenticAMD" in vendor and torch.backends.cpu.get_cpu_capability() == "AVX512" and torch.backends.mkl.is_available() and torch.backends.mkldnn.is_available()
+    both = torch.backends.mkl.is_available() and torch.backends.mkldnn.is_available()
+    return both and "AuthenticAMD" in vendor and torch.backends.cpu.get_cpu_capability() == "AVX512"
 
 def _wide_linear(layer, x):
     return torch.ops.mkldnn._linear_pointwise(x, layer.weight, layer.bias, "none", [], "")
@@ -212,8 +223,9 @@ class Switch:
         AttentionInterface.register("shared_prefix", shared_attention)
         configs = [model.config] + [m.config for m in model.modules() if hasattr(m, "config")]
         self.configs = list({id(c): c for c in configs if hasattr(c, "_attn_implementation")}.values())
-        plain = lambda m: type(m) is torch.nn.Linear and "forward" not in vars(m) and m.weight.device.type == "cpu" and m.weight.dtype == torch.float32
-        self.linears = [m for m in model.modules() if plain(m)] if wide_kernel() else []
+        plain = lambda m: type(m) is torch.nn.Linear and "forward" not in vars(m)
+        fits = lambda w: w.device.type == "cpu" and w.dtype == torch.float32
+        self.linears = [m for m in model.modules() if plain(m) and fits(m.weight)] if wide_kernel() else []
 
     def __enter__(self):
         self.before = [c._attn_implementation for c in self.configs]
@@ -224,16 +236,20 @@ class Switch:
         for c, name in zip(self.configs, self.before): c._attn_implementation = name
         for m in self.linears: del m.forward
 
-# %% ../nbs/28_engine.ipynb #344a0ba4
+# %% ../nbs/28_engine.ipynb #29601a79
+def input_device(model) -> torch.device:
+    "Where token ids go: to the embedding, or to where its weights are fetched when they are kept elsewhere."
+    embedding = model.get_input_embeddings()
+    return embedding.weight.device if embedding.weight.device.type != "meta" else torch.device(embedding._hf_hook.execution_device)
+
 class Forward:
     "Runs a model over loose tokens."
     def __init__(self, model, longest: int):
-        weight = model.get_input_embeddings().weight
         self.model, self.longest, self.switch = model, longest, Switch(model)
-        self.device = weight.device if weight.device.type != "meta" else torch.device(model.get_input_embeddings()._hf_hook.execution_device)
+        self.device = input_device(model)
         self.layers = model.config.get_text_config().num_hidden_layers
 
-    def __call__(self, ids: list[int], positions: list[int], reaches: list[Reach], write: tuple[Store, list], keep: list[int]) -> torch.Tensor:
+    def __call__(self, ids: list[int], positions: list[int], reaches: list[Reach], write: tuple, keep: list[int]) -> torch.Tensor:
         "Logits of the tokens numbered `keep`, (len(keep), V). `write`: a store, and (token, slot, place) for all that is to be kept."
         at = partial(torch.tensor, device=self.device)
         which, slot, place = torch.tensor(write[1]).T.contiguous()
@@ -241,21 +257,22 @@ class Forward:
         token = _plan.set(plan)
         try:
             with self.switch:
-                logits = self.model(input_ids=at([ids]), attention_mask=at([[1] * len(ids)]), position_ids=at([positions]), use_cache=False, logits_to_keep=at(keep)).logits[0]
+                logits = self.model(input_ids=at([ids]), attention_mask=at([[1] * len(ids)]), position_ids=at([positions]),
+                                    use_cache=False, logits_to_keep=at(keep)).logits[0]
         finally: _plan.reset(token)
         if plan.layer != self.layers: raise Unserved(f"{plan.layer} of its {self.layers} layers use the attention interface")
         if logits.shape[0] != len(keep): raise Unserved("it does not take logits_to_keep")
         return logits.to(self.device)
 
-# %% ../nbs/28_engine.ipynb #0ebfe45c
-class Passes:
-    "The stores, the groups and streams that live in them, and the three kinds of forward pass."
+# %% ../nbs/28_engine.ipynb #067f0d74
+class Tree:
+    "The stores, and the groups and streams that live in them."
     def __init__(self, model, rows: list, token_budget: int, chunk: int = 1024):
         contexts = [c for row in rows for c in row.contexts]
         self.start, self.chunk = common_prefix(contexts), max(1, min(chunk, token_budget))
         self.first = contexts[0][:self.start]
         self.waiting = group_rows(rows, self.start)
-        middle, width, length = max(g.trunk for g in self.waiting), max(len(g.streams) for g in self.waiting), max(g.tail for g in self.waiting)
+        middle, width, length = (max(map(size, self.waiting)) for size in (lambda g: g.trunk, lambda g: len(g.streams), lambda g: g.tail))
         slots = min(len(self.waiting), max(1, token_budget // (middle + width * length)))
         self.root, self.store = Store(1, 0, 1, self.start), Store(slots, middle, width, length)
         self.groups, self.streams, self.home = [], [], {}                  # home: (row, context) -> (group, number of the stream)
@@ -264,9 +281,9 @@ class Passes:
     def fill_root(self) -> None:
         "Compute the root, a chunk of tokens at a time."
         for a in range(0, self.start, self.chunk):
-            tokens = [(0, 0, i) for i in range(a, min(a + self.chunk, self.start))]
-            places = [i for _, _, i in tokens]
-            self.forward([self.first[i] for i in places], places, [meet(self.root, 0, [0], tokens)], (self.root, [(n, 0, i) for n, i in enumerate(places)]), [0])
+            places = list(range(a, min(a + self.chunk, self.start)))
+            reach = meet(self.root, 0, [0], [(0, 0, i) for i in places])
+            self.forward(self.first[a:a + self.chunk], places, [reach], (self.root, [(n, 0, i) for n, i in enumerate(places)]), [0])
 
     def reaches(self, first: int, tokens: list[tuple[int, int, int]]) -> list[Reach]:
         "Every token meets the root and its own group's slot."
@@ -277,29 +294,20 @@ class Passes:
         "Give new groups their slots and compute their trunks and tails; next-token logits of their streams."
         first, ids, positions, tokens, write, last = len(self.groups), [], [], [], [], []
         for slot, group in enumerate(batch, first):
-            group.slot, split = slot, self.start + group.trunk
+            group.slot, ends = slot, {}
             self.home |= {(row.index, k): (group, number) for number, (row, k) in enumerate(group.streams)}
-            ends = [0] * len(group.streams)
-            for context, holders in [(next(iter(group.holders))[:split], [-1]), *group.holders.items()]:
-                for i in range(self.start if holders == [-1] else split, len(context)):
-                    places = [self.store.middle - split + i] if holders == [-1] else [self.store.place(h, i - split) for h in holders]
+            for holders, span, start in group.spans():
+                for position, token in enumerate(span, start):
+                    places = [self.store.place(h, position - group.split) for h in holders]
                     write += [(len(ids), slot, place) for place in places]
-                    tokens.append((slot, holders[0], places[0])); ids.append(context[i]); positions.append(i)
-                for h in holders if holders != [-1] else (): ends[h] = len(ids) - 1
-            last += ends
+                    tokens.append((slot, holders[0], places[0])); ids.append(token); positions.append(position)
+                ends |= dict.fromkeys(holders, len(ids) - 1)
+            last += [ends[number] for number in range(len(group.streams))]
         self.groups += batch; self.streams += [stream for group in batch for stream in group.streams]
         return self.forward(ids, positions, self.reaches(first, tokens), (self.store, write), last)
 
-    def step(self) -> torch.Tensor:
-        "Feed each stream its row's newest token; next-token logits, (streams, V)."
-        homes = [self.home[row.index, k] for row, k in self.streams]
-        positions = [len(row.contexts[k]) + len(row.made.tokens) - 1 for row, k in self.streams]
-        tokens = [(g.slot, number, self.store.place(number, p - self.start - g.trunk)) for p, (g, number) in zip(positions, homes)]
-        write = [(n, slot, place) for n, (slot, _, place) in enumerate(tokens)]
-        return self.forward([row.made.tokens[-1] for row, _ in self.streams], positions, self.reaches(0, tokens), (self.store, write), list(range(len(tokens))))
-
-# %% ../nbs/28_engine.ipynb #b1bdfe9e
-class SharedPrefix(Passes):
+# %% ../nbs/28_engine.ipynb #1039bc14
+class SharedPrefix(Tree):
     "Streams that share a root and trunks. Groups in `waiting` enter as slots become free; `streams` lists (row, which context)."
     def admit(self) -> tuple[list, torch.Tensor] | None:
         "Fill the free slots; the new streams and their logits (streams, V), or None if there is no room."
@@ -308,6 +316,15 @@ class SharedPrefix(Passes):
             if self.start and not self.root.kept: self.fill_root()
             logits.append(self.enter(batch))
         return (self.streams[before:], torch.cat(logits)) if logits else None
+
+    def step(self) -> torch.Tensor:
+        "Feed each stream its row's newest token; next-token logits, (streams, V)."
+        homes = [self.home[row.index, k] for row, k in self.streams]
+        positions = [len(row.contexts[k]) + len(row.made.tokens) - 1 for row, k in self.streams]
+        tokens = [(g.slot, number, self.store.place(number, p - g.split)) for p, (g, number) in zip(positions, homes)]
+        write = [(n, slot, place) for n, (slot, _, place) in enumerate(tokens)]
+        ids = [row.made.tokens[-1] for row, _ in self.streams]
+        return self.forward(ids, positions, self.reaches(0, tokens), (self.store, write), list(range(len(ids))))
 
     def next_batch(self) -> list[Group]:
         "Waiting groups that fit into free slots and into one forward pass."
@@ -331,7 +348,7 @@ class SharedPrefix(Passes):
         "The most tokens and streams held at a time."
         return sum(s.slots * s.places for s in (self.root, self.store)), self.store.slots * self.store.width
 
-# %% ../nbs/28_engine.ipynb #d5d82aeb
+# %% ../nbs/28_engine.ipynb #45fda47f
 _verdicts: Any = weakref.WeakKeyDictionary()
 
 def refused(model) -> str:
@@ -339,6 +356,7 @@ def refused(model) -> str:
     if model not in _verdicts: _verdicts[model] = _try(model)
     return _verdicts[model]
 
+# %% ../nbs/28_engine.ipynb #80be904b
 @dataclass
 class _Made: tokens: list; stop: str = ""
 
@@ -350,7 +368,8 @@ def _try(model) -> str:
     size = model.get_input_embeddings().weight.shape[0]
     token = lambda i: (7 * i + 3) % size
     stem = [token(i) for i in range(5)]
-    rows = [_Probe(q, [stem + [token(10 * q + i) for i in range(6, 9 + q)] + [token(30 + a + i) for i in range(a)] for a in (1, 3)], 3, _Made([])) for q in (0, 1)]
+    contexts = lambda q: [stem + [token(10 * q + i) for i in range(6, 9 + q)] + [token(30 + a + i) for i in range(a)] for a in (1, 3)]
+    rows = [_Probe(q, contexts(q), 3, _Made([])) for q in (0, 1)]
     try:
         engine, wrong = SharedPrefix(model, rows, 1000), 0.0
         _, logits = engine.admit()
@@ -362,8 +381,10 @@ def _try(model) -> str:
     except torch.OutOfMemoryError: raise
     except Exception as error: return str(error) if isinstance(error, Unserved) else f"{type(error).__name__}: {error}"
     exact = model.get_input_embeddings().weight.dtype == torch.float32
-    return "" if wrong < (1e-3 if exact else 0.1) else f"its logits come out different from a plain forward pass, by {wrong:.2g} of their spread"
+    if wrong < (1e-3 if exact else 0.1): return ""
+    return f"its logits come out different from a plain forward pass, by {wrong:.2g} of their spread"
 
+# %% ../nbs/28_engine.ipynb #ef92b30e
 def _plain(model, ids, device):
     at = torch.tensor([ids], device=device)
     return model(input_ids=at, attention_mask=torch.ones_like(at), use_cache=False).logits[0, -1].to(device)
@@ -375,7 +396,7 @@ def _distance(logits, truth):
     if not torch.equal(a.isfinite(), b.isfinite()): return float("inf")
     return ((a - b)[finite].square().mean().sqrt() / b[finite].std().clamp_min(1e-9)).item() if finite.any() else 0.0
 
-# %% ../nbs/28_engine.ipynb #f0b95643
+# %% ../nbs/28_engine.ipynb #9290f9f7
 def cached_bytes(model) -> int:
     "Memory of one cached token: keys and values of all layers."
     c = model.config.get_text_config()
@@ -384,7 +405,7 @@ def cached_bytes(model) -> int:
     return 2 * c.num_hidden_layers * heads * size * model.get_input_embeddings().weight.element_size()
 
 def token_budget(model) -> int:
-    "Cached tokens to hold at a time: an eighth of a computer's memory, or 60 % of what the weights leave on its accelerators; at most 32768 or 262144 tokens."
+    "Cached tokens to hold at a time: an eighth of a computer's memory, or 60 % of what the weights leave on its accelerators, up to a limit."
     devices = {p.device for p in model.parameters() if p.device.type == "cuda"}
     if devices:
         weights = sum(p.numel() * p.element_size() for p in model.parameters() if p.device in devices)
@@ -400,4 +421,5 @@ def _computer_memory() -> int:
 def needs(model, tokens: int, streams: int) -> str:
     "What a run will take, in words."
     vocabulary = model.get_input_embeddings().weight.shape[0]
-    return f"{tokens * cached_bytes(model) / 2**20:.1f} MiB of keys and values for {tokens} tokens, {streams * vocabulary * 4 / 2**20:.1f} MiB of logits for {streams} streams"
+    kept, logits = tokens * cached_bytes(model) / 2**20, streams * vocabulary * 4 / 2**20
+    return f"{kept:.1f} MiB of keys and values for {tokens} tokens, {logits:.1f} MiB of logits for {streams} streams"
