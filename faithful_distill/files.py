@@ -153,5 +153,8 @@ def writable_folder(path) -> Path:
     "`path` as a folder that exists and can be written to; made if needed. Raises `BadInput` at once if it cannot."
     path = Path(path)
     if path.exists() and not path.is_dir(): raise BadInput("is a file, not a folder", file=path, remedy="Name a folder.")
-    write_text(path/".writable", "").unlink()
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=path, prefix=".writable."): pass      # a name of its own: several ranks ask at once
+    except OSError as e: raise BadInput(f"cannot be written: {e.strerror}", file=path, remedy="Choose a folder you may write to.") from None
     return path
