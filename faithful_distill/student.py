@@ -6,8 +6,9 @@
 __all__ = ['tags', 'answer_sentence', 'Student', 'check_student', 'special_affixes', 'add_tags', 'load_student', 'read_settings',
            'tiny_student', 'source_text', 'target_text', 'token_pieces', 'Target', 'encode_targets', 'encode_sources',
            'Row', 'training_rows', 'row_prefix', 'record_question', 'units', 'collate', 'DistillationLoss',
-           'distillation_loss', 'combine', 'student_logits', 'Reading', 'encode_questions', 'write_on', 'choice_scores',
-           'Answer', 'match_choice', 'split_answer', 'write_rationales', 'read_answers', 'choice_tails', 'answer']
+           'distillation_loss', 'combine', 'student_logits', 'learned_logits', 'Reading', 'encode_questions',
+           'write_on', 'choice_scores', 'Answer', 'match_choice', 'split_answer', 'write_rationales', 'read_answers',
+           'choice_tails', 'answer']
 
 # %% ../nbs/50_student.ipynb #8bf613ac
 import copy, random, re
@@ -268,18 +269,20 @@ def units(rows: Sequence[Row], ids: Sequence[str]) -> list[list[Row]]:
     return factual
 
 # %% ../nbs/50_student.ipynb #53a54c72
-def collate(rows: Sequence[Row], student: Student) -> dict:
-    "Tensors for one forward: inputs, `labels` (-100 where nothing is to be learned) and `counterfactual` (one flag a row)."
+def collate(rows: Sequence[Row], student: Student, multiple: int | None = None) -> dict:
+    "Tensors for one forward: inputs, `labels` (-100 where nothing is to be learned) and `counterfactual` (one flag a row). Widths are a multiple of `multiple`; default 8 on a GPU, 1 on a CPU."
     import torch
+    multiple = multiple or (1 if student.model.device.type == "cpu" else 8)
+    def padded(rows, filler): return _pad(rows, filler, multiple)
     written = [row.context + row.target for row in rows]
     labels = [[-100]*len(row.context) + row.target for row in rows]
     if student.is_seq2seq:
-        batch = dict(input_ids=_pad([r.source for r in rows], student.pad), attention_mask=_pad([[1]*len(r.source) for r in rows], 0),
-                     decoder_input_ids=_pad([[student.start, *w[:-1]] for w in written], student.pad), labels=_pad(labels, -100))
+        batch = dict(input_ids=padded([r.source for r in rows], student.pad), attention_mask=padded([[1]*len(r.source) for r in rows], 0),
+                     decoder_input_ids=padded([[student.start, *w[:-1]] for w in written], student.pad), labels=padded(labels, -100))
     else:
         whole = [r.source + w for r, w in zip(rows, written)]
-        batch = dict(input_ids=_pad([w[:-1] for w in whole], student.pad), attention_mask=_pad([[1]*(len(w) - 1) for w in whole], 0),
-                     labels=_pad([[-100]*(len(r.source) - 1) + l for r, l in zip(rows, labels)], -100))
+        batch = dict(input_ids=padded([w[:-1] for w in whole], student.pad), attention_mask=padded([[1]*(len(w) - 1) for w in whole], 0),
+                     labels=padded([[-100]*(len(r.source) - 1) + l for r, l in zip(rows, labels)], -100))
     return dict(batch, counterfactual=torch.tensor([row.counterfactual for row in rows]))
 
 def _pad(rows, filler, multiple=8, left=False):
@@ -297,7 +300,7 @@ class DistillationLoss:
     tokens_factual: Any
     tokens_counterfactual: Any
 
-def distillation_loss(logits,                       # [rows, positions, vocabulary]
+def distillation_loss(logits,                       # [rows, positions, vocabulary], or [learned tokens, vocabulary] from `learned_logits`
                       labels,                       # [rows, positions]; -100 is not learned
                       counterfactual,               # [rows] True for counterfactual rows
                       *, alpha_cf: float = 0.5,     # weight of the counterfactual part
@@ -307,7 +310,8 @@ def distillation_loss(logits,                       # [rows, positions, vocabula
     "Factual + counterfactual loss (METHOD: paper, section 3.2)."
     import torch
     learned = labels != -100
-    per_token = torch.nn.functional.cross_entropy(logits[learned].float(), labels[learned], reduction="none", label_smoothing=label_smoothing)
+    logits = logits if logits.dim() == 2 else logits[learned]
+    per_token = torch.nn.functional.cross_entropy(logits.float(), labels[learned], reduction="none", label_smoothing=label_smoothing)
     side = counterfactual[:, None].expand_as(labels)[learned].to(per_token.dtype)
     n_c = side.sum(); n_f = side.numel() - n_c
     l_c = (per_token*side).sum(); l_f = per_token.sum() - l_c
@@ -326,6 +330,15 @@ def _at_least_one(n): return n.clamp(min=1) if hasattr(n, "clamp") else max(n, 1
 def student_logits(model, batch: dict):
     "Forward pass over a batch of `collate`: [rows, positions, vocabulary]."
     return model(**{k: v for k, v in batch.items() if k not in ("labels", "counterfactual")}, use_cache=False).logits
+
+# %% ../nbs/50_student.ipynb #5a70b546
+def learned_logits(model, batch: dict):
+    "Logits of the positions with a label alone, in the order of `labels[labels != -100]`: [learned tokens, vocabulary]."
+    learned, head = batch["labels"] != -100, model.get_output_embeddings()
+    if head is None: return student_logits(model, batch)[learned]
+    hook = head.register_forward_pre_hook(lambda _, states: (states[0][learned],))
+    try: return student_logits(model, batch)
+    finally: hook.remove()
 
 # %% ../nbs/50_student.ipynb #c2502f9a
 class Reading:
