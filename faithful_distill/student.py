@@ -6,8 +6,9 @@
 __all__ = ['tags', 'answer_sentence', 'Student', 'check_student', 'special_affixes', 'add_tags', 'load_student', 'read_settings',
            'tiny_student', 'source_text', 'target_text', 'token_pieces', 'Target', 'encode_targets', 'encode_sources',
            'Row', 'training_rows', 'row_prefix', 'record_question', 'units', 'collate', 'DistillationLoss',
-           'distillation_loss', 'combine', 'student_logits', 'Reading', 'encode_questions', 'write_on', 'choice_scores',
-           'Answer', 'match_choice', 'split_answer', 'write_rationales', 'read_answers', 'choice_tails', 'answer']
+           'distillation_loss', 'combine', 'student_logits', 'forward_at', 'learned_logits', 'Reading',
+           'encode_questions', 'read_distinct', 'stacked', 'write_on', 'choice_scores', 'Answer', 'match_choice',
+           'split_answer', 'write_rationales', 'read_answers', 'choice_tails', 'answer']
 
 # %% ../nbs/50_student.ipynb #8bf613ac
 import copy, random, re
@@ -268,18 +269,20 @@ def units(rows: Sequence[Row], ids: Sequence[str]) -> list[list[Row]]:
     return factual
 
 # %% ../nbs/50_student.ipynb #53a54c72
-def collate(rows: Sequence[Row], student: Student) -> dict:
-    "Tensors for one forward: inputs, `labels` (-100 where nothing is to be learned) and `counterfactual` (one flag a row)."
+def collate(rows: Sequence[Row], student: Student, multiple: int | None = None) -> dict:
+    "Tensors for one forward: inputs, `labels` (-100 where nothing is to be learned) and `counterfactual` (one flag a row). Widths are a multiple of `multiple`; default 8 on a GPU, 1 on a CPU."
     import torch
+    multiple = multiple or (1 if student.model.device.type == "cpu" else 8)
+    def padded(rows, filler): return _pad(rows, filler, multiple)
     written = [row.context + row.target for row in rows]
     labels = [[-100]*len(row.context) + row.target for row in rows]
     if student.is_seq2seq:
-        batch = dict(input_ids=_pad([r.source for r in rows], student.pad), attention_mask=_pad([[1]*len(r.source) for r in rows], 0),
-                     decoder_input_ids=_pad([[student.start, *w[:-1]] for w in written], student.pad), labels=_pad(labels, -100))
+        batch = dict(input_ids=padded([r.source for r in rows], student.pad), attention_mask=padded([[1]*len(r.source) for r in rows], 0),
+                     decoder_input_ids=padded([[student.start, *w[:-1]] for w in written], student.pad), labels=padded(labels, -100))
     else:
         whole = [r.source + w for r, w in zip(rows, written)]
-        batch = dict(input_ids=_pad([w[:-1] for w in whole], student.pad), attention_mask=_pad([[1]*(len(w) - 1) for w in whole], 0),
-                     labels=_pad([[-100]*(len(r.source) - 1) + l for r, l in zip(rows, labels)], -100))
+        batch = dict(input_ids=padded([w[:-1] for w in whole], student.pad), attention_mask=padded([[1]*(len(w) - 1) for w in whole], 0),
+                     labels=padded([[-100]*(len(r.source) - 1) + l for r, l in zip(rows, labels)], -100))
     return dict(batch, counterfactual=torch.tensor([row.counterfactual for row in rows]))
 
 def _pad(rows, filler, multiple=8, left=False):
@@ -297,7 +300,7 @@ class DistillationLoss:
     tokens_factual: Any
     tokens_counterfactual: Any
 
-def distillation_loss(logits,                       # [rows, positions, vocabulary]
+def distillation_loss(logits,                       # [rows, positions, vocabulary], or [learned tokens, vocabulary] from `learned_logits`
                       labels,                       # [rows, positions]; -100 is not learned
                       counterfactual,               # [rows] True for counterfactual rows
                       *, alpha_cf: float = 0.5,     # weight of the counterfactual part
@@ -307,7 +310,8 @@ def distillation_loss(logits,                       # [rows, positions, vocabula
     "Factual + counterfactual loss (METHOD: paper, section 3.2)."
     import torch
     learned = labels != -100
-    per_token = torch.nn.functional.cross_entropy(logits[learned].float(), labels[learned], reduction="none", label_smoothing=label_smoothing)
+    logits = logits if logits.dim() == 2 else logits[learned]
+    per_token = torch.nn.functional.cross_entropy(logits.float(), labels[learned], reduction="none", label_smoothing=label_smoothing)
     side = counterfactual[:, None].expand_as(labels)[learned].to(per_token.dtype)
     n_c = side.sum(); n_f = side.numel() - n_c
     l_c = (per_token*side).sum(); l_f = per_token.sum() - l_c
@@ -327,6 +331,23 @@ def student_logits(model, batch: dict):
     "Forward pass over a batch of `collate`: [rows, positions, vocabulary]."
     return model(**{k: v for k, v in batch.items() if k not in ("labels", "counterfactual")}, use_cache=False).logits
 
+# %% ../nbs/50_student.ipynb #5a70b546
+def forward_at(model, pick, **inputs):
+    "A forward pass whose `logits` are those of the positions that `pick` takes from the last hidden states [rows, positions, width]."
+    picked, head = [], model.get_output_embeddings()
+    def before(_, states): picked.append(True); return (pick(states[0]),)
+    hook = head.register_forward_pre_hook(before) if head is not None else None
+    try: out = model(**inputs)
+    finally:
+        if hook: hook.remove()
+    if not picked: out.logits = pick(out.logits)   # a model that does not call its head as a module
+    return out
+
+def learned_logits(model, batch: dict):
+    "Logits of the positions with a label alone, in the order of `labels[labels != -100]`: [learned tokens, vocabulary]."
+    learned = batch["labels"] != -100
+    return forward_at(model, lambda states: states[learned], **{k: v for k, v in batch.items() if k not in ("labels", "counterfactual")}, use_cache=False).logits
+
 # %% ../nbs/50_student.ipynb #c2502f9a
 class Reading:
     "A batch of left-padded decoder contexts that the model has read, with its cache; `logits` predict the next token of each row."
@@ -336,15 +357,15 @@ class Reading:
         tokens = [[student.start, *c] for c in contexts] if student.is_seq2seq else contexts
         device = student.model.device
         self.mask = torch.zeros(len(tokens), 0, dtype=torch.long, device=device)
-        self.logits = self.feed(_pad(tokens, student.pad, 1, left=True).to(device), _pad([[1]*len(t) for t in tokens], 0, 1, left=True).to(device))[:, -1]
+        self.logits = self.feed(_pad(tokens, student.pad, 1, left=True).to(device), _pad([[1]*len(t) for t in tokens], 0, 1, left=True).to(device), lambda states: states[:, -1])
 
-    def feed(self, tokens, mask=None):
-        "Read `tokens` [rows, n] on; returns their logits [rows, n, vocabulary]."
+    def feed(self, tokens, mask=None, pick=lambda states: states):
+        "Read `tokens` [rows, n] on; returns their logits [rows, n, vocabulary], or those that `pick` picks (see `forward_at`)."
         import torch
         self.mask = torch.cat([self.mask, torch.ones_like(tokens) if mask is None else mask], 1)
         if self.student.is_seq2seq: read = dict(encoder_outputs=(self.encoded[0],), attention_mask=self.encoded[1], decoder_input_ids=tokens, decoder_attention_mask=self.mask)
         else: read = dict(input_ids=tokens, attention_mask=self.mask, position_ids=(self.mask.cumsum(1) - 1).clamp(min=0)[:, -tokens.shape[1]:])
-        out = self.student.model(**read, past_key_values=self.cache, use_cache=True)
+        out = forward_at(self.student.model, pick, **read, past_key_values=self.cache, use_cache=True)
         self.cache = out.past_key_values
         return out.logits
 
@@ -371,17 +392,30 @@ def _fork(cache):
     return new
 
 # %% ../nbs/50_student.ipynb #8c10f34a
-def encode_questions(student: Student, sources: list[list[int]]):
-    "One encoder pass over the distinct sources: (states, mask) of each. None for a causal student."
+def encode_questions(student: Student, sources: list[list[int]], batch_size: int = 64):
+    "Encoder states and mask of each source, every distinct source read once. None for a causal student."
     if not student.is_seq2seq: return None
-    import torch
-    distinct = {tuple(s): i for i, s in enumerate(dict.fromkeys(map(tuple, sources)))} # a question under several rationales is read once
-    ids, mask = (_pad(rows, filler).to(student.model.device) for rows, filler in ((list(map(list, distinct)), student.pad), ([[1]*len(s) for s in distinct], 0)))
-    states = student.model.get_encoder()(input_ids=ids, attention_mask=mask).last_hidden_state
-    if len(distinct) == len(sources): return states, mask
-    where = torch.tensor([distinct[tuple(s)] for s in sources], device=mask.device)
-    return states[where], mask[where]
+    read = read_distinct(student, sources, batch_size)
+    return stacked([read[tuple(s)] for s in sources])
 
+def read_distinct(student: Student, sources: list[list[int]], batch_size: int = 64) -> dict:
+    "Source -> its encoder states [tokens, width], for each distinct source; short ones together. Empty for a causal student."
+    if not student.is_seq2seq: return {}
+    distinct, read, device = sorted(dict.fromkeys(map(tuple, sources)), key=len), {}, student.model.device
+    for at in range(0, len(distinct), batch_size):
+        some = distinct[at:at + batch_size]
+        ids, mask = _pad([list(s) for s in some], student.pad, 1).to(device), _pad([[1]*len(s) for s in some], 0, 1).to(device)
+        states = student.model.get_encoder()(input_ids=ids, attention_mask=mask).last_hidden_state
+        read.update((s, states[i, :len(s)]) for i, s in enumerate(some))
+    return read
+
+def stacked(states: list):
+    "Encoder states of several sources as one padded tensor, with its mask."
+    import torch
+    lengths = torch.tensor([len(s) for s in states], device=states[0].device)
+    return torch.nn.utils.rnn.pad_sequence(states, batch_first=True), (torch.arange(int(lengths.max()), device=lengths.device) < lengths[:, None]).long()
+
+# %% ../nbs/50_student.ipynb #7d9d3d41
 def write_on(reading: Reading, limit: int) -> tuple[list[list[int]], list[bool]]:
     "Greedy continuation of every row: its tokens (without the end token), and whether it ended within `limit` tokens."
     import torch
@@ -406,13 +440,15 @@ def choice_scores(reading: Reading, choices: list[list[list[int]]]) -> list[list
     import torch
     most = max(map(len, choices))
     tails = [tail for row in choices for tail in [*row, *[row[0]]*(most - len(row))]]
-    ids, learned = _pad(tails, 0, 1), _pad([[1.]*len(t) for t in tails], 0., 1)
-    ids, learned = ids.to(reading.mask.device), learned.to(reading.mask.device)
-    first = reading.logits.repeat_interleave(most, 0)[:, None]
-    later = reading.fork(most).feed(ids[:, :-1]) if ids.shape[1] > 1 else first[:, :0]
-    logp = torch.cat([first, later], 1).float().log_softmax(-1).gather(-1, ids[..., None])[..., 0]
-    scores = (logp*learned).sum(1).view(-1, most).tolist()
-    return [row[:len(tails)] for row, tails in zip(scores, choices)]
+    device = reading.mask.device
+    ids, learned = _pad(tails, 0, 1).to(device), _pad([[True]*len(t) for t in tails], False, 1).to(device)
+    scores, later = reading.logits.float().log_softmax(-1).gather(1, ids[:, 0].view(-1, most)).flatten(), learned[:, 1:]
+    if later.shape[1]:
+        logits = reading.fork(most).feed(ids[:, :-1], pick=lambda states: states[later])
+        rest = torch.zeros(later.shape, device=device)
+        rest[later] = -torch.nn.functional.cross_entropy(logits.float(), ids[:, 1:][later], reduction="none")
+        scores = scores + rest.sum(1)
+    return [row[:len(tails)] for row, tails in zip(scores.view(-1, most).tolist(), choices)]
 
 # %% ../nbs/50_student.ipynb #62da5b1f
 @dataclass
@@ -489,22 +525,31 @@ def answer(student: Student,
     prefix = prefix or student.prefix
     if len(rationales) != len(questions): raise BadInput(f"are {len(rationales)} for {len(questions)} questions", field="rationales", remedy="Give one per question, None for the student's own.")
     sources = encode_sources(student, questions, [prefix]*len(questions))
-    order = sorted(range(len(questions)), key=lambda i: (rationales[i] is None, len(sources[i]) + len(rationales[i] or ""), i))
     answers, was_training = [None]*len(questions), student.model.training
     student.model.eval()
     bar = progress(total=len(questions), desc="answers", unit="q")
-    for at in range(0, len(order), batch_size):
-        batch = order[at:at + batch_size]
-        with torch.inference_mode():
-            found = _answer_batch(student, [questions[i] for i in batch], [sources[i] for i in batch], [rationales[i] for i in batch], prefix, max_new_tokens, begun)
-        for i, a in zip(batch, found): answers[i] = a
-        bar.update(len(batch))
+    with torch.inference_mode():
+        for batch, encoded in _answer_batches(student, sources, rationales, batch_size):
+            found = _answer_batch(student, [questions[i] for i in batch], [sources[i] for i in batch], [rationales[i] for i in batch], encoded, prefix, max_new_tokens, begun)
+            for i, a in zip(batch, found): answers[i] = a
+            bar.update(len(batch))
     bar.close(); student.model.train(was_training)
     return answers
 
-def _answer_batch(student, questions, sources, rationales, prefix, limit, begun):
+def _answer_batches(student, sources, rationales, batch_size, windows=8):
+    "Indices and encoder states of each batch. Questions are taken in windows of similar length, each question of a window is encoded once, and rows of similar rationales share a batch."
+    by_source = sorted(range(len(sources)), key=lambda i: (len(sources[i]), sources[i], i))
+    for at in range(0, len(by_source), windows*batch_size):
+        some = by_source[at:at + windows*batch_size]
+        read = read_distinct(student, [sources[i] for i in some], batch_size)
+        some.sort(key=lambda i: (rationales[i] is None, len(rationales[i] or ""), i))
+        for start in range(0, len(some), batch_size):
+            batch = some[start:start + batch_size]
+            yield batch, stacked([read[tuple(sources[i])] for i in batch]) if read else None
+
+def _answer_batch(student, questions, sources, rationales, encoded, prefix, limit, begun):
     import torch
-    encoded, written = encode_questions(student, sources), {}
+    written = {}
     writing = [i for i, r in enumerate(rationales) if r is None or begun]
     if writing:
         some = encoded and tuple(t[torch.tensor(writing, device=t.device)] for t in encoded)

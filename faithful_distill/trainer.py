@@ -16,7 +16,7 @@ import torch
 from transformers import Trainer, TrainerCallback
 
 from .files import BadInput, progress, stable_seed, write_json, write_text
-from .student import Row, Student, collate, combine, distillation_loss, student_logits
+from .student import Row, Student, collate, combine, distillation_loss, learned_logits
 
 # %% ../nbs/55_trainer.ipynb #718f8aaa
 class StepBatches(torch.utils.data.Sampler):
@@ -118,7 +118,7 @@ class DistillationTrainer(Trainer):
         return pieces, over_ranks(sum(token_counts(piece) for piece in pieces).to(device))
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        logits = student_logits(model, inputs)
+        logits = learned_logits(model, inputs)
         loss = distillation_loss(logits, inputs["labels"], inputs["counterfactual"], totals=num_items_in_batch, **self.loss_settings)
         if not torch.isfinite(loss.total): raise not_finite(loss, self.state.global_step)
         self.parts += torch.stack([loss.factual, loss.counterfactual, loss.tokens_factual, loss.tokens_counterfactual]).to(self.parts)

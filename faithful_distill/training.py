@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['Settings', 'make_settings', 'deepspeed_config', 'zero_stage', 'read_records', 'used_records', 'make_units',
            'engine_arguments', 'run_key', 'weights_key', 'checkpoint_to_resume', 'TrainingResult', 'train_student',
-           'disk_is_full', 'finished', 'prepared', 'with_lora', 'merged_lora', 'export', 'write_model',
-           'dev_evaluation']
+           'disk_is_full', 'finished', 'prepared', 'fuse_activations', 'with_lora', 'merged_lora', 'export',
+           'write_model', 'dev_evaluation']
 
 # %% ../nbs/60_training.ipynb #06401e39
 import copy, difflib, hashlib, json, os, shutil, time
@@ -246,8 +246,18 @@ def prepared(student, settings: Settings) -> Student:
     else: student = load_student(student, device="cpu")
     student = Student(student.model, student.tokenizer, student.name, settings.max_source, settings.max_target)
     if settings.lora is not None: student.model = with_lora(student, settings)
+    fuse_activations(student.model)
     if settings.recompute: getattr(student.model, "activation_checkpointing_enable", student.model.gradient_checkpointing_enable)()
     return student
+
+# %% ../nbs/60_training.ipynb #c2a2f615
+def fuse_activations(model) -> None:
+    "The tanh-approximated GELU of a model as torch's one kernel: the same function, in place."
+    import torch
+    from transformers.activations import NewGELUActivation
+    for module in model.modules():
+        for name, child in module.named_children():
+            if isinstance(child, NewGELUActivation): setattr(module, name, torch.nn.GELU(approximate="tanh"))
 
 # %% ../nbs/60_training.ipynb #00d85d16
 def with_lora(student: Student, settings: Settings):
@@ -304,7 +314,7 @@ def dev_evaluation(student: Student, dev: list[dict], settings: Settings, rank: 
     "A function trainer -> dev metrics. Every rank reads its share; all get the same numbers."
     import torch
     from faithful_distill import trainer as engine
-    from faithful_distill.student import answer, combine, distillation_loss, student_logits
+    from faithful_distill.student import answer, combine, distillation_loss, learned_logits
     made, _ = make_units(student, dev, settings)
     batches = engine.StepBatches(engine.unit_lengths(made), settings.batch_size*ranks, rank=rank, ranks=ranks, shuffle=False)
     questions = [record_question(r) for r in dev if r["role"] == "gold"]
@@ -314,7 +324,7 @@ def dev_evaluation(student: Student, dev: list[dict], settings: Settings, rank: 
         trainer.deepspeed.eval()
         for batch in batches:
             batch = trainer._prepare_inputs(engine.collate_units([made[i] if i >= 0 else [] for i in batch], student))
-            with torch.no_grad(): loss = distillation_loss(student_logits(trainer.deepspeed, batch), batch["labels"], batch["counterfactual"])
+            with torch.no_grad(): loss = distillation_loss(learned_logits(trainer.deepspeed, batch), batch["labels"], batch["counterfactual"])
             sums += torch.stack([loss.factual, loss.counterfactual, loss.tokens_factual, loss.tokens_counterfactual]).to(sums)
         sums = engine.over_ranks(sums).tolist()
         found = dict(loss=float(combine(*sums, settings.alpha_cf if sums[3] else 0.0, settings.reduction)), **engine.loss_parts(sums))
