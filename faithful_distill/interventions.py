@@ -509,12 +509,13 @@ class Reader:
 
 
 def load_base(
-    base: Any,  # a hub name, a directory, or an object with .model and .tokenizer (an encoder-decoder)
+    base: Any,  # a hub name, a directory, an object with .model and .tokenizer (an encoder-decoder), or with .fresh(seed) -> model, tokenizer
     seed: int = 0,  # of a head that the checkpoint lacks
 ) -> tuple[Any, Any]:  # model, tokenizer
     "A fresh copy of the model that a reader starts from."
     import torch
     import transformers
+    if hasattr(base, "fresh"): return base.fresh(seed)
     if hasattr(base, "model"):
         if not base.model.config.is_encoder_decoder: raise BadInput("a loaded reader base must be an encoder-decoder", field="base", value=type(base.model).__name__,
                                                                      remedy="Give the directory of an encoder; a head is added to it.")
@@ -572,7 +573,8 @@ def reading_scores(reader: ChoiceReader, texts: list[list[int]], choices: list[l
     "[rows, most choices] log-scores of the choices after each text, -1e9 where a row has fewer choices."
     import torch
     owner, place = torch.tensor([(i, j) for i, row in enumerate(choices) for j in range(len(row))], device=reader.device).T
-    scores = (_seq2seq_scores if reader.seq2seq else _classifier_scores)(reader, texts, [tail for row in choices for tail in row], owner)
+    score = _seq2seq_scores if reader.seq2seq else _matched_scores if hasattr(reader.model, "match") else _classifier_scores
+    scores = score(reader, texts, [tail for row in choices for tail in row], owner)
     return scores.new_full((len(choices), max(map(len, choices))), -1e9).index_put((owner, place), scores)
 
 
@@ -592,13 +594,19 @@ def _seq2seq_scores(reader, texts, tails, owner):
     later = later.float().log_softmax(-1).gather(-1, targets[:, 1:, None])[..., 0]
     return (torch.cat([first, later], 1) * counted).sum(1)
 
-
+# %% ../nbs/75_interventions.ipynb #5a1c7e90
 def _classifier_scores(reader, texts, tails, owner):
     "The head's number for each tail joined with its text."
     separator = [i for i in [reader.tokenizer.sep_token_id] if i is not None]
     joined = [[*reader.before, *texts[i], *separator, *tail, *reader.after] for i, tail in zip(owner.tolist(), tails)]
     ids, mask = _padded(joined, reader.pad, reader.device), _padded([[1] * len(j) for j in joined], 0, reader.device)
     return reader.model(input_ids=ids, attention_mask=mask).logits[:, 0].float()
+
+
+def _matched_scores(reader, texts, tails, owner):
+    "A model with a method `match` reads texts and choices apart and compares them itself."
+    rows = (_padded(r, filler, reader.device) for some in (texts, tails) for r, filler in ((some, reader.pad), ([[1.0] * len(t) for t in some], 0.0)))
+    return reader.model.match(*rows, owner)
 
 # %% ../nbs/75_interventions.ipynb #84487b8e
 def read_choices(
