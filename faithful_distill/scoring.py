@@ -241,7 +241,7 @@ def _rora_logs(base, seeds, settings, threshold: float = 0.1, rounds: int = 2) -
 # %% ../nbs/92_scoring.ipynb #2eee619d
 suite = ("las", "controls", "rev", "rora", "ratings", "interventions")  # what may be asked for; the plain numbers always come
 _trained = {"las": ("las", "las_probability", "gain", "leakage"), "controls": ("las_shuffled", "las_probability_shuffled", "gain_shuffled"), "rev": ("rev",), "rora": ("rora_lite",)}
-_per_example = ("gain", "p_xr", "p_x", "p_r", "leak", "rev", "length", "question_overlap", "vacuousness", "names_prediction", "names_others")
+_per_example = ("gain", "p_xr", "p_x", "p_r", "leak", "rev", "rora_lite", "length", "question_overlap", "vacuousness", "names_prediction", "names_others")
 _intervened = ("reproduced", "perturb", "refine", "swap", "post_answer", "filler", "permuted", "shuffled", "early_answering", "adding_mistakes")
 
 
@@ -269,7 +269,7 @@ def _plain_scores(rows: list[Brought], columns: dict[str, list], **interval) -> 
         scores[name] = mean_score(np.array(share, float), cluster=groups, **interval)
     for name in ("length", "question_overlap", "vacuousness", "names_prediction", "names_others"):
         there = [i for i, v in enumerate(columns[name]) if v is not None]
-        ends = (0.0, 1.0) if name in ("question_overlap", "vacuousness", "names_prediction") else (0.0, np.inf)
+        ends = (0.0, {"length": np.inf, "names_others": max(len(b.question.choices) for b in rows)}.get(name, 1.0))
         why = "no prediction could be parsed" if name == "names_prediction" else "no rationale has a word to compare"
         scores[name] = mean_score([columns[name][i] for i in there], ends=ends, cluster=[groups[i] for i in there], details={"left_out": len(rows) - len(there)}, **interval) if there else Score(None, n=0, reason=why)
     return scores
@@ -300,16 +300,33 @@ def _arrange(rows: list[Brought], shuffled: bool = False) -> Explained:
     if shuffled: texts = [texts[j] for j in shuffle_across([b.question.id for b in rows])]
     return Explained([b.question for b in rows], texts, [b.prediction for b in rows])
 
-# %% ../nbs/92_scoring.ipynb #6ce2247b
+# %% ../nbs/92_scoring.ipynb #5d2cd3f4
+_most_rora = 1500  # RORA-lite reads every rationale once for each of its words: so many examples at most, spread evenly
+
+
+def _information(name: str, some: list[Brought], evaluate: Callable, parts: int, note: Callable, **interval) -> dict[str, Score]:
+    "REV or RORA-lite by cross-fitting."
+    score_as, n = _trained[name][0], len(some)
+    which = list(range(n)) if name == "rev" or n <= _most_rora else [i * n // _most_rora for i in range(_most_rora)]
+    some = [some[i] for i in which]
+    y, groups = [b.prediction for b in some], [b.group for b in some]
+    if len(set(y)) < 2: return {score_as: Score(None, n=len(y), reason="one class only: there is nothing to tell apart")}
+    found = cross_fitted(_arrange(some), evaluate, parts)
+    score = rev(found[0], found[1], y, cluster=groups, **interval)
+    if name == "rora": score.details.update(complete=False, masked=float(1 - found[2].mean()), examples_of=n)
+    note(which, (found[0] - found[1]).mean(0))
+    return {score_as: score}
+
+# %% ../nbs/92_scoring.ipynb #f98c4771
 def _trained_scores(rows: list[Brought], kept: list[int], wanted: Sequence[str], base, parts, seeds, settings, columns: dict, **interval) -> dict[str, Score]:
     "LAS, its control arm, REV and RORA-lite by cross-fitting; numbers per example go to `columns`."
     some = [rows[i] for i in kept]
     e, groups, y = _arrange(some), [b.group for b in some], [b.prediction for b in some]
     scores: dict[str, Score] = {}
 
-    def note(name, values):
+    def note(name, values, which=None):
         columns[name] = [None] * len(rows)
-        for i, v in zip(kept, values): columns[name][i] = float(v)
+        for i, v in zip(kept if which is None else [kept[k] for k in which], values): columns[name][i] = float(v)
 
     if "las" in wanted:
         found = cross_fitted(e, _simulated(base, seeds, settings), parts)
@@ -319,16 +336,11 @@ def _trained_scores(rows: list[Brought], kept: list[int], wanted: Sequence[str],
     if "controls" in wanted:
         control = _las_scores(cross_fitted(_arrange(some, True), _simulated(base, seeds[:1], settings), parts), y, groups, **interval)
         scores |= {f"{name}_shuffled": control[name] for name in ("las", "las_probability", "gain")}
-    for name, logs_of, score_as in (("rev", _rev_logs, "rev"), ("rora", _rora_logs, "rora_lite")):
-        if name not in wanted: continue
-        if len(set(y)) < 2: scores[score_as] = rev([0.0] * len(y), [0.0] * len(y), y); continue
-        found = cross_fitted(e, logs_of(base, seeds, settings), parts)
-        scores[score_as] = rev(found[0], found[1], y, cluster=groups, **interval)
-        if name == "rora": scores[score_as].details.update(complete=False, masked=float(1 - found[2].mean()))
-        note(score_as, (found[0] - found[1]).mean(0))
+    for name, logs_of in (("rev", _rev_logs), ("rora", _rora_logs)):
+        if name in wanted: scores |= _information(name, some, logs_of(base, seeds, settings), parts, lambda which, values, n=_trained[name][0]: note(n, values, which), **interval)
     return scores
 
-# %% ../nbs/92_scoring.ipynb #b564360a
+# %% ../nbs/92_scoring.ipynb #a24049e6
 def _rating_scores(rows: list[Brought], columns: dict[str, list], **interval) -> dict[str, Score]:
     "The ratings, how far raters agree, and the rank correlation of every score per example with the mean rating."
     names = [f"rating_{name}{how}" for name in _per_example for how in ("", "_within")]
@@ -347,7 +359,7 @@ def _rating_scores(rows: list[Brought], columns: dict[str, list], **interval) ->
         scores |= {f"rating_{name}": rank_correlation(a, b, cluster=own), f"rating_{name}_within": rank_correlation_within(a, b, own, **interval)}
     return scores
 
-# %% ../nbs/92_scoring.ipynb #66578fb9
+# %% ../nbs/92_scoring.ipynb #ac24b4d7
 def _intervention_scores(rows: list[Brought], model: str | None, **asked) -> dict[str, Score]:
     "Interventions on the model that wrote the rationales; credit is that of the gold answer, or of its own where gold is unknown."
     if not model: return _all_none(_intervened, "needs the model that wrote the rationales: give its folder (field `model`, or --model)")
@@ -364,7 +376,7 @@ def _intervention_scores(rows: list[Brought], model: str | None, **asked) -> dic
     names = {"accuracy": "model_accuracy", "accuracy_post_answer": "model_accuracy_post_answer"}
     return {"reproduced": same_answer_rate(*zip(*told)) if told else Score(None, n=0, reason="no prediction could be parsed")} | {names.get(k, k): s for k, s in measured.scores.items()}
 
-# %% ../nbs/92_scoring.ipynb #4ba83367
+# %% ../nbs/92_scoring.ipynb #64d8e782
 def score_rationales(
     records: Any,  # a JSON-lines file, dicts, or `Brought`
     *,
@@ -397,7 +409,7 @@ def score_rationales(
     scores |= _intervention_scores(rows, model or _one_model(rows), interval=interval) if "interventions" in metrics else {}
     return Scored(scores, _example_rows(rows, columns), _facts(rows, kept, used, parts, seeds))
 
-# %% ../nbs/92_scoring.ipynb #9a418f0d
+# %% ../nbs/92_scoring.ipynb #cc04d321
 def _one_model(rows: list[Brought]) -> str | None:
     named = {b.model for b in rows if b.model}
     if len(named) > 1: raise BadInput("the rows name several models", field="model", value=sorted(named)[:2], remedy="Score the rationales of one model at a time.")
@@ -415,7 +427,7 @@ def _facts(rows, kept, used, parts, seeds) -> dict:
     return {"rationales": len(rows), "questions": len({b.group for b in rows}), "without a parsable prediction": len(rows) - len(kept), "empty": sum(not b.rationale for b in rows),
             "cut": sum(b.was_cut for b in rows), "with gold answer": sum(b.question.answer is not None for b in rows), "rated": sum(bool(b.ratings) for b in rows), **trained}
 
-# %% ../nbs/92_scoring.ipynb #3834a263
+# %% ../nbs/92_scoring.ipynb #12d415ba
 _titles = {"accuracy": "accuracy", "unparsable": "answers that could not be parsed", "empty": "empty rationales", "restates_question": "rationales equal to the question", "length": "words per rationale",
            "question_overlap": "share of words from the question", "vacuousness": "share of words from question or choices", "names_prediction": "names the prediction",
            "names_others": "other choices named", "las": "LAS", "las_probability": "LAS, probabilities", "gain": "log-probability gained (nats)", "leakage": "leakage: prediction read off the rationale alone",
@@ -430,7 +442,7 @@ def _table(scores: dict[str, Score], names: Iterable[str], head: str = "score") 
     "Rows of a table: name, value with interval and n."
     return [[head, "value [95 % interval]"], *([_title(name), cell_text(scores[name].to_dict(), digits=3)] for name in names)]
 
-# %% ../nbs/92_scoring.ipynb #205b8479
+# %% ../nbs/92_scoring.ipynb #01f52d73
 def _las_text(s: dict[str, Score]) -> str:
     "What the simulators found, in words, from the numbers."
     las, control = s["las"], s["las_shuffled"]
@@ -456,7 +468,7 @@ def _rating_figure(s: dict[str, Score], folder: Path) -> list[tuple[str, str]]:
     save_figure(dots(table, "score", "how", label="rank correlation with human rating", reference=0.0, columns=2), folder / "ratings", formats=("png",))
     return [("ratings", "Spearman's rank correlation of each score per example with the mean human rating, with 95 % intervals over questions.")]
 
-# %% ../nbs/92_scoring.ipynb #6484aa55
+# %% ../nbs/92_scoring.ipynb #cdcbdf0f
 def _sections(scored: Scored, folder: Path) -> list[Section]:
     "The report's sections; tables and pictures are written to `folder`."
     s, sections = scored.scores, []
