@@ -398,18 +398,21 @@ def score_rationales(
     columns, interval = {}, interval or {}
     for b in rows:
         for name, value in surface(b).items(): columns.setdefault(name, []).append(value)
-    scores, kept = _plain_scores(rows, columns, **interval), [i for i, b in enumerate(rows) if b.prediction is not None]
+    scores, kept = _plain_scores(rows, columns, **interval), sorted((i for i, b in enumerate(rows) if b.prediction is not None), key=lambda i: _content(rows[i]))
     trained, why, used = [m for m in metrics if m in _trained], _too_few([rows[i] for i in kept], rows, parts), None
     for name in _trained:
         if why or name not in metrics: scores |= _all_none(_trained[name], why if name in metrics else f"not asked for (metrics: {name})", len(kept))
     if trained and not why:
-        used = simulator or scratch_base(t for b in rows for t in (b.question.question, *b.question.choices, b.rationale))
+        used = simulator or scratch_base(sorted({t for b in rows for t in (b.question.question, *b.question.choices, b.rationale)}))
         scores |= _trained_scores(rows, kept, trained, used, parts, list(seeds), settings, columns, **interval)
     scores |= _rating_scores(rows, columns, **interval) if "ratings" in metrics else {}
     scores |= _intervention_scores(rows, model or _one_model(rows), interval=interval) if "interventions" in metrics else {}
     return Scored(scores, _example_rows(rows, columns), _facts(rows, kept, used, parts, seeds))
 
-# %% ../nbs/92_scoring.ipynb #cc04d321
+# %% ../nbs/92_scoring.ipynb #e53bb2a0
+def _content(b: Brought) -> tuple: return b.group, b.rationale, b.prediction, b.question.id  # in this order simulators see the rows, whatever the order of the file
+
+
 def _one_model(rows: list[Brought]) -> str | None:
     named = {b.model for b in rows if b.model}
     if len(named) > 1: raise BadInput("the rows name several models", field="model", value=sorted(named)[:2], remedy="Score the rationales of one model at a time.")
