@@ -181,19 +181,34 @@ def bench():
 
 # %% ../nbs/95_cli.ipynb #af45f92c
 @bench.command("decode")
-@click.option("--model", "models", multiple=True, default=("gpt_neox", "llama"), show_default=True, help="A random teacher: gpt_neox or llama. Repeatable.")
+@click.option("--model", "models", multiple=True, default=("gpt_neox", "llama"), show_default=True, help="A random teacher: gpt_neox, llama, gpt-neox-20b, llama-7b. Repeatable.")
 @click.option("--sizes", default="1,8,32,128", show_default=True, help="Numbers of questions.")
-@click.option("--repeats", default=5, show_default=True, help="Repetitions; medians are reported.")
 @click.option("--lengths", type=click.Choice(["fixed", "mixed", "both"]), default="both", show_default=True, help="Of questions and rationales.")
-def bench_decode(models, sizes, repeats, lengths):
-    """Rationales per second of contrastive decoding: the loop, transformers' guidance, its greedy generation, and ours.
+@click.option("--repeats", type=click.IntRange(min=1), default=5, show_default=True, help="Repetitions, interleaved; medians are reported.")
+@click.option("--ways", default="abcdef", show_default=True, help="a loop, b guidance, c greedy, d ours, e ours without contrast, f ours gold + counterfactual.")
+@click.option("--prompt", default=500, show_default=True, help="Tokens of the few-shot prompt.")
+@click.option("--question", default=80, show_default=True, help="Tokens of a question.")
+@click.option("--new", default=48, show_default=True, help="Tokens of a rationale.")
+@click.option("--dtype", default="float32", show_default=True, help="float32, bfloat16 or float16.")
+@click.option("--device", default="cpu", show_default=True, help="cpu or cuda. On a CPU one thread is used.")
+@click.option("--out", type=click.Path(), help="CSV file to add the measured lines to.")
+def bench_decode(models, sizes, lengths, repeats, ways, prompt, question, new, dtype, device, out):
+    """Rationales per second of contrastive decoding, against the loop, transformers' guidance and transformers' greedy generation.
 
     Example:  faithful-distill bench decode --model llama --sizes 1,8,32 --lengths fixed"""
     import torch
-    from faithful_distill.bench import bench_decode as measure
-    from faithful_distill.bench import bench_table
-    torch.set_num_threads(1)
+    from faithful_distill import bench as room
+    if device == "cpu": torch.set_num_threads(1)
+    counts = _counts(sizes)
     for model in models:
+        teacher, measured = room.bench_model(model, dtype, device), []
         for mixed in dict(fixed=[False], mixed=[True], both=[False, True])[lengths]:
-            click.echo(f"{model}, {'mixed' if mixed else 'fixed'} lengths")
-            click.echo(bench_table(measure(model, tuple(int(n) for n in sizes.split(",")), repeats=repeats, mixed=mixed)) + "\n")
+            measured += room.bench_decode(teacher, counts, repeats=repeats, ways=ways, mixed=mixed, prompt=prompt, question=question, new=new,
+                                          done=lambda lines: out and room.record(out, model, device, dtype, lines))
+        click.echo(f"{model}, {dtype}, {room.machine_name(device)}\n\n{room.bench_table(measured)}\n")
+        for t in room.bench_targets(measured): click.echo(f"{t['lengths']}: {t['what']}: {t['measured']:.2f}, wanted {t['wanted']}: {'reached' if t['met'] else 'not reached'}")
+
+def _counts(sizes: str) -> tuple[int, ...]:
+    "'1,8,32' as numbers."
+    if all(part.strip().isdigit() and int(part) > 0 for part in sizes.split(",")): return tuple(map(int, sizes.split(",")))
+    raise BadInput("is not a list of numbers", field="--sizes", value=sizes, remedy="Give positive numbers with commas: 1,8,32.")
