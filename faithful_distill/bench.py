@@ -15,7 +15,7 @@ from typing import Callable
 
 import torch
 
-from .decoding import Generation, Row, Stop, contrastive_generate, left_pad
+from .decoding import Generation, Row, Stop, contrastive_generate, forward_arguments, left_pad
 from .engine import common_prefix, group_rows, wide_kernel
 from .files import BadInput, write_text
 
@@ -60,13 +60,14 @@ def bench_task(n: int, vocabulary: int, prompt: int = 500, question: int = 80, a
 def loop(model, task: Task) -> list[list[int]]:
     "One question at a time, a cached pass for each context and token."
     at, out = (lambda ids: torch.tensor([ids], device=model.device)), []
+    name = "cache" if "cache" in forward_arguments(model) else "past_key_values"
     for gold, wrong in zip(task.gold, task.wrong):
         caches, feed, tokens = [None, None], [gold, wrong], []
         while len(tokens) < task.new:
             logits = []
             for i in (0, 1):
-                step = model(at(feed[i]), past_key_values=caches[i], use_cache=True, logits_to_keep=1)
-                caches[i] = step.past_key_values
+                step = model(at(feed[i]), use_cache=True, logits_to_keep=1, **{name: caches[i]})
+                caches[i] = step[name]
                 logits.append(step.logits[0, -1].float().log_softmax(-1))
             token = (logits[0] - task.alpha * logits[1]).argmax().item()
             if token in task.stops: break

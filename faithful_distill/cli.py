@@ -6,7 +6,8 @@
 __all__ = ['main', 'reproduce', 'read_questions', 'rationales', 'train', 'evaluate', 'bench', 'bench_decode']
 
 # %% ../nbs/95_cli.ipynb #7bab1cc8
-import sys
+import logging, sys
+from contextlib import contextmanager
 from pathlib import Path
 
 import click
@@ -72,6 +73,22 @@ def read_questions(data: str, path=None, split: str = "dev", limit: int | None =
     found = [world_questions(kind, split, 2) for kind in kinds]
     return [q for same_rank in zip(*found) for q in same_rank][:limit]
 
+# %% ../nbs/95_cli.ipynb #84a20f7d
+class _Say(logging.Handler):
+    "Log lines on the error stream, above progress bars."
+    def emit(self, record):
+        from tqdm import tqdm
+        tqdm.write(self.format(record), file=sys.stderr)
+
+@contextmanager
+def _told():
+    "Let the library's log lines be seen."
+    log, handler = logging.getLogger("faithful_distill"), _Say()
+    before = log.level
+    log.addHandler(handler); log.setLevel(logging.INFO)
+    try: yield
+    finally: log.removeHandler(handler); log.setLevel(before)
+
 # %% ../nbs/95_cli.ipynb #084417d1
 @main.command()
 @_data_options
@@ -85,9 +102,11 @@ def read_questions(data: str, path=None, split: str = "dev", limit: int | None =
 @click.option("--max-new-tokens", default=64, show_default=True)
 @click.option("--seed", default=0, show_default=True)
 @click.option("--dtype", default="auto", show_default=True, help="float32, bfloat16, ...")
+@click.option("--tensor-parallel", is_flag=True, help="All processes of the launcher hold one teacher together. Default: each takes a part of the questions.")
+@click.option("--token-budget", type=click.IntRange(min=1), help="The most cached tokens held at a time. Default: by the machine's memory.")
 @click.option("--scores", is_flag=True, help="Keep the plausibility growth of each token.")
 @click.option("--out", type=click.Path(), required=True, help="JSON-lines file; a second call goes on where the first one stopped.")
-def rationales(data, path, split, limit, skip_bad, teacher, strategy, alpha, beta, roles, prompt, shots, max_new_tokens, seed, dtype, scores, out):
+def rationales(data, path, split, limit, skip_bad, teacher, strategy, alpha, beta, roles, prompt, shots, max_new_tokens, seed, dtype, tensor_parallel, token_budget, scores, out):
     """A teacher's rationales for a dataset, gold and counterfactual.
 
     Example:  faithful-distill rationales --data csqa --split dev --limit 200 --teacher EleutherAI/gpt-neox-20b --out rationales.jsonl"""
@@ -100,10 +119,10 @@ def rationales(data, path, split, limit, skip_bad, teacher, strategy, alpha, bet
     questions, chosen = read_questions(data, path, split, limit, skip_bad), room.as_strategy(strategy)
     chosen = replace(chosen, beta=beta, alpha=chosen.alpha if alpha is None else alpha)
     if teacher is None and not data.startswith("world"): raise BadInput("is needed for these questions", field="--teacher", remedy="Name a causal language model: a hub name or a local folder.")
-    shard = room.shard_from_environment()
-    records = room.rationalize(room.load_teacher(teacher or shipped("data", "models", "teacher"), dtype=dtype), questions, chosen, roles=tuple(r.strip() for r in roles.split(",")),
-                               prompt=_prompt_for(prompt, data, sources), shots=shots, seed=seed, max_new_tokens=max_new_tokens, scores=scores, shard=shard, out=room.shard_path(out, *shard) if shard else out)
-    if shard and all(room.shard_path(out, k, shard[1]).exists() for k in range(shard[1])): records = room.merge_shards(out, shard[1])
+    loaded = room.load_teacher(teacher or shipped("data", "models", "teacher"), dtype=dtype, tensor_parallel=tensor_parallel)
+    with _told():
+        records = room.rationalize_in_parts(loaded, questions, chosen, roles=tuple(r.strip() for r in roles.split(",")), prompt=_prompt_for(prompt, data, sources), shots=shots,
+                                            seed=seed, max_new_tokens=max_new_tokens, scores=scores, token_budget=token_budget, out=out)
     click.echo(f"{len(records)} rationales for {len({r['id'] for r in records})} questions in {out}; {sum(r['stop'] == 'length' for r in records)} cut at {max_new_tokens} tokens")
 
 def _prompt_for(prompt, data, sources):
