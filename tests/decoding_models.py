@@ -1,5 +1,9 @@
 """Tiny random causal LMs whose logits are far apart, one per architecture, and prompts for them."""
+import os
 import random
+import subprocess
+import sys
+from pathlib import Path
 
 import torch
 
@@ -49,3 +53,14 @@ def guided(model, gold, negative, alpha, max_new_tokens, stops=()):
                          guidance_scale=1 / (1 - alpha), negative_prompt_ids=torch.tensor([negative]), eos_token_id=list(stops) or None, pad_token_id=0)
     new = out[0, len(gold):].tolist()
     return new[:next((i for i, t in enumerate(new) if t in stops), len(new))]
+
+
+def launched(*arguments, timeout=240, **environment):
+    "Run python with the arguments of a launcher of several processes, as from a fresh shell; fails with what it said."
+    rank = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    here = Path(__file__).parent
+    env = {k: v for k, v in os.environ.items() if k not in rank} | dict(OMP_NUM_THREADS="1", GLOO_SOCKET_IFNAME="lo", FAITHFUL_DISTILL_PROGRESS="0", HF_HUB_OFFLINE="1",
+        PYTHONPATH=os.pathsep.join([str(here.parent), str(here)])) | environment
+    run = subprocess.run([sys.executable, *map(str, arguments)], capture_output=True, text=True, timeout=timeout, env=env)
+    assert run.returncode == 0, run.stderr[-3000:]
+    return run
