@@ -5,10 +5,11 @@
 # %% auto #0
 __all__ = ['palette', 'ink', 'faint', 'rule', 'methods', 'strategies', 'kinds', 'style', 'plain_name', 'looks', 'use_style',
            'blank_figure', 'save_figure', 't_interval', 'summarise', 'in_order', 'number', 'paired_difference',
-           'paired', 'pooled', 'difference', 'points', 'came_out', 'repetitions', 'dots', 'lines', 'spread', 'slopes',
-           'matrix', 'n_text', 'Strip', 'strip_places', 'heat_strip', 'cell_text', 'crossed', 'markdown_table',
-           'latex_table', 'latex_text', 'save_rows', 'save_table', 'Section', 'claim', 'write_section', 'read_section',
-           'read_results', 'decided', 'verdict', 'Draft', 'prose', 'build_report']
+           'paired', 'pooled', 'difference', 'measured', 'along', 'growth_of_difference', 'small_table', 'points',
+           'came_out', 'repetitions', 'dots', 'lines', 'spread', 'slopes', 'matrix', 'n_text', 'Strip', 'strip_places',
+           'heat_strip', 'cell_text', 'crossed', 'markdown_table', 'latex_table', 'latex_text', 'save_rows',
+           'save_table', 'Section', 'claim', 'write_section', 'read_section', 'read_results', 'decided', 'verdict',
+           'Draft', 'prose', 'build_report']
 
 # %% ../nbs/90_figures.ipynb #41d54b18
 import base64, html, json, math, re
@@ -29,7 +30,7 @@ palette = {
     "all-wrong": ("#882255", "p"), "contrastive-all-wrong": ("#882255", "p"), "sampled": ("#999933", "X"), "true": ("#009e73", "v"),
     # prefixes, and what a rationale argues for
     "factual": ("#0072b2", "o"), "counterfactual": ("#d55e00", "^"), "none": ("#a6a6a6", "X"),
-    "gold": ("#0072b2", "o"), "wrong": ("#d55e00", "^"),
+    "gold": ("#0072b2", "o"), "wrong": ("#d55e00", "^"), "right answer": ("#0072b2", "o"), "wrong answer": ("#d55e00", "^"),
 }
 _spare = [("#332288", "o"), ("#cc6677", "s"), ("#117733", "D"), ("#ddaa33", "^"), ("#44aa99", "v"), ("#661100", "P"), ("#6699cc", "X"),
           ("#000000", "*")]
@@ -218,6 +219,27 @@ def difference(table, axis: str, a, b, *, level: float = 0.95) -> dict:
     n = None if row["n"] is __import__("pandas").NA else int(row["n"])
     return {**{k: plain(row[k]) for k in ("value", "low", "high")}, "n": n, "seeds": int(row["seeds"]), "reason": row["reason"]}
 
+# %% ../nbs/90_figures.ipynb #e6e6c486
+def measured(table, names: dict[str, str], by: Sequence[str], **orders):    # metric -> what the reader shall read; columns to keep apart
+    "Summary of the chosen metrics: `by`, 'panel' (the metric's name for readers) and the columns of `summarise`, in the order of `names` and `orders`."
+    found = table[table["metric"].isin(names)]
+    return in_order(summarise(found.assign(panel=found["metric"].map(names)), [*by, "panel"]), panel=names.values(), **orders)
+
+def along(table, metric: str, dial: str, axis: str, a, b) -> dict:
+    "`difference` of a and b at each value of a dial, in the order of the table: {value of the dial: difference}."
+    rows = table[table["metric"] == metric][[*dict.fromkeys([dial, axis, "seed"]), *_scores]]
+    return {at: difference(part.drop(columns=dial), axis, a, b) for at, part in rows.groupby(dial, sort=False)}
+
+def growth_of_difference(table, metric: str, dial: str, axis: str, a, b, high, low) -> dict:
+    "By how much the difference of a and b is larger at one value of a dial than at another, on the same seeds."
+    rows = table[table["metric"] == metric][[dial, axis, "seed", *_scores]]
+    return difference(paired(rows, axis, a, b), dial, high, low)
+
+def small_table(table, digits: int = 6):
+    "A table of results as it is kept with the figures: scores with their n, and what has no interval by nature; no details; rounded."
+    by_nature = table["metric"].str.contains(r"(?:^|\.)(?:tokens|seconds|peak_mib|resumed|own|oracle)$")
+    return table[table["n"].notna() | by_nature].round({"value": digits, "low": digits, "high": digits}).reset_index(drop=True)
+
 # %% ../nbs/90_figures.ipynb #ebbb4690
 def points(value: float) -> str: return f"{abs(100 * value):.0f} point{'' if f'{abs(100 * value):.0f}' == '1' else 's'}"
 
@@ -230,16 +252,16 @@ def came_out(d: dict) -> str:
     ends = sorted(abs(100 * v) for v in (low, high))
     return f"{points(value)} {'higher' if low > 0 else 'lower'} [{ends[0]:.0f}, {ends[1]:.0f}]"
 
-def repetitions(summary) -> str:
+def repetitions(summary, marks: str = "lines") -> str:      # what shows the intervals
     "What means and intervals of a summary are over, for its caption."
     there = summary[summary["value"].notna()]
     if len(there) == 0: return "no values"
     counts = sorted({int(n) for n in there["n"].dropna()})
     asked = "" if not counts else f"n = {counts[0]}" + (f" to {counts[-1]}" if len(counts) > 1 else "")
     seeds = sorted({int(s) for s in there["seeds"]})
-    if seeds[-1] == 1: return f"one seed; 95 % intervals are over questions ({asked}) and do not say how another seed would come out"
+    if seeds[-1] == 1: return f"one seed; {marks} are 95 % intervals over questions ({asked}) and do not say how another seed would come out"
     runs = f"{seeds[-1]} seeds" if len(seeds) == 1 else f"{seeds[0]} to {seeds[-1]} seeds"
-    return f"means of {runs}, small points are single seeds; 95 % t intervals over seeds{asked and f', {asked} questions each'}"
+    return f"means of {runs}; {marks} are 95 % t intervals over seeds{asked and f', {asked} questions each'}"
 
 # %% ../nbs/90_figures.ipynb #a47c3827
 def _panels(table, panel: str | None, columns: int):
@@ -251,7 +273,7 @@ def _frame(axes, title, percent: bool, axis: str, room: float = math.inf) -> Non
     from matplotlib.ticker import FuncFormatter
     if title is not None: axes.set_title("\n".join(_wrapped(str(title), room, style["axes.titlesize"] * 1.12)))    # bold is wider
     axes.grid(False); axes.grid(True, axis=axis)
-    if percent: (axes.xaxis if axis == "x" else axes.yaxis).set_major_formatter(FuncFormatter(lambda v, _: f"{100 * v:.0f} %"))
+    if percent: (axes.xaxis if axis == "x" else axes.yaxis).set_major_formatter(FuncFormatter(lambda v, _: f"{round(100 * v, 1):g} %".replace("-", "−")))
 
 # %% ../nbs/90_figures.ipynb #3e9209b6
 def dots(summary,                       # rows of `summarise`
@@ -261,18 +283,19 @@ def dots(summary,                       # rows of `summarise`
          percent: bool = False, bars: bool = False,
          reference: float | None = None, reference_label: str = "",   # a line to compare with: chance, zero
          limits: tuple[float, float] | None = None, same_scale: bool = True,    # one value axis for all panels
-         columns: int = 3, width: float = 7.2):
+         named: str | None = None,      # column that names the colours, if it is not `row`
+         digits: int = 2, columns: int = 3, width: float = 7.2):
     "A panel for each value of `panel`, a row for each value of `row`: dot, interval, value. Returns the figure; None if there is nothing to draw."
     if len(summary) == 0: return None
     names, height, columns = _panels(summary, panel, columns)
     rows = list(dict.fromkeys(summary[row]))
-    look, names_width = looks(rows), max(_text_width(str(r), style["ytick.labelsize"]) for r in rows) + 12
+    look, names_width = _row_looks(summary, row, named), max(_text_width(str(r), style["ytick.labelsize"]) for r in rows) + 12
     figure, grid = blank_figure(width, height * (0.85 + 0.27 * len(rows)), height, columns, sharex=same_scale, sharey=True)
     shared = limits or (_room(summary, bars, reference) if same_scale else None)
     for axes, name in zip(grid.flat, names):
         part = summary if panel is None else summary[summary[panel] == name]
         own = shared or _room(part, bars, reference)
-        _dot_panel(axes, part, row, rows, look, own, percent, bars)
+        _dot_panel(axes, part, row, rows, look, own, percent, bars, digits, (72 * width - names_width) / columns - 12)
         axes.set_xticks(_ticks(own, 1.0 if percent else math.inf, 5 if columns == 1 else 3))
         if reference is not None: axes.axvline(reference, color=faint, lw=1, ls=(0, (4, 3)), zorder=1)
         _frame(axes, name, percent, "x", (72 * width - names_width) / columns - 8)
@@ -280,7 +303,8 @@ def dots(summary,                       # rows of `summarise`
     for axes in list(grid.flat)[len(names):]: axes.set_visible(False)
     for i, axes in enumerate(grid.flat):
         if i < len(names) and i + columns >= len(names): axes.tick_params(labelbottom=True)
-    if columns % 2: grid[-1, columns // 2 if height == 1 else 0].set_xlabel(label)
+    middle = columns // 2 if len(names) > (height - 1) * columns + columns // 2 else 0
+    if columns % 2: grid[-1, middle].set_xlabel(label)
     else: figure.supxlabel(label, fontsize=9)
     return figure
 
@@ -291,6 +315,12 @@ def _room(summary, bars: bool, reference: float | None) -> tuple[float, float]:
     low, high = (min(ends), max(ends)) if ends else (0.0, 1.0)
     span = (high - low) or 1.0
     return low - (0 if bars and low == 0 else 0.08 * span), high + 0.36 * span
+
+def _row_looks(summary, row: str, named: str | None) -> dict:
+    "The look of each row: that of its own name, or of the name in another column."
+    names = dict(zip(summary[row], summary[named or row]))
+    look = looks(names.values())
+    return {r: look[name] for r, name in names.items()}
 
 def _points_of(summary) -> list[float]: return [v for points in summary.get("points", ()) for v in points]
 
@@ -306,13 +336,14 @@ def _name_reference(axes, text: str, x: float | None = None, y: float | None = N
     axes.annotate(text, place, (3, 2), xycoords=among, textcoords="offset points", fontsize=7.5, color=faint, va=align)
 
 # %% ../nbs/90_figures.ipynb #7b3052a8
-def _dot_panel(axes, part, row, rows, look, limits, percent, bars) -> None:
+def _dot_panel(axes, part, row, rows, look, limits, percent, bars, digits, room) -> None:
     for place, name in enumerate(rows):
         found = part[part[row] == name]
         if len(found) == 0: continue
         s, (colour, marker) = found.iloc[0], look[name]
         if s["value"] != s["value"]:
-            reason = f"– {s['reason']}"[:40]
+            whole = _wrapped(f"– {s['reason']}", room, 7.5)
+            reason = whole[0] + " ..." * (len(whole) > 1)
             axes.annotate(reason, (limits[0], place), (4, 0), textcoords="offset points", va="center", fontsize=7.5, color=faint, bbox={"fc": "white", "lw": 0, "pad": 1})
             continue
         if bars: axes.barh(place, s["value"], height=0.56, color=colour, alpha=0.22, lw=0)
@@ -320,7 +351,7 @@ def _dot_panel(axes, part, row, rows, look, limits, percent, bars) -> None:
         axes.plot(s.get("points", ()), [place] * len(s.get("points", ())), "o", color=colour, alpha=0.4, mew=0, ms=3, zorder=3)
         axes.plot(s["value"], place, marker, color=colour, mec="white", mew=0.7, ms=6.5, clip_on=False, zorder=4)
         among = ("axes fraction", "data")
-        axes.annotate(number(s["value"], percent), (1, place), xycoords=among, ha="right", va="center", fontsize=8, color=ink)
+        axes.annotate(number(s["value"], percent, digits), (1, place), xycoords=among, ha="right", va="center", fontsize=8, color=ink)
     axes.set(xlim=limits, ylim=(len(rows) - 0.3, -0.6), yticks=range(len(rows)))
     axes.set_yticklabels([str(r) for r in rows])
     for text, name in zip(axes.get_yticklabels(), rows): text.set_color(_readable(look[name][0]))
@@ -355,7 +386,7 @@ def lines(summary,                      # rows of `summarise`
         for key, (colour, marker) in look.items(): _line(axes, part[part[line] == key].sort_values(x), x, colour, marker)
         if reference is not None: axes.axhline(reference, color=faint, lw=1, ls=(0, (4, 3)), zorder=1)
         if log: axes.set_xscale("log")
-        _frame(axes, name, percent, "y", (72 * width - names_width) / columns - 44)
+        _frame(axes, name, percent, "y", (72 * width - names_width) / columns - 34)
         if i % columns == 0: axes.set_ylabel(label)
         if i + columns >= len(names): axes.set_xlabel(xlabel); axes.tick_params(labelbottom=True)
     for axes in list(grid.flat)[len(names):]: axes.set_visible(False)

@@ -207,9 +207,9 @@ def _run_again(path: Path, out: Path, monkeypatch) -> list[dict]:
 
 
 def _shown(cells) -> list[tuple[str, str]]:
-    "What cells show to a reader: text, Markdown, and pictures as base64."
+    "What cells show to a reader: text, Markdown, and pictures as base64; no warnings, such as that of a font cache that is made."
     found = []
-    for output in (o for c in cells if c["cell_type"] == "code" for o in c.get("outputs", [])):
+    for output in (o for c in cells if c["cell_type"] == "code" for o in c.get("outputs", []) if o.get("name") != "stderr"):
         for kind, value in [("text", output["text"])] if "text" in output else output.get("data", {}).items():
             if kind in ("text", "text/markdown", "image/png"): found.append((kind, "".join(value).strip()))
     return found
