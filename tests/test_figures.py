@@ -186,3 +186,51 @@ def test_the_report_notebook_gathers_what_figures_left(section_folder, tmp_path)
     folder = run_notebook("figures/report.ipynb", {"title": "T", "sections": [str(section_folder)]}, tmp_path/"runs", needs=("report.html", "metrics.json"))
     assert json.loads((folder/"metrics.json").read_text()) == {"claims": {"holds": 1, "fails": 0, "open": 1}, "sections": 1}
     assert "<h1>T</h1>" in (folder/"report.html").read_text()
+
+
+# ---- the figures of the repository are what its tables give -------------------------------------------------------------------------
+
+DRAWN_WITH = "3.11"         # version of matplotlib that drew the pictures stored in nbs/figures; another one places text a pixel elsewhere
+FIGURES = sorted(p for p in shipped("nbs", "figures").glob("*.ipynb") if p.stem != "report")
+
+
+def _run_again(path: Path, out: Path, monkeypatch) -> list[dict]:
+    "Executes a figure notebook in this process, from its own folder and with its own defaults but `out`; its cells with new outputs."
+    shell = pytest.importorskip("execnb.shell")
+    from execnb.nbio import read_nb
+    notebook = read_nb(path)
+    parameters = next(c for c in notebook.cells if "parameters" in c.metadata.get("tags", []))
+    parameters.source = re.sub(r'(?m)^out: str = .*$', f"out: str = {str(out)!r}", parameters.source)
+    monkeypatch.chdir(path.parent)
+    shell.CaptureShell().run_all(notebook, exc_stop=True)
+    return notebook.cells
+
+
+def _shown(cells) -> list[tuple[str, str]]:
+    "What cells show to a reader: text, Markdown, and pictures as base64; no warnings, such as that of a font cache that is made."
+    found = []
+    for output in (o for c in cells if c["cell_type"] == "code" for o in c.get("outputs", []) if o.get("name") != "stderr"):
+        for kind, value in [("text", output["text"])] if "text" in output else output.get("data", {}).items():
+            if kind in ("text", "text/markdown", "image/png"): found.append((kind, "".join(value).strip()))
+    return found
+
+
+def _pixels(png: str):
+    import base64
+    from PIL import Image
+    return np.asarray(Image.open(io.BytesIO(base64.b64decode(png))).convert("RGB"), dtype=float)
+
+
+@pytest.mark.parametrize("path", FIGURES, ids=lambda p: p.stem)
+def test_stored_figures_are_what_the_tables_in_the_repository_give(path, tmp_path, monkeypatch):
+    import matplotlib
+    stored = _shown(json.loads(path.read_text(encoding="utf-8"))["cells"])
+    again = _shown(_run_again(path, tmp_path, monkeypatch))
+    assert stored, f"{path.name} has no stored outputs; run `make figures`"
+    assert [kind for kind, _ in again] == [kind for kind, _ in stored], "run `make figures`"
+    for (kind, old), (_, new) in zip(stored, again):
+        if kind != "image/png": assert new == old, "run `make figures`"
+        elif matplotlib.__version__.startswith(DRAWN_WITH):
+            a, b = _pixels(old), _pixels(new)
+            assert a.shape == b.shape and np.abs(a - b).mean() < 0.5, "run `make figures`"
+    F.read_section(tmp_path)
