@@ -731,6 +731,10 @@ class Simulation:
     read: list[dict[str, list[np.ndarray]]]
     histories: list[list[float]]
 
+    def part(self, indices: Sequence[int]) -> "Simulation":
+        "The simulation of some of its examples: one kind of question, say."
+        return Simulation([self.y[i] for i in indices], [{mode: [rows[i] for i in indices] for mode, rows in one.items()} for one in self.read], self.histories)
+
     def predictions(self, mode: str) -> np.ndarray:
         "(S, n) the simulators' choices."
         return np.array([[r.argmax() for r in one[mode]] for one in self.read])
