@@ -300,8 +300,8 @@ def _arrange(rows: list[Brought], shuffled: bool = False) -> Explained:
     if shuffled: texts = [texts[j] for j in shuffle_across([b.question.id for b in rows])]
     return Explained([b.question for b in rows], texts, [b.prediction for b in rows])
 
-# %% ../nbs/92_scoring.ipynb #5d2cd3f4
-_most_rora = 1500  # RORA-lite reads every rationale once for each of its words: so many examples at most, spread evenly
+# %% ../nbs/92_scoring.ipynb #8b8c4903
+_most_rora = 600  # RORA-lite reads every rationale once for each of its words: so many examples at most, spread evenly
 
 
 def _information(name: str, some: list[Brought], evaluate: Callable, parts: int, note: Callable, **interval) -> dict[str, Score]:

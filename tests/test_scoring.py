@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from faithful_distill.files import BadInput
 from faithful_distill.interventions import ChoiceReader, Explained, Reader, reading_scores
 from faithful_distill.questions import Question
-from faithful_distill.scoring import cross_fitted, read_rationales, score_rationales
+from faithful_distill.scoring import cross_fitted, read_rationales, score_rationales, scratch_base
 from faithful_distill.student import tiny_student
 
 words = ["what is it", "a red cow said so", "the sky", "cow", "two cows of the sky", "sky", "red"]
@@ -60,6 +60,34 @@ def test_choices_that_share_a_cache_score_and_learn_like_choices_read_one_by_one
         assert fast_row[:len(slow_row)].tolist() == pytest.approx([s.item() for s in slow_row], abs=1e-4)
         assert (fast_row[len(slow_row):] == -1e9).all()
     assert torch.allclose(both([row.log_softmax(-1) for row in table]), both([torch.stack(row).log_softmax(-1) for row in slow]), atol=1e-4)
+
+
+def encoder_folder(folder):
+    "A tiny BERT with random weights, as a folder of `transformers`."
+    import transformers
+    tokenizer = tiny_student([*words, *(r["question"] + " " + r["rationale"] for r in rows_of_a_file)]).tokenizer
+    tokenizer.add_special_tokens({"sep_token": "[SEP]"})
+    config = transformers.BertConfig(vocab_size=len(tokenizer), hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32, max_position_embeddings=128, pad_token_id=0)
+    transformers.BertModel(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.mark.parametrize("kind", ["encoder", "from scratch"])
+def test_readers_that_join_or_match_do_not_see_their_neighbours(kind, tmp_path):
+    import torch
+    reader = ChoiceReader(encoder_folder(tmp_path) if kind == "encoder" else scratch_base(words, vocabulary=300, width=16), settings=Reader(device="cpu"))
+    reader.model.eval()
+    ids, choices = reader.texts(texts), reader.choices(asked)
+    with torch.inference_mode():
+        together = reading_scores(reader, ids, choices)
+        alone = [[reading_scores(reader, [t], [[tail]]).item() for tail in row] for t, row in zip(ids, choices)]
+    for row, expected in zip(together.tolist(), alone): assert row[:len(expected)] == pytest.approx(expected, abs=1e-4) and set(row[len(expected):]) <= {-1e9}
+
+
+def test_simulators_from_an_encoder_checkpoint(tmp_path):
+    scored = score_rationales(rows_of_a_file, simulator=encoder_folder(tmp_path), metrics=("las",), **cheap)
+    assert sound(scored)["gain"].n == 60 and scored.facts["simulator"] == str(tmp_path)
 
 
 # ---- a file of rationales: bad input, undefined scores, order
