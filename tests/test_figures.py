@@ -202,6 +202,7 @@ def _run_again(path: Path, out: Path, monkeypatch) -> list[dict]:
     parameters = next(c for c in notebook.cells if "parameters" in c.metadata.get("tags", []))
     parameters.source = re.sub(r'(?m)^out: str = .*$', f"out: str = {str(out)!r}", parameters.source)
     monkeypatch.chdir(path.parent)
+    __import__("matplotlib.pyplot").pyplot.close("all")         # figures that other tests left open would be shown
     shell.CaptureShell().run_all(notebook, exc_stop=True)
     return notebook.cells
 
