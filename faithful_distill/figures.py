@@ -5,15 +5,15 @@
 # %% auto #0
 __all__ = ['palette', 'ink', 'faint', 'rule', 'methods', 'strategies', 'kinds', 'style', 'plain_name', 'looks', 'use_style',
            'blank_figure', 'save_figure', 't_interval', 'summarise', 'in_order', 'number', 'paired_difference',
-           'paired', 'pooled', 'difference', 'measured', 'along', 'growth_of_difference', 'small_table', 'points',
-           'came_out', 'repetitions', 'dots', 'lines', 'spread', 'slopes', 'matrix', 'n_text', 'Strip', 'strip_places',
-           'heat_strip', 'cell_text', 'crossed', 'markdown_table', 'latex_table', 'latex_text', 'save_rows',
-           'save_table', 'Section', 'claim', 'write_section', 'read_section', 'read_results', 'decided', 'verdict',
-           'Draft', 'prose', 'build_report']
+           'paired', 'pooled', 'difference', 'measured', 'along', 'growth_of_difference', 'small_table', 'keep_results',
+           'points', 'came_out', 'repetitions', 'dots', 'lines', 'spread', 'slopes', 'matrix', 'n_text', 'Strip',
+           'strip_places', 'heat_strip', 'cell_text', 'crossed', 'markdown_table', 'latex_table', 'latex_text',
+           'save_rows', 'save_table', 'Section', 'claim', 'write_section', 'read_section', 'read_results', 'decided',
+           'verdict', 'Draft', 'prose', 'build_report']
 
 # %% ../nbs/90_figures.ipynb #41d54b18
 import base64, html, json, math, re
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, Iterable, Sequence
@@ -235,20 +235,39 @@ def growth_of_difference(table, metric: str, dial: str, axis: str, a, b, high, l
     rows = table[table["metric"] == metric][[dial, axis, "seed", *_scores]]
     return difference(paired(rows, axis, a, b), dial, high, low)
 
+# %% ../nbs/90_figures.ipynb #a85a4ef0
 def small_table(table, digits: int = 6):
-    "A table of results as it is kept with the figures: scores with their n, and what has no interval by nature; no details; rounded."
-    by_nature = table["metric"].str.contains(r"(?:^|\.)(?:tokens|seconds|peak_mib|resumed|own|oracle)$")
-    return table[table["n"].notna() | by_nature].round({"value": digits, "low": digits, "high": digits}).reset_index(drop=True)
+    "A table of results as it is kept: scores with their n, and what has no interval by nature; no details, no columns without labels; rounded."
+    by_nature = table["metric"].str.contains(r"(?:^|\.)(?:tokens|seconds|peak_mib|resumed)$")
+    finer = table["metric"].str.contains(r"_(?:probability|same|shift)(?:\.|$)")
+    kept = table[(table["n"].notna() | by_nature) & ~finer].round({"value": digits, "low": digits, "high": digits})
+    empty = [c for c in kept if c not in ("metric", *_scores) and (kept[c].isna() | (kept[c] == "")).all()]
+    return kept.drop(columns=empty).reset_index(drop=True)
+
+def keep_results(gathered,                  # what `reproduce` left, 'runs/study'
+                 into,                      # 'data/results'
+                 groups: Iterable[str]      # the groups of the grid whose results are kept
+                ) -> list[Path]:
+    "Writes `<profile>_<group>.csv` for each group, and `<profile>_times.csv`, for the figures to be drawn from."
+    from faithful_distill.runs import read_table, write_table
+    gathered, into = Path(gathered), Path(into)
+    results, times = read_table(gathered/"results.csv"), read_table(gathered/"times"/"times.csv")
+    wrong = [g for g in groups if g not in set(results["group"])]
+    if wrong: raise BadInput("is not a group of these results", file=gathered/"results.csv", field="group", value=wrong[0])
+    tables = {**{g: results[results["group"] == g] for g in groups}, "times": times}
+    return [write_table(into/f"{gathered.name}_{name}.csv", small_table(table)) for name, table in tables.items()]
 
 # %% ../nbs/90_figures.ipynb #ebbb4690
-def points(value: float) -> str: return f"{abs(100 * value):.0f} point{'' if f'{abs(100 * value):.0f}' == '1' else 's'}"
+def points(value: float) -> str:
+    "A difference of shares without its sign: '12 points'."
+    return f"{abs(100 * value):.0f} point{'' if f'{abs(100 * value):.0f}' == '1' else 's'}"
 
 def came_out(d: dict) -> str:
     "What a difference of two shares says, as the end of a sentence: '12 points higher [8, 16]', 'not told apart (+1 point [−2, 4])'."
     if d["value"] is None: return f"not to be told ({d['reason'] or 'no results'})"
     value, low, high = d["value"], d["low"], d["high"]
     if low is None: return f"{points(value)} {'higher' if value >= 0 else 'lower'}, without an interval"
-    if low <= 0 <= high: return f"not told apart ({'+' if value >= 0 else '−'}{points(value)} [{number(low, True)}, {number(high, True)}])".replace(" %", "")
+    if low <= 0 <= high: return f"not told apart ({'−' if round(100 * value) < 0 else '+'}{points(value)} [{number(low, True)}, {number(high, True)}])".replace(" %", "")
     ends = sorted(abs(100 * v) for v in (low, high))
     return f"{points(value)} {'higher' if low > 0 else 'lower'} [{ends[0]:.0f}, {ends[1]:.0f}]"
 
@@ -726,14 +745,18 @@ def _as_numbers(column):
     return numbers if numbers.notna().any() and (numbers.notna() | (column == "")).all() else column
 
 # %% ../nbs/90_figures.ipynb #c5f0d640
-def decided(text: str, d: dict, above: float = 0.0) -> dict:
-    "The claim that a difference of shares lies above a bound. It holds if the whole interval does; without an interval it cannot be told."
+def decided(text: str, d: dict, above: float = 0.0, below: float = math.inf) -> dict:
+    "The claim that a difference of shares lies between two bounds. It holds if the whole interval does; without an interval it cannot be told."
     if d["value"] is None: return claim(text, None, remark=d["reason"])
-    if d["low"] is None: return claim(text, None, d, percent=True, remark="no interval")
-    holds, around = d["low"] > above, f"the interval includes {number(above, True)}"
-    remark = "" if holds else "the interval lies below what was claimed" if d["high"] <= above else around
-    found = claim(text, holds, d, percent=True, remark=remark)
-    return found | {"number": re.sub(r"^(−?1) points", r"\1 point", found["number"].replace(" %", " points", 1))}
+    if d["low"] is None: return _in_points(claim(text, None, d, percent=True, remark="no interval"))
+    holds, outside = above < d["low"] and d["high"] < below, d["high"] <= above or d["low"] >= below
+    bound = above if d["low"] <= above else below
+    remark = "" if holds else "the interval lies outside of what was claimed" if outside else f"the interval includes {number(bound, True)}"
+    return _in_points(claim(text, holds, d, percent=True, remark=remark))
+
+def _in_points(c: dict) -> dict:
+    "A claim about a difference of shares with 'points' instead of '%'."
+    return c | {"number": re.sub(r"^(−?1) points", r"\1 point", c["number"].replace(" %", " points", 1))}
 
 def verdict(c: dict) -> str:
     "A claim as a line: 'holds  A beats B: 12 % [8, 16], n = 300 × 5'."
@@ -808,7 +831,7 @@ def _inline(text: str) -> str:
     text = re.sub(r"\*\*(.+?)\*\*", r"<strong>\1</strong>", text)
     text = re.sub(r"(?<![\w*])\*([^*\s](?:[^*]*[^*\s])?)\*(?![\w*])", r"<em>\1</em>", text)
     text = re.sub(r"\[([^\]]+)\]\((https?://[^\s)\"]+|#[\w-]+)\)", r'<a href="\2">\1</a>', text)
-    unbroken = r"(?<=\d) %|(?<=n) = (?=\d)|(?<=\d) × (?=\d)"             # no line ends inside a number
+    unbroken = r"(?<=\d) %|(?<=n) = (?=\d)|(?<=\d) × (?=\d)|(?<=\d), (?=−?[\d.]+\])"             # no line ends inside a number
     text = re.sub(unbroken, lambda m: m[0].replace(" ", "\u00a0"), text)
     return re.sub("\0(\\d+)\0", lambda m: f"<code>{html.escape(codes[int(m[1])], quote=False)}</code>", text)
 
@@ -830,9 +853,11 @@ nav { font-size: 0.88rem; margin: 2rem 0 0; padding: 0.9rem 1.2rem; background: 
 nav ol { margin: 0; padding-left: 1.3rem; columns: 2; column-gap: 2.2rem; }  nav li { margin: 0.12rem 0; break-inside: avoid; }  nav a { color: inherit; text-decoration: none; }
 figure { margin: 1.7rem 0; }  figure img { max-width: 100%; height: auto; display: block; }
 figcaption { font-size: 0.82rem; line-height: 1.5; color: var(--soft); margin-top: 0.55rem; }  figcaption b { color: var(--ink); }
+summary { cursor: pointer; }  summary figcaption { display: inline; }
 .wide { overflow-x: auto; }
 table { border-collapse: collapse; font-size: 0.78rem; line-height: 1.4; margin: 0.9rem 0; width: 100%; font-variant-numeric: tabular-nums; border-top: 1.5px solid var(--ink); border-bottom: 1.5px solid var(--ink); }
 th { text-align: left; font-weight: 600; padding: 0.4rem 0.8rem 0.4rem 0; border-bottom: 0.75px solid var(--ink); vertical-align: bottom; }
+td:first-child { min-width: 8.5rem; }
 td { padding: 0.34rem 0.8rem 0.34rem 0; vertical-align: top; border-bottom: 1px solid #eceef0; }  tr:last-child td { border-bottom: 0; }
 .claims { list-style: none; padding: 0; font-size: 0.88rem; line-height: 1.45; }
 .claims li { display: grid; grid-template-columns: 8.4rem 1fr; gap: 0.9rem; padding: 0.5rem 0; border-top: 1px solid var(--line); }  .claims li:last-child { border-bottom: 1px solid var(--line); }
@@ -840,7 +865,7 @@ td { padding: 0.34rem 0.8rem 0.34rem 0; vertical-align: top; border-bottom: 1px 
 .facts { font-size: 0.82rem; }  .facts td:first-child { color: var(--soft); width: 13rem; }
 footer { font-size: 0.78rem; color: var(--soft); margin-top: 3.5rem; border-top: 1px solid var(--line); padding-top: 0.9rem; }
 @media (max-width: 36rem) { html { font-size: 16px; } nav ol { columns: 1; } .claims li { grid-template-columns: 1fr; gap: 0.1rem; } }
-@media print { html { font-size: 10.5pt; } body { max-width: none; padding: 0; } nav { display: none; } figure, table, .claims li { break-inside: avoid; } h2 { break-after: avoid; } a { color: inherit; } }
+@media print { html { font-size: 10.5pt; } body { max-width: none; padding: 0; } nav { display: none; } details::details-content { content-visibility: visible; height: auto; } figure, table, .claims li { break-inside: avoid; } h2 { break-after: avoid; } a { color: inherit; } }
 """
 
 # %% ../nbs/90_figures.ipynb #0eea03df
@@ -863,8 +888,8 @@ _page = """<!doctype html>
 <h2>{{ s.heading }}</h2>
 {{ s.text | prose }}
 {% for src, width, caption in s.pictures %}<figure><img src="{{ src }}" alt="{{ caption }}" style="width: {{ width }}px"><figcaption><b>Figure {{ count.figure() }}.</b> {{ caption | inline }}</figcaption></figure>
-{% endfor %}{{ verdicts(s.claims) if s.claims else "" }}
-{% for table, caption in s.grids %}<figure><figcaption><b>Table {{ count.table() }}.</b> {{ caption | inline }}</figcaption>{{ table | prose }}</figure>
+{% endfor %}{{ verdicts(s.claims) if s.claims and not s.main else "" }}
+{% for table, caption in s.grids %}{% set long = table.count("\n") > 14 %}<figure>{% if long %}<details><summary>{% endif %}<figcaption><b>Table {{ count.table() }}.</b> {{ caption | inline }}</figcaption>{% if long %}</summary>{% endif %}{{ table | prose }}{% if long %}</details>{% endif %}</figure>
 {% endfor %}</section>
 {% endfor %}
 {% if facts %}<h2>How this was made</h2>
@@ -899,6 +924,7 @@ def build_report(path,                          # the HTML file to write
     env.filters |= {"prose": lambda t: Markup(prose(t)), "inline": lambda t: Markup(_inline(t))}
     first = [s for s in sections if s.main] or sections
     claims = [c for s in first for c in s.claims] if summary_of_claims else []
+    if not summary_of_claims: sections = [replace(s, main=False) for s in sections]
     page = env.from_string(_page).render(title=title, lead=lead, css=Markup(_css), sections=list(map(_shown, sections)), claims=claims,
                                          facts=facts, footer=footer, verdicts=_verdicts, count=_Count())
     return write_text(path, re.sub(r"\n{3,}", "\n\n", page))
@@ -906,7 +932,7 @@ def build_report(path,                          # the HTML file to write
 def _shown(section: Section) -> dict:
     "A section as the page's template wants it: pictures as (data, width, caption), tables as (Markdown, caption)."
     folder = Path(section.folder)
-    return {"heading": section.heading, "text": section.text, "claims": section.claims,
+    return {"heading": section.heading, "text": section.text, "claims": section.claims, "main": section.main,
             "pictures": [(*_picture(folder/f"{name}.png"), caption) for name, caption in section.figures],
             "grids": [((folder/f"{name}.md").read_text(encoding="utf-8"), caption) for name, caption in section.tables]}
 
