@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['bench_model', 'Task', 'bench_task', 'loop', 'generate', 'ours', 'matrix_rate', 'bandwidth', 'operations',
-           'floor_seconds', 'measured', 'bench_decode', 'bench_table', 'bench_targets', 'machine_name', 'record']
+           'floor_seconds', 'measured', 'bench_decode', 'bench_table', 'bench_targets', 'machine_name', 'load_bench',
+           'record', 'report', 'target_table']
 
 # %% ../nbs/34_bench.ipynb #7ab5becc
 import gc, io, platform, random, statistics, time
@@ -153,6 +154,9 @@ def measured(work: Callable, device) -> tuple[float, int | None, object]:
     return seconds, None if before is None else _status("VmHWM") - before, result
 
 # %% ../nbs/34_bench.ipynb #0ec82a04
+_names = dict(a="single-sequence loop", b="transformers guidance", c="transformers greedy", d="ours, contrast", e="ours, alpha = 0",
+              f="ours, gold + counterfactual")
+
 def bench_decode(model,                       # a teacher, or the name of a `bench_model`
                  sizes: tuple[int, ...] = (1, 8, 32, 128), # numbers of questions
                  *, repeats: int = 5,         # at least five for a median to trust
@@ -163,6 +167,7 @@ def bench_decode(model,                       # a teacher, or the name of a `ben
                  **task                       # see `bench_task`: prompt, question, answer, new, alpha
                 ) -> list[dict]:              # a line per size and way; see `_lines`
     "Time all ways of decoding, interleaved, on the same questions; only ratios between ways of one table mean anything."
+    if not ways or set(ways) - set(_names): raise BadInput("is no set of ways", field="ways", value=ways, remedy=f"Use some of the letters {''.join(_names)}.")
     model = bench_model(model) if isinstance(model, str) else model
     machine = matrix_rate(model.device, model.dtype), bandwidth(model.device) if model.device.type == "cuda" else None
     out = []
@@ -208,9 +213,6 @@ def _lines(model, task, times, peaks, agree, of, tokens, machine) -> list[dict]:
                  agree=counted(w, agree[w]), of=counted(w, of), floor=floor(w)) for w in times]
 
 # %% ../nbs/34_bench.ipynb #56a523c5
-_names = dict(a="single-sequence loop", b="transformers guidance", c="transformers greedy", d="ours, contrast", e="ours, alpha = 0",
-              f="ours, gold + counterfactual")
-
 def bench_table(lines: list[dict]) -> str:
     "The lines of `bench_decode` as a Markdown table."
     show = lambda value, form: "" if value is None or value != value else format(value, form)
@@ -246,13 +248,38 @@ def machine_name(device="cpu") -> str:
     except (OSError, StopIteration): name = platform.processor() or platform.machine()
     return f"{name}, {torch.get_num_threads()} thread" + "s" * (torch.get_num_threads() > 1)
 
+def load_bench(path) -> list[dict]:
+    "The lines of a recorded file, oldest kind first; an empty field is None."
+    import pandas as pd
+    return [{k: None if v != v else v for k, v in line.items()} for line in pd.read_csv(path).to_dict("records")]
+
+_kind, _line = ("machine", "model", "dtype"), ("lengths", "n", "way")
+
 def record(path, model: str, device, dtype: str, lines: list[dict]) -> None:
-    "Add lines of `bench_decode` to a CSV file, with model, machine, date and versions; older lines of the same kind are replaced."
+    "Add lines of `bench_decode` to a CSV file, with machine, model, date and versions; older lines of the same kind are replaced. A report to read is written beside it."
     import pandas as pd
     import transformers
-    about = dict(machine=machine_name(device), model=model, dtype=dtype)
+    about = dict(zip(_kind, (machine_name(device), model, dtype)))
     made = dict(date=date.today().isoformat(), torch=torch.__version__, transformers=transformers.__version__)
     new = pd.DataFrame([about | line | made for line in lines])
     old = [pd.read_csv(path)] if Path(path).exists() else []
-    both = pd.concat([*old, new]).drop_duplicates([*about, "lengths", "n", "way"], keep="last").sort_values([*about, "lengths", "n", "way"])
+    both = pd.concat([*old, new]).drop_duplicates([*_kind, *_line], keep="last").sort_values([*_kind, *_line])
     write_text(path, both.to_csv(index=False, float_format="%.5g"))
+    write_text(Path(path).with_suffix(".md"), report(load_bench(path)))
+
+# %% ../nbs/34_bench.ipynb #b5fd8a43
+def report(lines: list[dict]) -> str:
+    "Recorded lines as Markdown: for every machine and model the table, and what was to be reached."
+    out = ["# Rationales per second\n", "Made by `faithful-distill bench decode --out ...`; the ways and columns are explained in `nbs/34_bench.ipynb`.\n"]
+    for kind in dict.fromkeys(tuple(l[k] for k in _kind) for l in lines):
+        some = [l for l in lines if tuple(l[k] for k in _kind) == kind]
+        dates, versions = sorted({str(l["date"]) for l in some}), sorted({f"torch {l['torch']}, transformers {l['transformers']}" for l in some})
+        out += [f"## {kind[1]}, {kind[2]}, on {kind[0]}\n", f"Measured {' and '.join(dict.fromkeys([dates[0], dates[-1]]))} with {'; '.join(versions)}.\n", bench_table(some) + "\n"]
+        if targets := bench_targets(some): out.append(target_table(targets) + "\n")
+    return "\n".join(out)
+
+def target_table(targets: list[dict]) -> str:
+    "The result of `bench_targets` as a Markdown table."
+    note = lambda t: f"{t['measured']:.2f}" + (f" (the floors of the two have the ratio {t['floors']:.2f})" if t["floors"] else "")
+    rows = [f"| {t['lengths']} | {t['what']} | {t['wanted']} | {note(t)} | {'yes' if t['met'] else 'no'} |" for t in targets]
+    return "\n".join(["| lengths | at N = 32 | wanted | measured | reached |", "|---|---|---|---|---|", *rows])

@@ -124,6 +124,7 @@ def rationales(data, path, split, limit, skip_bad, teacher, strategy, alpha, bet
     with _told():
         records = room.rationalize_in_parts(loaded, questions, chosen, roles=tuple(r.strip() for r in roles.split(",")), prompt=_prompt_for(prompt, data, sources), shots=shots,
                                             seed=seed, max_new_tokens=max_new_tokens, scores=scores, token_budget=token_budget, out=out)
+    if loaded.spread: room.leave_launcher()
     click.echo(f"{len(records)} rationales for {len({r['id'] for r in records})} questions in {out}; {sum(r['stop'] == 'length' for r in records)} cut at {max_new_tokens} tokens")
 
 def _prompt_for(prompt, data, sources):

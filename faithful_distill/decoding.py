@@ -273,12 +273,12 @@ class PaddedBatch:
         self.cache = None
         return list(self.streams), self.forward(ids, (self.mask.cumsum(1) - 1).clamp_min(0))
 
-    def size(self) -> tuple[int, int]:
-        "The most tokens and streams held at a time."
+    def size(self) -> tuple[int, int, int]:
+        "The most tokens and streams held at a time, and the most tokens in one pass."
         width = max(max(map(len, row.contexts)) + row.room for row in self.waiting)
         counts = [len(row.contexts) for row in self.waiting]
         streams = max(max(counts), min(sum(counts), self.token_budget // width))
-        return width * streams, streams
+        return width * streams, streams, (width - max(row.room for row in self.waiting)) * streams
 
     def step(self) -> torch.Tensor:
         "Feed each stream its row's last token; next-token logits, (streams, V)."

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['strategies', 'roles', 'Strategy', 'as_strategy', 'argument', 'Teacher', 'weights_hash', 'cards_of', 'placement',
            'load_teacher', 'without_answer_sentence', 'Job', 'rationalize', 'write_records', 'shard_of',
-           'shard_from_environment', 'shard_path', 'merge_shards', 'rationalize_in_parts']
+           'shard_from_environment', 'shard_path', 'merge_shards', 'rationalize_in_parts', 'leave_launcher']
 
 # %% ../nbs/40_rationales.ipynb #719fff62
 import json, os, re
@@ -267,3 +267,8 @@ def _from_the_first(value):
     box = [value]
     dist.broadcast_object_list(box, src=0)
     return box[0]
+
+def leave_launcher() -> None:
+    "Wait for the other processes, and end what connects them."
+    import torch.distributed as dist
+    if dist.is_initialized(): dist.barrier(); dist.destroy_process_group()

@@ -133,11 +133,15 @@ def test_memory_is_said_before_the_first_token(caplog):
     assert "MiB of keys and values" in caplog.text and "6 rows" in caplog.text
 
 
-def test_a_sliding_window_that_would_bite_is_not_served(caplog):
+def test_attention_to_less_than_all_is_not_served(caplog):
     model = tiny("mistral", sliding_window=20)                          # longer than the trial's contexts, shorter than these
     assert refused(model) == ""
     assert contrastive_generate(model, gold, wrong, max_new_tokens=5) == reference_generate(model, gold, wrong, max_new_tokens=5)
     assert "sliding_window" in caplog.text
+    model = tiny("llama4", attention_chunk_size=20)
+    assert refused(model) == ""
+    assert contrastive_generate(model, gold, wrong, max_new_tokens=5) == reference_generate(model, gold, wrong, max_new_tokens=5)
+    assert "chunks of 20 tokens" in caplog.text
 
 
 def test_the_trial_catches_a_wrong_attention(monkeypatch):
@@ -262,7 +266,7 @@ TENSOR_PARALLEL = '''
 import json, sys, torch.distributed as dist
 from decoding_models import prompts
 from faithful_distill.decoding import contrastive_generate
-from faithful_distill.rationales import load_teacher, rationalize_in_parts
+from faithful_distill.rationales import leave_launcher, load_teacher, rationalize_in_parts
 from faithful_distill.world import world_questions
 folder = sys.argv[1]
 gold, _, wrong, _ = prompts(6)
@@ -272,7 +276,7 @@ world = load_teacher(folder + "/world", tensor_parallel=True)
 records = rationalize_in_parts(world, world_questions("choice", limit=3), max_new_tokens=6, out=folder + "/spread.jsonl")
 if dist.get_rank() == 0: print("MADE", json.dumps([[m.tokens for m in some] for some in made]))
 else: print("OTHER", len(records))
-dist.barrier(); dist.destroy_process_group()
+leave_launcher()
 '''
 
 
