@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['train_settings', 'main', 'reproduce', 'read_questions', 'rationales', 'lora_arguments', 'train', 'evaluate', 'score',
-           'bench', 'bench_decode']
+           'bench', 'bench_decode', 'bench_train']
 
 # %% ../nbs/95_cli.ipynb #7bab1cc8
 import logging, sys
@@ -146,7 +146,7 @@ train_settings = [
     _setting("--max-steps", "max_steps", int, "Steps instead of epochs."),
     _setting("--batch-size", "batch_size", int, "Gold rationales a step, over all processes.  [16]"),
     _setting("--accumulation", "accumulation", int, "Pieces a step is computed in.  [1]"),
-    _setting("--lr", "lr", float, "[3e-4]"),
+    _setting("--lr", "lr", float, "[0.0003]"),
     _setting("--optimizer", "optimizer", _choice("adamw", "adafactor"), "[adamw]"),
     _setting("--schedule", "schedule", _choice("linear", "constant", "cosine"), "[linear]"),
     _setting("--warmup", "warmup", float, "Share of all steps.  [0.06]"),
@@ -312,3 +312,29 @@ def _counts(sizes: str) -> tuple[int, ...]:
     "'1,8,32' as numbers."
     if all(part.strip().isdigit() and int(part) > 0 for part in sizes.split(",")): return tuple(map(int, sizes.split(",")))
     raise BadInput("is not a list of numbers", field="--sizes", value=sizes, remedy="Give positive numbers with commas: 1,8,32.")
+
+# %% ../nbs/95_cli.ipynb #76c30abe
+@bench.command("train")
+@click.option("--data", default="../shared/data", show_default=True, type=click.Path(), help="Folder with palm_cqa: CommonsenseQA with PaLM's rationales.")
+@click.option("--student", "sizes", multiple=True, type=_choice("tiny", "small"), default=("tiny",), show_default=True, help="A random T5: tiny (2+2 layers of 64), small (T5-small's shape). Repeatable.")
+@click.option("--batch-size", default=16, show_default=True, help="Gold rationales a step.")
+@click.option("--steps", default=10, show_default=True, help="Steps a round.")
+@click.option("--questions", default=32, show_default=True, help="Questions evaluated, under four rationales each.")
+@click.option("--rounds", default=3, show_default=True, help="Repetitions, interleaved; medians are reported.")
+@click.option("--only", type=_choice("train", "evaluate"), help="Only this half.")
+@click.option("--out", type=click.Path(), help="CSV file to add the measured lines to.")
+def bench_train(data, sizes, batch_size, steps, questions, rounds, only, out):
+    """Training steps and evaluation with interventions, against two padded passes a step and answers one at a time.
+
+    Example:  faithful-distill bench train --student tiny --student small --batch-size 8"""
+    import torch
+    from faithful_distill import train_bench as room
+    if not torch.cuda.is_available(): torch.set_num_threads(1)
+    records = room.palm_records(data, 400)
+    for size in sizes:
+        student = room.subword_student([f"{r['question']} {r['rationale']}" for r in records], size)
+        for what, measure in (("train", lambda: room.bench_train(records, student, steps=steps, rounds=rounds, batch_size=batch_size)), ("evaluate", lambda: room.bench_answers(records, student, questions=questions, rounds=rounds))):
+            if only not in (None, what): continue
+            found = measure()
+            if out: room.record([found], out)
+            click.echo(room.verdict(found))

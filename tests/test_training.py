@@ -1,5 +1,5 @@
 "Training as it is met in earnest: several processes, killed processes, full disks, and the same numbers as ever."
-import json, os, random, subprocess, sys
+import json, os, random, re, resource, shlex, signal, subprocess, sys, time
 from pathlib import Path
 
 import pytest
@@ -186,6 +186,82 @@ def test_a_full_disk_is_a_clear_error_and_earlier_checkpoints_stay(tmp_path, mon
     assert train(tmp_path, save_every=2).steps == 6
 
 
+def test_a_disk_that_is_really_full_is_a_clear_error(tmp_path):
+    "The kernel refuses to let a file grow (a limit of this process stands in for the disk); the checkpoint before stays, and the run goes on from it."
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        with pytest.raises(BadInput, match="Make room"): train(tmp_path, save_every=2, callbacks=[at_step(3, lambda _: resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, before[1])))])
+    finally: resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert whole(tmp_path) == ["checkpoint-2"]
+    assert history(train(tmp_path, save_every=2).out) == history(train(tmp_path/"clean").out)
+
+
+def test_a_gradient_that_is_not_finite_never_gets_into_a_checkpoint(tmp_path):
+    def spoil(model): next(p for p in model.parameters() if p.requires_grad).register_hook(lambda g: g*float("inf"))
+    with pytest.raises(BadInput, match="gradient is not finite in step 4"): train(tmp_path, save_every=2, callbacks=[at_step(3, spoil)])
+    assert whole(tmp_path) == ["checkpoint-2"]
+
+
+def test_checkpoints_by_themselves_change_no_byte_of_the_result(tmp_path, monkeypatch):
+    from transformers import TrainerCallback
+    from faithful_distill.trainer import AutoSave
+    class Saved(TrainerCallback):
+        steps = []
+        def on_save(self, args, state, control, **_): self.steps.append(state.global_step)
+    monkeypatch.setattr(AutoSave, "seconds", 0); monkeypatch.setattr(AutoSave, "ratio", 0)
+    saved = train(tmp_path/"a", log_every=2, callbacks=[Saved()]).out
+    assert Saved.steps == [2, 4]
+    monkeypatch.undo()
+    plain = train(tmp_path/"b", log_every=2, callbacks=[Saved()]).out
+    assert Saved.steps == [2, 4]
+    for name in ("model.safetensors", "metrics.jsonl"): assert (saved/name).read_bytes() == (plain/name).read_bytes()
+
+
+def test_the_last_step_is_logged_and_every_student_has_a_card(tmp_path):
+    out = train(tmp_path, max_steps=3, log_every=2).out
+    assert [row["step"] for row in history(out)] == [2, 3]
+    assert "for 3 steps on 5 factual and 4 counterfactual rationales" in (out/"README.md").read_text()
+
+
+def test_metrics_go_to_reporters_that_are_there(tmp_path, monkeypatch):
+    "TensorBoard stands for all: through the Trainer's own callback, which gets the log; a missing package is said before anything is computed."
+    from importlib import util
+    if not util.find_spec("tensorboard") and not util.find_spec("tensorboardX"):
+        with pytest.raises(BadInput, match="pip install tensorboard"): train(tmp_path/"no", report_to="tensorboard")
+        assert not (tmp_path/"no").exists()
+    told = []
+    from transformers import TrainerCallback
+    from transformers.integrations import integration_utils
+    from faithful_distill import training
+    class Reporter(TrainerCallback):
+        def on_log(self, args, state, control, logs=None, **_): told.append((state.global_step, dict(logs)))
+    monkeypatch.setitem(integration_utils.INTEGRATION_TO_CALLBACK, "json", Reporter)   # `json` is a module that is installed
+    out = train(tmp_path/"yes", report_to="json").out
+    assert [(step, logs["loss"]) for step, logs in told if "loss" in logs] == [(row["step"], row["loss"]) for row in history(out)]
+
+
+def test_several_seeds_are_several_students(tmp_path):
+    from faithful_distill.recipes import train_seeds
+    given = dict(max_steps=2, batch_size=4, log_every=1, deepspeed="cpu", prefixes="random")
+    results = train_seeds(ranks.base(), ranks.records(), out=tmp_path, seeds=2, **given)
+    spread = json.loads((tmp_path/"seeds.json").read_text())["metrics"]["loss"]
+    a, b = (r.metrics["loss"] for r in results)
+    assert a != b and spread["values"] == [a, b] and spread["mean"] == pytest.approx((a + b)/2) and spread["sd"] == pytest.approx(abs(a - b)/2**0.5)
+    assert [r.seconds for r in train_seeds(ranks.base(), ranks.records(), out=tmp_path, seeds=2, **given)] == [0, 0]
+
+
+@pytest.mark.parametrize("kind", ["gpt_neox", "qwen2", "gpt2"])
+def test_causal_students_learn(tmp_path, kind):
+    rows = history(train(tmp_path, ranks.base(kind), max_steps=10).out)
+    assert rows[-1]["loss"] < 0.9*rows[0]["loss"] and rows[-1]["tokens_factual"] > rows[-1]["tokens_counterfactual"] > 0
+
+
+@pytest.mark.parametrize("name", ["zero2", "zero3", "zero3-offload"])
+def test_every_configuration_that_is_shipped_trains_alike(tmp_path, name):
+    want, got = history(train(tmp_path/"cpu").out), history(train(tmp_path/name, deepspeed=name).out)
+    for a, b in zip(want, got, strict=True): assert b == pytest.approx(a, rel=2e-4, abs=2e-4)
+
+
 @pytest.mark.parametrize("match, given", [
     ("no rationales", dict(records=[])), ("no gold rationale", dict(records=[r for r in ranks.records() if r["role"] == "counterfactual"])),
     ("alpha_cf=0", dict(records=[r for r in ranks.records() if r["role"] == "gold"])), ("divide", dict(batch_size=3, accumulation=2)), ("dev", dict(metric="loss")), ("peft refuses", dict(lora=dict(rank=8)))])
@@ -259,3 +335,47 @@ def test_launched_from_here_on_two_processes(tmp_path):
     for want, got in zip(history(alone.out), history(result.out)): assert got == pytest.approx(want, rel=2e-4, abs=2e-4)
     assert "5 factual and 4 counterfactual" in model_card(result.out)
     with pytest.raises(BadInput, match="divide among 2 ranks"): launch(2, tmp_path/"base", ranks.records(), out=tmp_path/"three", timeout=200, **dict(given, batch_size=3))
+
+
+@pytest.fixture
+def command(tmp_path):
+    "The command line on a small student and its records, as one would type it."
+    base = ranks.base(dropout_rate=0.1)
+    base.model.save_pretrained(tmp_path/"base"); base.tokenizer.save_pretrained(tmp_path/"base")
+    (tmp_path/"records.jsonl").write_text("".join(json.dumps(r) + "\n" for r in ranks.records()))
+    (tmp_path/"faithful-distill").write_text("from faithful_distill.cli import main\nmain()\n")
+    return [str(tmp_path/"faithful-distill"), "train", "--rationales", str(tmp_path/"records.jsonl"), "--student", str(tmp_path/"base"), "--batch-size", "4", "--log-every", "1"]
+
+
+def torchrun(n): return [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(n)]
+
+
+@pytest.mark.skipif(not os.environ.get("FAITHFUL_DISTILL_SLOW"), reason="launches processes from cold: set FAITHFUL_DISTILL_SLOW=1")
+def test_the_command_that_the_error_names_resumes(tmp_path, command):
+    "Two processes from the command line, killed; one process is refused, and the command it is told to give ends in the bytes of a run never interrupted."
+    call = [*command, "--max-steps", "300", "--save-every", "20", "--out", str(tmp_path/"run")]
+    first = subprocess.Popen([*torchrun(2), *call], env=environment(), start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    while not list((tmp_path/"run"/"checkpoints").glob("*/whole.json")): time.sleep(0.05); assert first.poll() is None
+    os.killpg(first.pid, signal.SIGKILL)
+    alone = subprocess.run([sys.executable, *call], env=environment(), capture_output=True, text=True, timeout=200)
+    assert alone.returncode == 2 and "was written by 2 processes, not 1" in alone.stderr
+    named = re.search("`(.*?)`", alone.stderr)[1]
+    done = subprocess.run(shlex.split(named), env=dict(environment(), PATH=str(Path(sys.executable).parent) + ":" + os.environ["PATH"]), capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0 and "300 steps" in done.stdout, done.stderr[-2000:]
+    subprocess.run([*torchrun(2), *call[:-1], str(tmp_path/"whole")], env=environment(), check=True, timeout=200)
+    for name in ("model.safetensors", "metrics.jsonl"): assert (tmp_path/"run"/name).read_bytes() == (tmp_path/"whole"/name).read_bytes()
+
+
+@pytest.mark.skipif(not os.environ.get("FAITHFUL_DISTILL_SLOW"), reason="launches processes from cold: set FAITHFUL_DISTILL_SLOW=1")
+def test_launchers_and_nodes_agree(tmp_path, command):
+    "torchrun on one node, torchrun on two nodes of one process each, and the deepspeed launcher with a host file: the same student."
+    from faithful_distill.trainer import free_port
+    def call(out): return [*command, "--max-steps", "4", "--out", str(tmp_path/out)]
+    subprocess.run([*torchrun(2), *call("one")], env=environment(), check=True, timeout=200)
+    port = str(free_port())
+    nodes = [subprocess.Popen([sys.executable, "-m", "torch.distributed.run", "--nnodes", "2", "--node_rank", str(k), "--master_addr", "127.0.0.1", "--master_port", port, "--nproc_per_node", "1", *call("two")], env=environment()) for k in (0, 1)]
+    assert [node.wait(200) for node in nodes] == [0, 0]
+    (tmp_path/"hosts").write_text("localhost slots=2\n")
+    launcher = [sys.executable, "-m", "deepspeed.launcher.runner", "--no_local_rank", "--hostfile", str(tmp_path/"hosts"), "--master_addr", "127.0.0.1", "--master_port", str(free_port()), *call("three")]
+    subprocess.run(launcher, env=environment(), check=True, timeout=200)
+    for other in ("two", "three"): assert (tmp_path/other/"model.safetensors").read_bytes() == (tmp_path/"one"/"model.safetensors").read_bytes()
