@@ -574,6 +574,8 @@ def rank_correlation_within(
     a: Sequence,  # (n,) numbers
     b: Sequence,  # (n,) numbers
     groups: Sequence,  # (n,) the question each row belongs to
+    *,
+    min_groups: int = 1,  # fewer groups in which both vary than this make it None
     **interval,  # draws, level, seed: see `bootstrap`
 ) -> Score:  # n counts groups; details: groups, constant
     "Mean over groups of Spearman's correlation within the group, with an interval over groups."
@@ -589,4 +591,5 @@ def rank_correlation_within(
     each = (cross[vary] / np.sqrt(va[vary] * vb[vary])).clip(-1, 1)
     details = {"groups": len(sizes), "constant": len(sizes) - len(each)}
     if not len(each): return Score(None, n=0, reason=f"in none of {len(sizes)} groups do both vary", details=details)
+    if len(each) < min_groups: return Score(None, n=len(each), reason=f"both vary in {len(each)} of {len(sizes)} groups only; at least {min_groups} are needed", details=details)
     return mean_score(each, ends=(-1, 1), details=details, **interval)

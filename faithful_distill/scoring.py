@@ -6,7 +6,8 @@
 __all__ = ['suite', 'stated_choice', 'Brought', 'read_rationales', 'content_words', 'surface', 'Scratch', 'scratch_base',
            'cross_fitted', 'Scored', 'score_rationales', 'rating_table', 'write_scored']
 
-# %% ../nbs/92_scoring.ipynb #4fb1a1eb
+# %% ../nbs/92_scoring.ipynb #ccd14db2
+import math
 import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
@@ -300,14 +301,22 @@ def _arrange(rows: list[Brought], shuffled: bool = False) -> Explained:
     if shuffled: texts = [texts[j] for j in shuffle_across([b.question.id for b in rows])]
     return Explained([b.question for b in rows], texts, [b.prediction for b in rows])
 
-# %% ../nbs/92_scoring.ipynb #8b8c4903
-_most_rora = 600  # RORA-lite reads every rationale once for each of its words: so many examples at most, spread evenly
+# %% ../nbs/92_scoring.ipynb #8339c195
+_most_rora = 600  # RORA-lite reads every rationale once for each of its words: about so many examples at most, whole questions, spread evenly
+
+
+def _some_groups(groups: list[str], most: int) -> list[int]:
+    "Rows of groups spread evenly over the file, whole groups, `most` rows or a few more."
+    names = sorted(set(groups))
+    step = max(1.0, len(groups) / most)
+    chosen = {names[int(k * step)] for k in range(math.ceil(len(names) / step)) if int(k * step) < len(names)}
+    return [i for i, g in enumerate(groups) if g in chosen]
 
 
 def _information(name: str, some: list[Brought], evaluate: Callable, parts: int, note: Callable, **interval) -> dict[str, Score]:
     "REV or RORA-lite by cross-fitting."
     score_as, n = _trained[name][0], len(some)
-    which = list(range(n)) if name == "rev" or n <= _most_rora else [i * n // _most_rora for i in range(_most_rora)]
+    which = list(range(n)) if name == "rev" else _some_groups([b.group for b in some], _most_rora)
     some = [some[i] for i in which]
     y, groups = [b.prediction for b in some], [b.group for b in some]
     if len(set(y)) < 2: return {score_as: Score(None, n=len(y), reason="one class only: there is nothing to tell apart")}
@@ -326,7 +335,7 @@ def _trained_scores(rows: list[Brought], kept: list[int], wanted: Sequence[str],
 
     def note(name, values, which=None):
         columns[name] = [None] * len(rows)
-        for i, v in zip(kept if which is None else [kept[k] for k in which], values): columns[name][i] = float(v)
+        for i, v in zip(kept if which is None else [kept[k] for k in which], values): columns[name][i] = round(float(v), 5)  # batches differ in the sixth digit, which is no rank
 
     if "las" in wanted:
         found = cross_fitted(e, _simulated(base, seeds, settings), parts)
@@ -356,7 +365,7 @@ def _rating_scores(rows: list[Brought], columns: dict[str, list], **interval) ->
         there = [i for i in rated if columns.get(name) is not None and columns[name][i] is not None]
         if not there: scores |= _all_none((f"rating_{name}", f"rating_{name}_within"), f"{name} is not known for any rated example"); continue
         a, b, own = [columns[name][i] for i in there], [mean[i] for i in there], [rows[i].group for i in there]
-        scores |= {f"rating_{name}": rank_correlation(a, b, cluster=own), f"rating_{name}_within": rank_correlation_within(a, b, own, **interval)}
+        scores |= {f"rating_{name}": rank_correlation(a, b, cluster=own), f"rating_{name}_within": rank_correlation_within(a, b, own, min_groups=10, **interval)}
     return scores
 
 # %% ../nbs/92_scoring.ipynb #ac24b4d7

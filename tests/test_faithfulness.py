@@ -272,7 +272,7 @@ def test_unknown_parameters_raise():
 @pytest.mark.parametrize("score", [
     F.accuracy([], []), F.las([], [], [], []), F.perturbation_drop([], []), F.refinement_gain([], []), F.swap_consistency([], []), F.same_answer_rate([], []),
     F.early_answering_aoc(np.zeros((0, 2)), []), F.counterfactual_insertion([0], [0]), F.insertion_correlation([], []), F.rev([], []), F.rev([-1, -1], [-1, -2], y=[0, 0]),
-    F.across_seeds([]), F.across_seeds([None]), F.rank_correlation([], []), F.rank_correlation_within([1, 1], [1, 2], [0, 0]), F.las([None] * 3, [0] * 3, [0] * 3, [0] * 3),
+    F.across_seeds([]), F.across_seeds([None]), F.rank_correlation([], []), F.rank_correlation_within([1, 1], [1, 2], [0, 0]), F.rank_correlation_within([1, 2], [1, 2], [0, 0], min_groups=2), F.las([None] * 3, [0] * 3, [0] * 3, [0] * 3),
 ])
 def test_undefined_is_none_with_a_reason(score):
     assert score.value is None and score.low is None and score.reason

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from faithful_distill.files import BadInput
 from faithful_distill.interventions import ChoiceReader, Explained, Reader, reading_scores
 from faithful_distill.questions import Question
-from faithful_distill.scoring import cross_fitted, read_rationales, score_rationales, scratch_base
+from faithful_distill.scoring import _some_groups, cross_fitted, read_rationales, score_rationales, scratch_base
 from faithful_distill.student import tiny_student
 
 words = ["what is it", "a red cow said so", "the sky", "cow", "two cows of the sky", "sky", "red"]
@@ -194,6 +194,13 @@ def test_everyone_is_scored_by_simulators_that_never_saw_the_question():
     seen = cross_fitted(e, lambda train, test: np.array([q.question in {t.question for t in train.questions} for q in test.questions]), 3)
     sizes = cross_fitted(e, lambda train, test: np.full(len(test.questions), len(train.questions)), 3)
     assert seen.sum() == 0 and set(sizes) == {80.0}
+
+
+@pytest.mark.parametrize("n, most", [(3000, 600), (70, 600), (601, 600), (10, 3)])
+def test_a_part_of_the_file_is_whole_questions_spread_evenly(n, most):
+    groups = [f"{i // 5:04}" for i in range(n)]
+    chosen = _some_groups(groups, most)
+    assert all(groups.count(g) == [groups[i] for i in chosen].count(g) for g in {groups[i] for i in chosen}) and min(n, most) - 5 <= len(chosen) <= min(n, most) + 5
 
 
 def test_with_the_model_at_hand_interventions_join_in(tmp_path):
