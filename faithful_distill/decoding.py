@@ -136,13 +136,13 @@ def context_limit(model) -> int | None:
     config = model.config.get_text_config()
     return getattr(config, "max_position_embeddings", None) if not getattr(config, "alibi", False) else None
 
-def _checked(model, gold_ids, perturbed_ids, max_new_tokens):
+def _checked(model, gold_ids, perturbed_ids, max_new_tokens, names=None):
     "Contexts and the number of tokens there is room for, per row; `BadInput` for what no model could do."
     rows, limit, vocabulary = _contexts(gold_ids, perturbed_ids), context_limit(model), model.get_input_embeddings().weight.shape[0]
     if max_new_tokens < 1: raise BadInput("must be at least 1", field="max_new_tokens", value=max_new_tokens)
     for i, contexts in enumerate(rows):
         for name, ids in zip(["gold_ids"] + ["perturbed_ids"] * len(contexts), contexts):
-            def refuse(problem, remedy): raise BadInput(problem, field=f"{name}[{i}]", remedy=remedy)
+            def refuse(problem, remedy): raise BadInput(problem, field=f"{name}[{i}]" + (f" of {names[i]}" if names else ""), remedy=remedy)
             if not ids: refuse("is an empty context", "Give at least one token, such as the beginning-of-text token.")
             if not (0 <= min(ids) and max(ids) < vocabulary):
                 refuse(f"has a token id outside the model's {vocabulary}: {max(ids)}", "Use the teacher's own tokenizer.")
@@ -361,7 +361,7 @@ def contrastive_generate(model,                                     # a causal L
     Raises `BadInput` for contexts that are empty, foreign to the model or as long as its context, and `FloatingPointError` for
     logits that are not finite. A rationale is cut (`stop='length'`) where the model's context ends."""
     choice = _choice(alpha, beta, temperature, stop, scores, vocabulary, engine)
-    checked = _checked(model, gold_ids, perturbed_ids if alpha > 0 or scores else None, max_new_tokens)
+    checked = _checked(model, gold_ids, perturbed_ids if alpha > 0 or scores else None, max_new_tokens, ids)
     rows = [Row(i, contexts, room, Generation()) for i, (contexts, room) in enumerate(checked)]
     for row in rows:
         if temperature > 0: row.uniforms = row_uniforms(seed, ids[row.index] if ids is not None else row.index, row.room)
