@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['log', 'contrast', 'Stop', 'stop_rule', 'Generation', 'rationale_text', 'reference_generate', 'as_stop',
            'context_limit', 'Row', 'branches', 'take', 'draw', 'row_uniforms', 'Choice', 'left_pad',
-           'forward_arguments', 'PaddedBatch', 'contrastive_generate']
+           'forward_arguments', 'PaddedBatch', 'out_of_memory', 'contrastive_generate']
 
 # %% ../nbs/30_decoding.ipynb #265b5a67
 import logging, math
@@ -330,12 +330,13 @@ def _through(model, rows: list[Row], choice: Choice, done: Callable[[Row], None]
             log.warning("the shared-prefix engine does not serve %s (%s): decoding in a plain batch", type(model).__name__, reason)
             name = "plain"
         except RuntimeError as error:
-            if not _out_of_memory(error) or held < 2: raise
+            if not out_of_memory(error) or held < 2: raise
             budget, engine, full = held // 2, None, True
             log.warning("out of memory: going on with a token budget of %d", budget)
         if full and torch.cuda.is_available(): torch.cuda.empty_cache()       # only now has the error let go of what was held
 
-def _out_of_memory(error: Exception) -> bool:
+def out_of_memory(error: Exception) -> bool:
+    "Whether an error says that the memory of a device or of the computer is full."
     return isinstance(error, torch.OutOfMemoryError) or "not enough memory" in str(error) or "can't allocate memory" in str(error)
 
 # %% ../nbs/30_decoding.ipynb #73f0f6c6
