@@ -16,7 +16,7 @@ from typing import Callable
 
 import torch
 
-from .decoding import Generation, Row, Stop, contrastive_generate, forward_arguments, left_pad
+from .decoding import Generation, Row, Stop, contrastive_generate, forward_arguments, left_pad, out_of_memory
 from .engine import common_prefix, group_rows, wide_kernel
 from .files import BadInput, write_text
 
@@ -189,17 +189,22 @@ def _ways(model, task, loop_rows):
 def _bench_size(model, task, repeats, loop_rows, ways, machine) -> list[dict]:
     some, run = _ways(model, task, loop_rows)
     ours(model, Task(task.gold[:1], task.wrong[:1], 2, task.alpha), task.alpha)           # the engine tries the model before its first use
-    times, peaks, agree, of, tokens = {w: [] for w in ways}, dict.fromkeys(ways), dict.fromkeys(ways, 0), 0, {}
+    times, peaks, agree, of, tokens, full = {w: [] for w in ways}, dict.fromkeys(ways), dict.fromkeys(ways, 0), 0, {}, set()
     for r in range(repeats):
         for w in ways:
-            seconds, peak, tokens[w] = measured(lambda: run[w](r), model.device)
+            if w in full: continue
+            try: seconds, peak, tokens[w] = measured(lambda: run[w](r), model.device)
+            except RuntimeError as error:
+                if not out_of_memory(error): raise
+                full.add(w); continue
             times[w].append(seconds / len(tokens[w]))
             if peak is not None: peaks[w] = max(peak, peaks[w] or 0)
-        truth = dict(zip(some(r), tokens["a"])) if "a" in ways else {}
+        truth = dict(zip(some(r), tokens["a"])) if "a" in tokens else {}
         of += sum(map(len, truth.values()))
-        for w in set(ways) & set("bdf"): agree[w] += sum(x == y for i, t in truth.items() for x, y in zip(t, tokens[w][i]))
-    return _lines(model, task, times, peaks, agree, of, tokens, machine)
+        for w in set(tokens) & set("bdf"): agree[w] += sum(x == y for i, t in truth.items() for x, y in zip(t, tokens[w][i]))
+    return _lines(model, task, {w: times[w] for w in ways if w not in full}, peaks, agree, of, tokens, machine) + [_nothing(task, w) for w in ways if w in full]
 
+# %% ../nbs/34_bench.ipynb #f231e8c0
 def _lines(model, task, times, peaks, agree, of, tokens, machine) -> list[dict]:
     "Per way: seconds of a rationale (median, least, most), rationales a second, ratios to a, b, c, peak in MiB, tokens that agree, the floor in seconds."
     median = {w: statistics.median(t) for w, t in times.items()}
@@ -212,12 +217,16 @@ def _lines(model, task, times, peaks, agree, of, tokens, machine) -> list[dict]:
                  ratio_a=ratio(w, "a"), ratio_b=ratio(w, "b"), ratio_c=ratio(w, "c"), memory=None if peaks[w] is None else peaks[w] / 2**20,
                  agree=counted(w, agree[w]), of=counted(w, of), floor=floor(w)) for w in times]
 
+def _nothing(task, way) -> dict:
+    "The line of a way that the memory was too small for."
+    return dict(n=len(task.gold), way=way, repeats=0) | dict.fromkeys(("seconds", "least", "most", "rate", "ratio_a", "ratio_b", "ratio_c", "memory", "agree", "of", "floor"))
+
 # %% ../nbs/34_bench.ipynb #56a523c5
 def bench_table(lines: list[dict]) -> str:
     "The lines of `bench_decode` as a Markdown table."
     show = lambda value, form: "" if value is None or value != value else format(value, form)
     columns = {"N": lambda l: str(l["n"]), "lengths": lambda l: l["lengths"], "way": lambda l: f"{l['way']} {_names[l['way']]}",
-               "s per rationale": lambda l: f"{l['seconds']:.3f}", "per second": lambda l: f"{l['rate']:.2f}",
+               "s per rationale": lambda l: show(l["seconds"], ".3f") or "out of memory", "per second": lambda l: show(l["rate"], ".2f"),
                "x loop": lambda l: show(l["ratio_a"], ".1f"), "x guidance": lambda l: show(l["ratio_b"], ".1f"), "x greedy": lambda l: show(l["ratio_c"], ".1f"),
                "peak MiB": lambda l: show(l["memory"], ".0f"), "tokens agree": lambda l: f"{l['agree']:.0f}/{l['of']:.0f}" if show(l["of"], "") else "",
                "floor s": lambda l: show(l["floor"], ".3f"), "of the floor": lambda l: f"{l['floor'] / l['seconds']:.0%}" if show(l["floor"], "") else "",
@@ -231,13 +240,14 @@ def bench_targets(lines: list[dict]) -> list[dict]:
     out = []
     for lengths in dict.fromkeys(l["lengths"] for l in lines):
         at = {l["way"]: l for l in lines if l["n"] == 32 and l["lengths"] == lengths}
-        if not set("abcdef") <= set(at): continue
+        if not set("def") <= set(at): continue
         d, e, f = (at[w] for w in "def")
+        if not (d["seconds"] and e["seconds"] and f["seconds"]): continue
         wanted = [("contrast, times the loop", d["ratio_a"], 12), ("contrast, times guidance", d["ratio_b"], 8), ("contrast, times plain greedy transformers", d["ratio_c"], 3),
                   ("gold + counterfactual, times the loop", f["ratio_a"], 16), ("contrast, cost against own greedy", d["seconds"] / e["seconds"], -1.3)]
-        if d["memory"] and at["b"]["memory"]: wanted.append(("peak memory, share of guidance's", d["memory"] / at["b"]["memory"], -0.5))
+        if d["memory"] and at.get("b", {}).get("memory"): wanted.append(("peak memory, share of guidance's", d["memory"] / at["b"]["memory"], -0.5))
         out += [dict(lengths=lengths, what=what, wanted=f"at {'least' if limit > 0 else 'most'} {abs(limit):g}", measured=value, floors=d["floor"] / e["floor"] if "own greedy" in what else None,
-                     met=value >= limit if limit > 0 else value <= -limit) for what, value, limit in wanted]
+                     met=value >= limit if limit > 0 else value <= -limit) for what, value, limit in wanted if value]
     return out
 
 # %% ../nbs/34_bench.ipynb #78ad4e87

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['log', 'contrast', 'Stop', 'stop_rule', 'Generation', 'rationale_text', 'reference_generate', 'as_stop',
            'context_limit', 'Row', 'branches', 'take', 'draw', 'row_uniforms', 'Choice', 'left_pad',
-           'forward_arguments', 'PaddedBatch', 'contrastive_generate']
+           'forward_arguments', 'PaddedBatch', 'out_of_memory', 'contrastive_generate']
 
 # %% ../nbs/30_decoding.ipynb #265b5a67
 import logging, math
@@ -136,13 +136,13 @@ def context_limit(model) -> int | None:
     config = model.config.get_text_config()
     return getattr(config, "max_position_embeddings", None) if not getattr(config, "alibi", False) else None
 
-def _checked(model, gold_ids, perturbed_ids, max_new_tokens):
+def _checked(model, gold_ids, perturbed_ids, max_new_tokens, names=None):
     "Contexts and the number of tokens there is room for, per row; `BadInput` for what no model could do."
     rows, limit, vocabulary = _contexts(gold_ids, perturbed_ids), context_limit(model), model.get_input_embeddings().weight.shape[0]
     if max_new_tokens < 1: raise BadInput("must be at least 1", field="max_new_tokens", value=max_new_tokens)
     for i, contexts in enumerate(rows):
         for name, ids in zip(["gold_ids"] + ["perturbed_ids"] * len(contexts), contexts):
-            def refuse(problem, remedy): raise BadInput(problem, field=f"{name}[{i}]", remedy=remedy)
+            def refuse(problem, remedy): raise BadInput(problem, field=f"{name}[{i}]" + (f" of {names[i]}" if names else ""), remedy=remedy)
             if not ids: refuse("is an empty context", "Give at least one token, such as the beginning-of-text token.")
             if not (0 <= min(ids) and max(ids) < vocabulary):
                 refuse(f"has a token id outside the model's {vocabulary}: {max(ids)}", "Use the teacher's own tokenizer.")
@@ -330,12 +330,13 @@ def _through(model, rows: list[Row], choice: Choice, done: Callable[[Row], None]
             log.warning("the shared-prefix engine does not serve %s (%s): decoding in a plain batch", type(model).__name__, reason)
             name = "plain"
         except RuntimeError as error:
-            if not _out_of_memory(error) or held < 2: raise
+            if not out_of_memory(error) or held < 2: raise
             budget, engine, full = held // 2, None, True
             log.warning("out of memory: going on with a token budget of %d", budget)
         if full and torch.cuda.is_available(): torch.cuda.empty_cache()       # only now has the error let go of what was held
 
-def _out_of_memory(error: Exception) -> bool:
+def out_of_memory(error: Exception) -> bool:
+    "Whether an error says that the memory of a device or of the computer is full."
     return isinstance(error, torch.OutOfMemoryError) or "not enough memory" in str(error) or "can't allocate memory" in str(error)
 
 # %% ../nbs/30_decoding.ipynb #73f0f6c6
@@ -361,7 +362,7 @@ def contrastive_generate(model,                                     # a causal L
     Raises `BadInput` for contexts that are empty, foreign to the model or as long as its context, and `FloatingPointError` for
     logits that are not finite. A rationale is cut (`stop='length'`) where the model's context ends."""
     choice = _choice(alpha, beta, temperature, stop, scores, vocabulary, engine)
-    checked = _checked(model, gold_ids, perturbed_ids if alpha > 0 or scores else None, max_new_tokens)
+    checked = _checked(model, gold_ids, perturbed_ids if alpha > 0 or scores else None, max_new_tokens, ids)
     rows = [Row(i, contexts, room, Generation()) for i, (contexts, room) in enumerate(checked)]
     for row in rows:
         if temperature > 0: row.uniforms = row_uniforms(seed, ids[row.index] if ids is not None else row.index, row.room)

@@ -250,7 +250,7 @@ _settings = (*Strategy.__dataclass_fields__, "seed", "teacher", "prompt", "max_n
 
 def rationalize_in_parts(teacher, questions: Iterable, strategy="contrastive-wrong", *, out, **settings) -> list[dict]:
     "`rationalize` by all processes of a launcher: each writes its part of `out`, the last one joins them. Alone it is `rationalize`."
-    shard = shard_from_environment()
+    shard, teacher = shard_from_environment(), teacher if isinstance(teacher, Teacher) else load_teacher(teacher)
     if shard is None or teacher.spread: return rationalize(teacher, questions, strategy, out=out, **settings)
     records = rationalize(teacher, questions, strategy, out=shard_path(out, *shard), shard=shard, **settings)
     return records if _unfinished([shard_path(out, k, shard[1]) for k in range(shard[1])]) else merge_shards(out, shard[1])

@@ -250,6 +250,15 @@ def test_weights_that_live_elsewhere():
     for engine in ("shared", "plain"): assert contrastive_generate(model, gold, wrong, max_new_tokens=5, engine=engine) == expected
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no accelerator here")
+@pytest.mark.parametrize("kind", ["gpt_neox", "llama", "gpt2"])
+def test_on_an_accelerator(kind):
+    model = tiny(kind).to("cuda")
+    options = dict(max_new_tokens=8, stop=Stop(frozenset(range(10))))
+    for engine in ("shared", "plain"):
+        assert contrastive_generate(model, gold, all_wrong, engine=engine, **options) == reference_generate(model, gold, all_wrong, **options)
+
+
 @pytest.mark.parametrize("engine", ["shared", "plain"])
 def test_device_map_auto(tmp_path, engine):
     "A teacher that does not fit where it is computed, laid out by `device_map='auto'`: here over memory and disk."
