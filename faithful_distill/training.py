@@ -257,8 +257,10 @@ def _train(student, records, dev, out, settings, run, callbacks) -> TrainingResu
     watching = [engine.Conduct(trainer, autosave=args.save_strategy == "no"), engine.MetricsFile(out/"metrics.jsonl"), engine.Bar(), engine.WholeCheckpoints(out/"checkpoints", about)]
     if settings.patience: watching.append(EarlyStoppingCallback(settings.patience))
     for callback in [*watching, *callbacks]: trainer.add_callback(callback)
-    trainer.train(resume_from_checkpoint=checkpoint_to_resume(out/"checkpoints", about))
-    return export(trainer, student, out, settings, run, rows, started, about_records(records))
+    try:
+        trainer.train(resume_from_checkpoint=checkpoint_to_resume(out/"checkpoints", about))
+        return export(trainer, student, out, settings, run, rows, started, about_records(records))
+    finally: engine.release(trainer)
 
 def prepared(student, settings: Settings) -> Student:
     "The student to be trained: loaded, or a copy of the one that was passed."
@@ -318,7 +320,7 @@ tags: [chain-of-thought, distillation, faithful_distill]
 ---
 # A student of faithful_distill
 
-Fine-tuned from `{note['base']}` for {note['steps']} steps on {note['rows']['factual']} factual and {note['rows']['counterfactual']} counterfactual rationales{f' of {data}' if data else ''}
+Fine-tuned from `{Path(note['base']).name if Path(note['base']).is_absolute() else note['base']}` for {note['steps']} steps on {note['rows']['factual']} factual and {note['rows']['counterfactual']} counterfactual rationales{f' of {data}' if data else ''}
 ({note['rows']['shortened']} rationales were shortened to fit), about {about.get('questions', '?')} questions{', written by ' + ', '.join(about['teachers']) if about.get('teachers') else ''}. Method: Wang et al. 2023, *SCOTT: Self-Consistent Chain-of-Thought Distillation*.
 It reads `{'' if note['prefixes'] == 'none' else '[factual] '}question (a) choice (b) choice` and writes {'the answer' if note['answer_only'] else 'a rationale and the answer'}.
 
