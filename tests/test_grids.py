@@ -1,0 +1,24 @@
+"Every grid that travels with the package can be planned: notebooks, parameters, axes and references all fit."
+import pytest
+
+from faithful_distill.files import shipped
+from faithful_distill.runs import load_grid
+
+
+@pytest.mark.parametrize("name", sorted(p.stem for p in shipped("data", "grids").glob("*.yaml")))
+def test_shipped_grids_plan(name, tmp_path):
+    grid = load_grid(name)
+    try: planned = grid.plan.runs(tmp_path)
+    except Exception as e:
+        if name not in ("real", "score_real") or "names a file that is not there" not in str(e): raise
+        pytest.skip(f"reads files that a user brings: {e}")
+    assert len(planned) == len(grid.plan.cells) > 0
+
+
+def test_an_ablation_shares_the_runs_of_the_main_comparison(tmp_path):
+    "A level that the main comparison has too is the same run folder, so it is computed once."
+    planned = load_grid("study").plan.runs(tmp_path)
+    main = planned["student method=full method seed=0"].folder
+    assert planned["weight_student weight=0.5 reduction=per_part seed=0"].folder == main
+    assert planned["size_student method=full method size=medium seed=0"].folder == main
+    assert planned["curve_student method=full method n_train=1200 seed=0"].folder == main
