@@ -185,7 +185,9 @@ def _score(value, low, high, n, *, ends=(-1.0, 1.0), level=0.95, units=None, per
     value, low, high, units = float(value), float(low), float(high), n if units is None else units
     details = {**details, "level": level}
     if units < 2: return Score(value, None, None, n, reason or "one example alone has no interval", details)
-    if low == high and np.isfinite(ends).all():
+    if low == high and not np.isfinite(ends).all():
+        return Score(value, None, None, n, reason or "no variation between examples, and no bounds from which to reckon an interval", details)
+    if low == high:
         u = 1 - ((1 - level) / 2) ** (1 / units)
         low, high = value - u * (value - ends[0]), value + u * (ends[1] - value)
         reason = reason or "no variation between examples: the interval is the exact bound for a share never seen"

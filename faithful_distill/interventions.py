@@ -509,12 +509,13 @@ class Reader:
 
 
 def load_base(
-    base: Any,  # a hub name, a directory, or an object with .model and .tokenizer (an encoder-decoder)
+    base: Any,  # a hub name, a directory, an object with .model and .tokenizer (an encoder-decoder), or with .fresh(seed) -> model, tokenizer
     seed: int = 0,  # of a head that the checkpoint lacks
 ) -> tuple[Any, Any]:  # model, tokenizer
     "A fresh copy of the model that a reader starts from."
     import torch
     import transformers
+    if hasattr(base, "fresh"): return base.fresh(seed)
     if hasattr(base, "model"):
         if not base.model.config.is_encoder_decoder: raise BadInput("a loaded reader base must be an encoder-decoder", field="base", value=type(base.model).__name__,
                                                                      remedy="Give the directory of an encoder; a head is added to it.")
@@ -563,40 +564,49 @@ class ChoiceReader:
 # %% ../nbs/75_interventions.ipynb #b3fb62ca
 def _padded(rows: Sequence[Sequence[int]], filler, device):
     import torch
-    width = -(-max(map(len, rows)) // 8) * 8
+    multiple = 1 if str(device) == "cpu" else 8  # a GPU likes whole tiles, a CPU pays for every column
+    width = -(-max(map(len, rows)) // multiple) * multiple
     return torch.tensor([[*r, *[filler] * (width - len(r))] for r in rows], device=device)
 
 
 def reading_scores(reader: ChoiceReader, texts: list[list[int]], choices: list[list[list[int]]]):
     "[rows, most choices] log-scores of the choices after each text, -1e9 where a row has fewer choices."
     import torch
-    most, device = max(map(len, choices)), reader.device
-    tails = [t for row in choices for t in [*row, *[row[0]] * (most - len(row))]]
-    scores = (_seq2seq_scores if reader.seq2seq else _classifier_scores)(reader, texts, tails, most).view(-1, most)
-    absent = torch.tensor([[j >= len(row) for j in range(most)] for row in choices], device=device)
-    return scores.masked_fill(absent, -1e9)
+    owner, place = torch.tensor([(i, j) for i, row in enumerate(choices) for j in range(len(row))], device=reader.device).T
+    score = _seq2seq_scores if reader.seq2seq else _matched_scores if hasattr(reader.model, "match") else _classifier_scores
+    scores = score(reader, texts, [tail for row in choices for tail in row], owner)
+    return scores.new_full((len(choices), max(map(len, choices))), -1e9).index_put((owner, place), scores)
 
 
-def _seq2seq_scores(reader, texts, tails, most):
-    "Log-likelihood of each tail (end token included) as the decoder's output; every text is encoded once."
+def _seq2seq_scores(reader, texts, tails, owner):
+    "Log-likelihood of each tail (end token included) after text `owner`. Every text is encoded, and attended to from the start token, once; its choices share the cache."
     import torch
     sources = [[*reader.before, *t, *reader.after] for t in texts]
     ids, mask = _padded(sources, reader.pad, reader.device), _padded([[1] * len(s) for s in sources], 0, reader.device)
     states = reader.model.get_encoder()(input_ids=ids, attention_mask=mask).last_hidden_state
     tails = [[*t, reader.tokenizer.eos_token_id] for t in tails]
     targets, counted = _padded(tails, 0, reader.device), _padded([[1.0] * len(t) for t in tails], 0.0, reader.device)
-    start = torch.full_like(targets[:, :1], reader.model.config.decoder_start_token_id)
-    logits = reader.model(encoder_outputs=(states.repeat_interleave(most, 0),), attention_mask=mask.repeat_interleave(most, 0),
-                          decoder_input_ids=torch.cat([start, targets[:, :-1]], 1), use_cache=False).logits
-    return (logits.float().log_softmax(-1).gather(-1, targets[..., None])[..., 0] * counted).sum(1)
+    start = torch.full_like(ids[:, :1], reader.model.config.decoder_start_token_id)
+    begun = reader.model(encoder_outputs=(states,), attention_mask=mask, decoder_input_ids=start, use_cache=True)
+    cache, first = begun.past_key_values, begun.logits.float().log_softmax(-1)[owner, 0].gather(-1, targets[:, :1])
+    cache.batch_select_indices(owner)
+    later = reader.model(encoder_outputs=(states[owner],), attention_mask=mask[owner], decoder_input_ids=targets[:, :-1], past_key_values=cache, use_cache=True).logits
+    later = later.float().log_softmax(-1).gather(-1, targets[:, 1:, None])[..., 0]
+    return (torch.cat([first, later], 1) * counted).sum(1)
 
-
-def _classifier_scores(reader, texts, tails, most):
-    "The head's number for each text joined with each tail."
+# %% ../nbs/75_interventions.ipynb #5a1c7e90
+def _classifier_scores(reader, texts, tails, owner):
+    "The head's number for each tail joined with its text."
     separator = [i for i in [reader.tokenizer.sep_token_id] if i is not None]
-    joined = [[*reader.before, *texts[i // most], *separator, *tail, *reader.after] for i, tail in enumerate(tails)]
+    joined = [[*reader.before, *texts[i], *separator, *tail, *reader.after] for i, tail in zip(owner.tolist(), tails)]
     ids, mask = _padded(joined, reader.pad, reader.device), _padded([[1] * len(j) for j in joined], 0, reader.device)
     return reader.model(input_ids=ids, attention_mask=mask).logits[:, 0].float()
+
+
+def _matched_scores(reader, texts, tails, owner):
+    "A model with a method `match` reads texts and choices apart and compares them itself."
+    rows = (_padded(r, filler, reader.device) for some in (texts, tails) for r, filler in ((some, reader.pad), ([[1.0] * len(t) for t in some], 0.0)))
+    return reader.model.match(*rows, owner)
 
 # %% ../nbs/75_interventions.ipynb #84487b8e
 def read_choices(
