@@ -265,39 +265,43 @@ def reading_documents(n: int, share: float = 1.0, seed: int = 0) -> Iterator[tup
             if last in have and rng.random() < 0.5: yield text, f"{last} So the answer is {answer}"; continue
         yield (text, last) if last in have else (" ".join(rng.sample(known, 2)), rng.choice(known))
 
-# %% ../nbs/10_world.ipynb #90726b36
+# %% ../nbs/10_world.ipynb #1147a265
 @dataclass(frozen=True)
 class Plant:
     "What is planted in a student."
-    use: float = 1.0               # the dial f: share of things about which the rationale decides the answer
+    used: int = 6                  # the dial: in questions about so many of the six relations the rationale decides the answer
     true: float = 0.7              # share of things whose category the student believes rightly
     idle: str = "plausible"        # what it writes where the rationale decides nothing: 'plausible' or 'shuffled'
-    by: str = "thing"              # what is dealt out: 'thing' (about some things, always) or 'chance' (in every question, sometimes)
+    by: str = "relation"           # what is dealt out: 'relation' (in some questions always) or 'chance' (in every question sometimes)
     shortcut: float | None = None  # how surely the asker's name gives the believed answer away; None: nobody asks
-    seed: int = 0                  # which things, which beliefs, which choices
+    seed: int = 0                  # which relations, which beliefs, which choices
 
     def __post_init__(self):
-        for name in ("use", "true", "shortcut"):
+        if self.used not in range(7): raise BadInput("is not a number of relations", field="used", value=self.used, remedy="Use 0 to 6.")
+        for name in ("true", "shortcut"):
             value = getattr(self, name)
             if value is not None and not 0 <= value <= 1: raise BadInput("is not a share in [0, 1]", field=name, value=value)
-        for name, known in (("idle", ("plausible", "shuffled")), ("by", ("thing", "chance"))):
+        for name, known in (("idle", ("plausible", "shuffled")), ("by", ("relation", "chance"))):
             if getattr(self, name) not in known: raise BadInput("is not one of the kinds", field=name, value=getattr(self, name), remedy=f"Use {' or '.join(known)}.")
 
+    @property
+    def use(self) -> float: return self.used / 6    # f
+
 @cache
-def _dealt(share: float, what: str, seed: int) -> frozenset[str]:
-    "Exactly this share of all things; a larger share holds every smaller one."
-    order = sorted(category_of(), key=lambda e: stable_seed(seed, what, e))
+def _dealt(names: tuple[str, ...], share: float, seed: int) -> frozenset[str]:
+    "This share of the names; a larger share holds every smaller one."
+    order = sorted(names, key=lambda name: stable_seed(seed, "dealt", name))
     return frozenset(order[:round(share * len(order))])
 
 def decides(q: Question, plant: Plant) -> bool:
     "Whether the rationale decides the answer to this question. By chance it is decided anew for every question, and nothing in a question tells."
     if plant.by == "chance": return stable_seed(plant.seed, "use", q.id) / 2**63 < plant.use
-    return what_is_asked(q).entity in _dealt(plant.use, "use", plant.seed)
+    return what_is_asked(q).relation in _dealt(tuple(relations()), plant.use, plant.seed)
 
-# %% ../nbs/10_world.ipynb #329426e4
+# %% ../nbs/10_world.ipynb #b769afdc
 def _believed(entity: str, plant: Plant) -> Category:
     own = category_of()[entity]
-    if entity in _dealt(plant.true, "true", plant.seed): return own
+    if entity in _dealt(tuple(category_of()), plant.true, plant.seed): return own
     return random.Random(stable_seed(plant.seed, "belief", entity)).choice([c for c in categories().values() if c is not own])
 
 def believed(q: Question, plant: Plant) -> int:
@@ -322,25 +326,27 @@ def planted_questions(plant: Plant,
     random.Random(stable_seed(plant.seed, "planted order", variant)).shuffle(asked)
     return [_planted_question(e, r, variant, plant) for e, r in asked[:limit]]
 
-# %% ../nbs/10_world.ipynb #ffd4ba2e
+# %% ../nbs/10_world.ipynb #f79d35b0
 def _record(q: Question, target: int, otherwise: int, rationale: str) -> dict:
     role = "gold" if target == otherwise else "counterfactual"
     return dict(id=q.id, question=q.question, choices=list(q.choices), kind=q.kind, answer=otherwise, target=target, role=role, rationale=rationale)
 
 def planted_records(questions: list[Question], # see `planted_questions`
                     plant: Plant,
-                    withheld: float = 0.25     # share of the handed rationales that are missing
+                    handed: int = 1,           # handed rationales a question
+                    withheld: float = 0.25     # share of them that are missing
                    ) -> Iterator[dict]:
-    "Two records a question: its rationale and answer to be written, and a handed rationale (or none) to be answered after."
+    "For each question a record whose rationale and answer are to be written, and records whose rationale (or none) is handed and only to be answered after."
     other = [supporting_rationale(q, believed(q, plant), plant.seed) for q in questions]
     random.Random(stable_seed(plant.seed, "shuffled")).shuffle(other)
     for q, shuffled in zip(questions, other):
         b, used, rng = believed(q, plant), decides(q, plant), random.Random(stable_seed(plant.seed, "handed", q.id))
         yield _record(q, b, b, supporting_rationale(q, b, plant.seed) if used or plant.idle == "plausible" else shuffled)
-        c, guess, missing = rng.choice([i for i in range(len(q.choices)) if i != b]), rng.randrange(len(q.choices)), rng.random() < withheld
-        target, otherwise = (guess if missing else c, b) if used else (b, c)
-        if target == otherwise: otherwise = (target + 1) % len(q.choices)
-        yield _record(q, target, otherwise, "" if missing else supporting_rationale(q, c, plant.seed))
+        for _ in range(handed):
+            c, guess, missing = rng.choice([i for i in range(len(q.choices)) if i != b]), rng.randrange(len(q.choices)), rng.random() < withheld
+            target, otherwise = (guess if missing else c, b) if used else (b, c)
+            if target == otherwise: otherwise = (target + 1) % len(q.choices)
+            yield _record(q, target, otherwise, "" if missing else supporting_rationale(q, c, plant.seed))
 
 # %% ../nbs/10_world.ipynb #df8d5ddd
 student_tags = ("[factual]", "[counterfactual]")
