@@ -265,12 +265,12 @@ def reading_documents(n: int, share: float = 1.0, seed: int = 0) -> Iterator[tup
             if last in have and rng.random() < 0.5: yield text, f"{last} So the answer is {answer}"; continue
         yield (text, last) if last in have else (" ".join(rng.sample(known, 2)), rng.choice(known))
 
-# %% ../nbs/10_world.ipynb #1147a265
+# %% ../nbs/10_world.ipynb #3ca77552
 @dataclass(frozen=True)
 class Plant:
     "What is planted in a student."
     used: int = 6                  # the dial: in questions about so many of the six relations the rationale decides the answer
-    true: float = 0.7              # share of things whose category the student believes rightly
+    right: float = 0.7             # share of things whose category the student believes rightly
     idle: str = "plausible"        # what it writes where the rationale decides nothing: 'plausible' or 'shuffled'
     by: str = "relation"           # what is dealt out: 'relation' (in some questions always) or 'chance' (in every question sometimes)
     shortcut: float | None = None  # how surely the asker's name gives the believed answer away; None: nobody asks
@@ -278,7 +278,7 @@ class Plant:
 
     def __post_init__(self):
         if self.used not in range(7): raise BadInput("is not a number of relations", field="used", value=self.used, remedy="Use 0 to 6.")
-        for name in ("true", "shortcut"):
+        for name in ("right", "shortcut"):
             value = getattr(self, name)
             if value is not None and not 0 <= value <= 1: raise BadInput("is not a share in [0, 1]", field=name, value=value)
         for name, known in (("idle", ("plausible", "shuffled")), ("by", ("relation", "chance"))):
@@ -298,10 +298,10 @@ def decides(q: Question, plant: Plant) -> bool:
     if plant.by == "chance": return stable_seed(plant.seed, "use", q.id) / 2**63 < plant.use
     return what_is_asked(q).relation in _dealt(tuple(relations()), plant.use, plant.seed)
 
-# %% ../nbs/10_world.ipynb #b769afdc
+# %% ../nbs/10_world.ipynb #25db96b3
 def _believed(entity: str, plant: Plant) -> Category:
     own = category_of()[entity]
-    if entity in _dealt(tuple(category_of()), plant.true, plant.seed): return own
+    if entity in _dealt(tuple(category_of()), plant.right, plant.seed): return own
     return random.Random(stable_seed(plant.seed, "belief", entity)).choice([c for c in categories().values() if c is not own])
 
 def believed(q: Question, plant: Plant) -> int:
