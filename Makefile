@@ -4,7 +4,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: quickstart study test notebooks drift clean help
+.PHONY: quickstart study test notebooks figures drift clean help
 
 help:            ## list what can be made
 	@grep -hE '^[a-z]+: .*##' $(MAKEFILE_LIST) | sed 's/:.*##/:/'
@@ -27,6 +27,10 @@ drift: .venv/.ready ## notebooks and modules say the same
 
 notebooks: .venv/.ready ## every notebook runs, top to bottom
 	OMP_NUM_THREADS=1 $(BIN)/nbdev_test --n_workers 2 --timing --skip_folder_re "experiments|figures"
+
+figures: .venv/.ready ## draw all figures once more from data/results, in their notebooks
+	cd nbs/figures && for notebook in fig*.ipynb claims.ipynb; do "$(CURDIR)/$(BIN)/exec_nb" $$notebook --dest $$notebook || exit 1; done
+	PATH="$(CURDIR)/$(BIN):$$PATH" nbdev_clean
 
 clean: ## remove the environment and whatever was computed
 	rm -rf .venv runs data/runs data/cache build *.egg-info

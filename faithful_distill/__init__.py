@@ -10,6 +10,7 @@ _rooms = {
     "training": ["train_student"],
     "faithfulness": ["las", "perturbation_drop", "refinement_gain", "swap_consistency", "early_answering_aoc"],
     "runs": ["run_notebook", "reproduce"],
+    "scoring": ["score_rationales"],
 }
 _home = {name: room for room, names in _rooms.items() for name in names}
 __all__ = sorted(_home)

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['log', 'contrast', 'Stop', 'stop_rule', 'Generation', 'rationale_text', 'reference_generate', 'as_stop',
-           'context_limit', 'Row', 'branches', 'take', 'draw', 'row_uniforms', 'Choice', 'left_pad', 'PaddedBatch',
-           'contrastive_generate']
+           'context_limit', 'Row', 'branches', 'take', 'draw', 'row_uniforms', 'Choice', 'left_pad',
+           'forward_arguments', 'PaddedBatch', 'contrastive_generate']
 
 # %% ../nbs/30_decoding.ipynb #265b5a67
 import logging, math
@@ -246,14 +246,21 @@ def left_pad(prompts: list[list[int]], device) -> tuple[torch.Tensor, torch.Tens
     pad = lambda fill: torch.tensor([[0] * (width - len(p)) + fill(p) for p in prompts], device=device)
     return pad(list), pad(lambda p: [1] * len(p))
 
+# %% ../nbs/30_decoding.ipynb #3ecfa527
+def forward_arguments(model) -> set[str]:
+    "Names that a model's forward pass takes; a cache is called `cache`, in older releases of `transformers` `past_key_values`."
+    import inspect
+    taken = set(inspect.signature(getattr(model, "get_base_model", lambda: model)().forward).parameters)
+    return taken if "cache" in taken else taken | {"past_key_values"}
+
 # %% ../nbs/30_decoding.ipynb #2ce40f52
 class PaddedBatch:
     "Streams in one left-padded batch with the library's cache. Works for every causal model; copies the prompt's cache for each stream."
     def __init__(self, model, rows: list[Row], token_budget: int):
-        import inspect
         self.model, self.token_budget, self.streams = model, token_budget, []
         self.waiting = sorted(rows, key=lambda r: -max(map(len, r.contexts)))
-        self.accepts = set(inspect.signature(getattr(model, "get_base_model", lambda: model)().forward).parameters)
+        self.accepts = forward_arguments(model)
+        self.called = "cache" if "cache" in self.accepts else "past_key_values"
 
     def admit(self) -> tuple[list[tuple[Row, int]], torch.Tensor] | None:
         "Start a fresh batch of what the budget holds; None while one is running."
@@ -266,12 +273,12 @@ class PaddedBatch:
         self.cache = None
         return list(self.streams), self.forward(ids, (self.mask.cumsum(1) - 1).clamp_min(0))
 
-    def size(self) -> tuple[int, int]:
-        "The most tokens and streams held at a time."
+    def size(self) -> tuple[int, int, int]:
+        "The most tokens and streams held at a time, and the most tokens in one pass."
         width = max(max(map(len, row.contexts)) + row.room for row in self.waiting)
         counts = [len(row.contexts) for row in self.waiting]
         streams = max(max(counts), min(sum(counts), self.token_budget // width))
-        return width * streams, streams
+        return width * streams, streams, (width - max(row.room for row in self.waiting)) * streams
 
     def step(self) -> torch.Tensor:
         "Feed each stream its row's last token; next-token logits, (streams, V)."
@@ -280,10 +287,9 @@ class PaddedBatch:
         return self.forward(ids, self.mask.sum(1, keepdim=True) - 1)
 
     def forward(self, ids, positions):
-        options = dict(position_ids=positions, logits_to_keep=1)
-        out = self.model(input_ids=ids, attention_mask=self.mask, past_key_values=self.cache, use_cache=True,
-                         **{k: v for k, v in options.items() if k in self.accepts})
-        self.cache = out.past_key_values
+        options = {"position_ids": positions, "logits_to_keep": 1, self.called: self.cache}
+        out = self.model(input_ids=ids, attention_mask=self.mask, use_cache=True, **{k: v for k, v in options.items() if k in self.accepts})
+        self.cache = out[self.called]
         return out.logits[:, -1].to(ids.device)
 
     def leave(self) -> None:
@@ -312,9 +318,11 @@ def _through(model, rows: list[Row], choice: Choice, done: Callable[[Row], None]
     budget = budget or default_budget(model)
     while waiting := [row for row in rows if not row.made.stop]:
         for row in waiting: row.made, row.written = choice.fresh(), ""
+        held, engine, full = budget, None, False
         try:
             if name != "plain" and (reason := refused(model)): raise Unserved(reason)
             engine = (PaddedBatch if name == "plain" else SharedPrefix)(model, waiting, budget)
+            held = min(budget, engine.size()[0])
             log.info("%d rows: %s", len(waiting), needs(model, *engine.size()))
             _run(engine, choice, done)
         except Unserved as reason:
@@ -322,10 +330,10 @@ def _through(model, rows: list[Row], choice: Choice, done: Callable[[Row], None]
             log.warning("the shared-prefix engine does not serve %s (%s): decoding in a plain batch", type(model).__name__, reason)
             name = "plain"
         except RuntimeError as error:
-            if not _out_of_memory(error) or budget < 2: raise
-            budget, engine = budget // 2, None
+            if not _out_of_memory(error) or held < 2: raise
+            budget, engine, full = held // 2, None, True
             log.warning("out of memory: going on with a token budget of %d", budget)
-            if torch.cuda.is_available(): torch.cuda.empty_cache()
+        if full and torch.cuda.is_available(): torch.cuda.empty_cache()       # only now has the error let go of what was held
 
 def _out_of_memory(error: Exception) -> bool:
     return isinstance(error, torch.OutOfMemoryError) or "not enough memory" in str(error) or "can't allocate memory" in str(error)

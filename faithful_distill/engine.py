@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['log', 'common_prefix', 'Group', 'group_rows', 'partial_attention', 'merge', 'Store', 'Reach', 'lay_out', 'meet',
            'Unserved', 'Plan', 'shared_attention', 'wide_kernel', 'Switch', 'input_device', 'Forward', 'Tree',
-           'SharedPrefix', 'refused', 'cached_bytes', 'token_budget', 'needs']
+           'SharedPrefix', 'refused', 'cached_bytes', 'token_budget', 'needed_bytes', 'needs']
 
 # %% ../nbs/28_engine.ipynb #b2ef060d
 import logging, weakref
@@ -122,6 +122,12 @@ class Store:
         return [items[moved.get(i, i)] for i in range(keep)]
 
 # %% ../nbs/28_engine.ipynb #eb730705
+def _on(moved: dict, name: str, what: torch.Tensor | None, device) -> torch.Tensor | None:
+    "`what` on `device`; taken there once, and kept in `moved`."
+    if what is None or what.device == device: return what
+    if (name, device) not in moved: moved[name, device] = what.to(device)
+    return moved[name, device]
+
 @dataclass
 class Reach:
     "How the tokens of one forward pass meet one store."
@@ -144,11 +150,12 @@ class Reach:
         "Attention of `query` (tokens, key heads, group, d) over this store alone, and its log-sum-exp."
         key, value = (x[self.slots, :, self.places] for x in self.store.kept[layer])
         group, bias = query.shape[2], self.bias(query, query.shape[2])
-        laid = query if self.grid is None else query[self.grid.to(query.device)]
+        grid, back = (_on(self.ready, name, getattr(self, name), query.device) for name in ("grid", "back"))
+        laid = query if grid is None else query[grid]
         laid = laid.unflatten(0, (key.shape[0], -1)).transpose(1, 2).flatten(2, 3)         # (slots, key heads, q * group, d)
         parts = partial_attention(laid, key, value, bias, scaling)
         parts = [x.unflatten(2, (-1, group)).transpose(1, 2).flatten(0, 1) for x in parts]
-        return tuple(parts if self.back is None else [x[self.back.to(x.device)] for x in parts])
+        return tuple(parts if back is None else [x[back] for x in parts])
 
 # %% ../nbs/28_engine.ipynb #4b832aba
 def lay_out(owners: list[int], count: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -183,6 +190,7 @@ class Plan:
     reaches: list[Reach]; longest: int
     write: tuple                     # where the new keys and values go: a store, and tensors of tokens (None: all, in order), slots, places
     layer: int = 0
+    moved: dict = field(default_factory=dict)
 
 _plan: ContextVar[Plan | None] = ContextVar("plan", default=None)
 _known = {"dropout", "is_causal", "position_ids", "position_embeddings", "use_cache", "cache_position",
@@ -198,7 +206,7 @@ def shared_attention(module, query, key, value, attention_mask=None, scaling=Non
     layer, plan.layer = plan.layer, plan.layer + 1
     query, key, value = (x[0].transpose(0, 1) for x in (query, key, value))
     store, *at = plan.write
-    token, slot, place = (None if x is None else x.to(key.device) for x in at)
+    token, slot, place = (_on(plan.moved, name, x, key.device) for name, x in zip(("token", "slot", "place"), at))
     store.write(layer, key if token is None else key[token], value if token is None else value[token], slot, place)
     grouped = query.unflatten(1, (key.shape[1], -1))
     parts = [reach.attend(layer, grouped, query.shape[-1] ** -0.5 if scaling is None else scaling) for reach in plan.reaches]
@@ -247,7 +255,9 @@ class Forward:
     def __init__(self, model, longest: int):
         self.model, self.longest, self.switch = model, longest, Switch(model)
         self.device = input_device(model)
-        self.layers = model.config.get_text_config().num_hidden_layers
+        config = model.config.get_text_config()
+        self.layers, chunk = config.num_hidden_layers, getattr(config, "attention_chunk_size", None)
+        if chunk and chunk < longest: raise Unserved(f"its attention sees chunks of {chunk} tokens, and a context has {longest}")
 
     def __call__(self, ids: list[int], positions: list[int], reaches: list[Reach], write: tuple, keep: list[int]) -> torch.Tensor:
         "Logits of the tokens numbered `keep`, (len(keep), V). `write`: a store, and (token, slot, place) for all that is to be kept."
@@ -344,9 +354,10 @@ class SharedPrefix(Tree):
         for slot, group in enumerate(self.groups): group.slot = slot
         self.streams.sort(key=lambda s: (lambda group, number: (group.slot, number))(*self.home[s[0].index, s[1]]))
 
-    def size(self) -> tuple[int, int]:
-        "The most tokens and streams held at a time."
-        return sum(s.slots * s.places for s in (self.root, self.store)), self.store.slots * self.store.width
+    def size(self) -> tuple[int, int, int]:
+        "The most tokens and streams held at a time, and the most tokens in one pass."
+        streams, cost = self.store.slots * self.store.width, [group.cost for group in self.waiting + self.groups]
+        return sum(s.slots * s.places for s in (self.root, self.store)), streams, max(streams, *cost, min(self.chunk, max(sum(cost), self.start)))
 
 # %% ../nbs/28_engine.ipynb #45fda47f
 _verdicts: Any = weakref.WeakKeyDictionary()
@@ -418,8 +429,14 @@ def _computer_memory() -> int:
     try: return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     except (AttributeError, ValueError, OSError): return 16 << 30
 
-def needs(model, tokens: int, streams: int) -> str:
+def needed_bytes(model, tokens: int, streams: int, at_once: int) -> tuple[int, int, int]:
+    "An estimate of what a run takes beside the weights: keys and values of `tokens`, logits of `streams`, and what a pass over `at_once` tokens works with."
+    config, weight = model.config.get_text_config(), model.get_input_embeddings().weight
+    inner = getattr(config, "intermediate_size", None) or 4 * config.hidden_size
+    return tokens * cached_bytes(model), streams * weight.shape[0] * (weight.element_size() + 4), at_once * (8 * config.hidden_size + 2 * inner) * weight.element_size()
+
+def needs(model, tokens: int, streams: int, at_once: int) -> str:
     "What a run will take, in words."
-    vocabulary = model.get_input_embeddings().weight.shape[0]
-    kept, logits = tokens * cached_bytes(model) / 2**20, streams * vocabulary * 4 / 2**20
-    return f"{kept:.1f} MiB of keys and values for {tokens} tokens, {logits:.1f} MiB of logits for {streams} streams"
+    kept, logits, work = (b / 2**20 for b in needed_bytes(model, tokens, streams, at_once))
+    return (f"about {kept + logits + work:.1f} MiB beside the weights: {kept:.1f} MiB of keys and values for {tokens} tokens, "
+            f"{logits:.1f} MiB of logits for {streams} streams, {work:.1f} MiB for a pass over {at_once} tokens")

@@ -86,6 +86,19 @@ def hits(
     return ((pred == y) & (pred >= 0)).astype(float)
 
 
+def _choice_distributions(scores, name: str) -> tuple[np.ndarray, np.ndarray]:
+    "(n, most choices) softmax of each row, 0 past its end, and (n,) the rows' numbers of choices."
+    if isinstance(scores, np.ndarray) and scores.ndim == 2: table, sizes = scores.astype(float), np.full(len(scores), scores.shape[1])
+    else:
+        sizes = np.fromiter(map(len, scores), np.int64, len(scores))
+        table = np.full((len(sizes), int(sizes.max(initial=1))), -np.inf)
+        if sizes.any(): table[np.arange(table.shape[1]) < sizes[:, None]] = np.concatenate([np.asarray(row, float) for row in scores])
+    top = table.max(1, initial=-np.inf, keepdims=True)
+    if not np.isfinite(top).all(): raise BadInput("a row has no finite score", field=name, value=int(np.flatnonzero(~np.isfinite(top[:, 0]))[0]), remedy="Give one finite log-likelihood per choice.")
+    table = np.exp(table - top)
+    return table / table.sum(1, keepdims=True), sizes
+
+
 def choice_probability(
     y: Sequence,  # (n,) labels
     scores: Sequence,  # (n, choices) log-likelihoods; rows may differ in their number of choices
@@ -93,13 +106,9 @@ def choice_probability(
     "Credit of the probability versions: the softmax of the choices' log-likelihoods at y (0 where y is unparsable)."
     y = _labels(y, "y")
     if len(y) != len(scores): raise BadInput("arrays differ in length", field="scores", value=len(scores), remedy=f"Give {len(y)} rows.")
-    credit = np.zeros(len(y))
-    for i, (label, row) in enumerate(zip(y, scores, strict=True)):
-        row = np.exp(np.asarray(row, float) - np.max(row))
-        if label >= len(row) or not np.isfinite(row).all():
-            raise BadInput("no finite score for this label", field="scores", value=int(label), remedy="Give one finite log-likelihood per choice.")
-        credit[i] = row[label] / row.sum() if label >= 0 else 0.0
-    return credit
+    table, sizes = _choice_distributions(scores, "scores")
+    if (y >= sizes).any(): raise BadInput("no score for this label", field="scores", value=int(y[y >= sizes][0]), remedy="Give one finite log-likelihood per choice.")
+    return np.where(y >= 0, table[np.arange(len(y)), y.clip(0)], 0.0)
 
 # %% ../nbs/70_faithfulness.ipynb #21a7c5dc
 def _codes(column: np.ndarray) -> tuple[np.ndarray, int]:
@@ -359,11 +368,6 @@ def same_answer_rate(
     return mean_score((before == after).astype(float), **interval)
 
 
-def _softmax(scores) -> np.ndarray:
-    scores = np.exp(np.asarray(scores, float) - np.max(scores))
-    return scores / scores.sum()
-
-
 def probability_shift(
     before: Sequence,  # (n, choices) log-likelihoods; rows may differ in their number of choices
     after: Sequence,  # the same after the intervention
@@ -376,7 +380,9 @@ def probability_shift(
 
 def total_variation(before: Sequence, after: Sequence) -> np.ndarray:
     "(n,) total variation distance between the softmax of each row before and after."
-    return np.array([min(1.0, np.abs(_softmax(a) - _softmax(b)).sum() / 2) for a, b in zip(before, after, strict=True)])
+    (a, sizes), (b, others) = _choice_distributions(before, "before"), _choice_distributions(after, "after")
+    if not np.array_equal(sizes, others): raise BadInput("rows differ in their number of choices before and after", field="after", remedy="Score the same choices both times.")
+    return (np.abs(a - b).sum(1) / 2).clip(0, 1)
 
 # %% ../nbs/70_faithfulness.ipynb #b09fd088
 def early_answering_aoc(
@@ -507,6 +513,31 @@ def _weighted_spearman(weights: np.ndarray, a: np.ndarray, b: np.ndarray) -> np.
     with np.errstate(invalid="ignore", divide="ignore"):
         return np.where(spread > 1e-9, (weights * ra * rb).sum(1) / spread, np.nan).clip(-1, 1)
 
+# %% ../nbs/70_faithfulness.ipynb #7b1d92ac
+def _spearman_influence(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    "(n,) influence of each row on Spearman's correlation; its sum over a cluster gives the cluster's share of the variance."
+    def above(column, of):
+        code = np.unique(column, return_inverse=True)[1].reshape(-1)
+        at = np.bincount(code, weights=of)
+        return ((at.sum() - np.cumsum(at)) + at / 2)[code] / len(of)
+
+    ra, rb = (stats.rankdata(c) / len(c) - (len(c) + 1) / 2 / len(c) for c in (a, b))
+    va, vb, cov = (ra * ra).mean(), (rb * rb).mean(), (ra * rb).mean()
+    on_cov, on_a, on_b = ra * rb + above(a, rb) + above(b, ra), ra * ra + 2 * above(a, ra), rb * rb + 2 * above(b, rb)
+    rho = cov / math.sqrt(va * vb)
+    influence = on_cov / math.sqrt(va * vb) - rho / 2 * (on_a / va + on_b / vb)
+    return influence - influence.mean()
+
+
+def _ranks_within(column: np.ndarray, which: np.ndarray) -> np.ndarray:
+    "(n,) mean ranks among the rows of the same group, up to a constant per group."
+    order = np.lexsort((column, which))
+    new = np.flatnonzero((np.diff(column[order], prepend=np.nan) != 0) | (np.diff(which[order], prepend=-1) != 0))
+    ends = np.append(new[1:], len(order))
+    ranks = np.empty(len(order))
+    ranks[order] = np.repeat((new + ends - 1) / 2, ends - new)
+    return ranks
+
 # %% ../nbs/70_faithfulness.ipynb #5e697d82
 def rank_correlation(
     a: Sequence,  # (n,) numbers, such as a metric per example
@@ -526,9 +557,10 @@ def rank_correlation(
     order = np.lexsort((b, a))
     a, b, which = a[order], b[order], np.arange(n) if cluster is None else np.unique(np.asarray(cluster), return_inverse=True)[1].reshape(-1)[order]
     value, units = float(stats.spearmanr(a, b).statistic), int(which.max()) + 1
-    if n * draws > _budget // 3 and cluster is None:
-        half = stats.norm.ppf((1 + level) / 2) * math.sqrt((1 + value**2 / 2) / (n - 3))
-        return Score(value, float(np.tanh(np.arctanh(value) - half)), float(np.tanh(np.arctanh(value) + half)), n, "", {"interval": "Bonett-Wright"})
+    if n * draws > _budget // 15 and abs(value) < 1:
+        total = np.bincount(which, weights=_spearman_influence(a, b))
+        half = stats.norm.ppf((1 + level) / 2) * math.sqrt((total**2).sum()) / n / (1 - value**2)  # on Fisher's scale
+        return Score(value, *(float(np.tanh(np.arctanh(value) + end)) for end in (-half, half)), n, "", {"interval": "normal limit", "units": units, "level": level})
     rng, step, drawn = np.random.default_rng(seed), max(1, 1_000_000 // n), []
     for at in range(0, draws, step):
         picked = np.stack([np.bincount(rng.integers(0, units, units), minlength=units) for _ in range(min(step, draws - at))])
@@ -549,11 +581,15 @@ def rank_correlation_within(
     a, b = (_credit(v, name, -np.inf, np.inf) for v, name in ((a, "a"), (b, "b")))
     _same_length(a=a, b=b, groups=np.asarray(groups))
     which = np.unique(np.asarray(groups), return_inverse=True)[1].reshape(-1)
-    order = np.argsort(which, kind="stable")
-    rows = np.split(order, np.flatnonzero(np.diff(which[order])) + 1) if len(a) else []
-    each = [float(_weighted_spearman(np.ones((1, len(i))), a[i], b[i])[0]) for i in rows if np.ptp(a[i]) > 0 and np.ptp(b[i]) > 0]
-    details = {"groups": len(rows), "constant": len(rows) - len(each)}
-    if not each: return Score(None, n=0, reason=f"in none of {len(rows)} groups do both vary", details=details)
+    sizes, centred = np.bincount(which), []
+    for column in (a, b):
+        ranks = _ranks_within(column, which)
+        centred.append(ranks - (np.bincount(which, weights=ranks) / sizes)[which])
+    cross, va, vb = (np.bincount(which, weights=x * z) for x, z in (centred, [centred[0]] * 2, [centred[1]] * 2))
+    vary = (va > 1e-9) & (vb > 1e-9)
+    each = (cross[vary] / np.sqrt(va[vary] * vb[vary])).clip(-1, 1)
+    details = {"groups": len(sizes), "constant": len(sizes) - len(each)}
+    if not len(each): return Score(None, n=0, reason=f"in none of {len(sizes)} groups do both vary", details=details)
     return mean_score(each, ends=(-1, 1), details=details, **interval)
 
 # %% ../nbs/70_faithfulness.ipynb #8b894af3

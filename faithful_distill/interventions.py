@@ -448,6 +448,7 @@ def _score_all(m: Measurement, plan: _Plan, swaps: list[Swap], answers: dict, me
         if arm not in m.arms: continue
         s |= _both_versions(arm, lambda p: _effect(m, arm, 1, p, **interval))
         s |= {f"{arm}_same": _stays(m, arm, False, **interval), f"{arm}_shift": _stays(m, arm, True, **interval)}
+    if "controls" in metrics and "paraphrased" not in m.arms: s["paraphrased"] = Score(None, n=0, reason="no paraphraser was given (paraphrase=)")
     if "swap" in metrics and not swaps: s["swap"] = Score(None, n=0, reason="no teacher rationales were given")
     for name, rows in plan.swaps.items():
         s |= _both_versions(name, lambda p: _swap_score(m.questions, swaps, [answers[r] for r in rows], p, **interval))
@@ -729,6 +730,10 @@ class Simulation:
     y: list[int]  # the explained model's choice; -1 where it made none
     read: list[dict[str, list[np.ndarray]]]
     histories: list[list[float]]
+
+    def part(self, indices: Sequence[int]) -> "Simulation":
+        "The simulation of some of its examples: one kind of question, say."
+        return Simulation([self.y[i] for i in indices], [{mode: [rows[i] for i in indices] for mode, rows in one.items()} for one in self.read], self.histories)
 
     def predictions(self, mode: str) -> np.ndarray:
         "(S, n) the simulators' choices."

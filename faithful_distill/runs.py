@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['package_name', 'Parameter', 'notebook_parameters', 'did_you_mean', 'checked_parameters', 'Upstream', 'Table',
            'code_text', 'package_folder', 'rooms_used', 'shipped_inputs', 'checksum', 'run_around', 'Run',
-           'planned_run', 'found_notebook', 'fresh_start', 'WarmKernel', 'split_progress', 'NotebookFailed', 'Busy',
-           'run_notebook', 'flat_metrics', 'tidy', 'write_table', 'read_table', 'From', 'TableOf', 'Cell', 'Plan',
-           'planned_cell', 'Outcome', 'last_seconds', 'run_plan', 'Grid', 'load_grid', 'chosen', 'Reproduction',
-           'reproduce', 'forecast', 'gather']
+           'planned_run', 'found_notebook', 'fresh_start', 'WarmKernel', 'peak_memory', 'split_progress',
+           'NotebookFailed', 'Busy', 'run_notebook', 'flat_metrics', 'tidy', 'write_table', 'read_table', 'From',
+           'TableOf', 'Cell', 'Plan', 'planned_cell', 'Outcome', 'last_seconds', 'run_plan', 'Grid', 'load_grid',
+           'chosen', 'Reproduction', 'reproduce', 'forecast', 'gather']
 
 # %% ../nbs/80_runs.ipynb #716a3d1e
 import ast, difflib, fcntl, fnmatch, io, itertools, json, numbers, os, platform, re, shutil, signal, sys
@@ -126,6 +126,7 @@ class Upstream:
 class Table:
     "The metrics of many runs as the value of a parameter: the notebook receives the path of a CSV file, written by `tidy`."
     rows: tuple[tuple[tuple[tuple[str, Any], ...], str], ...]     # (labels, name of the run folder) for each run
+    times: bool = False     # not their metrics but seconds and memory: what differs from one execution to the next
 
 def _holds_upstream(value): return isinstance(value, list) and any(isinstance(v, Upstream) for v in value)
 
@@ -265,7 +266,7 @@ def _input(name, value, runs: Path, base: Path, notebook):
         pairs = [_input(name, v, runs, base, notebook) for v in value]
         return [v for v, _ in pairs], [c for _, c in pairs]
     if isinstance(value, Upstream): return "/".join(filter(None, ["..", value.run, value.file])), {"run": value.run, "file": value.file}
-    if isinstance(value, Table): return f"{name}.csv", {"table": value.rows}
+    if isinstance(value, Table): return f"{name}.csv", {"times" if value.times else "table": value.rows}
     path = _input_file(name, value, base, notebook) if isinstance(value, str) else None
     if path is None: return value, value
     run = run_around(path)
@@ -332,6 +333,8 @@ def fresh_start(folder: str,        # the run's folder, which becomes the workin
     os.environ.clear(); os.environ.update(_kernel["environ"])
     sys.path[:] = _kernel["path"]
     os.chdir(folder)
+    try: Path("/proc/self/clear_refs").write_text("5")          # Linux: the peak of memory is counted from here
+    except OSError: pass
     __import__("IPython").get_ipython().reset(new_session=True)
     _fresh_libraries(seed)
     gc.collect()
@@ -388,9 +391,12 @@ class WarmKernel:
         reply = _wait(self.kc.execute, call, silent=True, store_history=False, reply=True, timeout=120)["content"]
         if reply["status"] != "ok": raise RuntimeError(f"the kernel could not be made ready: {reply.get('ename')}: {reply.get('evalue')}")
 
+    @property
+    def pid(self) -> int | None: return None if self.km is None else getattr(self.km.provisioner, "pid", None)
+
     def kill(self) -> None:
         "Ends the process and its children at once."
-        if self.km is not None and (pid := getattr(self.km.provisioner, "pid", None)):
+        if pid := self.pid:
             try: os.killpg(pid, signal.SIGKILL)
             except (ProcessLookupError, PermissionError): pass
 
@@ -405,6 +411,14 @@ class WarmKernel:
 
     def __enter__(self): return self
     def __exit__(self, *_): self.stop()
+
+# %% ../nbs/80_runs.ipynb #19bde507
+def peak_memory(pid: int | None) -> int | None:
+    "MiB that a process held at most since it was last made ready; None where the system does not say."
+    try: status = Path(f"/proc/{pid}/status").read_text()
+    except OSError: return None
+    found = re.search(r"VmHWM:\s*(\d+) kB", status)
+    return round(int(found[1]) / 1024) if found else None
 
 # %% ../nbs/80_runs.ipynb #f16d13ba
 def _wait(call, *args, **kwargs):
@@ -584,7 +598,9 @@ def _compute(run, kernel, lock, needs, on_progress, timeout, label):
     times = {"started": started, "label": label or run.name, "resumed": run.partial.exists()}
     _prepare(run)
     own = WarmKernel() if kernel is None else None
-    try: nb = _execute(run, kernel or own, lock, on_progress, timeout)
+    try:
+        nb = _execute(run, kernel or own, lock, on_progress, timeout)
+        times["peak_mib"] = peak_memory((kernel or own).pid)
     finally:
         if own: own.stop()
     _check_results(run, needs)
@@ -599,7 +615,7 @@ def _prepare(run: Run) -> None:
     writable_folder(run.partial)
     _drop_hidden(run.partial)
     for name, table in run.tables.items():
-        write_table(run.partial/name, tidy([(dict(labels), run.folder.parent/folder) for labels, folder in table.rows]))
+        write_table(run.partial/name, tidy([(dict(labels), run.folder.parent/folder) for labels, folder in table.rows], times=table.times))
 
 def _drop_hidden(folder):
     for path in Path(folder).rglob(".*"):
@@ -655,18 +671,24 @@ def flat_metrics(metrics, name: str = "") -> Iterable[dict]:
 _score_columns = ("metric", "value", "low", "high", "n", "reason")
 
 # %% ../nbs/80_runs.ipynb #d4374bc8
-def tidy(results: Iterable):            # pairs (labels, run folder), or run folders
+def tidy(results: Iterable,             # pairs (labels, run folder), or run folders
+         times: bool = False):          # seconds and memory of the runs instead of their metrics
     """A long pandas table, one row per run and metric, sorted: labels, metric, value, low, high, n, reason.
     A label that is called like one of the other columns gets a `_`."""
     import pandas as pd
     pairs = [r if isinstance(r, tuple) else (None, r) for r in results]
     pairs = [({k + "_" * (k in _score_columns): v for k, v in labels.items()}, Path(folder)) for labels, folder in _labelled(pairs)]
     columns = list(dict.fromkeys(k for labels, _ in pairs for k in labels))
-    rows = [{**labels, **row} for labels, folder in pairs for row in flat_metrics(_metrics_of(folder))]
+    rows = [{**labels, **row} for labels, folder in pairs for row in flat_metrics((_times_of if times else _metrics_of)(folder))]
     table = pd.DataFrame(rows, columns=[*columns, *_score_columns]).astype({"value": float, "low": float, "high": float, "n": "Int64"})
     return _sorted(table, [*columns, "metric"])
 
 def _metrics_of(folder: Path) -> dict: return json.loads((folder/"metrics.json").read_text(encoding="utf-8"))
+
+def _times_of(folder: Path) -> dict:
+    "Seconds, MiB at the peak, and whether the run went on from an earlier try, so that its seconds are only those of the last."
+    times = json.loads((folder/"times.json").read_text(encoding="utf-8"))
+    return {k: times[k] for k in ("seconds", "peak_mib", "resumed") if times.get(k) is not None}
 
 def _labelled(pairs):
     found = [json.loads((Path(f)/"params.json").read_text(encoding="utf-8")) if labels is None else None for labels, f in pairs]
@@ -703,8 +725,9 @@ class From:
 
 @dataclass(frozen=True)
 class TableOf:
-    "The metrics of other cells as one CSV file, as the value of a parameter."
+    "The metrics of other cells, or their times, as one CSV file, as the value of a parameter."
     cells: tuple[str, ...]
+    times: bool = False
 
 @dataclass
 class Cell:
@@ -721,6 +744,9 @@ class Cell:
         values = [v for value in self.params.values() for v in (value if isinstance(value, list) else [value])]
         read = lambda v: [v.cell] if isinstance(v, From) else v.cells if isinstance(v, TableOf) else []
         return list(dict.fromkeys(name for v in values for name in read(v)))
+
+    @property
+    def reads_times(self) -> bool: return any(isinstance(v, TableOf) and v.times for v in self.params.values())
 
 # %% ../nbs/80_runs.ipynb #546884ba
 class Plan:
@@ -769,7 +795,7 @@ def planned_cell(plan: Plan, name: str, upstream: dict[str, Run], runs) -> Run:
     def value(v):
         if isinstance(v, list): return [value(x) for x in v]
         if isinstance(v, From): return Upstream(upstream[v.cell].name, v.file)
-        if isinstance(v, TableOf): return Table(tuple((tuple(plan.labels(n).items()), upstream[n].name) for n in v.cells))
+        if isinstance(v, TableOf): return Table(tuple((tuple(plan.labels(n).items()), upstream[n].name) for n in v.cells), v.times)
         return v
     try: return planned_run(plan.cells[name].notebook, {k: value(v) for k, v in plan.cells[name].params.items()}, runs)
     except BadInput as e:
@@ -1064,7 +1090,7 @@ def _group_cells(name: str, spec: dict, file: Path, top, asked, needs) -> list[C
             for labels, params in _points(spec, seeds, file, name)]
 
 # %% ../nbs/80_runs.ipynb #1bce4478
-_references = ("from", "each", "table", "shipped")
+_references = ("from", "each", "table", "times", "shipped")
 
 def _resolved(value, cell: Cell, groups: dict[str, list[Cell]], file):
     "A parameter's value with its references to other groups replaced by `From`, lists of `From`, `TableOf` or a path."
@@ -1078,7 +1104,7 @@ def _resolved(value, cell: Cell, groups: dict[str, list[Cell]], file):
         if name not in groups: raise BadInput("is not a group", file=file, field=where, value=name, remedy=did_you_mean(name, groups))
     wanted = {k: v for k, v in value.items() if k not in (kind, "file")}
     found = [c for name in names for c in _matching(groups[name], wanted, cell, file, where)]
-    if kind == "table": return TableOf(tuple(c.name for c in found))
+    if kind in ("table", "times"): return TableOf(tuple(c.name for c in found), kind == "times")
     if kind == "each": return [From(c.name, value.get("file", "")) for c in found]
     if len(found) != 1:
         which = ", ".join(c.name for c in found or groups[names[0]])[:300]
@@ -1211,8 +1237,10 @@ def gather(grid: Grid, runs="runs") -> Path:
         for path in (new, old): shutil.rmtree(path, ignore_errors=True)
         write_json(new/"metrics.json", {n: _metrics_of(done[n].folder) for n in experiments})
         write_json(new/"runs.json", {n: r.name for n, r in done.items()})
-        write_table(new/"results.csv", tidy([(grid.plan.labels(n), done[n].folder) for n in experiments]))
-        for name in grid.figures: _gather_figure(name, done, new)
+        pairs = [(grid.plan.labels(n), done[n].folder) for n in experiments]
+        write_table(new/"results.csv", tidy(pairs))
+        write_table(new/"times"/"times.csv", tidy(pairs, times=True))
+        for name in grid.figures: _gather_figure(name, done, new/"times" if grid.plan.cells[name].reads_times else new)
         if grid.report in done: shutil.copyfile(done[grid.report].folder/"report.html", new/"report.html")
         if folder.exists(): os.rename(folder, old)
         os.rename(new, folder)
@@ -1226,7 +1254,7 @@ def _gather_figure(name: str, done: dict[str, Run], into: Path) -> None:
         if path.suffix not in _gathered: continue
         target = into/_gathered[path.suffix]/path.name
         if target.exists() or path.suffix == ".csv": target = target.with_name(re.sub(r"[^\w.=-]+", "_", name) + f"-{path.name}")
-        target.parent.mkdir(exist_ok=True)
+        target.parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(path, target)
 
 @contextmanager

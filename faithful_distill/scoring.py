@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['suite', 'stated_choice', 'Brought', 'read_rationales', 'content_words', 'surface', 'Scratch', 'scratch_base',
-           'cross_fitted', 'Scored', 'score_rationales', 'write_scored']
+           'cross_fitted', 'Scored', 'score_rationales', 'rating_table', 'write_scored']
 
 # %% ../nbs/92_scoring.ipynb #4fb1a1eb
 import re
@@ -300,8 +300,8 @@ def _arrange(rows: list[Brought], shuffled: bool = False) -> Explained:
     if shuffled: texts = [texts[j] for j in shuffle_across([b.question.id for b in rows])]
     return Explained([b.question for b in rows], texts, [b.prediction for b in rows])
 
-# %% ../nbs/92_scoring.ipynb #5d2cd3f4
-_most_rora = 1500  # RORA-lite reads every rationale once for each of its words: so many examples at most, spread evenly
+# %% ../nbs/92_scoring.ipynb #8b8c4903
+_most_rora = 600  # RORA-lite reads every rationale once for each of its words: so many examples at most, spread evenly
 
 
 def _information(name: str, some: list[Brought], evaluate: Callable, parts: int, note: Callable, **interval) -> dict[str, Score]:
@@ -398,18 +398,21 @@ def score_rationales(
     columns, interval = {}, interval or {}
     for b in rows:
         for name, value in surface(b).items(): columns.setdefault(name, []).append(value)
-    scores, kept = _plain_scores(rows, columns, **interval), [i for i, b in enumerate(rows) if b.prediction is not None]
+    scores, kept = _plain_scores(rows, columns, **interval), sorted((i for i, b in enumerate(rows) if b.prediction is not None), key=lambda i: _content(rows[i]))
     trained, why, used = [m for m in metrics if m in _trained], _too_few([rows[i] for i in kept], rows, parts), None
     for name in _trained:
         if why or name not in metrics: scores |= _all_none(_trained[name], why if name in metrics else f"not asked for (metrics: {name})", len(kept))
     if trained and not why:
-        used = simulator or scratch_base(t for b in rows for t in (b.question.question, *b.question.choices, b.rationale))
+        used = simulator or scratch_base(sorted({t for b in rows for t in (b.question.question, *b.question.choices, b.rationale)}))
         scores |= _trained_scores(rows, kept, trained, used, parts, list(seeds), settings, columns, **interval)
     scores |= _rating_scores(rows, columns, **interval) if "ratings" in metrics else {}
     scores |= _intervention_scores(rows, model or _one_model(rows), interval=interval) if "interventions" in metrics else {}
     return Scored(scores, _example_rows(rows, columns), _facts(rows, kept, used, parts, seeds))
 
-# %% ../nbs/92_scoring.ipynb #cc04d321
+# %% ../nbs/92_scoring.ipynb #e53bb2a0
+def _content(b: Brought) -> tuple: return b.group, b.rationale, b.prediction, b.question.id  # in this order simulators see the rows, whatever the order of the file
+
+
 def _one_model(rows: list[Brought]) -> str | None:
     named = {b.model for b in rows if b.model}
     if len(named) > 1: raise BadInput("the rows name several models", field="model", value=sorted(named)[:2], remedy="Score the rationales of one model at a time.")
@@ -442,6 +445,14 @@ def _table(scores: dict[str, Score], names: Iterable[str], head: str = "score") 
     "Rows of a table: name, value with interval and n."
     return [[head, "value [95 % interval]"], *([_title(name), cell_text(scores[name].to_dict(), digits=3)] for name in names)]
 
+
+def rating_table(scores: dict[str, Score]) -> list[list[str]]:
+    "Rank correlation of each score per example with the mean human rating, pooled and within question, strongest within question first."
+    names = [n for n in _per_example if (s := scores.get(f"rating_{n}")) is not None and s.value is not None]
+    names.sort(key=lambda n: -abs(scores[f"rating_{n}_within"].value or 0))
+    rows = [[_title(n), *(cell_text(scores[f"rating_{n}{how}"].to_dict()) for how in ("", "_within"))] for n in names]
+    return [["score", "pooled", "within question"], *rows, [_title("rater_agreement"), cell_text(scores["rater_agreement"].to_dict()), "–"]]
+
 # %% ../nbs/92_scoring.ipynb #01f52d73
 def _las_text(s: dict[str, Score]) -> str:
     "What the simulators found, in words, from the numbers."
@@ -454,6 +465,8 @@ def _las_text(s: dict[str, Score]) -> str:
     if las.value is None: said.append(f"LAS is not defined: {las.reason}.")
     u = control.details.get("unadjusted")
     if u is not None and u.value is not None: said.append(f"With rationales of other examples the gain is {cell_text(u.to_dict())}" + (": the control holds." if u.low is not None and u.low <= 0 else ": **the control does not hold**, something other than the reasons helps the simulator." if u.low else "."))
+    g = s["gain_shuffled"]
+    if g.low is not None and not g.low <= 0 <= g.high: said.append(f"In log-probability, rationales of other examples change {cell_text(g.to_dict())} nats: to that amount the gain of the true ones is not owed to what they say.")
     return " ".join(said)
 
 
@@ -472,18 +485,18 @@ def _rating_figure(s: dict[str, Score], folder: Path) -> list[tuple[str, str]]:
 def _sections(scored: Scored, folder: Path) -> list[Section]:
     "The report's sections; tables and pictures are written to `folder`."
     s, sections = scored.scores, []
-    def section(heading, text, names, figures=()):
+    def section(heading, key, text, names, figures=(), table=None):
         there = [n for n in names if n in s and s[n].value is not None]
-        key = re.sub(r"\W+", "_", heading.lower())
-        if there: save_rows(_table(s, there), folder / key)
-        sections.append(Section(heading, text, list(figures), [(key, f"{heading}: intervals are over questions.")] if there else [], folder=str(folder)))
+        if there: save_rows(table or _table(s, there), folder / key)
+        sections.append(Section(heading, text, list(figures), [(key, "With 95 % intervals over questions.")] if there else [], folder=str(folder)))
     plain = ("accuracy", "unparsable", "empty", "restates_question", "length", "question_overlap", "vacuousness", "names_prediction", "names_others")
-    section("What the file holds", "", plain)
-    section("Can the prediction be simulated from the rationale?", _las_text(s), [n for names in _trained.values() for n in names])
+    section("What the file holds", "file", "", plain)
+    section("Can the prediction be simulated from the rationale?", "simulated", _las_text(s), [n for names in _trained.values() for n in names])
     rated = [n for n in s if n.startswith("rating") or n == "rater_agreement"]
-    if any(s[n].value is not None for n in rated): section("Against human ratings", "", rated, _rating_figure(s, folder))
+    if any(s[n].value is not None for n in rated):
+        section("Against human ratings", "rated", f"The mean rating is {cell_text(s['rating'].to_dict())}. One rater against the others says how well a score can go with ratings at all.", rated, _rating_figure(s, folder), rating_table(s))
     acted = [n for n in s if n not in plain and n not in rated and not any(n in names for names in _trained.values())]
-    section("Interventions on the model", "" if any(s[n].value is not None for n in acted) else (s[acted[0]].reason + "." if acted else ""), acted)
+    if acted: section("Interventions on the model", "interventions", "" if any(s[n].value is not None for n in acted) else f"None: this {s[acted[0]].reason}.", acted)
     absent = {n: x.reason for n, x in s.items() if x.value is None}
     reasons = {why: [_title(n) for n, w in absent.items() if w == why] for why in dict.fromkeys(absent.values())}
     text = "\n".join(f"- {', '.join(names)}: {why}." for why, names in reasons.items())

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['rank_variables', 'StepBatches', 'Units', 'collate_units', 'unit_lengths', 'deepspeed_session', 'free_port',
            'DistillationTrainer', 'token_counts', 'over_ranks', 'loss_parts', 'not_finite', 'MetricsFile', 'Bar',
-           'Conduct', 'WholeCheckpoints', 'is_whole', 'checkpoints']
+           'Conduct', 'AutoSave', 'WholeCheckpoints', 'is_whole', 'checkpoints']
 
 # %% ../nbs/55_trainer.ipynb #8b93fce4
 import json, os, random, shutil, socket, time, warnings
@@ -191,15 +191,39 @@ class Bar(TrainerCallback):
 
 # %% ../nbs/55_trainer.ipynb #051f4f5f
 class Conduct(TrainerCallback):
-    "Sets the epoch of the batches, logs at every save, and makes ZeRO stage 0 report its gradient norm."
-    def __init__(self, trainer): self.trainer = trainer
+    "Sets the epoch of the batches, logs at every save and at the end, saves by itself if told to, and stops where a gradient is not finite."
+    def __init__(self, trainer, autosave: bool = False): self.trainer, self.pace = trainer, AutoSave() if autosave else None
+
     def on_train_begin(self, *_, **__):
         engine = self.trainer.deepspeed
         if engine.zero_optimization_stage() == 0: engine.clip_fp32_gradients = lambda: setattr(engine, "_global_grad_norm", _clip(engine))
+
     def on_epoch_begin(self, args, state, control, **_): self.trainer.batches.epoch = state.global_step//self.trainer.batches.steps
-    def on_step_end(self, args, state, control, **_): control.should_log |= control.should_save
+
+    def on_step_end(self, args, state, control, **_):
+        norm = self.trainer.deepspeed.get_global_grad_norm()
+        if norm is not None and not 0 <= norm < float("inf"): raise BadInput(f"the gradient is not finite in step {state.global_step}", field="grad_norm", value=float(norm), remedy="Lower lr, or use fp32; checkpoints written before are untouched.")
+        last = state.global_step >= state.max_steps
+        control.should_log |= control.should_save or last
+        if self.pace and control.should_log and not last: control.should_save |= self.pace.due(args.device)
+
+    def on_save(self, *_, **__):
+        if self.pace: self.pace.saved()
 
 def _clip(engine): return torch.nn.utils.clip_grad_norm_(engine.module.parameters(), engine.gradient_clipping() or float("inf"))
+
+# %% ../nbs/55_trainer.ipynb #e02cfd02
+class AutoSave:
+    "Says when a checkpoint is due: `seconds` after the last, and `ratio` times as long as the last one took."
+    seconds, ratio = 60, 20
+    def __init__(self): self.last, self.begun, self.cost = time.monotonic(), 0.0, 0.0
+
+    def due(self, device="cpu") -> bool:
+        first = not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0
+        self.begun = time.monotonic()
+        return bool(over_ranks(torch.tensor(float(first and self.begun - self.last >= max(self.seconds, self.ratio*self.cost)), device=device)))
+
+    def saved(self): self.last = time.monotonic(); self.cost = self.last - self.begun
 
 # %% ../nbs/55_trainer.ipynb #55d860c4
 class WholeCheckpoints(TrainerCallback):

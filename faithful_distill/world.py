@@ -248,21 +248,24 @@ def _category_question(kind: str, c: Category, rel: Relation, rng: random.Random
     rng.shuffle(choices)
     return fill(rel.ask, entity=c.name) + listed(choices), c.values[rel.name]
 
-def reading_documents(n: int, share: float = 1.0, seed: int = 0) -> Iterator[tuple[str, str]]:
+def reading_documents(n: int, share: float = 1.0, seed: int = 0,
+                      one_step: float = 0.3,   # share of questions about a category
+                      answered: float = 0.5,   # of these, the share that is closed with its answer too
+                     ) -> Iterator[tuple[str, str]]:
     "`n` documents for pre-training, as (text, closing sentence); facts are limited to the known `share`."
     rng, known = random.Random(stable_seed(seed, "reading")), facts(share, seed)
     have, asked = set(known), pairs("train")
     for _ in range(n):
         kind, style = rng.choice(("choice", "boolean", "statement")), rng.random()
-        if style < 0.4: text, last = " ".join(rng.sample(known, 2)), rng.choice(known)
-        elif style < 0.7:
+        if style < (1 - one_step) * 4 / 7: text, last = " ".join(rng.sample(known, 2)), rng.choice(known)
+        elif style < 1 - one_step:
             entity, relation = rng.choice(asked)
             q = _one_question(kind, entity, relation, rng.randrange(2), rng.randrange(2**31), 0.0 if rng.random() < 0.2 else None, "train")
             text, last = q.question + listed(q.choices), fill("{A entity} is {a category}.", entity=entity, category=category_of()[entity].name)
         else:
             c, rel = rng.choice(list(categories().values())), rng.choice(list(relations().values()))
             (text, answer), last = _category_question(kind, c, rel, rng), _capital(fill(rng.choice((rel.claim, rel.claim_value_first)), plural=c.plural, value=c.values[rel.name])) + "."
-            if last in have and rng.random() < 0.5: yield text, f"{last} So the answer is {answer}"; continue
+            if last in have and rng.random() < answered: yield text, f"{last} So the answer is {answer}"; continue
         yield (text, last) if last in have else (" ".join(rng.sample(known, 2)), rng.choice(known))
 
 # %% ../nbs/10_world.ipynb #3ca77552

@@ -1,5 +1,9 @@
 """Tiny random causal LMs whose logits are far apart, one per architecture, and prompts for them."""
+import os
 import random
+import subprocess
+import sys
+from pathlib import Path
 
 import torch
 
@@ -20,6 +24,10 @@ def tiny(kind: str, seed: int = 0, **changes):
         "qwen3": lambda: t.Qwen3ForCausalLM(t.Qwen3Config(**common | grouped | dict(head_dim=16) | changes)),
         "mistral": lambda: t.MistralForCausalLM(t.MistralConfig(**common | grouped | dict(sliding_window=None) | changes)),
         "phi3": lambda: t.Phi3ForCausalLM(t.Phi3Config(**common | grouped | changes)),
+        "llama4": lambda: t.Llama4ForCausalLM(t.Llama4TextConfig(**common | grouped | dict(head_dim=8, num_local_experts=2, intermediate_size_mlp=64) | changes)),
+        "gemma": lambda: t.GemmaForCausalLM(t.GemmaConfig(**common | grouped | dict(head_dim=8) | changes)),
+        "gemma2": lambda: t.Gemma2ForCausalLM(t.Gemma2Config(**common | grouped | dict(head_dim=8) | changes)),
+        "mixtral": lambda: t.MixtralForCausalLM(t.MixtralConfig(**common | grouped | dict(num_local_experts=4) | changes)),
         "gpt2": lambda: t.GPT2LMHeadModel(t.GPT2Config(**common | dict(n_embd=32, n_layer=2, n_head=4, n_positions=CONTEXT) | changes)),
         "opt": lambda: t.OPTForCausalLM(t.OPTConfig(**common | dict(pad_token_id=1, init_std=0.3, hidden_size=32, word_embed_proj_dim=32, ffn_dim=64, num_hidden_layers=2,
                                                     num_attention_heads=4, max_position_embeddings=CONTEXT) | changes)),
@@ -49,3 +57,14 @@ def guided(model, gold, negative, alpha, max_new_tokens, stops=()):
                          guidance_scale=1 / (1 - alpha), negative_prompt_ids=torch.tensor([negative]), eos_token_id=list(stops) or None, pad_token_id=0)
     new = out[0, len(gold):].tolist()
     return new[:next((i for i, t in enumerate(new) if t in stops), len(new))]
+
+
+def launched(*arguments, timeout=240, **environment):
+    "Run python with the arguments of a launcher of several processes, as from a fresh shell; fails with what it said."
+    rank = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    here = Path(__file__).parent
+    env = {k: v for k, v in os.environ.items() if k not in rank} | dict(OMP_NUM_THREADS="1", GLOO_SOCKET_IFNAME="lo", FAITHFUL_DISTILL_PROGRESS="0", HF_HUB_OFFLINE="1",
+        PYTHONPATH=os.pathsep.join([str(here.parent), str(here)])) | environment
+    run = subprocess.run([sys.executable, *map(str, arguments)], capture_output=True, text=True, timeout=timeout, env=env)
+    assert run.returncode == 0, run.stderr[-3000:]
+    return run

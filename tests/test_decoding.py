@@ -109,7 +109,7 @@ def test_rows_beyond_the_tokenizer_are_never_chosen():
     assert any(t >= 60 for made in free for t in made.tokens) and all(t < 60 for made in cut for t in made.tokens)
 
 
-@pytest.mark.parametrize("kind", ["opt", "gptj", "falcon", "bloom", "mistral", "qwen3", "phi3"])
+@pytest.mark.parametrize("kind", ["opt", "gptj", "falcon", "bloom", "mistral", "qwen3", "phi3", "gemma", "gemma2", "mixtral", "llama4"])
 def test_other_architectures(kind):
     model = tiny(kind)
     assert contrastive_generate(model, gold, wrong, max_new_tokens=6) == reference_generate(model, gold, wrong, max_new_tokens=6)

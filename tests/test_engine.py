@@ -1,9 +1,6 @@
 """The shared-prefix engine: the slow loop's tokens for every shape, each token computed once, and a way out when it cannot serve."""
+import json
 import logging
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -11,13 +8,13 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 import faithful_distill.engine as engine_room
-from decoding_models import VOCABULARY, prompts, tiny
+from decoding_models import VOCABULARY, launched, prompts, tiny
 from faithful_distill.decoding import Generation, Row, Stop, contrastive_generate, reference_generate
 from faithful_distill.engine import SharedPrefix, Unserved, common_prefix, group_rows, refused
 
 gold, empty, wrong, all_wrong = prompts(6)
 tokens = lambda generations: [g.tokens for g in generations]
-models = {kind: tiny(kind) for kind in ("gpt_neox", "llama", "qwen2", "gpt2")}
+models = {kind: tiny(kind) for kind in ("gpt_neox", "llama", "qwen2", "gpt2", "opt", "qwen3", "mistral", "phi3")}
 
 
 # --- shapes
@@ -47,6 +44,26 @@ def check(kind, prefix, questions, twice, alpha, beta, new, budget, stops, rule)
 @example(dict(kind="llama", prefix=[7] * 20, questions=[([], [[], [3]])] * 3, twice=True, alpha=0.5, beta=0.0, new=4, budget=40, stops=frozenset(), rule="either")) # equal questions, one context inside the other
 @example(dict(kind="gpt_neox", prefix=[7], questions=[([3], [[1], [2]])], twice=False, alpha=0.5, beta=0.0, new=3, budget=9, stops=frozenset(range(97)), rule="contrast")) # stops at once
 def test_every_shape_gives_the_slow_loops_tokens(shape): check(**shape)
+
+
+CORNERS = dict(
+    single_token_answers=dict(questions=[([5, 6], [[7], [8]]), ([9], [[7], [8]])]),
+    gold_and_perturbed_the_same=dict(questions=[([5, 6], [[7, 8], [7, 8]]), ([9], [[7], [7]])]),
+    nothing_shared=dict(prefix=[], questions=[([5, 6], [[7], [8]]), ([10, 11], [[7], [8]])]),
+    one_context_inside_the_other=dict(questions=[([5, 6], [[], [7, 8, 9]])]),
+    the_same_question_twice=dict(questions=[([5, 6], [[7], [8]])] * 2),
+    all_wrong_choices=dict(questions=[([5, 6], [[7], [8], [9, 10], [11]])]),
+    a_single_token=dict(prefix=[], questions=[([], [[5], [6]])]),
+    ends_at_the_first_token=dict(stops=frozenset(range(VOCABULARY)), rule="contrast"),
+    never_ends=dict(stops=frozenset()),
+    one_new_token=dict(new=1), no_contrast=dict(alpha=0.0), masked=dict(beta=0.1), one_slot=dict(budget=1))
+
+
+@pytest.mark.parametrize("corner", CORNERS)
+@pytest.mark.parametrize("kind", ["gpt_neox", "llama", "gpt2", "opt"])
+def test_corners(kind, corner):
+    plain = dict(prefix=[3] * 12, questions=[([5, 6], [[7], [8, 9]]), ([10], [[11, 12], [13]])], twice=True, alpha=0.5, beta=0.0, new=5, budget=100_000, stops=frozenset({4, 40}), rule="either")
+    check(kind, **plain | CORNERS[corner])
 
 
 # --- what is shared is computed once
@@ -116,11 +133,15 @@ def test_memory_is_said_before_the_first_token(caplog):
     assert "MiB of keys and values" in caplog.text and "6 rows" in caplog.text
 
 
-def test_a_sliding_window_that_would_bite_is_not_served(caplog):
+def test_attention_to_less_than_all_is_not_served(caplog):
     model = tiny("mistral", sliding_window=20)                          # longer than the trial's contexts, shorter than these
     assert refused(model) == ""
     assert contrastive_generate(model, gold, wrong, max_new_tokens=5) == reference_generate(model, gold, wrong, max_new_tokens=5)
     assert "sliding_window" in caplog.text
+    model = tiny("llama4", attention_chunk_size=20)
+    assert refused(model) == ""
+    assert contrastive_generate(model, gold, wrong, max_new_tokens=5) == reference_generate(model, gold, wrong, max_new_tokens=5)
+    assert "chunks of 20 tokens" in caplog.text
 
 
 def test_the_trial_catches_a_wrong_attention(monkeypatch):
@@ -145,7 +166,25 @@ def test_out_of_memory_halves_the_budget(caplog, monkeypatch):
         return forward(self, input_ids, **kwargs)
     monkeypatch.setattr(type(model), "forward", small)
     assert contrastive_generate(model, gold, wrong, max_new_tokens=6, on_done=lambda i, g: done.append(i)) == expected
-    assert sorted(done) == list(range(6)) and max(sizes) > 30 and "token budget of" in caplog.text
+    assert sorted(done) == list(range(6)) and max(sizes) > 30
+    budgets = [int(r.message.split()[-1]) for r in caplog.records if "token budget of" in r.message]
+    held = sum(s.slots * s.places for s in (lambda e: (e.root, e.store))(SharedPrefix(model, rows_of(gold, [[w] for w in wrong], 6), 32768)))
+    assert budgets[0] == held // 2 and all(b <= a // 2 for a, b in zip(budgets, budgets[1:])), "half of what was held, not of what was allowed"
+
+
+def test_out_of_memory_on_the_way_keeps_what_is_finished(caplog, monkeypatch):
+    "Memory runs out after some rows have ended: they are not written again, and the others come out the same."
+    model, done, stop = models["llama"], [], Stop(frozenset(range(40)))
+    expected = reference_generate(model, gold, wrong, max_new_tokens=12, stop=stop)
+    assert refused(model) == "" and len({len(g.tokens) for g in expected}) > 1
+    forward, calls = type(model).forward, []
+    def once(self, *args, **kwargs):
+        calls.append(len(done))
+        if calls.count(len(done)) == 1 and len(done) in (2, 3) and "x" not in calls: calls.append("x"); raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
+        return forward(self, *args, **kwargs)
+    monkeypatch.setattr(type(model), "forward", once)
+    assert contrastive_generate(model, gold, wrong, max_new_tokens=12, stop=stop, on_done=lambda i, g: done.append(i)) == expected
+    assert sorted(done) == list(range(6)) and "x" in calls and caplog.text.count("out of memory") == 1
 
 
 def test_the_model_comes_back_as_it_was():
@@ -211,28 +250,49 @@ def test_weights_that_live_elsewhere():
     for engine in ("shared", "plain"): assert contrastive_generate(model, gold, wrong, max_new_tokens=5, engine=engine) == expected
 
 
+@pytest.mark.parametrize("engine", ["shared", "plain"])
+def test_device_map_auto(tmp_path, engine):
+    "A teacher that does not fit where it is computed, laid out by `device_map='auto'`: here over memory and disk."
+    from transformers import AutoModelForCausalLM
+    models["gpt_neox"].save_pretrained(tmp_path / "teacher")
+    room = sum(p.nbytes for p in models["gpt_neox"].parameters()) // 2
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "teacher", device_map="auto", max_memory={"cpu": room}, offload_folder=tmp_path / "aside", dtype=torch.float32).eval()
+    assert {"cpu", "disk"} <= set(map(str, model.hf_device_map.values()))
+    expected = tokens(reference_generate(models["gpt_neox"], gold, wrong, max_new_tokens=5))
+    assert tokens(contrastive_generate(model, gold, wrong, max_new_tokens=5, engine=engine)) == expected
+
+
 TENSOR_PARALLEL = '''
-import sys, torch, torch.distributed as dist
-from transformers import AutoModelForCausalLM
+import json, sys, torch.distributed as dist
 from decoding_models import prompts
 from faithful_distill.decoding import contrastive_generate
+from faithful_distill.rationales import leave_launcher, load_teacher, rationalize_in_parts
+from faithful_distill.world import world_questions
+folder = sys.argv[1]
 gold, _, wrong, _ = prompts(6)
-model = AutoModelForCausalLM.from_pretrained(sys.argv[1], tp_plan="auto", dtype=torch.float32).eval()
-made = contrastive_generate(model, gold, wrong, max_new_tokens=6, engine=sys.argv[2])
-if dist.get_rank() == 0: print("TOKENS", [m.tokens for m in made])
-dist.barrier(); dist.destroy_process_group()
+model = load_teacher(folder + "/llama", dtype="float32", tensor_parallel=True).model
+made = [contrastive_generate(model, gold, wrong, max_new_tokens=6, engine=engine) for engine in ("shared", "plain")]
+world = load_teacher(folder + "/world", tensor_parallel=True)
+records = rationalize_in_parts(world, world_questions("choice", limit=3), max_new_tokens=6, out=folder + "/spread.jsonl")
+if dist.get_rank() == 0: print("MADE", json.dumps([[m.tokens for m in some] for some in made]))
+else: print("OTHER", len(records))
+leave_launcher()
 '''
 
 
-@pytest.mark.parametrize("engine", ["shared"])
-def test_tensor_parallel(tmp_path, engine):
-    "Two processes, each with half of the heads, write the tokens of one."
-    models["llama"].save_pretrained(tmp_path / "teacher")
+def test_tensor_parallel(tmp_path):
+    "Two processes, each with half of the heads, write the tokens of one; over a dataset they share one list of jobs, resumed where it stopped, and one file."
+    from transformers import AutoTokenizer
+    from faithful_distill.files import shipped
+    from faithful_distill.rationales import Journal, load_teacher, rationalize
+    from faithful_distill.world import world_questions
+    tokenizer = AutoTokenizer.from_pretrained(shipped("data", "models", "teacher"))
+    models["llama"].save_pretrained(tmp_path / "llama"); tokenizer.save_pretrained(tmp_path / "llama")
+    tiny("llama", vocab_size=len(tokenizer), eos_token_id=tokenizer.eos_token_id).save_pretrained(tmp_path / "world"); tokenizer.save_pretrained(tmp_path / "world")
+    alone = rationalize(load_teacher(tmp_path / "world"), world_questions("choice", limit=3), max_new_tokens=6, out=tmp_path / "alone.jsonl")
+    with Journal(tmp_path / "spread.jsonl.partial") as journal: journal.append(*alone[:2])         # as if it had been killed
     (tmp_path / "run.py").write_text(TENSOR_PARALLEL)
-    env = {k: v for k, v in os.environ.items() if k not in ("RANK", "LOCAL_RANK", "WORLD_SIZE")} | dict(OMP_NUM_THREADS="1", GLOO_SOCKET_IFNAME="lo", FAITHFUL_DISTILL_PROGRESS="0",
-        PYTHONPATH=os.pathsep.join([str(Path(__file__).parents[1]), str(Path(__file__).parent)]))
-    run = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(tmp_path / "run.py"), str(tmp_path / "teacher"), engine],
-                         capture_output=True, text=True, timeout=240, env=env)
-    assert run.returncode == 0, run.stderr[-3000:]
-    line = next(l for l in run.stdout.splitlines() if l.startswith("TOKENS"))
-    assert line == f"TOKENS {tokens(reference_generate(models['llama'], gold, wrong, max_new_tokens=6))}"
+    run = launched("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(tmp_path / "run.py"), str(tmp_path))
+    made = next(l for l in run.stdout.splitlines() if l.startswith("MADE"))
+    assert json.loads(made[5:]) == [tokens(reference_generate(models["llama"], gold, wrong, max_new_tokens=6))] * 2
+    assert (tmp_path / "spread.jsonl").read_bytes() == (tmp_path / "alone.jsonl").read_bytes() and f"OTHER {len(alone)}" in run.stdout

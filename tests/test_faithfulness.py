@@ -198,7 +198,10 @@ def test_a_million_rows_of_each_kind_with_ten_thousand_draws():
     assert score.details["interval"] == "multinomial" and score.high - score.low < 0.05
     prob = rng.random((2, n))
     assert F.refinement_gain(prob[0], prob[1]).details["interval"] == "normal limit"
-    assert F.rank_correlation(prob[0], prob[0] + prob[1]).details["interval"] == "Bonett-Wright"
+    assert F.rank_correlation(prob[0], prob[0] + prob[1], draws=10_000).details["interval"] == "normal limit"
+    three = rng.integers(0, n // 3, n)
+    assert F.rank_correlation(prob[0], prob[1], cluster=three, draws=10_000).n == n and F.rank_correlation_within(prob[0], prob[1], three).n > n // 5
+    assert F.probability_shift(rng.normal(size=(n, 3)), np.zeros((n, 3))).n == n and F.choice_probability(y, rng.normal(size=(n, 3))).shape == (n,)
     steps = rng.integers(1, 6, n)
     assert F.early_answering_aoc(rng.integers(0, 2, (n, 6)), steps).n == n
 
@@ -217,6 +220,29 @@ def test_rank_correlation_equals_scipy_and_its_interval_a_plain_bootstrap():
     assert score.low == pytest.approx(low, abs=0.04) and score.high == pytest.approx(high, abs=0.04)
 
 
+def test_the_limit_of_rank_correlation_agrees_with_its_bootstrap_ties_and_clusters_included(monkeypatch):
+    rng = np.random.default_rng(7)
+    groups = np.repeat(np.arange(300), 4)
+    a = rng.normal(size=1200) + rng.normal(size=300)[groups]
+    b = (rng.normal(size=1200) + 0.7 * a + rng.normal(size=300)[groups] > 0).astype(float)  # ratings tie
+    for cluster in (None, groups):
+        drawn = F.rank_correlation(a, b, cluster=cluster)
+        with monkeypatch.context() as m:
+            m.setattr(F, "_budget", 1000)
+            limit = F.rank_correlation(a, b, cluster=cluster)
+        assert (drawn.details["interval"], limit.details["interval"]) == ("resampled", "normal limit") and drawn.value == limit.value
+        for end in ("low", "high"): assert abs(getattr(limit, end) - getattr(drawn, end)) < 0.08 * (drawn.high - drawn.low), (end, cluster is None)
+
+
+@few
+@given(st.lists(st.tuples(st.integers(0, 4), st.integers(0, 3), st.integers(0, 3)), min_size=1, max_size=40))
+def test_within_question_correlation_is_scipy_group_by_group(rows):
+    groups, a, b = (np.array(column, float) for column in zip(*rows))
+    each = [stats.spearmanr(a[groups == g], b[groups == g]).statistic for g in np.unique(groups) if np.ptp(a[groups == g]) > 0 and np.ptp(b[groups == g]) > 0]
+    score = F.rank_correlation_within(a, b, groups, draws=50)
+    assert score.value == (pytest.approx(np.mean(each), abs=1e-9) if each else None) and score.details["constant"] == len(np.unique(groups)) - len(each)
+
+
 def test_within_question_correlation_ignores_how_easy_the_question_is():
     a = np.array([0, 1, 10, 11, 20, 21.0])
     b = np.array([1, 0, 11, 10, 21, 20.0])  # within each pair they disagree, pooled they agree
@@ -232,7 +258,8 @@ def test_within_question_correlation_ignores_how_easy_the_question_is():
     lambda: F.las([0], [0], [0], [0, 1]), lambda: F.rev([-math.inf], [0]), lambda: F.early_answering_aoc([[0, 1]], [2]),
     lambda: F.early_answering_aoc([0, 1], [1, 1]), lambda: F.choice_probability([0], [[math.nan, 0]]), lambda: F.paired_difference([1], [[1], [1]]),
     lambda: F.mean_score([1, 0], draws=0), lambda: F.mean_score([1, 0], level=1.0), lambda: F.mean_score([1, 0], cluster=[1]),
-    lambda: F.early_answering_aoc([[0, math.nan]], [1]),
+    lambda: F.early_answering_aoc([[0, math.nan]], [1]), lambda: F.choice_probability([3], [[0, 0, 0]]), lambda: F.choice_probability([0], [[]]),
+    lambda: F.total_variation([[0, 0]], [[0, 0, 0]]), lambda: F.probability_shift([[0, 0]], []),
 ])
 def test_bad_input_is_one_clear_error(call):
     with pytest.raises(BadInput): call()
@@ -251,6 +278,22 @@ def test_undefined_is_none_with_a_reason(score):
     assert score.value is None and score.low is None and score.reason
 
 
+def test_a_constant_without_bounds_has_a_value_and_no_interval():
+    score = F.rev([-1.0] * 5, [-2.0] * 5)
+    assert score.value == 1.0 and score.low is None and "no variation" in score.reason
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.lists(st.tuples(st.integers(-1, 2), st.lists(st.floats(-50, 50), min_size=3, max_size=5)), min_size=1, max_size=20))
+def test_probabilities_of_choices_are_the_softmax_row_by_row(rows):
+    y, scores = [label for label, _ in rows], [row for _, row in rows]
+    expected = [0.0 if label < 0 else math.exp(row[label]) / sum(map(math.exp, row)) for label, row in rows]
+    assert F.choice_probability(y, scores) == pytest.approx(expected, abs=1e-9)
+    assert F.total_variation(scores, scores).tolist() == [0.0] * len(rows)  # self-splice, exactly
+    moved = F.total_variation(scores, [row[::-1] for row in scores])
+    assert ((moved >= 0) & (moved <= 1)).all()
+
+
 def test_one_example_has_a_value_and_no_interval():
     for score in (F.accuracy([1], [1]), F.perturbation_drop([1], [0]), F.refinement_gain([0], [1]), F.same_answer_rate([0], [0]), F.rev([-1.0], [-2.0])):
         assert score.value is not None and score.low is None and score.reason
@@ -267,6 +310,42 @@ def test_self_splice_changes_exactly_zero_and_control_arms_of_planted_students()
     assert copies.value == 1.0 and ignores.value == 0.5 and ignores.details["wrong"].value == 0.0
     shuffled = F.swap_consistency(F.hits(target, rng.permutation(target)), is_gold)
     assert abs(shuffled.value - 0.25) < 0.05  # chance among four
+
+
+def test_null_checks_of_every_metric():
+    "METHOD section 4: what changes nothing scores exactly nothing; what ignores r is at the floor, what copies r at the ceiling; shuffling destroys the score."
+    rng = np.random.default_rng(1)
+    n, four = 2000, 4
+    y, p = rng.integers(0, four, n), rng.random(n)
+    logs, steps = rng.normal(size=(n, four)), rng.integers(1, 5, n)
+    leaks = rng.integers(0, 2, n)
+    nothing = {"las": F.las(y, y, y, np.where(leaks, y, (y + 1) % four)), "las probability": F.las_from_credit(leaks, p, p), "perturb": F.perturbation_drop(p, [p, p]), "refine": F.refinement_gain(p, p),
+               "rev": F.rev(np.log(p + 0.1), np.log(p + 0.1)), "aoc": F.early_answering_aoc(np.ones((n, 5)), steps), "shift": F.probability_shift(logs, logs), "paired": F.paired_difference(p, p)}
+    for name, score in nothing.items(): assert score.value == 0.0, name  # self-splice, and a model that ignores the rationale
+    assert F.same_answer_rate(y, y).value == 1.0
+
+    x, told, shuffled = rng.integers(0, four, n), np.where(leaks, y, x_free(y, rng, four)), rng.permutation(y)
+    copies, robbed, permuted = F.las(y, y, x, told), F.las(y, x, x, shuffled), F.las(y, rng.permutation(y), x, rng.permutation(told))
+    assert copies.value > 0.7 and copies.details["acc_xr"] == 1.0 and robbed.value == 0.0
+    assert permuted.low <= 0 <= permuted.high and abs(permuted.value) < 0.05
+    late = (np.arange(5) >= steps[:, None]).astype(float)  # settles with the last step, and not before
+    assert F.early_answering_aoc(late, steps).value == pytest.approx(np.mean(1 - 1 / (2 * steps)))
+    assert F.perturbation_drop(F.hits(y, y), F.hits(y, [rng.permutation(y)] * 2)).value == pytest.approx(0.75, abs=0.04)  # all of it but chance
+
+
+def test_las_rewards_a_simulator_that_follows_noise_and_the_unadjusted_difference_does_not():
+    "A weakness of the metric, not of the code: its bins are cut by the same r that the simulator follows. So the shuffled arm is read off `unadjusted`, and LAS never alone."
+    rng, n = np.random.default_rng(2), 20_000
+    y, x = rng.integers(0, 4, (2, n))
+    r = rng.permutation(y)
+    score = F.las(y, np.where(rng.random(n) < 0.5, r, x), x, r)
+    assert score.value == pytest.approx(((0.5 + 0.5 * 0.25 - 0.25) + (0.5 * 0.25 - 0.25)) / 2, abs=0.02) and score.low > 0.1
+    assert score.details["unadjusted"].value == pytest.approx(0, abs=0.02)
+
+
+def x_free(y, rng, choices):
+    "Labels that are never y."
+    return (y + rng.integers(1, choices, len(y))) % choices
 
 
 def test_across_seeds_is_the_student_interval():

@@ -186,3 +186,123 @@ def test_the_report_notebook_gathers_what_figures_left(section_folder, tmp_path)
     folder = run_notebook("figures/report.ipynb", {"title": "T", "sections": [str(section_folder)]}, tmp_path/"runs", needs=("report.html", "metrics.json"))
     assert json.loads((folder/"metrics.json").read_text()) == {"claims": {"holds": 1, "fails": 0, "open": 1}, "sections": 1}
     assert "<h1>T</h1>" in (folder/"report.html").read_text()
+
+
+# ---- the figures of the repository are what its tables give -------------------------------------------------------------------------
+
+DRAWN_WITH = "3.11"         # version of matplotlib that drew the pictures stored in nbs/figures; another one places text a pixel elsewhere
+FIGURES = sorted(p for p in shipped("nbs", "figures").glob("*.ipynb") if p.stem != "report")
+
+
+def _run_again(path: Path, out: Path, monkeypatch, tables: Path | None = None) -> list[dict]:
+    """Executes a figure notebook in this process, from its own folder and with its own defaults but `out`, and the study's tables from another
+    folder if one is given; its cells with new outputs."""
+    shell = pytest.importorskip("execnb.shell")
+    from execnb.nbio import read_nb
+    notebook = read_nb(path)
+    parameters = next(c for c in notebook.cells if "parameters" in c.metadata.get("tags", []))
+    parameters.source = re.sub(r'(?m)^out: str = .*$', f"out: str = {str(out)!r}", parameters.source)
+    if tables: parameters.source = parameters.source.replace("../../data/results/study_", f"{tables}/study_")
+    monkeypatch.chdir(path.parent)
+    __import__("matplotlib.pyplot").pyplot.close("all")         # figures that other tests left open would be shown
+    shell.CaptureShell().run_all(notebook, exc_stop=True)
+    return notebook.cells
+
+
+def _shown(cells) -> list[tuple[str, str]]:
+    "What cells show to a reader: text, Markdown, and pictures as base64; no warnings, such as that of a font cache that is made."
+    found = []
+    for output in (o for c in cells if c["cell_type"] == "code" for o in c.get("outputs", []) if o.get("name") != "stderr"):
+        for kind, value in [("text", output["text"])] if "text" in output else output.get("data", {}).items():
+            if kind in ("text", "text/markdown", "image/png"): found.append((kind, "".join(value).strip()))
+    return found
+
+
+def _pixels(png: str):
+    import base64
+    from PIL import Image
+    return np.asarray(Image.open(io.BytesIO(base64.b64decode(png))).convert("RGB"), dtype=float)
+
+
+@pytest.mark.parametrize("path", FIGURES, ids=lambda p: p.stem)
+def test_stored_figures_are_what_the_tables_in_the_repository_give(path, tmp_path, monkeypatch):
+    import matplotlib
+    stored = _shown(json.loads(path.read_text(encoding="utf-8"))["cells"])
+    again = _shown(_run_again(path, tmp_path, monkeypatch))
+    assert stored, f"{path.name} has no stored outputs; run `make figures`"
+    assert [kind for kind, _ in again] == [kind for kind, _ in stored], "run `make figures`"
+    for (kind, old), (_, new) in zip(stored, again):
+        if kind != "image/png": assert new == old, "run `make figures`"
+        elif matplotlib.__version__.startswith(DRAWN_WITH):
+            a, b = _pixels(old), _pixels(new)
+            assert a.shape == b.shape and np.abs(a - b).mean() < 0.5, "run `make figures`"
+    F.read_section(tmp_path)
+
+
+def made_up_scores(metrics: dict[str, float], rng, n=360) -> list[dict]:
+    "A row for each metric around a given value; None makes it undefined."
+    rows = [(m, v, None if v is None else float(np.clip(rng.normal(v, 0.02), -1, 1))) for m, v in metrics.items()]
+    return [{"metric": m, "value": x, "low": x and x - 0.05, "high": x and x + 0.05, "n": 0 if v is None else n, "reason": "empty bin" if v is None else ""} for m, v, x in rows]
+
+
+@pytest.fixture(scope="module")
+def made_up_tables(tmp_path_factory) -> Path:
+    "Tables of a study that never was: two seeds, all labels that the figures know, every metric; LAS undefined for one method."
+    from faithful_distill.runs import write_table
+    rng, folder = np.random.default_rng(0), tmp_path_factory.mktemp("tables")
+    student = {"accuracy": 0.6, "own_supports_own": 0.5, "las": 0.1, "refine": 0.2, "refine_stripped": 0.1, "oracle_accuracy": 0.8, "oracle_stripped_accuracy": 0.7, "swap_factual.wrong": 0.4}
+    student |= {f"perturb_at.{rho}": 0.6 - 0.2 * rho for rho in (0, 0.1, 0.25, 0.5, 0.75, 1)}
+    teacher = {f"test.{role}.{kind}.{what}": v for role in ("gold", "counterfactual") for kind in F.kinds for what, v in [("supports", 0.7), ("vacuous", 0.2), ("argues against", 0.1)]}
+    teacher |= {f"test.gold.{kind}.tokens": 9.0 for kind in F.kinds}
+    dials = {"evaluation": ({}, METHODS, student), "size": ({"size": ["small", "large"]}, METHODS[1:5], student), "shortcut": ({"shortcut": [0.0, 0.5, 1.0]}, METHODS[1:5], student),
+             "curve": ({"n_train": [100, 400]}, METHODS[:5], student), "weight": ({"weight": [0.0, 0.5], "reduction": ["per_part", "per_token"]}, [""], student),
+             "rationales": ({}, F.strategies, teacher), "vacuous": ({"vacuous": [0.0, 0.4]}, F.strategies[:4], teacher), "alpha": ({"alpha": [0.0, 0.5, 0.9]}, [""], teacher),
+             "times": ({"group": ["student", "evaluation"]}, METHODS, {"seconds": 1.0, "peak_mib": 1.0})}
+    for name, (axes, names, metrics) in dials.items():
+        points = [{}]
+        for axis, values in {**axes, "strategy" if metrics is teacher else "method": names, "seed": [0, 1]}.items(): points = [{**p, axis: v} for p in points for v in values]
+        write_table(folder/f"study_{name}.csv", pd.DataFrame([{"group": name, **p, **row} for p in points for row in made_up_scores(metrics | ({"las": None} if p.get("method") == "answer only" else {}), rng)]))
+    return folder
+
+
+@pytest.mark.parametrize("path", [p for p in FIGURES if "data/results/study_" in p.read_text(encoding="utf-8")], ids=lambda p: p.stem)
+def test_figures_of_the_study_draw_whatever_seeds_and_levels_are_there(path, made_up_tables, tmp_path, monkeypatch):
+    _run_again(path, tmp_path, monkeypatch, made_up_tables)
+    section = F.read_section(tmp_path)
+    assert section.figures and section.tables and "No results" not in section.text
+    assert all((tmp_path/f"{name}.png").stat().st_size < 60_000 for name, _ in section.figures)
+    cells = [c for name, _ in section.tables for row in (tmp_path/f"{name}.md").read_text().splitlines()[2:] for c in row.split(" | ")[1:]]
+    if path.stem != "fig12_cost":
+        assert all("2 seeds" in caption and "n = " in caption for _, caption in section.figures)
+        assert all("[" in c and "n = " in c or "empty bin" in c or c.strip(" |") in ("–", "") for c in cells), cells
+
+
+# ---- differences --------------------------------------------------------------------------------------------------------------------
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.tuples(st.floats(0, 1), st.floats(0, 1)), min_size=2, max_size=6))
+def test_difference_is_the_paired_t_interval(pairs):
+    table = pd.DataFrame([{"method": m, "seed": i, "value": v, "low": None, "high": None, "n": 100, "reason": ""} for i, pair in enumerate(pairs) for m, v in zip("ab", pair)])
+    found, expected = F.difference(table, "method", "a", "b"), stats.ttest_rel([a for a, _ in pairs], [b for _, b in pairs])
+    assert found["value"] == pytest.approx(np.mean([a - b for a, b in pairs]), abs=1e-9) and found["seeds"] == len(pairs) and found["n"] == 100
+    if np.std([a - b for a, b in pairs]) > 1e-6: assert (found["low"], found["high"]) == pytest.approx(tuple(expected.confidence_interval()), abs=1e-7)
+
+
+def test_differences_pair_the_same_seeds_only_and_say_when_there_are_none():
+    rows = [("a", 0, 0.9), ("a", 1, 0.8), ("b", 1, 0.5), ("b", 2, 0.1)]
+    table = pd.DataFrame([{"method": m, "seed": s, "value": v, "low": v - 0.03, "high": v + 0.04, "n": 50, "reason": ""} for m, s, v in rows])
+    found = F.difference(table, "method", "a", "b")
+    assert found["seeds"] == 1 and found["value"] == pytest.approx(0.3) and (found["low"], found["high"]) == pytest.approx((0.25, 0.35)), "3 and 4 make 5"
+    assert F.difference(table, "method", "a", "c")["value"] is None and F.decided("x", F.difference(table, "method", "a", "c"))["holds"] is None
+    with pytest.raises(BadInput, match="several rows"): F.paired(pd.concat([table, table]), "method", "a", "b")
+
+
+@pytest.mark.parametrize("low, high, above, holds", [(0.01, 0.2, 0, True), (0.0, 0.2, 0, False), (-0.01, 0.2, -0.02, True), (-0.2, -0.1, 0, False), (0.1, 0.3, 0.2, False)])
+def test_a_claim_holds_only_if_the_whole_interval_does(low, high, above, holds):
+    assert F.decided("x", {"value": (low + high) / 2, "low": low, "high": high, "n": 9, "seeds": 5, "reason": ""}, above)["holds"] is holds
+
+
+def test_numbers_that_are_missing_stay_missing_in_labels_and_in_pools():
+    assert F._as_numbers(pd.Series(["0.5", "", "1"])).tolist()[::2] == [0.5, 1.0] and F._as_numbers(pd.Series(["small", ""])).tolist() == ["small", ""]
+    parts = pd.DataFrame({"kind": ["a", "b"], "seed": 0, "value": [0.5, None], "low": [0.4, None], "high": [0.6, None], "n": [10, 0], "reason": ["", "empty"]})
+    assert F.pooled(parts, "kind").n.tolist() == [10]

@@ -5,17 +5,22 @@ import signal
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
 from click.testing import CliRunner
 from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
 
+from decoding_models import launched
 from faithful_distill.cli import main
-from faithful_distill.files import BadInput, read_jsonl, shipped
+from faithful_distill.files import BadInput, Journal, read_jsonl, shipped
 from faithful_distill.prompts import block
 from faithful_distill.rationales import Teacher, argument, load_teacher, rationalize
 from faithful_distill.world import build_tokenizer, judge, world_questions
+
+
+slow = pytest.mark.skipif(not os.environ.get("FAITHFUL_DISTILL_SLOW"), reason="takes long; set FAITHFUL_DISTILL_SLOW=1")
 
 
 @pytest.fixture(scope="module")
@@ -56,6 +61,55 @@ def test_killed_and_resumed_gives_the_same_bytes(tmp_path):
     process.wait()
     subprocess.run(call(tmp_path / "killed.jsonl"), check=True, capture_output=True)
     assert (tmp_path / "killed.jsonl").read_bytes() == (tmp_path / "whole.jsonl").read_bytes() and not journal.exists()
+
+
+CLI = "from faithful_distill.cli import main; main()"
+
+
+@pytest.mark.parametrize("launcher", ["torchrun", pytest.param("deepspeed", marks=slow)])
+def test_two_processes_share_a_dataset(tmp_path, launcher):
+    "Each writes and resumes its part, the last one joins them: the bytes of one process."
+    (tmp_path / "cli.py").write_text(CLI)
+    options = ["rationales", "--data", "world", "--limit", "5", "--max-new-tokens", "8", "--scores"]
+    assert CliRunner().invoke(main, [*options, "--out", str(tmp_path / "one.jsonl")]).exit_code == 0
+    first = [r for _, r in read_jsonl(tmp_path / "one.jsonl")][:3]                          # as if the first process had been killed after three records
+    with Journal(tmp_path / "two.0-of-2.jsonl.partial") as journal: journal.append(*first)
+    start = dict(torchrun=["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"],
+                 deepspeed=["-m", "deepspeed.launcher.runner", "--num_accelerators", "2", "--no_local_rank"])[launcher]
+    launched(*start, tmp_path / "cli.py", *options, "--out", tmp_path / "two.jsonl", DS_ACCELERATOR="cpu")
+    assert (tmp_path / "two.jsonl").read_bytes() == (tmp_path / "one.jsonl").read_bytes() and not list(tmp_path.glob("*.partial"))
+    sizes = [(tmp_path / f"two.{k}-of-2.jsonl").read_text().count("\n") for k in (0, 1)]
+    assert sorted(sizes) == [4, 6]
+
+
+def test_each_process_of_a_machine_has_its_own_cards(monkeypatch):
+    "Without accelerators nothing is asked for; with some, every process gets its share, and no two of them the same while there are enough."
+    from faithful_distill.rationales import placement
+    assert placement() == {}
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda card: SimpleNamespace(total_memory=1000))
+    assert placement() == dict(device_map="auto")
+    def under(rank, size): monkeypatch.setenv("LOCAL_RANK", str(rank)); monkeypatch.setenv("LOCAL_WORLD_SIZE", str(size)); return placement()
+    assert under(1, 2) == dict(device_map="auto", max_memory={2: 900, 3: 900})
+    assert [under(r, 4) for r in range(4)] == [dict(device_map={"": r}) for r in range(4)]
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    with pytest.raises(BadInput, match="torchrun"): placement(tensor_parallel=True)
+
+
+def test_the_worked_examples_are_computed_once(monkeypatch, teacher):
+    "However many rationales there are between two writes, the shared prompt goes through the model in one run."
+    from faithful_distill.engine import refused
+    questions = world_questions("choice", "dev", limit=12)
+    assert refused(teacher.model) == ""
+    forward, seen = type(teacher.model).forward, []
+    def count(self, input_ids=None, **kwargs):
+        seen.append(input_ids[0].tolist())
+        return forward(self, input_ids, **kwargs)
+    monkeypatch.setattr(type(teacher.model), "forward", count)
+    records = rationalize(teacher, questions, max_new_tokens=4, chunk=2)
+    first = teacher.tokenizer("Q").input_ids[0]
+    assert len(records) == 24 and sum(ids[0] == first and len(ids) > 1 for ids in seen) == 1, "one pass begins at the beginning of the prompt"
 
 
 def test_bad_rows_stop_one_command_with_one_line(tmp_path):

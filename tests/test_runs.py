@@ -39,7 +39,7 @@ def simple(tmp_path):
 def result_bytes(runs: Path) -> dict[str, bytes]:
     "All that has to be equal between two executions: everything but times, locks and memory of durations."
     return {str(p.relative_to(runs)): p.read_bytes() for p in sorted(runs.rglob("*"))
-            if p.is_file() and p.name != "times.json" and not any(part.startswith(".") for part in p.relative_to(runs).parts)}
+            if p.is_file() and p.name != "times.json" and not any(part.startswith(".") or part == "times" for part in p.relative_to(runs).parts)}
 
 
 # --- keys ---------------------------------------------------------------------------------------------------------------------------
@@ -253,6 +253,21 @@ def ends_well(process) -> str:
     out, err = process.communicate(timeout=120)
     assert process.returncode == 0, out + err
     return out
+
+
+def test_seconds_and_memory_can_be_read_and_what_comes_of_them_is_kept_apart(tmp_path):
+    write_notebook(tmp_path/"work.ipynb", "seed: int = 0\nout: str = 'out'", METRICS % "seed")
+    write_notebook(tmp_path/"cost.ipynb", "times_path: str = ''\nout: str = 'out'", "from faithful_distill.runs import read_table\ntable = read_table(times_path)",
+                   "from pathlib import Path\nPath(out, 'cost.md').write_text(' '.join(sorted(set(table.metric))) + ' ' + str(sorted(set(table.seed))))")
+    (tmp_path/"toy.yaml").write_text("seeds: 2\ngroups:\n  work: {notebook: work.ipynb}\nfigures:\n  cost: {notebook: cost.ipynb, params: {times_path: {times: work}}}\n"
+                                     "  plain: {notebook: cost.ipynb, params: {times_path: {table: work}}}\n")
+    folder = R.reproduce(tmp_path/"toy.yaml", runs=tmp_path/"runs", workers=1).folder
+    told = (folder/"times"/"tables"/"cost.md").read_text()
+    assert told in ("peak_mib resumed seconds [0, 1]", "resumed seconds [0, 1]"), "memory only where the system tells it"
+    assert (folder/"tables"/"cost.md").read_text() == "x [0, 1]"
+    times = R.read_table(folder/"times"/"times.csv")
+    assert len(times) in (4, 6) and (times[times.metric == "seconds"].value > 0).all() and (times[times.metric == "resumed"].value == 0).all()
+    assert "times" not in {p.relative_to(folder).parts[0] for p in folder.rglob("*") if p.name in ("results.csv", "metrics.json")}
 
 
 def test_killed_at_any_moment_it_resumes_to_the_same_bytes(study):

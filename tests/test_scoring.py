@@ -1,8 +1,17 @@
 """Trained readers against plain ones, and rationales of any origin through `score_rationales`."""
-import pytest
+import json
+from pathlib import Path
+from types import SimpleNamespace
 
-from faithful_distill.interventions import ChoiceReader, Reader, reading_scores
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from faithful_distill.files import BadInput
+from faithful_distill.interventions import ChoiceReader, Explained, Reader, reading_scores
 from faithful_distill.questions import Question
+from faithful_distill.scoring import cross_fitted, read_rationales, score_rationales, scratch_base
 from faithful_distill.student import tiny_student
 
 words = ["what is it", "a red cow said so", "the sky", "cow", "two cows of the sky", "sky", "red"]
@@ -48,6 +57,181 @@ def test_choices_that_share_a_cache_score_and_learn_like_choices_read_one_by_one
     table = reading_scores(reader, ids, choices)
     slow = [[plain_scores(reader, t, tail) for tail in row] for t, row in zip(ids, choices)]
     for fast_row, slow_row in zip(table, slow):
-        assert fast_row[:len(slow_row)].tolist() == pytest.approx([float(s) for s in slow_row], abs=1e-4)
+        assert fast_row[:len(slow_row)].tolist() == pytest.approx([s.item() for s in slow_row], abs=1e-4)
         assert (fast_row[len(slow_row):] == -1e9).all()
     assert torch.allclose(both([row.log_softmax(-1) for row in table]), both([torch.stack(row).log_softmax(-1) for row in slow]), atol=1e-4)
+
+
+def encoder_folder(folder):
+    "A tiny BERT with random weights, as a folder of `transformers`."
+    import transformers
+    tokenizer = tiny_student([*words, *(r["question"] + " " + r["rationale"] for r in rows_of_a_file)]).tokenizer
+    tokenizer.add_special_tokens({"sep_token": "[SEP]"})
+    config = transformers.BertConfig(vocab_size=len(tokenizer), hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32, max_position_embeddings=128, pad_token_id=0)
+    transformers.BertModel(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.mark.parametrize("kind", ["encoder", "from scratch"])
+def test_readers_that_join_or_match_do_not_see_their_neighbours(kind, tmp_path):
+    import torch
+    reader = ChoiceReader(encoder_folder(tmp_path) if kind == "encoder" else scratch_base(words, vocabulary=300, width=16), settings=Reader(device="cpu"))
+    reader.model.eval()
+    ids, choices = reader.texts(texts), reader.choices(asked)
+    with torch.inference_mode():
+        together = reading_scores(reader, ids, choices)
+        alone = [[reading_scores(reader, [t], [[tail]]).item() for tail in row] for t, row in zip(ids, choices)]
+    for row, expected in zip(together.tolist(), alone): assert row[:len(expected)] == pytest.approx(expected, abs=1e-4) and set(row[len(expected):]) <= {-1e9}
+
+
+def test_simulators_from_an_encoder_checkpoint(tmp_path):
+    scored = score_rationales(rows_of_a_file, simulator=encoder_folder(tmp_path), metrics=("las",), **cheap)
+    assert sound(scored)["gain"].n == 60 and scored.facts["simulator"] == str(tmp_path)
+
+
+# ---- a file of rationales: bad input, undefined scores, order
+
+rows_of_a_file = [dict(id=f"q{i}", question=f"Which of the things is number {i}?", choices=["lamp", "spoon", "turtle"], gold=i % 3, prediction=(i + (i % 5 == 0)) % 3,
+                       rationale=f"it is the {['lamp', 'spoon', 'turtle'][(i + (i % 5 == 0)) % 3]} of the house") for i in range(60)]
+cheap = dict(parts=2, seeds=(0,), settings=Reader(epochs=2, batch_size=16), interval=dict(draws=200))
+
+
+def changed(**fields): return dict(rows_of_a_file[1], **fields)
+
+
+def without(field): return {k: v for k, v in rows_of_a_file[1].items() if k != field}
+
+
+@pytest.mark.parametrize("row, field, said", [
+    (changed(prediction="sea"), "prediction", "null where the answer could not be parsed"), (changed(prediction=3), "prediction", "not one of the choices"),
+    (changed(prediction=-1), "prediction", "not one of the choices"), (changed(prediction=True), "prediction", "not one of the choices"), (changed(gold="(d)"), "gold", "not one of the choices"),
+    (without("rationale"), "rationale", "is missing"), (without("question"), "question", "is missing"), (changed(rationale=7), "rationale", "is not a text"), (changed(choices="lamp"), "choices", "is not a list"),
+    (changed(choices=["lamp"]), "choices", "at least two"), (changed(question=" "), "question", "empty"), (changed(rating="good"), "rating", "neither a number"),
+    (changed(rating=[1, float("nan")]), "rating", "neither a number"), (changed(id="q0"), "id", "already used in line 1"),
+])
+def test_bad_rows_name_file_line_field_and_remedy(tmp_path, row, field, said):
+    file = tmp_path / "own.jsonl"
+    file.write_text("\n".join(map(json.dumps, (rows_of_a_file[0], row))))
+    with pytest.raises(BadInput) as caught: read_rationales(file)
+    assert f"own.jsonl:2: field '{field}'" in str(caught.value) and said in str(caught.value)
+
+
+def test_bad_files_and_calls(tmp_path):
+    (tmp_path / "empty.jsonl").write_text("\n")
+    for call in (lambda: read_rationales(tmp_path / "empty.jsonl"), lambda: read_rationales(tmp_path / "none.jsonl"), lambda: score_rationales(rows_of_a_file, metrics=["lass"]),
+                 lambda: score_rationales(rows_of_a_file, parts=1), lambda: score_rationales(rows_of_a_file, seeds=()),
+                 lambda: score_rationales([changed(model="a"), dict(rows_of_a_file[2], model="b")], metrics=["interventions"]),
+                 lambda: score_rationales(rows_of_a_file, simulator=str(tmp_path), **cheap)):
+        with pytest.raises(BadInput): call()
+
+
+def sound(scored):
+    "Every score has a value in its interval, or a reason; nothing is NaN; every name of the suite is there."
+    json.dumps(scored.to_dict(), allow_nan=False)
+    json.dumps(scored.rows, allow_nan=False)
+    for name, s in scored.scores.items():
+        assert s.value is not None or s.reason, name
+        if s.low is not None: assert s.low - 1e-9 <= s.value <= s.high + 1e-9, name
+    return scored.scores
+
+
+edge_cases = {
+    "one example": (rows_of_a_file[:1], {"las": "too few", "rating": "no human ratings"}),
+    "no rationale has a word": ([dict(r, rationale="So the answer is lamp.") for r in rows_of_a_file], {"las": "no rationale has a word", "rev": "no rationale has a word", "vacuousness": "no rationale has a word"}),
+    "empty rationales": ([dict(r, rationale="") for r in rows_of_a_file], {"rora_lite": "no rationale has a word", "question_overlap": "no rationale"}),
+    "nothing parsed": ([dict(r, prediction=None) for r in rows_of_a_file], {"las": "0 examples with a prediction", "names_prediction": "no prediction"}),
+    "no gold": ([{k: v for k, v in r.items() if k != "gold"} for r in rows_of_a_file[:5]], {"accuracy": "no gold answers", "perturb": "needs the model", "swap": "needs the model"}),
+    "one question": ([dict(r, question="Which?") for r in rows_of_a_file], {"las": "on 1 questions"}),
+    "ratings all the same": ([dict(r, rating=[1, 1]) for r in rows_of_a_file[:6]], {"rating_length": "the same in every row", "rater_agreement": "the same in every row"}),
+}
+
+
+@pytest.mark.parametrize("case", edge_cases)
+def test_what_does_not_apply_is_none_with_the_reason(case):
+    rows, reasons = edge_cases[case]
+    scores = sound(score_rationales(rows, **cheap))
+    for name, said in reasons.items(): assert scores[name].value is None and said in scores[name].reason, (name, scores[name])
+
+
+def test_one_class_and_bins_that_all_leak_and_restated_questions():
+    same = [dict(r, prediction=0, rationale=r["question"]) for r in rows_of_a_file]
+    scores = sound(score_rationales(same, metrics=("las", "rev", "rora"), **cheap))
+    assert "one class only" in scores["rev"].reason and "one class only" in scores["rora_lite"].reason
+    assert scores["restates_question"].value == scores["question_overlap"].value == 1.0
+    leaks = [dict(r, prediction=r["gold"], rationale=" ".join([r["choices"][r["gold"]]] * 9)) for r in rows_of_a_file]
+    las = sound(score_rationales(leaks, metrics=("las",), **{**cheap, "settings": Reader(epochs=6, batch_size=8, lr=1e-2)}))["las"]
+    assert las.value is None and "does not leak" in las.reason and las.details["n_1"] > 50 and las.details["las_1"].value is not None
+
+
+def test_scores_of_trained_simulators_do_not_depend_on_the_order_of_the_file():
+    some = [dict(r, rating=[i % 3]) for i, r in enumerate(rows_of_a_file)]
+    one, other = (score_rationales(order, metrics=("las", "controls", "rev", "ratings"), **cheap) for order in (some, some[::-1]))
+    for name, s in one.scores.items():
+        if s.value is not None: assert other.scores[name].value == pytest.approx(s.value, abs=1e-6), name
+    assert [r["gain"] for r in one.rows] == pytest.approx([r["gain"] for r in other.rows[::-1]], abs=1e-5)
+
+
+words_of_text = st.text("abc .", max_size=12)
+a_row = st.fixed_dictionaries({"question": st.sampled_from(["what is a", "is b c", "c"]), "choices": st.just(["a b", "b", "c"]), "prediction": st.sampled_from([0, 1, 2, None]),
+                               "gold": st.sampled_from([0, 1, None]), "rationale": st.one_of(words_of_text, st.none()), "rating": st.one_of(st.none(), st.lists(st.integers(0, 1), max_size=3))})
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.lists(a_row, min_size=1, max_size=12), st.randoms(use_true_random=False))
+def test_any_small_file_is_scored_whatever_its_order(rows, random):
+    rows = [dict(r, id=str(i)) for i, r in enumerate(rows)]
+    shuffled = random.sample(rows, len(rows))
+    one, other = (sound(score_rationales(some, metrics=("ratings",), interval=dict(draws=50))) for some in (rows, shuffled))
+    for name, s in one.items():
+        if name == "rater_agreement": continue  # the first rater is compared with the others: which one is first is the file's affair
+        assert s.value == other[name].value or s.value == pytest.approx(other[name].value, abs=1e-9), name
+
+
+def test_everyone_is_scored_by_simulators_that_never_saw_the_question():
+    twice = read_rationales([dict(r, id=f"{r['id']}/{k}") for r in rows_of_a_file for k in range(2)])
+    e = Explained([b.question for b in twice], [b.rationale for b in twice], [b.prediction for b in twice])
+    seen = cross_fitted(e, lambda train, test: np.array([q.question in {t.question for t in train.questions} for q in test.questions]), 3)
+    sizes = cross_fitted(e, lambda train, test: np.full(len(test.questions), len(train.questions)), 3)
+    assert seen.sum() == 0 and set(sizes) == {80.0}
+
+
+def test_with_the_model_at_hand_interventions_join_in(tmp_path):
+    student = tiny_student([r["question"] + " " + r["rationale"] for r in rows_of_a_file])
+    student.model.save_pretrained(tmp_path)
+    student.tokenizer.save_pretrained(tmp_path)
+    rows = [dict(r, model=str(tmp_path)) for r in rows_of_a_file[:8]]
+    scores = sound(score_rationales(rows, metrics=("interventions",), interval=dict(draws=100)))
+    assert scores["self_splice"].value == 1.0 and scores["perturb"].n == scores["reproduced"].n == scores["early_answering"].n == 8
+    assert "no teacher rationales" in scores["swap"].reason and scores["las"].reason.startswith("not asked for")
+
+
+# ---- the two real sets
+
+NOTEBOOK = Path(__file__).parents[1] / "nbs" / "experiments" / "score_real.ipynb"
+
+
+@pytest.fixture(scope="module")
+def converters():
+    "The converters, as the notebook defines them."
+    space = {}
+    for cell in json.loads(NOTEBOOK.read_text(encoding="utf-8"))["cells"]:
+        source = "".join(cell["source"])
+        if cell["cell_type"] == "code" and source.startswith(("import csv", "out: str", "def only", "def gpt3_rows")): exec(source, space)
+    return SimpleNamespace(**space)
+
+
+def test_palm_is_cut_and_what_cannot_be_parsed_is_counted(real_data, converters):
+    rows = converters.palm_rows(real_data / "palm_cqa", "train")
+    read = read_rationales(rows, cut_at=["\n\nQ:"])
+    unparsed = [b for b in read if b.prediction is None]
+    assert len(read) == len(rows) == 9741 and len(unparsed) == 182 and not any("Q:" in b.rationale for b in read)
+    right = sum(b.prediction == b.question.answer for b in read if b.question.answer is not None) / len(read)
+    assert 0.74 < right < 0.77 and all("either" in b.rationale or "answer is" in b.rationale for b in unparsed[:20])
+
+
+def test_gpt3_has_five_explanations_with_three_ratings_each(real_data, converters):
+    read = read_rationales(converters.gpt3_rows(real_data / "gpt3_csqa", "train"))
+    assert len(read) == 4955 and len({b.group for b in read}) == 991 and {len(b.ratings) for b in read} == {3}
+    first = next(b for b in read if b.question.question.startswith("Where can you likely buy many poems"))
+    assert first.question.choices == ("literature book", "bookshelf", "poetry book", "book of poetry", "book store") and first.prediction == 4
