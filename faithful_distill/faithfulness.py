@@ -7,7 +7,7 @@ __all__ = ['Score', 'hits', 'choice_probability', 'bootstrap', 'mean_score', 'ac
            'perturbation_drop', 'refinement_gain', 'swap_consistency', 'same_answer_rate', 'probability_shift',
            'total_variation', 'early_answering_aoc', 'counterfactual_insertion', 'insertion_correlation', 'rev',
            'across_seeds', 'paired_difference', 'rank_correlation', 'rank_correlation_within', 'neighbours_ordered',
-           'mistaken_for']
+           'reading_error', 'mistaken_for']
 
 # %% ../nbs/70_faithfulness.ipynb #9587853b
 import math
@@ -629,6 +629,32 @@ def neighbours_ordered(
     steps = {f"{p}-{q}": float(np.concatenate([c.ravel() for s, _, _, c in pairs if s == (p, q)]).mean()) for (p, q), *_ in pairs}
     low, high = np.quantile(drawn, [(1 - level) / 2, (1 + level) / 2])
     return _score(sum(c.sum() for *_, c in pairs) / count, low, high, n, ends=(0, 1), level=level, pairs=count, undefined=undefined, by_step=steps)
+
+# %% ../nbs/70_faithfulness.ipynb #f7b1cc49
+def _line_error(m: np.ndarray) -> np.ndarray:
+    "Means of (v, d, vv, dd, vd) -> root mean square of the residuals of v on d, in units of d, and the slope."
+    v, d, vv, dd, vd = np.moveaxis(m, -1, 0)
+    vv, dd, vd = vv - v * v, dd - d * d, vd - v * d
+    slope = np.where(dd > 1e-12, vd, np.nan) / dd
+    return np.stack([np.sqrt(np.maximum(vv - slope * vd, 0)) / np.abs(slope), slope], -1)
+
+
+def reading_error(
+    values: Sequence,  # (n,) a metric of each student; None where undefined: left out and counted
+    dial: Sequence,  # (n,) where the dial stood
+    *,
+    level: float = 0.95,  # coverage aimed at
+    **interval,  # cluster, draws, seed: see `bootstrap`
+) -> Score:  # n counts students; in units of the dial; details: per_dial (score: the slope), undefined
+    "Typical error of the dial's position as read off a metric."
+    kept = [i for i, v in enumerate(values) if v is not None]
+    v, d = (np.array([column[i] for i in kept], float) for column in (values, dial))
+    n, details = len(kept), {"undefined": len(values) - len(kept), "level": level}
+    if n < 4 or np.ptp(d) == 0: return Score(None, n=n, reason="too few students, or the dial never varies", details=details)
+    point, low, high, info = bootstrap(np.stack([v, d, v * v, d * d, v * d], 1), _line_error, level=level, **interval)
+    slope = Score(float(point[1]), float(low[1]), float(high[1]), n)
+    if slope.low <= 0 <= slope.high: return Score(None, n=n, reason="does not move with the dial", details=details | {"per_dial": slope})
+    return Score(float(point[0]), float(low[0]), float(high[0]), n, "", details | {"per_dial": slope, **info})
 
 # %% ../nbs/70_faithfulness.ipynb #05c55a91
 def _two_slopes(m: np.ndarray) -> np.ndarray:
