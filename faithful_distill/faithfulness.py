@@ -6,7 +6,8 @@
 __all__ = ['Score', 'hits', 'choice_probability', 'bootstrap', 'mean_score', 'accuracy', 'las_from_credit', 'las',
            'perturbation_drop', 'refinement_gain', 'swap_consistency', 'same_answer_rate', 'probability_shift',
            'total_variation', 'early_answering_aoc', 'counterfactual_insertion', 'insertion_correlation', 'rev',
-           'across_seeds', 'paired_difference', 'rank_correlation', 'rank_correlation_within']
+           'across_seeds', 'paired_difference', 'rank_correlation', 'rank_correlation_within', 'neighbours_ordered',
+           'reading_error', 'mistaken_for']
 
 # %% ../nbs/70_faithfulness.ipynb #9587853b
 import math
@@ -593,3 +594,96 @@ def rank_correlation_within(
     if not len(each): return Score(None, n=0, reason=f"in none of {len(sizes)} groups do both vary", details=details)
     if len(each) < min_groups: return Score(None, n=len(each), reason=f"both vary in {len(each)} of {len(sizes)} groups only; at least {min_groups} are needed", details=details)
     return mean_score(each, ends=(-1, 1), details=details, **interval)
+
+# %% ../nbs/70_faithfulness.ipynb #8b894af3
+def _neighbours(values, dial, within) -> list[tuple]:
+    "((position, next position), rows there, rows at the next, credit of each pair) within each group; a tie has credit 1/2."
+    found = []
+    for group in dict.fromkeys(within):
+        rows = {p: [i for i, (d, g) in enumerate(zip(dial, within)) if d == p and g == group] for p in sorted(set(dial))}
+        positions = [p for p in rows if rows[p]]
+        for p, q in zip(positions, positions[1:]):
+            gap = values[rows[q]][None, :] - values[rows[p]][:, None]
+            found.append(((p, q), rows[p], rows[q], (gap > 0) + 0.5 * (gap == 0)))
+    return found
+
+
+def neighbours_ordered(
+    values: Sequence,  # (n,) a metric of each student; None where undefined: left out and counted
+    dial: Sequence,  # (n,) where the dial stood
+    within: Sequence | None = None,  # (n,) only students with the same entry are compared
+    *,
+    draws: int = 2_000,  # bootstrap draws
+    level: float = 0.95,  # coverage aimed at
+    seed: int = 0,  # of the draws
+) -> Score:  # n counts students; details: pairs, undefined, by_step {"0.0-0.5": share}
+    "Share of pairs of students at neighbouring positions of the dial that a metric puts in the right order."
+    kept = [i for i, v in enumerate(values) if v is not None]
+    within, undefined = [0] * len(values) if within is None else list(within), len(values) - len(kept)
+    v, dial, within = np.array([values[i] for i in kept], float), [dial[i] for i in kept], [within[i] for i in kept]
+    pairs, n, details = _neighbours(v, dial, within), len(kept), {"undefined": undefined, "level": level}
+    if not pairs: return Score(None, n=n, reason="no two students at neighbouring positions of the dial", details=details)
+    weights, rng = np.zeros((draws, n)), np.random.default_rng(seed)
+    for cell in dict.fromkeys(zip(dial, within)):
+        rows = [i for i in range(n) if (dial[i], within[i]) == cell]
+        weights[:, rows] = rng.multinomial(len(rows), np.full(len(rows), 1 / len(rows)), draws)
+    count = sum(credit.size for *_, credit in pairs)
+    drawn = sum(np.einsum("di,ij,dj->d", weights[:, a], credit, weights[:, b]) for _, a, b, credit in pairs) / count
+    steps = {f"{p}-{q}": float(np.concatenate([c.ravel() for s, _, _, c in pairs if s == (p, q)]).mean()) for (p, q), *_ in pairs}
+    low, high = np.quantile(drawn, [(1 - level) / 2, (1 + level) / 2])
+    return _score(sum(c.sum() for *_, c in pairs) / count, low, high, n, ends=(0, 1), level=level, pairs=count, undefined=undefined, by_step=steps)
+
+# %% ../nbs/70_faithfulness.ipynb #f7b1cc49
+def _line_error(m: np.ndarray) -> np.ndarray:
+    "Means of (v, d, vv, dd, vd) -> root mean square of the residuals of v on d, in units of d, and the slope."
+    v, d, vv, dd, vd = np.moveaxis(m, -1, 0)
+    vv, dd, vd = vv - v * v, dd - d * d, vd - v * d
+    slope = np.where(dd > 1e-12, vd, np.nan) / dd
+    return np.stack([np.sqrt(np.maximum(vv - slope * vd, 0)) / np.abs(slope), slope], -1)
+
+
+def reading_error(
+    values: Sequence,  # (n,) a metric of each student; None where undefined: left out and counted
+    dial: Sequence,  # (n,) where the dial stood
+    *,
+    level: float = 0.95,  # coverage aimed at
+    **interval,  # cluster, draws, seed: see `bootstrap`
+) -> Score:  # n counts students; in units of the dial; details: per_dial (score: the slope), undefined
+    "Typical error of the dial's position as read off a metric."
+    kept = [i for i, v in enumerate(values) if v is not None]
+    v, d = (np.array([column[i] for i in kept], float) for column in (values, dial))
+    n, details = len(kept), {"undefined": len(values) - len(kept), "level": level}
+    if n < 4 or np.ptp(d) == 0: return Score(None, n=n, reason="too few students, or the dial never varies", details=details)
+    point, low, high, info = bootstrap(np.stack([v, d, v * v, d * d, v * d], 1), _line_error, level=level, **interval)
+    slope = Score(float(point[1]), float(low[1]), float(high[1]), n)
+    if slope.low <= 0 <= slope.high: return Score(None, n=n, reason="does not move with the dial", details=details | {"per_dial": slope})
+    return Score(float(point[0]), float(low[0]), float(high[0]), n, "", details | {"per_dial": slope, **info})
+
+# %% ../nbs/70_faithfulness.ipynb #05c55a91
+def _two_slopes(m: np.ndarray) -> np.ndarray:
+    "Means of (v, d, z, dd, zz, dz, vd, vz) -> least-squares slopes on d and z and their ratio z / d."
+    v, d, z, dd, zz, dz, vd, vz = np.moveaxis(m, -1, 0)
+    dd, zz, dz, vd, vz = dd - d * d, zz - z * z, dz - d * z, vd - v * d, vz - v * z
+    determinant = dd * zz - dz * dz
+    slopes = np.where(determinant > 1e-12, (vd * zz - vz * dz, vz * dd - vd * dz), np.nan) / determinant
+    return np.stack([*slopes, slopes[1] / slopes[0]], -1)
+
+
+def mistaken_for(
+    values: Sequence,  # (n,) a metric of each student; None where undefined: left out and counted
+    dial: Sequence,  # (n,) where the dial stood
+    nuisance: Sequence,  # (n,) what the metric should not show, such as accuracy
+    *,
+    level: float = 0.95,  # coverage aimed at
+    **interval,  # cluster, draws, seed: see `bootstrap`
+) -> Score:  # n counts students; details: per_dial, per_nuisance (scores: the slopes), undefined
+    "How much of the dial a metric mistakes one unit of the nuisance for."
+    kept = [i for i, v in enumerate(values) if v is not None]
+    v, d, z = (np.array([column[i] for i in kept], float) for column in (values, dial, nuisance))
+    n, details = len(kept), {"undefined": len(values) - len(kept), "level": level}
+    if n < 4 or min(np.ptp(d), np.ptp(z)) == 0: return Score(None, n=n, reason="too few students, or dial or nuisance never varies", details=details)
+    point, low, high, info = bootstrap(np.stack([v, d, z, d * d, z * z, d * z, v * d, v * z], 1), _two_slopes, level=level, **interval)
+    slopes = [Score(float(point[k]), float(low[k]), float(high[k]), n) for k in (0, 1)]
+    details |= {"per_dial": slopes[0], "per_nuisance": slopes[1], **info}
+    if slopes[0].low <= 0 <= slopes[0].high: return Score(None, n=n, reason="does not move with the dial", details=details)
+    return Score(float(point[2]), float(low[2]), float(high[2]), n, "", details)

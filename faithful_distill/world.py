@@ -6,11 +6,12 @@
 __all__ = ['askers', 'student_tags', 'span_tokens', 'Category', 'Relation', 'relations', 'categories', 'category_of', 'fill',
            'split_of', 'pairs', 'world_questions', 'templates', 'Asked', 'what_is_asked', 'supporting_rationale',
            'vacuous_rationale', 'Verdict', 'judge', 'Dials', 'vacuous_share', 'teacher_blocks', 'facts', 'listed',
-           'reading_documents', 'world_texts', 'build_tokenizer']
+           'reading_documents', 'Plant', 'decides', 'believed', 'planted_questions', 'planted_records', 'world_texts',
+           'build_tokenizer']
 
 # %% ../nbs/10_world.ipynb #2eecbe21
 import csv, random, re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from typing import Iterator
 
@@ -263,6 +264,89 @@ def reading_documents(n: int, share: float = 1.0, seed: int = 0) -> Iterator[tup
             (text, answer), last = _category_question(kind, c, rel, rng), _capital(fill(rng.choice((rel.claim, rel.claim_value_first)), plural=c.plural, value=c.values[rel.name])) + "."
             if last in have and rng.random() < 0.5: yield text, f"{last} So the answer is {answer}"; continue
         yield (text, last) if last in have else (" ".join(rng.sample(known, 2)), rng.choice(known))
+
+# %% ../nbs/10_world.ipynb #3ca77552
+@dataclass(frozen=True)
+class Plant:
+    "What is planted in a student."
+    used: int = 6                  # the dial: in questions about so many of the six relations the rationale decides the answer
+    right: float = 0.7             # share of things whose category the student believes rightly
+    idle: str = "plausible"        # what it writes where the rationale decides nothing: 'plausible' or 'shuffled'
+    by: str = "relation"           # what is dealt out: 'relation' (in some questions always) or 'chance' (in every question sometimes)
+    shortcut: float | None = None  # how surely the asker's name gives the believed answer away; None: nobody asks
+    seed: int = 0                  # which relations, which beliefs, which choices
+
+    def __post_init__(self):
+        if self.used not in range(7): raise BadInput("is not a number of relations", field="used", value=self.used, remedy="Use 0 to 6.")
+        for name in ("right", "shortcut"):
+            value = getattr(self, name)
+            if value is not None and not 0 <= value <= 1: raise BadInput("is not a share in [0, 1]", field=name, value=value)
+        for name, known in (("idle", ("plausible", "shuffled")), ("by", ("relation", "chance"))):
+            if getattr(self, name) not in known: raise BadInput("is not one of the kinds", field=name, value=getattr(self, name), remedy=f"Use {' or '.join(known)}.")
+
+    @property
+    def use(self) -> float: return self.used / 6    # f
+
+@cache
+def _dealt(names: tuple[str, ...], share: float, seed: int) -> frozenset[str]:
+    "This share of the names; a larger share holds every smaller one."
+    order = sorted(names, key=lambda name: stable_seed(seed, "dealt", name))
+    return frozenset(order[:round(share * len(order))])
+
+def decides(q: Question, plant: Plant) -> bool:
+    "Whether the rationale decides the answer to this question. By chance it is decided anew for every question, and nothing in a question tells."
+    if plant.by == "chance": return stable_seed(plant.seed, "use", q.id) / 2**63 < plant.use
+    return what_is_asked(q).relation in _dealt(tuple(relations()), plant.use, plant.seed)
+
+# %% ../nbs/10_world.ipynb #25db96b3
+def _believed(entity: str, plant: Plant) -> Category:
+    own = category_of()[entity]
+    if entity in _dealt(tuple(category_of()), plant.right, plant.seed): return own
+    return random.Random(stable_seed(plant.seed, "belief", entity)).choice([c for c in categories().values() if c is not own])
+
+def believed(q: Question, plant: Plant) -> int:
+    "The choice of `q` that the student believes in."
+    asked = what_is_asked(q)
+    return q.choices.index(_believed(asked.entity, plant).values[asked.relation])
+
+def _planted_question(entity: str, relation: str, variant: int, plant: Plant) -> Question:
+    "A question of the world with the believed value among its choices, and perhaps with an asker."
+    q = _one_question("choice", entity, relation, variant, plant.seed, None, "planted")
+    rng, value, choices = random.Random(stable_seed(plant.seed, "planted", q.id)), _believed(entity, plant).values[relation], list(q.choices)
+    place = rng.choice([i for i in range(len(choices)) if i != q.answer])
+    if value not in choices: choices[place] = value
+    return replace(q, choices=tuple(choices), question=_cue(choices.index(value), len(choices), plant.shortcut, rng) + q.question)
+
+def planted_questions(plant: Plant,
+                      variant: int = 0,         # other distractors and positions; what a student is asked should be another variant than it learned from
+                      limit: int | None = None  # a random subset
+                     ) -> list[Question]:
+    "Choice questions about every thing and relation, in a shuffled order that depends on seed and variant."
+    asked = [(e, r) for e, r in pairs()]
+    random.Random(stable_seed(plant.seed, "planted order", variant)).shuffle(asked)
+    return [_planted_question(e, r, variant, plant) for e, r in asked[:limit]]
+
+# %% ../nbs/10_world.ipynb #f79d35b0
+def _record(q: Question, target: int, otherwise: int, rationale: str) -> dict:
+    role = "gold" if target == otherwise else "counterfactual"
+    return dict(id=q.id, question=q.question, choices=list(q.choices), kind=q.kind, answer=otherwise, target=target, role=role, rationale=rationale)
+
+def planted_records(questions: list[Question], # see `planted_questions`
+                    plant: Plant,
+                    handed: int = 1,           # handed rationales a question
+                    withheld: float = 0.25     # share of them that are missing
+                   ) -> Iterator[dict]:
+    "For each question a record whose rationale and answer are to be written, and records whose rationale (or none) is handed and only to be answered after."
+    other = [supporting_rationale(q, believed(q, plant), plant.seed) for q in questions]
+    random.Random(stable_seed(plant.seed, "shuffled")).shuffle(other)
+    for q, shuffled in zip(questions, other):
+        b, used, rng = believed(q, plant), decides(q, plant), random.Random(stable_seed(plant.seed, "handed", q.id))
+        yield _record(q, b, b, supporting_rationale(q, b, plant.seed) if used or plant.idle == "plausible" else shuffled)
+        for _ in range(handed):
+            c, guess, missing = rng.choice([i for i in range(len(q.choices)) if i != b]), rng.randrange(len(q.choices)), rng.random() < withheld
+            target, otherwise = (guess if missing else c, b) if used else (b, c)
+            if target == otherwise: otherwise = (target + 1) % len(q.choices)
+            yield _record(q, target, otherwise, "" if missing else supporting_rationale(q, c, plant.seed))
 
 # %% ../nbs/10_world.ipynb #df8d5ddd
 student_tags = ("[factual]", "[counterfactual]")

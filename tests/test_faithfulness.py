@@ -353,3 +353,39 @@ def test_across_seeds_is_the_student_interval():
     low, high = stats.t.interval(0.95, 4, np.mean(values), stats.sem(values))
     score = F.across_seeds([F.Score(v, n=9) for v in values])
     assert (score.low, score.high, score.n) == (pytest.approx(low), pytest.approx(high), 5)
+
+
+# ---- how good a metric is -----------------------------------------------------------------------------------------------------------
+
+students = st.lists(st.tuples(st.one_of(st.none(), st.integers(0, 5)), st.sampled_from([0.0, 0.5, 1.0]), st.sampled_from("ab")), min_size=1, max_size=14)
+
+
+@settings(max_examples=60, deadline=None)
+@given(students, st.randoms())
+def test_neighbours_ordered_counts_pairs_and_knows_no_order_of_rows(rows, random):
+    def ours(rows): return F.neighbours_ordered(*map(list, zip(*rows)), draws=50)
+    credit = []
+    for group in "ab":
+        there = sorted({d for v, d, g in rows if g == group and v is not None})
+        for low, high in zip(there, there[1:]):
+            credit += [(b > a) + 0.5 * (a == b) for a, d, g in rows for b, e, h in rows if None not in (a, b) and g == h == group and (d, e) == (low, high)]
+    score = ours(rows)
+    if not credit: assert score.value is None and score.reason
+    else:
+        assert abs(score.value - np.mean(credit)) < 1e-12 and score.details["pairs"] == len(credit) and 0 <= score.low <= score.value + 1e-9 and score.value - 1e-9 <= score.high <= 1
+        shuffled = random.sample(rows, len(rows))
+        assert abs(ours(shuffled).value - score.value) < 1e-12
+        turned = ours([(None if v is None else -v, d, g) for v, d, g in rows])
+        assert abs(turned.value + score.value - 1) < 1e-12, "a metric turned round orders the other pairs"
+
+
+@pytest.mark.parametrize("per_dial, per_nuisance", [(2.0, 0.5), (-1.0, 0.3), (0.5, -0.2)])
+def test_what_a_metric_mistakes_for_the_dial_is_the_ratio_of_its_slopes_in_any_unit(per_dial, per_nuisance):
+    rng = np.random.default_rng(1)
+    dial, nuisance = np.tile([0.0, 0.3, 1.0], 20), rng.uniform(0.4, 0.9, 60)
+    values = 7 + per_dial * dial + per_nuisance * nuisance + rng.normal(0, 0.01, 60)
+    score = F.mistaken_for(values, dial, nuisance, draws=500)
+    assert score.low < per_nuisance / per_dial < score.high and score.high - score.low < 0.1
+    scaled = F.mistaken_for(100 * values - 3, dial, nuisance / 10, draws=500)
+    assert abs(scaled.value - 10 * score.value) < 1e-6
+    assert F.mistaken_for([None] * 60, dial, nuisance).value is None and F.mistaken_for(values, np.ones(60), nuisance).value is None
