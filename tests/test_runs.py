@@ -246,7 +246,8 @@ def study(tmp_path):
 def driver(study: Path, runs: str, *extra: str) -> subprocess.Popen:
     code = f"import sys; from faithful_distill.runs import reproduce; r = reproduce('toy.yaml', runs={runs!r}); print(r.summary()); sys.exit(not r.ok)"
     env = {**os.environ, "PYTHONPATH": str(PACKAGE.parent), "FAITHFUL_DISTILL_PROGRESS": "0"}
-    return subprocess.Popen([sys.executable, "-c", code], cwd=study, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    return subprocess.Popen([sys.executable, "-c", code], cwd=study, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
+                            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))     # whoever runs the tests in the background may have it ignored
 
 
 def ends_well(process) -> str:
