@@ -183,6 +183,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_leaves_its_checkpoints(tmp_
     assert whole(tmp_path) == ["checkpoint-2"] and not (tmp_path/"student.json").exists()
     clean = train(tmp_path/"clean")
     assert history(train(tmp_path, save_every=2).out) == history(clean.out)   # called again it goes on from there
+    assert (tmp_path/"model.safetensors").read_bytes() == (clean.out/"model.safetensors").read_bytes()
 
 
 def test_a_full_disk_is_a_clear_error_and_earlier_checkpoints_stay(tmp_path, monkeypatch):
