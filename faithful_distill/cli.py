@@ -199,7 +199,7 @@ def train(file, dev, student, out, recipe_name, method, seeds, overwrite, reposi
     Example:  faithful-distill train --rationales rationales.jsonl --student google/t5-v1_1-small --out student
     GPUs:     torchrun --standalone --nproc_per_node 8 $(which faithful-distill) train --recipe scott-t5-3b ...
     Nodes:    deepspeed --no_local_rank --hostfile hosts $(which faithful-distill) train ...     (hosts: lines of "name slots=8")
-    Memory:   faithful-distill train --dry-run --student google-t5/t5-large ...
+    Memory:   faithful-distill train --rationales rationales.jsonl --student google-t5/t5-large --out student --dry-run
 
     Called again after an interruption it goes on from the last whole checkpoint, with the same number of processes."""
     from faithful_distill import recipes as room
