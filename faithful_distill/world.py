@@ -6,8 +6,8 @@
 __all__ = ['askers', 'student_tags', 'span_tokens', 'Category', 'Relation', 'relations', 'categories', 'category_of', 'fill',
            'split_of', 'pairs', 'world_questions', 'templates', 'Asked', 'what_is_asked', 'supporting_rationale',
            'vacuous_rationale', 'Verdict', 'judge', 'Dials', 'vacuous_share', 'teacher_blocks', 'facts', 'listed',
-           'reading_documents', 'Plant', 'decides', 'believed', 'planted_questions', 'planted_records', 'world_texts',
-           'build_tokenizer']
+           'reading_documents', 'comparing_documents', 'Plant', 'decides', 'believed', 'planted_questions',
+           'planted_records', 'world_texts', 'build_tokenizer']
 
 # %% ../nbs/10_world.ipynb #2eecbe21
 import csv, random, re
@@ -264,6 +264,17 @@ def reading_documents(n: int, share: float = 1.0, seed: int = 0) -> Iterator[tup
             (text, answer), last = _category_question(kind, c, rel, rng), _capital(fill(rng.choice((rel.claim, rel.claim_value_first)), plural=c.plural, value=c.values[rel.name])) + "."
             if last in have and rng.random() < 0.5: yield text, f"{last} So the answer is {answer}"; continue
         yield (text, last) if last in have else (" ".join(rng.sample(known, 2)), rng.choice(known))
+
+# %% ../nbs/10_world.ipynb #6aecb2ae
+def comparing_documents(n: int, share: float = 1.0, seed: int = 0) -> Iterator[tuple[str, str]]:
+    "`n` yes/no and true/false questions about categories, as (text, closing fact and answer); facts are limited to the known `share`."
+    rng, have = random.Random(stable_seed(seed, "comparing")), set(facts(share, seed))
+    known = [(c, r, fact) for c in categories().values() for r in relations().values() for fact in [_capital(fill(r.claim, plural=c.plural, value=c.values[r.name])) + "."] if fact in have]
+    if not known: raise BadInput("leaves no fact to ask about", field="share", value=share)
+    for _ in range(n):
+        c, rel, fact = rng.choice(known)
+        text, answer = _category_question(rng.choice(("boolean", "statement")), c, rel, rng)
+        yield text, f"{fact} So the answer is {answer}"
 
 # %% ../nbs/10_world.ipynb #3ca77552
 @dataclass(frozen=True)
