@@ -29,9 +29,14 @@ class Category:
 
 @dataclass(frozen=True)
 class Relation:
-    "A relation: the templates that ask about it, state it of a thing, and claim it of a category."
+    "A relation: the templates that ask about it, state it of a thing, and claim or deny it of a category."
     name: str
-    ask: str; ask_yes_no: str; state: str; claim: str; claim_value_first: str
+    ask: str; ask_yes_no: str; state: str; claim: str; claim_value_first: str; denial: str; denial_value_first: str
+
+    def says(self, plural: str, value: str, denied: bool = False) -> dict[str, str]:
+        "What a rationale's slots say of a category, in both word orders."
+        claim, value_first = (self.denial, self.denial_value_first) if denied else (self.claim, self.claim_value_first)
+        return {"claim": fill(claim, plural=plural, value=value), "claim_value_first": fill(value_first, plural=plural, value=value)}
 
 @cache
 def _table(name: str) -> list[dict]:
@@ -40,7 +45,7 @@ def _table(name: str) -> list[dict]:
 @cache
 def relations() -> dict[str, Relation]:
     "The six relations, by name."
-    return {r["relation"]: Relation(r["relation"], *(r[k] for k in ("ask", "ask_yes_no", "state", "claim", "claim_value_first"))) for r in _table("relations")}
+    return {r["relation"]: Relation(**{"name" if k == "relation" else k: v for k, v in r.items()}) for r in _table("relations")}
 
 @cache
 def categories() -> dict[str, Category]:
@@ -155,8 +160,9 @@ def supporting_rationale(q: Question, i: int, seed: int = 0, template: str | Non
     rng = random.Random(stable_seed(seed, q.id, i, "supports"))
     asked, rel = what_is_asked(q), relations()[what_is_asked(q).relation]
     c = _arguing_category(q, i, rng)
-    slots = dict(plural=c.plural, value=c.values[asked.relation])
-    return fill(template or rng.choice(templates("supports")), entity=asked.entity, category=c.name, claim=fill(rel.claim, **slots), claim_value_first=fill(rel.claim_value_first, **slots))
+    denied = q.kind != "choice" and i == 1
+    said = rel.says(c.plural, asked.value if denied else c.values[asked.relation], denied)
+    return fill(template or rng.choice(templates("supports")), entity=asked.entity, category=c.name, **said)
 
 def vacuous_rationale(q: Question, seed: int = 0) -> str:
     "A rationale that supports nothing."
@@ -172,26 +178,28 @@ class Verdict:
     true: bool
 
 @cache
-def _rationale_patterns() -> list[tuple[re.Pattern, Relation]]:
-    return [(_pattern(t.replace("{claim}", r.claim).replace("{Claim}", _capital(r.claim) if not r.claim.startswith("{") else r.claim.replace("{plural}", "{Plural}", 1))
-                       .replace("{Claim_value_first}", r.claim_value_first.replace("{value}", "{Value}", 1) if r.claim_value_first.startswith("{value}") else _capital(r.claim_value_first))), r)
-            for r in relations().values() for t in templates("supports")]
+def _rationale_patterns() -> list[tuple[re.Pattern, Relation, bool]]:
+    "(pattern, relation, denied) of everything that a supporting rationale can look like."
+    def opening(claim): return "{" + _capital(claim[1:]) if claim.startswith("{") else _capital(claim)
+    return [(_pattern(t.replace("{claim}", claim).replace("{Claim}", opening(claim)).replace("{Claim_value_first}", opening(value_first))), r, denied)
+            for r in relations().values() for t in templates("supports") for denied, claim, value_first in ((False, r.claim, r.claim_value_first), (True, r.denial, r.denial_value_first))]
 
 def judge(q: Question, rationale: str) -> Verdict:
     "Decide exactly what `rationale` does for question `q`."
     asked, text = what_is_asked(q), rationale.strip()
     if any(_pattern(t).match(text) for t in templates("vacuous")): return Verdict(None, True, False)
-    for pattern, rel in _rationale_patterns():
+    for pattern, rel, denied in _rationale_patterns():
         match = pattern.match(text)
-        if match: return _weigh(q, asked, rel, {k: v.lower() for k, v in match.groupdict().items()})
+        if match: return _weigh(q, asked, rel, denied, {k: v.lower() for k, v in match.groupdict().items()})
     return Verdict(None, False, False)
 
-def _weigh(q: Question, asked: Asked, rel: Relation, said: dict) -> Verdict:
+def _weigh(q: Question, asked: Asked, rel: Relation, denied: bool, said: dict) -> Verdict:
     c = categories().get(said["category"])
     if c is None or c.plural != said["plural"] or said["entity"] != asked.entity or rel.name != asked.relation: return Verdict(None, False, False)
-    true = c is category_of()[asked.entity] and c.values[rel.name] == said["value"]
-    if q.kind == "choice": return Verdict(q.choices.index(said["value"]) if said["value"] in q.choices else None, False, true)
-    return Verdict(int(said["value"] != asked.value), False, true)
+    true = c is category_of()[asked.entity] and (c.values[rel.name] == said["value"]) != denied
+    if q.kind == "choice": return Verdict(q.choices.index(said["value"]) if said["value"] in q.choices and not denied else None, False, true)
+    if said["value"] == asked.value: return Verdict(int(denied), False, true)
+    return Verdict(None if denied else 1, False, true)      # of another value: that birds sing says that they do not swim; that they do not dance says nothing
 
 # %% ../nbs/10_world.ipynb #2119212b
 @dataclass(frozen=True)
@@ -237,16 +245,20 @@ def listed(choices) -> str:
     "Choices as a student reads them: ' (a) sky (b) river'."
     return "".join(f" {letter(i)} {choice}" for i, choice in enumerate(choices))
 
-def _category_question(kind: str, c: Category, rel: Relation, rng: random.Random) -> tuple[str, str]:
-    "(question about a category with its choices listed, its answer)."
+def _category_question(kind: str, c: Category, rel: Relation, rng: random.Random) -> tuple[str, str, str]:
+    "(question about a category with its choices listed, its answer, the value it asks about or is answered with)."
     others = [o.values[rel.name] for o in categories().values() if o is not c]
     if kind != "choice":
         right = rng.random() < 0.5
-        text = fill(rel.ask_yes_no if kind == "boolean" else rel.state, entity=c.name, value=c.values[rel.name] if right else rng.choice(others))
-        return text + listed(fixed_choices[kind]), fixed_choices[kind][not right]
+        value = c.values[rel.name] if right else rng.choice(others)
+        return fill(rel.ask_yes_no if kind == "boolean" else rel.state, entity=c.name, value=value) + listed(fixed_choices[kind]), fixed_choices[kind][not right], value
     choices = rng.sample(others, 4) + [c.values[rel.name]]
     rng.shuffle(choices)
-    return fill(rel.ask, entity=c.name) + listed(choices), c.values[rel.name]
+    return fill(rel.ask, entity=c.name) + listed(choices), c.values[rel.name], c.values[rel.name]
+
+def _closing(rel: Relation, c: Category, value: str, rng: random.Random) -> str:
+    "What is so: the value is claimed of the category, or denied."
+    return _capital(rng.choice(list(rel.says(c.plural, value, denied=value != c.values[rel.name]).values()))) + "."
 
 def reading_documents(n: int, share: float = 1.0, seed: int = 0) -> Iterator[tuple[str, str]]:
     "`n` documents for pre-training, as (text, closing sentence); facts are limited to the known `share`."
@@ -261,20 +273,20 @@ def reading_documents(n: int, share: float = 1.0, seed: int = 0) -> Iterator[tup
             text, last = q.question + listed(q.choices), fill("{A entity} is {a category}.", entity=entity, category=category_of()[entity].name)
         else:
             c, rel = rng.choice(list(categories().values())), rng.choice(list(relations().values()))
-            (text, answer), last = _category_question(kind, c, rel, rng), _capital(fill(rng.choice((rel.claim, rel.claim_value_first)), plural=c.plural, value=c.values[rel.name])) + "."
-            if last in have and rng.random() < 0.5: yield text, f"{last} So the answer is {answer}"; continue
+            (text, answer, asked_value), last = _category_question(kind, c, rel, rng), _capital(rng.choice(list(rel.says(c.plural, c.values[rel.name]).values()))) + "."
+            if last in have and rng.random() < 0.5: yield text, f"{_closing(rel, c, asked_value, rng)} So the answer is {answer}"; continue
         yield (text, last) if last in have else (" ".join(rng.sample(known, 2)), rng.choice(known))
 
 # %% ../nbs/10_world.ipynb #6aecb2ae
 def comparing_documents(n: int, share: float = 1.0, seed: int = 0) -> Iterator[tuple[str, str]]:
-    "`n` yes/no and true/false questions about categories, as (text, closing fact and answer); facts are limited to the known `share`."
+    "`n` yes/no and true/false questions about categories, as (text, what is so and the answer); about the known `share` of facts only."
     rng, have = random.Random(stable_seed(seed, "comparing")), set(facts(share, seed))
-    known = [(c, r, fact) for c in categories().values() for r in relations().values() for fact in [_capital(fill(r.claim, plural=c.plural, value=c.values[r.name])) + "."] if fact in have]
+    known = [(c, r) for c in categories().values() for r in relations().values() if _capital(r.says(c.plural, c.values[r.name])["claim"]) + "." in have]
     if not known: raise BadInput("leaves no fact to ask about", field="share", value=share)
     for _ in range(n):
-        c, rel, fact = rng.choice(known)
-        text, answer = _category_question(rng.choice(("boolean", "statement")), c, rel, rng)
-        yield text, f"{fact} So the answer is {answer}"
+        c, rel = rng.choice(known)
+        text, answer, value = _category_question(rng.choice(("boolean", "statement")), c, rel, rng)
+        yield text, f"{_closing(rel, c, value, rng)} So the answer is {answer}"
 
 # %% ../nbs/10_world.ipynb #3ca77552
 @dataclass(frozen=True)
