@@ -195,14 +195,14 @@ FIGURES = sorted(p for p in shipped("nbs", "figures").glob("*.ipynb") if p.stem 
 
 
 def _run_again(path: Path, out: Path, monkeypatch, tables: Path | None = None) -> list[dict]:
-    """Executes a figure notebook in this process, from its own folder and with its own defaults but `out`, and the study's tables from another
-    folder if one is given; its cells with new outputs."""
+    """Executes a figure notebook in this process, from its own folder and with its own defaults but `out`, and `study_*.csv` of another folder
+    instead of the repository's tables if one is given; its cells with new outputs."""
     shell = pytest.importorskip("execnb.shell")
     from execnb.nbio import read_nb
     notebook = read_nb(path)
     parameters = next(c for c in notebook.cells if "parameters" in c.metadata.get("tags", []))
     parameters.source = re.sub(r'(?m)^out: str = .*$', f"out: str = {str(out)!r}", parameters.source)
-    if tables: parameters.source = parameters.source.replace("../../data/results/study_", f"{tables}/study_")
+    if tables: parameters.source = re.sub(r"\.\./\.\./data/results/(?:study|quickstart)_(?=\w+\.csv)", f"{tables}/study_", parameters.source)
     monkeypatch.chdir(path.parent)
     __import__("matplotlib.pyplot").pyplot.close("all")         # figures that other tests left open would be shown
     shell.CaptureShell().run_all(notebook, exc_stop=True)
@@ -250,7 +250,8 @@ def made_up_tables(tmp_path_factory) -> Path:
     "Tables of a study that never was: two seeds, all labels that the figures know, every metric; LAS undefined for one method."
     from faithful_distill.runs import write_table
     rng, folder = np.random.default_rng(0), tmp_path_factory.mktemp("tables")
-    student = {"accuracy": 0.6, "own_supports_own": 0.5, "las": 0.1, "refine": 0.2, "refine_stripped": 0.1, "oracle_accuracy": 0.8, "oracle_stripped_accuracy": 0.7, "swap_factual.wrong": 0.4}
+    student = {"accuracy": 0.6, "own_supports_own": 0.5, "las": 0.1, "perturb": 0.2, "refine": 0.2, "refine_stripped": 0.1, "oracle_accuracy": 0.8, "oracle_stripped_accuracy": 0.7}
+    student |= {f"swap_{prefix}.{side}": 0.4 for prefix in ("factual", "counterfactual", "none") for side in ("gold", "wrong")}
     student |= {f"perturb_at.{rho}": 0.6 - 0.2 * rho for rho in (0, 0.1, 0.25, 0.5, 0.75, 1)}
     teacher = {f"test.{role}.{kind}.{what}": v for role in ("gold", "counterfactual") for kind in F.kinds for what, v in [("supports", 0.7), ("vacuous", 0.2), ("argues against", 0.1)]}
     teacher |= {f"test.gold.{kind}.tokens": 9.0 for kind in F.kinds}
@@ -265,7 +266,7 @@ def made_up_tables(tmp_path_factory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("path", [p for p in FIGURES if "data/results/study_" in p.read_text(encoding="utf-8")], ids=lambda p: p.stem)
+@pytest.mark.parametrize("path", [p for p in FIGURES if re.search("data/results/(study|quickstart)_", p.read_text(encoding="utf-8")) and p.stem != "claims"], ids=lambda p: p.stem)
 def test_figures_of_the_study_draw_whatever_seeds_and_levels_are_there(path, made_up_tables, tmp_path, monkeypatch):
     _run_again(path, tmp_path, monkeypatch, made_up_tables)
     section = F.read_section(tmp_path)
@@ -273,8 +274,39 @@ def test_figures_of_the_study_draw_whatever_seeds_and_levels_are_there(path, mad
     assert all((tmp_path/f"{name}.png").stat().st_size < 60_000 for name, _ in section.figures)
     cells = [c for name, _ in section.tables for row in (tmp_path/f"{name}.md").read_text().splitlines()[2:] for c in row.split(" | ")[1:]]
     if path.stem != "fig12_cost":
-        assert all("2 seeds" in caption and "n = " in caption for _, caption in section.figures)
+        assert all("2 seeds" in caption and "n = " in caption for name, caption in section.figures if name != "fig01_tokens")
         assert all("[" in c and "n = " in c or "empty bin" in c or c.strip(" |") in ("–", "") for c in cells), cells
+
+
+def _figure(name: str) -> Path: return next(p for p in FIGURES if p.stem.split("_")[0] == name)
+
+
+def _one_table(folder: Path, name: str, rows: list[dict]) -> Path:
+    "A study's table of rows that lack but their intervals; its folder."
+    from faithful_distill.runs import write_table
+    write_table(folder/f"study_{name}.csv", pd.DataFrame([{"group": name, "low": None, "high": None, "n": 300, "reason": "", **r} for r in rows]))
+    return folder
+
+
+def test_claims_and_figures_tell_the_loss_from_the_rationales(tmp_path, monkeypatch):
+    "Where contrastive CoT is as good as the full method, the latter beats greedy CoT by its rationales, not by its loss; and the other way round."
+    level = {"greedy CoT": {"swap_factual.wrong": 0.4, "las": 0.1, "perturb": 0.1, "refine": -0.1, "refine_stripped": 0.1, "accuracy": 0.6},
+             "contrastive CoT": {"swap_factual.wrong": 0.8, "las": 0.1, "perturb": 0.1, "refine": 0.2, "refine_stripped": 0.1, "accuracy": 0.6},
+             "full method": {"swap_factual.wrong": 0.8, "las": 0.3, "perturb": 0.3, "refine": 0.2, "refine_stripped": 0.3, "accuracy": 0.75}}
+    wobble = {"greedy CoT": [0.0, 0.01, -0.01], "contrastive CoT": [0.01, 0.0, -0.01], "full method": [-0.01, 0.01, 0.0]}
+    tables = _one_table(tmp_path, "evaluation", [{"method": m, "seed": s, "metric": metric, "value": v + wobble[m][s]} for m, scores in level.items() for metric, v in scores.items() for s in range(3)])
+    holds = {}
+    for name in ("claims", "fig04", "fig05"):
+        _run_again(_figure(name), tmp_path/name, monkeypatch, tables)
+        section = F.read_section(tmp_path/name)
+        holds |= {c["text"]: c["holds"] for c in section.claims}
+        if name != "claims": assert "full method against contrastive CoT" in section.figures[0][1] or "against contrastive CoT: " in section.figures[0][1]
+    found = lambda *words: {v for text, v in holds.items() if all(w in text for w in words)}
+    assert found("wrong answer", "greedy CoT", "20 points") == {True} and found("The loss alone", "wrong answer", "contrastive CoT") == {False}
+    assert found("With the prefix factual", "greedy CoT") == {True} and found("With the prefix factual", "contrastive CoT") == {False}
+    assert found("The loss alone", "LAS") == found("The loss alone", "replaced") == found("The loss alone", "taken out") == {True}
+    assert found("gains more accuracy than contrastive CoT", "taken out") == {True} and found("gains more accuracy than contrastive CoT from the teacher's rationale") == {True, False}
+    assert found("one-sided", "2 points less accurate") == {True}, "15 points more are no reason against it"
 
 
 # ---- differences --------------------------------------------------------------------------------------------------------------------
