@@ -256,12 +256,13 @@ def made_up_tables(tmp_path_factory) -> Path:
     teacher = {f"test.{role}.{kind}.{what}": v for role in ("gold", "counterfactual") for kind in F.kinds for what, v in [("supports", 0.7), ("vacuous", 0.2), ("argues against", 0.1)]}
     teacher |= {f"test.gold.{kind}.tokens": 9.0 for kind in F.kinds}
     dials = {"evaluation": ({}, METHODS, student), "size": ({"size": ["small", "large"]}, METHODS[1:5], student), "shortcut": ({"shortcut": [0.0, 0.5, 1.0]}, METHODS[1:5], student),
-             "curve": ({"n_train": [100, 400]}, METHODS[:5], student), "weight": ({"weight": [0.0, 0.5], "reduction": ["per_part", "per_token"]}, [""], student),
+             "curve": ({"n_train": [100, 400]}, METHODS[:5], student), "weight": ({"reduction": ["per_part", "per_token"], "weight": [0.1, 0.5, 0.9]}, [""], student),
              "rationales": ({}, F.strategies, teacher), "vacuous": ({"vacuous": [0.0, 0.4]}, F.strategies[:4], teacher), "alpha": ({"alpha": [0.0, 0.5, 0.9]}, [""], teacher),
              "times": ({"group": ["student", "evaluation"]}, METHODS, {"seconds": 1.0, "peak_mib": 1.0})}
     for name, (axes, names, metrics) in dials.items():
         points = [{}]
         for axis, values in {**axes, "strategy" if metrics is teacher else "method": names, "seed": [0, 1]}.items(): points = [{**p, axis: v} for p in points for v in values]
+        if name == "weight": points += [{"reduction": "per_part", "weight": 0.0, "method": "", "seed": s} for s in (0, 1)]          # without the loss there is nothing to average
         write_table(folder/f"study_{name}.csv", pd.DataFrame([{"group": name, **p, **row} for p in points for row in made_up_scores(metrics | ({"las": None} if p.get("method") == "answer only" else {}), rng)]))
     return folder
 
@@ -307,6 +308,21 @@ def test_claims_and_figures_tell_the_loss_from_the_rationales(tmp_path, monkeypa
     assert found("The loss alone", "LAS") == found("The loss alone", "replaced") == found("The loss alone", "taken out") == {True}
     assert found("gains more accuracy than contrastive CoT", "taken out") == {True} and found("gains more accuracy than contrastive CoT from the teacher's rationale") == {True, False}
     assert found("one-sided", "2 points less accurate") == {True}, "15 points more are no reason against it"
+
+
+@pytest.mark.parametrize("weights, against", [([0.0, 0.1, 0.5, 0.9], "no counterfactual loss"), ([0.1, 0.5, 0.9], "a weight of 0.1")])
+def test_weights_are_compared_with_no_counterfactual_loss_if_that_was_run(weights, against, tmp_path, monkeypatch):
+    "The students without the loss were trained once, under per_part, and are what per_token is compared with too."
+    level = lambda w, r: {"accuracy": 0.6 - 0.2 * w * (r == "per_part"), "swap_factual.wrong": 0.3 + 0.5 * min(w, 0.5), "las": 0.1, "own_supports_own": 0.5}
+    tables = _one_table(tmp_path, "weight", [{"reduction": r, "weight": w, "seed": s, "metric": m, "value": v + 0.001 * (s - 1) * (w > 0)} for r in ("per_part", "per_token") for w in weights if w > 0 or r == "per_part" for m, v in level(w, r).items() for s in range(3)])
+    _run_again(_figure("fig09"), tmp_path/"out", monkeypatch, tables)
+    section = F.read_section(tmp_path/"out")
+    assert {(c["text"].split(",")[0], "costs" in c["text"]): c["holds"] for c in section.claims} == {("Averaged per part", False): True, ("Averaged per part", True): False, ("Averaged per token", False): True, ("Averaged per token", True): True}
+    caption = section.figures[0][1]
+    assert all(against in c["text"] for c in section.claims) and f"A weight of 0.5 against {against}, per part: accuracy" in caption
+    assert ("students of both lines are the same" in caption) == ("from none at all" in section.text) == (0.0 in weights)
+    rows = [r.split(" | ") for r in (tmp_path/"out"/"fig09_weight.md").read_text().splitlines() if "weight 0 " in r]
+    assert len(rows) == 4 * (0.0 in weights) and all(r[1] == r[2].removesuffix(" |") for r in rows)
 
 
 # ---- differences --------------------------------------------------------------------------------------------------------------------
