@@ -5,11 +5,11 @@
 # %% auto #0
 __all__ = ['palette', 'ink', 'faint', 'rule', 'methods', 'strategies', 'kinds', 'style', 'plain_name', 'looks', 'use_style',
            'blank_figure', 'save_figure', 't_interval', 'summarise', 'in_order', 'number', 'paired_difference',
-           'paired', 'pooled', 'difference', 'measured', 'along', 'growth_of_difference', 'small_table', 'keep_results',
-           'points', 'came_out', 'repetitions', 'dots', 'lines', 'spread', 'slopes', 'matrix', 'n_text', 'Strip',
-           'strip_places', 'heat_strip', 'cell_text', 'crossed', 'markdown_table', 'latex_table', 'latex_text',
-           'save_rows', 'save_table', 'Section', 'claim', 'write_section', 'read_section', 'read_results', 'decided',
-           'verdict', 'Draft', 'prose', 'build_report']
+           'paired', 'pooled', 'difference', 'measured', 'with_values', 'unmeasured', 'along', 'growth_of_difference',
+           'small_table', 'keep_results', 'points', 'came_out', 'repetitions', 'dots', 'lines', 'spread', 'slopes',
+           'matrix', 'n_text', 'Strip', 'strip_places', 'heat_strip', 'cell_text', 'crossed', 'markdown_table',
+           'latex_table', 'latex_text', 'save_rows', 'save_table', 'Section', 'claim', 'write_section', 'read_section',
+           'read_results', 'decided', 'verdict', 'Draft', 'prose', 'build_report']
 
 # %% ../nbs/90_figures.ipynb #41d54b18
 import base64, html, json, math, re
@@ -221,9 +221,20 @@ def difference(table, axis: str, a, b, *, level: float = 0.95) -> dict:
 
 # %% ../nbs/90_figures.ipynb #e6e6c486
 def measured(table, names: dict[str, str], by: Sequence[str], **orders):    # metric -> what the reader shall read; columns to keep apart
-    "Summary of the chosen metrics: `by`, 'panel' (the metric's name for readers) and the columns of `summarise`, in the order of `names` and `orders`."
+    "Summary of the chosen metrics: `by`, 'panel' (the metric's name for readers) and the columns of `summarise`, in the order of `names` and `orders`; no panel without any value."
     found = table[table["metric"].isin(names)]
-    return in_order(summarise(found.assign(panel=found["metric"].map(names)), [*by, "panel"]), panel=names.values(), **orders)
+    return with_values(in_order(summarise(found.assign(panel=found["metric"].map(names)), [*by, "panel"]), panel=names.values(), **orders))
+
+def with_values(summary, panel: str = "panel"):
+    "A summary without those panels in which nothing has a value."
+    return summary[summary[panel].isin(summary.loc[summary["value"].notna(), panel])].reset_index(drop=True)
+
+def unmeasured(table, names: dict[str, str]) -> str:
+    "A sentence for the caption that names what `measured` left out, and why: ' Not shown: LAS (not asked for).'; '' if that is nothing."
+    if len(table) == 0: return ""
+    values, reasons = ({m: part[c].dropna() for m, part in table.groupby("metric")} for c in ("value", "reason"))
+    missing = [f"{title} ({next((r for r in reasons.get(m, ()) if r), 'not measured')})" for m, title in names.items() if len(values.get(m, ())) == 0]
+    return f" Not shown: {'; '.join(missing)}." if missing else ""
 
 def along(table, metric: str, dial: str, axis: str, a, b) -> dict:
     "`difference` of a and b at each value of a dial, in the order of the table: {value of the dial: difference}."

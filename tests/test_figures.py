@@ -247,7 +247,7 @@ def made_up_scores(metrics: dict[str, float], rng, n=360) -> list[dict]:
 
 @pytest.fixture(scope="module")
 def made_up_tables(tmp_path_factory) -> Path:
-    "Tables of a study that never was: two seeds, all labels that the figures know, every metric; LAS undefined for one method."
+    "Tables of a study that never was: two seeds, all labels that the figures know, every metric; LAS undefined for one method, and in the learning curve for all."
     from faithful_distill.runs import write_table
     rng, folder = np.random.default_rng(0), tmp_path_factory.mktemp("tables")
     student = {"accuracy": 0.6, "own_supports_own": 0.5, "las": 0.1, "perturb": 0.2, "refine": 0.2, "refine_stripped": 0.1, "oracle_accuracy": 0.8, "oracle_stripped_accuracy": 0.7}
@@ -256,7 +256,7 @@ def made_up_tables(tmp_path_factory) -> Path:
     teacher = {f"test.{role}.{kind}.{what}": v for role in ("gold", "counterfactual") for kind in F.kinds for what, v in [("supports", 0.7), ("vacuous", 0.2), ("argues against", 0.1)]}
     teacher |= {f"test.gold.{kind}.tokens": 9.0 for kind in F.kinds}
     dials = {"evaluation": ({}, METHODS, student), "size": ({"size": ["small", "large"]}, METHODS[1:5], student), "shortcut": ({"shortcut": [0.0, 0.5, 1.0]}, METHODS[1:5], student),
-             "curve": ({"n_train": [100, 400]}, METHODS[:5], student), "weight": ({"reduction": ["per_part", "per_token"], "weight": [0.1, 0.5, 0.9]}, [""], student),
+             "curve": ({"n_train": [100, 400]}, METHODS[:5], student | {"las": None}), "weight": ({"reduction": ["per_part", "per_token"], "weight": [0.1, 0.5, 0.9]}, [""], student),
              "rationales": ({}, F.strategies, teacher), "vacuous": ({"vacuous": [0.0, 0.4]}, F.strategies[:4], teacher), "alpha": ({"alpha": [0.0, 0.5, 0.9]}, [""], teacher),
              "times": ({"group": ["student", "evaluation"]}, METHODS, {"seconds": 1.0, "peak_mib": 1.0})}
     for name, (axes, names, metrics) in dials.items():
@@ -323,6 +323,29 @@ def test_weights_are_compared_with_no_counterfactual_loss_if_that_was_run(weight
     assert ("students of both lines are the same" in caption) == ("from none at all" in section.text) == (0.0 in weights)
     rows = [r.split(" | ") for r in (tmp_path/"out"/"fig09_weight.md").read_text().splitlines() if "weight 0 " in r]
     assert len(rows) == 4 * (0.0 in weights) and all(r[1] == r[2].removesuffix(" |") for r in rows)
+
+
+def test_what_was_not_measured_has_no_panel_and_the_caption_says_why(made_up_tables, tmp_path, monkeypatch):
+    drawn, real = {}, F.lines
+    def lines(summary, *args, **options): drawn.setdefault(name, []).extend(dict.fromkeys(summary.panel)); return real(summary, *args, **options)
+    monkeypatch.setattr(F, "lines", lines)
+    for name in ("fig06", "fig11"): _run_again(_figure(name), tmp_path/name, monkeypatch, made_up_tables)
+    said = {name: F.read_section(tmp_path/name).figures[0][1] for name in drawn}
+    assert "LAS" in drawn["fig06"] and "Not shown" not in said["fig06"] and "LAS" not in drawn["fig11"] and len(drawn["fig11"]) == 3
+    assert said["fig11"].endswith(" Not shown: LAS (empty bin).") and "LAS" not in (tmp_path/"fig11"/"fig11_learning_curve.md").read_text()
+
+
+@pytest.mark.parametrize("helps, costs", [([0.95], [0.0]), ([], []), ([0.0, 0.6, 0.95], [])])
+def test_the_shortcut_figure_says_where_the_loss_helps_and_costs_by_accuracy_and_by_swap(helps, costs, tmp_path, monkeypatch):
+    "Accuracy as planted, and following reasons for a wrong answer the other way round."
+    effect = lambda s: 0.2 * (s in helps) - 0.2 * (s in costs)
+    rows = [{"shortcut": s, "method": m, "metric": metric, "seed": i, "value": 0.5 + sign * effect(s) * (m == "full method") + (0.01, -0.01, 0.003)[i] * (m == "full method")}
+            for s in (0.0, 0.6, 0.95) for m in ("greedy CoT", "contrastive CoT", "full method") for metric, sign in (("accuracy", 1), ("swap_factual.wrong", -1)) for i in range(3)]
+    _run_again(_figure("fig10"), tmp_path/"out", monkeypatch, _one_table(tmp_path, "shortcut", rows))
+    caption, listed = F.read_section(tmp_path/"out").figures[1][1], lambda found: ", ".join(f"{s:g}" for s in found) or "none"
+    unclear = listed([s for s in (0.0, 0.6, 0.95) if s not in helps + costs])
+    assert f"By accuracy, against contrastive CoT, it helps at strengths {listed(helps)}; costs at {listed(costs)}; cannot be told apart at {unclear}." in caption
+    assert f"wrong answer are followed, it helps at strengths {listed(costs)}; costs at {listed(helps)}; cannot be told apart at {unclear}." in caption
 
 
 # ---- differences --------------------------------------------------------------------------------------------------------------------
