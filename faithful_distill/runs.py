@@ -672,12 +672,13 @@ _score_columns = ("metric", "value", "low", "high", "n", "reason")
 
 # %% ../nbs/80_runs.ipynb #d4374bc8
 def tidy(results: Iterable,             # pairs (labels, run folder), or run folders
-         times: bool = False):          # seconds and memory of the runs instead of their metrics
+         times: bool = False):          # seconds and memory of the runs instead of their metrics, and which run folder it was: cells may share one
     """A long pandas table, one row per run and metric, sorted: labels, metric, value, low, high, n, reason.
     A label that is called like one of the other columns gets a `_`."""
     import pandas as pd
     pairs = [r if isinstance(r, tuple) else (None, r) for r in results]
     pairs = [({k + "_" * (k in _score_columns): v for k, v in labels.items()}, Path(folder)) for labels, folder in _labelled(pairs)]
+    if times: pairs = [({**labels, "run": folder.name}, folder) for labels, folder in pairs]
     columns = list(dict.fromkeys(k for labels, _ in pairs for k in labels))
     rows = [{**labels, **row} for labels, folder in pairs for row in flat_metrics((_times_of if times else _metrics_of)(folder))]
     table = pd.DataFrame(rows, columns=[*columns, *_score_columns]).astype({"value": float, "low": float, "high": float, "n": "Int64"})
@@ -1240,6 +1241,7 @@ def gather(grid: Grid, runs="runs") -> Path:
         pairs = [(grid.plan.labels(n), done[n].folder) for n in experiments]
         write_table(new/"results.csv", tidy(pairs))
         write_table(new/"times"/"times.csv", tidy(pairs, times=True))
+        _report_of_times(grid, done, new/"times")
         for name in grid.figures: _gather_figure(name, done, new/"times" if grid.plan.cells[name].reads_times else new)
         if grid.report in done: shutil.copyfile(done[grid.report].folder/"report.html", new/"report.html")
         if folder.exists(): os.rename(folder, old)
@@ -1256,6 +1258,13 @@ def _gather_figure(name: str, done: dict[str, Run], into: Path) -> None:
         if target.exists() or path.suffix == ".csv": target = target.with_name(re.sub(r"[^\w.=-]+", "_", name) + f"-{path.name}")
         target.parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(path, target)
+
+def _report_of_times(grid: Grid, done: dict[str, Run], into: Path) -> None:
+    "One page of the figures that show seconds and memory, if they left sections."
+    folders = [done[n].folder for n in grid.figures if n in done and grid.plan.cells[n].reads_times and (done[n].folder/"section.json").is_file()]
+    if not folders: return
+    from faithful_distill.figures import build_report
+    build_report(into/"report.html", f"{grid.title}: what it cost", "Seconds and memory of the runs as they were made here. They differ from one execution to the next, so they stand beside the report and not in it.", folders)
 
 @contextmanager
 def _lock_of(runs: Path, name: str):

@@ -185,7 +185,8 @@ def test_the_report_notebook_gathers_what_figures_left(section_folder, tmp_path)
     from faithful_distill.runs import run_notebook
     folder = run_notebook("figures/report.ipynb", {"title": "T", "sections": [str(section_folder)]}, tmp_path/"runs", needs=("report.html", "metrics.json"))
     assert json.loads((folder/"metrics.json").read_text()) == {"claims": {"holds": 1, "fails": 0, "open": 1}, "sections": 1}
-    assert "<h1>T</h1>" in (folder/"report.html").read_text()
+    page = (folder/"report.html").read_text()
+    assert "<h1>T</h1>" in page and "<code>times/report.html</code>" in page
 
 
 # ---- the figures of the repository are what its tables give -------------------------------------------------------------------------
@@ -346,6 +347,27 @@ def test_the_shortcut_figure_says_where_the_loss_helps_and_costs_by_accuracy_and
     unclear = listed([s for s in (0.0, 0.6, 0.95) if s not in helps + costs])
     assert f"By accuracy, against contrastive CoT, it helps at strengths {listed(helps)}; costs at {listed(costs)}; cannot be told apart at {unclear}." in caption
     assert f"wrong answer are followed, it helps at strengths {listed(costs)}; costs at {listed(helps)}; cannot be told apart at {unclear}." in caption
+
+
+def _times(group: str, run: str, seconds: float, **labels) -> list[dict]:
+    return [{"group": group, "run": run, "strategy": "", "method": "", **labels, "metric": m, "value": v, "n": None} for m, v in (("seconds", seconds), ("peak_mib", 1000.0), ("resumed", 0.0))]
+
+
+def test_costs_count_a_shared_run_once_and_name_their_groups(tmp_path, monkeypatch):
+    rows = [r for s in (0, 1) for r in _times("student", f"student-{s}", 60.0 + 60 * s, method="full method", seed=s)]
+    rows += [r for s in (0, 1) for r in _times("curve_student", f"student-{s}", 60.0 + 60 * s, method="full method", seed=s)]         # the same two runs
+    rows += _times("curve_student", "student-2", 300.0, method="greedy CoT", seed=0)
+    _run_again(_figure("fig12"), tmp_path/"out", monkeypatch, _one_table(tmp_path, "times", rows))
+    section, table = F.read_section(tmp_path/"out"), [r.strip("| ").split(" | ") for r in (tmp_path/"out"/"fig12_cost.md").read_text().splitlines()[2:]]
+    assert [r[:3] for r in table] == [["student (training)", "90.0 [−291.2, 471.2], n = 2", "3.0"], ["curve_student", "300.0, n = 1", "5.0"], ["all of these", "160.0 [−150.3, 470.3], n = 3", "8.0"]]
+    caption = dict(map(tuple, section.tables))["fig12_cost"]
+    assert "for the groups student, curve_student: 3 runs, each counted once" in caption and "2 more lines" in caption and "whole study" not in str(section)
+
+
+def test_costs_of_a_table_that_names_no_runs_say_so(tmp_path, monkeypatch):
+    rows = [{k: v for k, v in r.items() if k != "run"} for s in (0, 1) for r in _times("student", "", 60.0, method="full method", seed=s)]
+    _run_again(_figure("fig12"), tmp_path/"out", monkeypatch, _one_table(tmp_path, "times", rows))
+    assert "2 lines; the table does not say" in dict(map(tuple, F.read_section(tmp_path/"out").tables))["fig12_cost"]
 
 
 # ---- differences --------------------------------------------------------------------------------------------------------------------

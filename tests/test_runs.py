@@ -268,7 +268,20 @@ def test_seconds_and_memory_can_be_read_and_what_comes_of_them_is_kept_apart(tmp
     assert (folder/"tables"/"cost.md").read_text() == "x [0, 1]"
     times = R.read_table(folder/"times"/"times.csv")
     assert len(times) in (4, 6) and (times[times.metric == "seconds"].value > 0).all() and (times[times.metric == "resumed"].value == 0).all()
+    assert set(times.run) == {o.name for o in (tmp_path/"runs").glob("work-*")} and not (folder/"times"/"report.html").exists(), "this figure left no section"
     assert "times" not in {p.relative_to(folder).parts[0] for p in folder.rglob("*") if p.name in ("results.csv", "metrics.json")}
+
+
+def test_shared_runs_are_named_and_figures_of_times_have_a_page_beside_the_report(tmp_path):
+    write_notebook(tmp_path/"work.ipynb", "seed: int = 0\nout: str = 'out'", METRICS % "seed")
+    write_notebook(tmp_path/"cost.ipynb", "times_path: str = ''\nout: str = 'out'", "from faithful_distill.figures import Draft\ndraft = Draft(out, 'Costs of it')\ntable = draft.read(times_path, group='')",
+                   "draft.table('cost', [['group', 'run'], *sorted(map(list, {(r.group, r.run) for r in table.itertuples()}))], 'Runs')\ndraft.finish('Words.')")
+    (tmp_path/"toy.yaml").write_text("title: Toy\nseeds: 1\ngroups:\n  work: {notebook: work.ipynb}\n  again: {notebook: work.ipynb}\nfigures:\n  cost: {notebook: cost.ipynb, params: {times_path: {times: [work, again]}}}\n")
+    folder = R.reproduce(tmp_path/"toy.yaml", runs=tmp_path/"runs", workers=1).folder
+    [run] = [p.name for p in (tmp_path/"runs").glob("work-*")]
+    page = (folder/"times"/"report.html").read_text()
+    assert "<h1>Toy: what it cost</h1>" in page and "Costs of it" in page and page.count(run) == 2
+    assert not (folder/"report.html").exists() and (folder/"times"/"tables"/"cost.md").exists()
 
 
 def test_killed_at_any_moment_it_resumes_to_the_same_bytes(study):
