@@ -196,14 +196,14 @@ FIGURES = sorted(p for p in shipped("nbs", "figures").glob("*.ipynb") if p.stem 
 
 
 def _run_again(path: Path, out: Path, monkeypatch, tables: Path | None = None) -> list[dict]:
-    """Executes a figure notebook in this process, from its own folder and with its own defaults but `out`, and `study_*.csv` of another folder
+    """Executes a figure notebook in this process, from its own folder and with its own defaults but `out`, and `study_*.csv` or `calibration.csv` of another folder
     instead of the repository's tables if one is given; its cells with new outputs."""
     shell = pytest.importorskip("execnb.shell")
     from execnb.nbio import read_nb
     notebook = read_nb(path)
     parameters = next(c for c in notebook.cells if "parameters" in c.metadata.get("tags", []))
     parameters.source = re.sub(r'(?m)^out: str = .*$', f"out: str = {str(out)!r}", parameters.source)
-    if tables: parameters.source = re.sub(r"\.\./\.\./data/results/(?:study|quickstart)_(?=\w+\.csv)", f"{tables}/study_", parameters.source)
+    if tables: parameters.source = re.sub(r"\.\./\.\./data/results/(?:study|quickstart)_(?=\w+\.csv)", f"{tables}/study_", parameters.source).replace("../../data/results/calibration.csv", f"{tables}/calibration.csv")
     monkeypatch.chdir(path.parent)
     __import__("matplotlib.pyplot").pyplot.close("all")         # figures that other tests left open would be shown
     shell.CaptureShell().run_all(notebook, exc_stop=True)
@@ -368,6 +368,25 @@ def test_costs_of_a_table_that_names_no_runs_say_so(tmp_path, monkeypatch):
     rows = [{k: v for k, v in r.items() if k != "run"} for s in (0, 1) for r in _times("student", "", 60.0, method="full method", seed=s)]
     _run_again(_figure("fig12"), tmp_path/"out", monkeypatch, _one_table(tmp_path, "times", rows))
     assert "2 lines; the table does not say" in dict(map(tuple, F.read_section(tmp_path/"out").tables))["fig12_cost"]
+
+
+@pytest.mark.parametrize("metric, name, rest", [("rev", "REV", {0, 1, 2}), ("las", "LAS, in one of its versions,", {0})])
+def test_metrics_of_too_few_students_are_not_called_blind(metric, name, rest, tmp_path, monkeypatch):
+    "REV with three seeds instead of one is judged, LAS with one instead of three is not; by-chance students without a value borrow none from the ends of the dial."
+    from faithful_distill.runs import read_table, write_table
+    table = read_table(shipped("data", "results", "calibration.csv"))
+    chosen = table.metric.str.match(rf"{metric}(_probability)?(_unadjusted|\.unadjusted)?$")
+    first = table[chosen & (table.seed == 0)]
+    write_table(tmp_path/"calibration.csv", pd.concat([table[~chosen], *(first.assign(seed=s) for s in rest)]))
+    _run_again(_figure("fig13"), tmp_path/"out", monkeypatch, tmp_path)
+    section = F.read_section(tmp_path/"out")
+    [verdict] = [c for c in section.claims if c["text"] == f"{name} tells f where idle rationales are plausible"]
+    few = section.text.split("Too few students to tell, for not even a perfect order of them would pass: ")[1].split("\n")[0]
+    assert (verdict["holds"] is None) == ("too few students to tell" in verdict["remark"]) == (name.split(",")[0] in few) == (len(rest) == 1)
+    assert "RORA-lite (n = 5)" in few and "differs by at most: plausible, 1 point; shuffled, 16 points" in section.text
+    cells = [r.strip("| ").split(" | ") for r in (tmp_path/"out"/"fig13_metrics.md").read_text().splitlines()]
+    by_chance = {r[0]: r[cells[0].index("neighbours in order, by chance")] for r in cells[2:]}
+    assert by_chance["RORA-lite"] == "–" and by_chance["swap, flip"].startswith("1.00 [") and all(c == "–" or ", n = " in c for r in cells[2:] for c in r[1:-1])
 
 
 # ---- differences --------------------------------------------------------------------------------------------------------------------
