@@ -389,6 +389,22 @@ def test_metrics_of_too_few_students_are_not_called_blind(metric, name, rest, tm
     assert by_chance["RORA-lite"] == "–" and by_chance["swap, flip"].startswith("1.00 [") and all(c == "–" or ", n = " in c for r in cells[2:] for c in r[1:-1])
 
 
+@pytest.mark.parametrize("name, said", [("fig01", "one teacher"), ("fig06", "one base student of each size"), ("fig07", "one teacher at each share"), ("fig08", "one teacher")])
+def test_captions_say_what_seeds_do_not_redraw(name, said, made_up_tables, tmp_path, monkeypatch):
+    "No interval here says how another teacher or base would come out; parameters stand in the caption only if the table gives them."
+    from faithful_distill.runs import read_table, write_table
+    _run_again(_figure(name), tmp_path/"out", monkeypatch, made_up_tables)
+    captions = [caption for figure, caption in F.read_section(tmp_path/"out").figures if figure != "fig01_tokens"]
+    assert captions and all(said in c for c in captions) and "seed redraws" in captions[0]
+    if name != "fig06": return
+    assert "Parameters" not in captions[0]
+    table = read_table(made_up_tables/"study_size.csv")
+    counts = pd.DataFrame([{"group": "base", "size": size, "seed": 0, "metric": "parameters.student", "value": v, "n": None} for size, v in (("small", 120_000.0), ("large", 910_000.0))])
+    write_table(tmp_path/"study_size.csv", pd.concat([table, counts]))
+    _run_again(_figure(name), tmp_path/"again", monkeypatch, tmp_path)
+    assert "Parameters: small 0.12 M, large 0.91 M." in F.read_section(tmp_path/"again").figures[0][1]
+
+
 # ---- differences --------------------------------------------------------------------------------------------------------------------
 
 @settings(max_examples=60, deadline=None)
