@@ -1215,13 +1215,18 @@ def forecast(grid: Grid, runs="runs", only: Iterable[str] | None = None, workers
     "For each cell of a grid: whether it is there, and how long it took last time. What `--dry-run` and `--list` print."
     planned, seconds = grid.plan.runs(runs), last_seconds(runs)
     names = [n for n in grid.plan.order if only is None or n in grid.plan.needed_for(only)]
-    said = lambda n: f"{seconds[n]:8.1f} s" if n in seconds else " " * 9 + "?"
-    lines = [f"{'there  ' if planned[n].finished else 'compute'} {said(n)}  {n}  ({planned[n].name})" for n in names]
-    todo = [n for n in names if not planned[n].finished]
-    known, unknown = sum(seconds.get(n, 0) for n in todo), sum(n not in seconds for n in todo)
-    total = [f"{len(todo)} of {len(names)} to compute"]
+    cells: dict[str, list[str]] = {}
+    for n in names: cells.setdefault(planned[n].name, []).append(n)
+    took = {run: next((seconds[n] for n in sharing if n in seconds), None) for run, sharing in cells.items()}         # under whichever of its names it was computed
+    state = lambda n: "there  " if planned[n].finished else "compute" if cells[planned[n].name][0] == n else "shared "
+    said = lambda t: f"{t:8.1f} s" if t is not None else " " * 9 + "?"
+    lines = [f"{state(n)} {said(took[planned[n].name])}  {n}  ({planned[n].name})" for n in names]
+    todo = [took[run] for run, (n, *_) in cells.items() if not planned[n].finished]
+    known, unknown = sum(t for t in todo if t is not None), sum(t is None for t in todo)
+    total = [f"{len(todo)} of {len(cells)} to compute"]
     if known: total.append(f"about {known / workers / 60:.1f} min with {workers} workers")
     if unknown: total.append(f"{unknown} of unknown length")
+    if shared := len(names) - len(cells): total.append(f"{shared} cell{' shares' if shared == 1 else 's share'} a run with another")
     return "\n".join([*lines, ", ".join(total)])
 
 # %% ../nbs/80_runs.ipynb #5c727e22
