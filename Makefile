@@ -4,7 +4,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: quickstart study test notebooks figures drift clean help
+.PHONY: quickstart study results test notebooks figures drift clean help
 
 help:            ## list what can be made
 	@grep -hE '^[a-z]+: .*##' $(MAKEFILE_LIST) | sed 's/:.*##/:/'
@@ -18,6 +18,12 @@ help:            ## list what can be made
 
 quickstart: .venv/.ready ## the whole road on the embedded world: runs/quickstart/report.html
 	$(BIN)/faithful-distill reproduce --profile quickstart
+
+study: .venv/.ready ## every figure and table on several seeds, resumable: runs/study/report.html
+	$(BIN)/faithful-distill reproduce --profile study
+
+results: .venv/.ready ## the study's small tables into data/results (what is there is not computed again); then `make figures`
+	$(BIN)/faithful-distill reproduce --profile study --keep data/results
 
 test: .venv/.ready drift notebooks ## everything that must hold
 	$(BIN)/python -m pytest tests -q

@@ -42,7 +42,8 @@ def main():
 @click.option("--runs", default="runs", show_default=True, help="Folder of all runs.")
 @click.option("--list", "listing", is_flag=True, help="Print what there is to compute, and stop.")
 @click.option("--dry-run", is_flag=True, help="The same: what would be computed, and how long it took last time.")
-def reproduce(profile, only, seeds, workers, runs, listing, dry_run):
+@click.option("--keep", type=click.Path(file_okay=False), help="When all is done, also write the small tables that the figures read into this folder: data/results.")
+def reproduce(profile, only, seeds, workers, runs, listing, dry_run, keep):
     """Compute a profile: every notebook of its grid, the figures, and one report. What is there already is not computed again.
 
     Example:  faithful-distill reproduce --profile quickstart --workers 2"""
@@ -53,6 +54,9 @@ def reproduce(profile, only, seeds, workers, runs, listing, dry_run):
     report = result.folder/"report.html"
     if report.exists(): click.echo(f"Report: {report}")
     if not result.ok: sys.exit(1)
+    if not keep: return
+    from faithful_distill.figures import keep_profile
+    for path in keep_profile(profile, keep, runs, seeds): click.echo(f"Kept: {path}")
 
 # %% ../nbs/95_cli.ipynb #d24cd420
 def _data_options(command):

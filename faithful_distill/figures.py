@@ -5,11 +5,11 @@
 # %% auto #0
 __all__ = ['palette', 'ink', 'faint', 'rule', 'methods', 'strategies', 'kinds', 'style', 'plain_name', 'looks', 'use_style',
            'blank_figure', 'save_figure', 't_interval', 'summarise', 'in_order', 'number', 'paired_difference',
-           'paired', 'pooled', 'difference', 'measured', 'along', 'growth_of_difference', 'small_table', 'keep_results',
-           'points', 'came_out', 'repetitions', 'dots', 'lines', 'spread', 'slopes', 'matrix', 'n_text', 'Strip',
-           'strip_places', 'heat_strip', 'cell_text', 'crossed', 'markdown_table', 'latex_table', 'latex_text',
-           'save_rows', 'save_table', 'Section', 'claim', 'write_section', 'read_section', 'read_results', 'decided',
-           'verdict', 'Draft', 'prose', 'build_report']
+           'paired', 'pooled', 'difference', 'measured', 'with_values', 'unmeasured', 'along', 'growth_of_difference',
+           'small_table', 'keep_results', 'keep_profile', 'read_by_figures', 'points', 'came_out', 'repetitions',
+           'dots', 'lines', 'spread', 'slopes', 'matrix', 'n_text', 'Strip', 'strip_places', 'heat_strip', 'cell_text',
+           'crossed', 'markdown_table', 'latex_table', 'latex_text', 'save_rows', 'save_table', 'Section', 'claim',
+           'write_section', 'read_section', 'read_results', 'decided', 'verdict', 'Draft', 'prose', 'build_report']
 
 # %% ../nbs/90_figures.ipynb #41d54b18
 import base64, html, json, math, re
@@ -221,9 +221,20 @@ def difference(table, axis: str, a, b, *, level: float = 0.95) -> dict:
 
 # %% ../nbs/90_figures.ipynb #e6e6c486
 def measured(table, names: dict[str, str], by: Sequence[str], **orders):    # metric -> what the reader shall read; columns to keep apart
-    "Summary of the chosen metrics: `by`, 'panel' (the metric's name for readers) and the columns of `summarise`, in the order of `names` and `orders`."
+    "Summary of the chosen metrics: `by`, 'panel' (the metric's name for readers) and the columns of `summarise`, in the order of `names` and `orders`; no panel without any value."
     found = table[table["metric"].isin(names)]
-    return in_order(summarise(found.assign(panel=found["metric"].map(names)), [*by, "panel"]), panel=names.values(), **orders)
+    return with_values(in_order(summarise(found.assign(panel=found["metric"].map(names)), [*by, "panel"]), panel=names.values(), **orders))
+
+def with_values(summary, panel: str = "panel"):
+    "A summary without those panels in which nothing has a value."
+    return summary[summary[panel].isin(summary.loc[summary["value"].notna(), panel])].reset_index(drop=True)
+
+def unmeasured(table, names: dict[str, str]) -> str:
+    "A sentence for the caption that names what `measured` left out, and why: ' Not shown: LAS (not asked for).'; '' if that is nothing."
+    if len(table) == 0: return ""
+    values, reasons = ({m: part[c].dropna() for m, part in table.groupby("metric")} for c in ("value", "reason"))
+    missing = [f"{title} ({next((r for r in reasons.get(m, ()) if r), 'not measured')})" for m, title in names.items() if len(values.get(m, ())) == 0]
+    return f" Not shown: {'; '.join(missing)}." if missing else ""
 
 def along(table, metric: str, dial: str, axis: str, a, b) -> dict:
     "`difference` of a and b at each value of a dial, in the order of the table: {value of the dial: difference}."
@@ -238,7 +249,7 @@ def growth_of_difference(table, metric: str, dial: str, axis: str, a, b, high, l
 # %% ../nbs/90_figures.ipynb #a85a4ef0
 def small_table(table, digits: int = 6):
     "A table of results as it is kept: scores with their n, and what has no interval by nature; no details, no columns without labels; rounded."
-    by_nature = table["metric"].str.contains(r"(?:^|\.)(?:tokens|seconds|peak_mib|resumed)$")
+    by_nature = table["metric"].str.contains(r"(?:^|\.)(?:tokens|seconds|peak_mib|resumed|parameters\.student)$")
     finer = table["metric"].str.contains(r"_(?:probability|same|shift)(?:\.|$)")
     kept = table[(table["n"].notna() | by_nature) & ~finer].round({"value": digits, "low": digits, "high": digits})
     empty = [c for c in kept if c not in ("metric", *_scores) and (kept[c].isna() | (kept[c] == "")).all()]
@@ -246,16 +257,39 @@ def small_table(table, digits: int = 6):
 
 def keep_results(gathered,                  # what `reproduce` left, 'runs/study'
                  into,                      # 'data/results'
-                 groups: Iterable[str]      # the groups of the grid whose results are kept
+                 groups: Iterable[str] | dict[str, Iterable[str]],  # groups of the grid whose results are kept; or name of a table -> its groups
+                 files: Iterable[tuple[str, str]] = ()              # (cell, file in its run folder) to be kept too
                 ) -> list[Path]:
-    "Writes `<profile>_<group>.csv` for each group, and `<profile>_times.csv`, for the figures to be drawn from."
+    "Writes `<profile>_<name>.csv` for each table, `<profile>_times.csv` and `<profile>_<file>` for each file, for the figures to be drawn from."
     from faithful_distill.runs import read_table, write_table
     gathered, into = Path(gathered), Path(into)
     results, times = read_table(gathered/"results.csv"), read_table(gathered/"times"/"times.csv")
-    wrong = [g for g in groups if g not in set(results["group"])]
+    wanted = {name: list(of) for name, of in groups.items()} if isinstance(groups, dict) else {g: [g] for g in groups}
+    wrong = [g for of in wanted.values() for g in of if g not in set(results["group"])]
     if wrong: raise BadInput("is not a group of these results", file=gathered/"results.csv", field="group", value=wrong[0])
-    tables = {**{g: results[results["group"] == g] for g in groups}, "times": times}
-    return [write_table(into/f"{gathered.name}_{name}.csv", small_table(table)) for name, table in tables.items()]
+    folders = json.loads((gathered/"runs.json").read_text(encoding="utf-8")) if files else {}
+    sources = {f"{gathered.name}_{Path(name).name}": gathered.parent/folders.get(cell, cell)/name for cell, name in files}
+    absent = [path for path in sources.values() if not path.is_file()]
+    if absent: raise BadInput("is not there", file=absent[0], remedy="Run the whole profile first.")
+    tables = {**{name: results[results["group"].isin(of)] for name, of in wanted.items()}, "times": times}
+    kept = [write_table(into/f"{gathered.name}_{name}.csv", small_table(table)) for name, table in tables.items()]
+    return [*kept, *(write_text(into/name, path.read_bytes()) for name, path in sources.items())]
+
+def keep_profile(profile, into="data/results", runs="runs", seeds=None) -> list[Path]:
+    "Keeps all that the figures of a profile read, after `reproduce` has made it: a table for the groups that a figure reads together, and single files of runs."
+    from faithful_distill.runs import load_grid
+    grid = load_grid(profile, seeds)
+    return keep_results(Path(runs)/grid.name, into, *read_by_figures(grid))
+
+def read_by_figures(grid) -> tuple[dict[str, list[str]], list[tuple[str, str]]]:
+    "What the figures of a grid are given: {name of a table: its groups}, and single files as (cell, file)."
+    from faithful_distill.runs import From, TableOf
+    given = [v for name in grid.figures for v in grid.plan.cells[name].params.values()]
+    tables: dict[str, list[str]] = {}
+    for of in (dict.fromkeys(grid.plan.cells[c].group for c in v.cells) for v in given if isinstance(v, TableOf) and not v.times):
+        first = next(iter(of))
+        tables[first] = list(dict.fromkeys([*tables.get(first, ()), *of]))
+    return tables, list(dict.fromkeys((v.cell, v.file) for v in given if isinstance(v, From) and v.file))
 
 # %% ../nbs/90_figures.ipynb #ebbb4690
 def points(value: float) -> str:

@@ -672,12 +672,13 @@ _score_columns = ("metric", "value", "low", "high", "n", "reason")
 
 # %% ../nbs/80_runs.ipynb #d4374bc8
 def tidy(results: Iterable,             # pairs (labels, run folder), or run folders
-         times: bool = False):          # seconds and memory of the runs instead of their metrics
+         times: bool = False):          # seconds and memory of the runs instead of their metrics, and which run folder it was: cells may share one
     """A long pandas table, one row per run and metric, sorted: labels, metric, value, low, high, n, reason.
     A label that is called like one of the other columns gets a `_`."""
     import pandas as pd
     pairs = [r if isinstance(r, tuple) else (None, r) for r in results]
     pairs = [({k + "_" * (k in _score_columns): v for k, v in labels.items()}, Path(folder)) for labels, folder in _labelled(pairs)]
+    if times: pairs = [({**labels, "run": folder.name}, folder) for labels, folder in pairs]
     columns = list(dict.fromkeys(k for labels, _ in pairs for k in labels))
     rows = [{**labels, **row} for labels, folder in pairs for row in flat_metrics((_times_of if times else _metrics_of)(folder))]
     table = pd.DataFrame(rows, columns=[*columns, *_score_columns]).astype({"value": float, "low": float, "high": float, "n": "Int64"})
@@ -1214,13 +1215,18 @@ def forecast(grid: Grid, runs="runs", only: Iterable[str] | None = None, workers
     "For each cell of a grid: whether it is there, and how long it took last time. What `--dry-run` and `--list` print."
     planned, seconds = grid.plan.runs(runs), last_seconds(runs)
     names = [n for n in grid.plan.order if only is None or n in grid.plan.needed_for(only)]
-    said = lambda n: f"{seconds[n]:8.1f} s" if n in seconds else " " * 9 + "?"
-    lines = [f"{'there  ' if planned[n].finished else 'compute'} {said(n)}  {n}  ({planned[n].name})" for n in names]
-    todo = [n for n in names if not planned[n].finished]
-    known, unknown = sum(seconds.get(n, 0) for n in todo), sum(n not in seconds for n in todo)
-    total = [f"{len(todo)} of {len(names)} to compute"]
+    cells: dict[str, list[str]] = {}
+    for n in names: cells.setdefault(planned[n].name, []).append(n)
+    took = {run: next((seconds[n] for n in sharing if n in seconds), None) for run, sharing in cells.items()}         # under whichever of its names it was computed
+    state = lambda n: "there  " if planned[n].finished else "compute" if cells[planned[n].name][0] == n else "shared "
+    said = lambda t: f"{t:8.1f} s" if t is not None else " " * 9 + "?"
+    lines = [f"{state(n)} {said(took[planned[n].name])}  {n}  ({planned[n].name})" for n in names]
+    todo = [took[run] for run, (n, *_) in cells.items() if not planned[n].finished]
+    known, unknown = sum(t for t in todo if t is not None), sum(t is None for t in todo)
+    total = [f"{len(todo)} of {len(cells)} to compute"]
     if known: total.append(f"about {known / workers / 60:.1f} min with {workers} workers")
     if unknown: total.append(f"{unknown} of unknown length")
+    if shared := len(names) - len(cells): total.append(f"{shared} cell{' shares' if shared == 1 else 's share'} a run with another")
     return "\n".join([*lines, ", ".join(total)])
 
 # %% ../nbs/80_runs.ipynb #5c727e22
@@ -1240,6 +1246,7 @@ def gather(grid: Grid, runs="runs") -> Path:
         pairs = [(grid.plan.labels(n), done[n].folder) for n in experiments]
         write_table(new/"results.csv", tidy(pairs))
         write_table(new/"times"/"times.csv", tidy(pairs, times=True))
+        _report_of_times(grid, done, new/"times")
         for name in grid.figures: _gather_figure(name, done, new/"times" if grid.plan.cells[name].reads_times else new)
         if grid.report in done: shutil.copyfile(done[grid.report].folder/"report.html", new/"report.html")
         if folder.exists(): os.rename(folder, old)
@@ -1256,6 +1263,13 @@ def _gather_figure(name: str, done: dict[str, Run], into: Path) -> None:
         if target.exists() or path.suffix == ".csv": target = target.with_name(re.sub(r"[^\w.=-]+", "_", name) + f"-{path.name}")
         target.parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(path, target)
+
+def _report_of_times(grid: Grid, done: dict[str, Run], into: Path) -> None:
+    "One page of the figures that show seconds and memory, if they left sections."
+    folders = [done[n].folder for n in grid.figures if n in done and grid.plan.cells[n].reads_times and (done[n].folder/"section.json").is_file()]
+    if not folders: return
+    from faithful_distill.figures import build_report
+    build_report(into/"report.html", f"{grid.title}: what it cost", "Seconds and memory of the runs as they were made here. They differ from one execution to the next, so they stand beside the report and not in it.", folders)
 
 @contextmanager
 def _lock_of(runs: Path, name: str):

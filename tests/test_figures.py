@@ -185,7 +185,8 @@ def test_the_report_notebook_gathers_what_figures_left(section_folder, tmp_path)
     from faithful_distill.runs import run_notebook
     folder = run_notebook("figures/report.ipynb", {"title": "T", "sections": [str(section_folder)]}, tmp_path/"runs", needs=("report.html", "metrics.json"))
     assert json.loads((folder/"metrics.json").read_text()) == {"claims": {"holds": 1, "fails": 0, "open": 1}, "sections": 1}
-    assert "<h1>T</h1>" in (folder/"report.html").read_text()
+    page = (folder/"report.html").read_text()
+    assert "<h1>T</h1>" in page and "<code>times/report.html</code>" in page
 
 
 # ---- the figures of the repository are what its tables give -------------------------------------------------------------------------
@@ -195,14 +196,14 @@ FIGURES = sorted(p for p in shipped("nbs", "figures").glob("*.ipynb") if p.stem 
 
 
 def _run_again(path: Path, out: Path, monkeypatch, tables: Path | None = None) -> list[dict]:
-    """Executes a figure notebook in this process, from its own folder and with its own defaults but `out`, and the study's tables from another
-    folder if one is given; its cells with new outputs."""
+    """Executes a figure notebook in this process, from its own folder and with its own defaults but `out`, and `study_*.csv` or `calibration.csv` of another folder
+    instead of the repository's tables if one is given; its cells with new outputs."""
     shell = pytest.importorskip("execnb.shell")
     from execnb.nbio import read_nb
     notebook = read_nb(path)
     parameters = next(c for c in notebook.cells if "parameters" in c.metadata.get("tags", []))
     parameters.source = re.sub(r'(?m)^out: str = .*$', f"out: str = {str(out)!r}", parameters.source)
-    if tables: parameters.source = parameters.source.replace("../../data/results/study_", f"{tables}/study_")
+    if tables: parameters.source = re.sub(r"\.\./\.\./data/results/(?:study|quickstart)_(?=\w+\.csv)", f"{tables}/study_", parameters.source).replace("../../data/results/calibration.csv", f"{tables}/calibration.csv")
     monkeypatch.chdir(path.parent)
     __import__("matplotlib.pyplot").pyplot.close("all")         # figures that other tests left open would be shown
     shell.CaptureShell().run_all(notebook, exc_stop=True)
@@ -247,25 +248,27 @@ def made_up_scores(metrics: dict[str, float], rng, n=360) -> list[dict]:
 
 @pytest.fixture(scope="module")
 def made_up_tables(tmp_path_factory) -> Path:
-    "Tables of a study that never was: two seeds, all labels that the figures know, every metric; LAS undefined for one method."
+    "Tables of a study that never was: two seeds, all labels that the figures know, every metric; LAS undefined for one method, and in the learning curve for all."
     from faithful_distill.runs import write_table
     rng, folder = np.random.default_rng(0), tmp_path_factory.mktemp("tables")
-    student = {"accuracy": 0.6, "own_supports_own": 0.5, "las": 0.1, "refine": 0.2, "refine_stripped": 0.1, "oracle_accuracy": 0.8, "oracle_stripped_accuracy": 0.7, "swap_factual.wrong": 0.4}
+    student = {"accuracy": 0.6, "own_supports_own": 0.5, "las": 0.1, "perturb": 0.2, "refine": 0.2, "refine_stripped": 0.1, "oracle_accuracy": 0.8, "oracle_stripped_accuracy": 0.7}
+    student |= {f"swap_{prefix}.{side}": 0.4 for prefix in ("factual", "counterfactual", "none") for side in ("gold", "wrong")}
     student |= {f"perturb_at.{rho}": 0.6 - 0.2 * rho for rho in (0, 0.1, 0.25, 0.5, 0.75, 1)}
     teacher = {f"test.{role}.{kind}.{what}": v for role in ("gold", "counterfactual") for kind in F.kinds for what, v in [("supports", 0.7), ("vacuous", 0.2), ("argues against", 0.1)]}
     teacher |= {f"test.gold.{kind}.tokens": 9.0 for kind in F.kinds}
     dials = {"evaluation": ({}, METHODS, student), "size": ({"size": ["small", "large"]}, METHODS[1:5], student), "shortcut": ({"shortcut": [0.0, 0.5, 1.0]}, METHODS[1:5], student),
-             "curve": ({"n_train": [100, 400]}, METHODS[:5], student), "weight": ({"weight": [0.0, 0.5], "reduction": ["per_part", "per_token"]}, [""], student),
+             "curve": ({"n_train": [100, 400]}, METHODS[:5], student | {"las": None}), "weight": ({"reduction": ["per_part", "per_token"], "weight": [0.1, 0.5, 0.9]}, [""], student),
              "rationales": ({}, F.strategies, teacher), "vacuous": ({"vacuous": [0.0, 0.4]}, F.strategies[:4], teacher), "alpha": ({"alpha": [0.0, 0.5, 0.9]}, [""], teacher),
              "times": ({"group": ["student", "evaluation"]}, METHODS, {"seconds": 1.0, "peak_mib": 1.0})}
     for name, (axes, names, metrics) in dials.items():
         points = [{}]
         for axis, values in {**axes, "strategy" if metrics is teacher else "method": names, "seed": [0, 1]}.items(): points = [{**p, axis: v} for p in points for v in values]
+        if name == "weight": points += [{"reduction": "per_part", "weight": 0.0, "method": "", "seed": s} for s in (0, 1)]          # without the loss there is nothing to average
         write_table(folder/f"study_{name}.csv", pd.DataFrame([{"group": name, **p, **row} for p in points for row in made_up_scores(metrics | ({"las": None} if p.get("method") == "answer only" else {}), rng)]))
     return folder
 
 
-@pytest.mark.parametrize("path", [p for p in FIGURES if "data/results/study_" in p.read_text(encoding="utf-8")], ids=lambda p: p.stem)
+@pytest.mark.parametrize("path", [p for p in FIGURES if re.search("data/results/(study|quickstart)_", p.read_text(encoding="utf-8")) and p.stem != "claims"], ids=lambda p: p.stem)
 def test_figures_of_the_study_draw_whatever_seeds_and_levels_are_there(path, made_up_tables, tmp_path, monkeypatch):
     _run_again(path, tmp_path, monkeypatch, made_up_tables)
     section = F.read_section(tmp_path)
@@ -273,8 +276,133 @@ def test_figures_of_the_study_draw_whatever_seeds_and_levels_are_there(path, mad
     assert all((tmp_path/f"{name}.png").stat().st_size < 60_000 for name, _ in section.figures)
     cells = [c for name, _ in section.tables for row in (tmp_path/f"{name}.md").read_text().splitlines()[2:] for c in row.split(" | ")[1:]]
     if path.stem != "fig12_cost":
-        assert all("2 seeds" in caption and "n = " in caption for _, caption in section.figures)
+        assert all("2 seeds" in caption and "n = " in caption for name, caption in section.figures if name != "fig01_tokens")
         assert all("[" in c and "n = " in c or "empty bin" in c or c.strip(" |") in ("–", "") for c in cells), cells
+
+
+def _figure(name: str) -> Path: return next(p for p in FIGURES if p.stem.split("_")[0] == name)
+
+
+def _one_table(folder: Path, name: str, rows: list[dict]) -> Path:
+    "A study's table of rows that lack but their intervals; its folder."
+    from faithful_distill.runs import write_table
+    write_table(folder/f"study_{name}.csv", pd.DataFrame([{"group": name, "low": None, "high": None, "n": 300, "reason": "", **r} for r in rows]))
+    return folder
+
+
+def test_claims_and_figures_tell_the_loss_from_the_rationales(tmp_path, monkeypatch):
+    "Where contrastive CoT is as good as the full method, the latter beats greedy CoT by its rationales, not by its loss; and the other way round."
+    level = {"greedy CoT": {"swap_factual.wrong": 0.4, "las": 0.1, "perturb": 0.1, "refine": -0.1, "refine_stripped": 0.1, "accuracy": 0.6},
+             "contrastive CoT": {"swap_factual.wrong": 0.8, "las": 0.1, "perturb": 0.1, "refine": 0.2, "refine_stripped": 0.1, "accuracy": 0.6},
+             "full method": {"swap_factual.wrong": 0.8, "las": 0.3, "perturb": 0.3, "refine": 0.2, "refine_stripped": 0.3, "accuracy": 0.75}}
+    wobble = {"greedy CoT": [0.0, 0.01, -0.01], "contrastive CoT": [0.01, 0.0, -0.01], "full method": [-0.01, 0.01, 0.0]}
+    tables = _one_table(tmp_path, "evaluation", [{"method": m, "seed": s, "metric": metric, "value": v + wobble[m][s]} for m, scores in level.items() for metric, v in scores.items() for s in range(3)])
+    holds = {}
+    for name in ("claims", "fig04", "fig05"):
+        _run_again(_figure(name), tmp_path/name, monkeypatch, tables)
+        section = F.read_section(tmp_path/name)
+        holds |= {c["text"]: c["holds"] for c in section.claims}
+        if name != "claims": assert "full method against contrastive CoT" in section.figures[0][1] or "against contrastive CoT: " in section.figures[0][1]
+    found = lambda *words: {v for text, v in holds.items() if all(w in text for w in words)}
+    assert found("wrong answer", "greedy CoT", "20 points") == {True} and found("The loss alone", "wrong answer", "contrastive CoT") == {False}
+    assert found("With the prefix factual", "greedy CoT") == {True} and found("With the prefix factual", "contrastive CoT") == {False}
+    assert found("The loss alone", "LAS") == found("The loss alone", "replaced") == found("The loss alone", "taken out") == {True}
+    assert found("gains more accuracy than contrastive CoT", "taken out") == {True} and found("gains more accuracy than contrastive CoT from the teacher's rationale") == {True, False}
+    assert found("one-sided", "2 points less accurate") == {True}, "15 points more are no reason against it"
+
+
+@pytest.mark.parametrize("weights, against", [([0.0, 0.1, 0.5, 0.9], "no counterfactual loss"), ([0.1, 0.5, 0.9], "a weight of 0.1")])
+def test_weights_are_compared_with_no_counterfactual_loss_if_that_was_run(weights, against, tmp_path, monkeypatch):
+    "The students without the loss were trained once, under per_part, and are what per_token is compared with too."
+    level = lambda w, r: {"accuracy": 0.6 - 0.2 * w * (r == "per_part"), "swap_factual.wrong": 0.3 + 0.5 * min(w, 0.5), "las": 0.1, "own_supports_own": 0.5}
+    tables = _one_table(tmp_path, "weight", [{"reduction": r, "weight": w, "seed": s, "metric": m, "value": v + 0.001 * (s - 1) * (w > 0)} for r in ("per_part", "per_token") for w in weights if w > 0 or r == "per_part" for m, v in level(w, r).items() for s in range(3)])
+    _run_again(_figure("fig09"), tmp_path/"out", monkeypatch, tables)
+    section = F.read_section(tmp_path/"out")
+    assert {(c["text"].split(",")[0], "costs" in c["text"]): c["holds"] for c in section.claims} == {("Averaged per part", False): True, ("Averaged per part", True): False, ("Averaged per token", False): True, ("Averaged per token", True): True}
+    caption = section.figures[0][1]
+    assert all(against in c["text"] for c in section.claims) and f"A weight of 0.5 against {against}, per part: accuracy" in caption
+    assert ("students of both lines are the same" in caption) == ("from none at all" in section.text) == (0.0 in weights)
+    rows = [r.split(" | ") for r in (tmp_path/"out"/"fig09_weight.md").read_text().splitlines() if "weight 0 " in r]
+    assert len(rows) == 4 * (0.0 in weights) and all(r[1] == r[2].removesuffix(" |") for r in rows)
+
+
+def test_what_was_not_measured_has_no_panel_and_the_caption_says_why(made_up_tables, tmp_path, monkeypatch):
+    drawn, real = {}, F.lines
+    def lines(summary, *args, **options): drawn.setdefault(name, []).extend(dict.fromkeys(summary.panel)); return real(summary, *args, **options)
+    monkeypatch.setattr(F, "lines", lines)
+    for name in ("fig06", "fig11"): _run_again(_figure(name), tmp_path/name, monkeypatch, made_up_tables)
+    said = {name: F.read_section(tmp_path/name).figures[0][1] for name in drawn}
+    assert "LAS" in drawn["fig06"] and "Not shown" not in said["fig06"] and "LAS" not in drawn["fig11"] and len(drawn["fig11"]) == 3
+    assert said["fig11"].endswith(" Not shown: LAS (empty bin).") and "LAS" not in (tmp_path/"fig11"/"fig11_learning_curve.md").read_text()
+
+
+@pytest.mark.parametrize("helps, costs", [([0.95], [0.0]), ([], []), ([0.0, 0.6, 0.95], [])])
+def test_the_shortcut_figure_says_where_the_loss_helps_and_costs_by_accuracy_and_by_swap(helps, costs, tmp_path, monkeypatch):
+    "Accuracy as planted, and following reasons for a wrong answer the other way round."
+    effect = lambda s: 0.2 * (s in helps) - 0.2 * (s in costs)
+    rows = [{"shortcut": s, "method": m, "metric": metric, "seed": i, "value": 0.5 + sign * effect(s) * (m == "full method") + (0.01, -0.01, 0.003)[i] * (m == "full method")}
+            for s in (0.0, 0.6, 0.95) for m in ("greedy CoT", "contrastive CoT", "full method") for metric, sign in (("accuracy", 1), ("swap_factual.wrong", -1)) for i in range(3)]
+    _run_again(_figure("fig10"), tmp_path/"out", monkeypatch, _one_table(tmp_path, "shortcut", rows))
+    caption, listed = F.read_section(tmp_path/"out").figures[1][1], lambda found: ", ".join(f"{s:g}" for s in found) or "none"
+    unclear = listed([s for s in (0.0, 0.6, 0.95) if s not in helps + costs])
+    assert f"By accuracy, against contrastive CoT, it helps at strengths {listed(helps)}; costs at {listed(costs)}; cannot be told apart at {unclear}." in caption
+    assert f"wrong answer are followed, it helps at strengths {listed(costs)}; costs at {listed(helps)}; cannot be told apart at {unclear}." in caption
+
+
+def _times(group: str, run: str, seconds: float, **labels) -> list[dict]:
+    return [{"group": group, "run": run, "strategy": "", "method": "", **labels, "metric": m, "value": v, "n": None} for m, v in (("seconds", seconds), ("peak_mib", 1000.0), ("resumed", 0.0))]
+
+
+def test_costs_count_a_shared_run_once_and_name_their_groups(tmp_path, monkeypatch):
+    rows = [r for s in (0, 1) for r in _times("student", f"student-{s}", 60.0 + 60 * s, method="full method", seed=s)]
+    rows += [r for s in (0, 1) for r in _times("curve_student", f"student-{s}", 60.0 + 60 * s, method="full method", seed=s)]         # the same two runs
+    rows += _times("curve_student", "student-2", 300.0, method="greedy CoT", seed=0)
+    _run_again(_figure("fig12"), tmp_path/"out", monkeypatch, _one_table(tmp_path, "times", rows))
+    section, table = F.read_section(tmp_path/"out"), [r.strip("| ").split(" | ") for r in (tmp_path/"out"/"fig12_cost.md").read_text().splitlines()[2:]]
+    assert [r[:3] for r in table] == [["student (training)", "90.0 [−291.2, 471.2], n = 2", "3.0"], ["curve_student", "300.0, n = 1", "5.0"], ["all of these", "160.0 [−150.3, 470.3], n = 3", "8.0"]]
+    caption = dict(map(tuple, section.tables))["fig12_cost"]
+    assert "for the groups student, curve_student: 3 runs, each counted once" in caption and "2 more lines" in caption and "whole study" not in str(section)
+
+
+def test_costs_of_a_table_that_names_no_runs_say_so(tmp_path, monkeypatch):
+    rows = [{k: v for k, v in r.items() if k != "run"} for s in (0, 1) for r in _times("student", "", 60.0, method="full method", seed=s)]
+    _run_again(_figure("fig12"), tmp_path/"out", monkeypatch, _one_table(tmp_path, "times", rows))
+    assert "2 lines; the table does not say" in dict(map(tuple, F.read_section(tmp_path/"out").tables))["fig12_cost"]
+
+
+@pytest.mark.parametrize("metric, name, rest", [("rev", "REV", {0, 1, 2}), ("las", "LAS, in one of its versions,", {0})])
+def test_metrics_of_too_few_students_are_not_called_blind(metric, name, rest, tmp_path, monkeypatch):
+    "REV with three seeds instead of one is judged, LAS with one instead of three is not; by-chance students without a value borrow none from the ends of the dial."
+    from faithful_distill.runs import read_table, write_table
+    table = read_table(shipped("data", "results", "calibration.csv"))
+    chosen = table.metric.str.match(rf"{metric}(_probability)?(_unadjusted|\.unadjusted)?$")
+    first = table[chosen & (table.seed == 0)]
+    write_table(tmp_path/"calibration.csv", pd.concat([table[~chosen], *(first.assign(seed=s) for s in rest)]))
+    _run_again(_figure("fig13"), tmp_path/"out", monkeypatch, tmp_path)
+    section = F.read_section(tmp_path/"out")
+    [verdict] = [c for c in section.claims if c["text"] == f"{name} tells f where idle rationales are plausible"]
+    few = section.text.split("Too few students to tell, for not even a perfect order of them would pass: ")[1].split("\n")[0]
+    assert (verdict["holds"] is None) == ("too few students to tell" in verdict["remark"]) == (name.split(",")[0] in few) == (len(rest) == 1)
+    assert "RORA-lite (n = 5)" in few and "differs by at most: plausible, 1 point; shuffled, 16 points" in section.text
+    cells = [r.strip("| ").split(" | ") for r in (tmp_path/"out"/"fig13_metrics.md").read_text().splitlines()]
+    by_chance = {r[0]: r[cells[0].index("neighbours in order, by chance")] for r in cells[2:]}
+    assert by_chance["RORA-lite"] == "–" and by_chance["swap, flip"].startswith("1.00 [") and all(c == "–" or ", n = " in c for r in cells[2:] for c in r[1:-1])
+
+
+@pytest.mark.parametrize("name, said", [("fig01", "one teacher"), ("fig06", "one base student of each size"), ("fig07", "one teacher at each share"), ("fig08", "one teacher")])
+def test_captions_say_what_seeds_do_not_redraw(name, said, made_up_tables, tmp_path, monkeypatch):
+    "No interval here says how another teacher or base would come out; parameters stand in the caption only if the table gives them."
+    from faithful_distill.runs import read_table, write_table
+    _run_again(_figure(name), tmp_path/"out", monkeypatch, made_up_tables)
+    captions = [caption for figure, caption in F.read_section(tmp_path/"out").figures if figure != "fig01_tokens"]
+    assert captions and all(said in c for c in captions) and "seed redraws" in captions[0]
+    if name != "fig06": return
+    assert "Parameters" not in captions[0]
+    table = read_table(made_up_tables/"study_size.csv")
+    counts = pd.DataFrame([{"group": "base", "size": size, "seed": 0, "metric": "parameters.student", "value": v, "n": None} for size, v in (("small", 120_000.0), ("large", 910_000.0))])
+    write_table(tmp_path/"study_size.csv", pd.concat([table, counts]))
+    _run_again(_figure(name), tmp_path/"again", monkeypatch, tmp_path)
+    assert "Parameters: small 0.12 M, large 0.91 M." in F.read_section(tmp_path/"again").figures[0][1]
 
 
 # ---- differences --------------------------------------------------------------------------------------------------------------------

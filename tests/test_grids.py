@@ -1,6 +1,9 @@
 "Every grid that travels with the package can be planned: notebooks, parameters, axes and references all fit."
+import re
+
 import pytest
 
+from faithful_distill.figures import read_by_figures
 from faithful_distill.files import shipped
 from faithful_distill.runs import load_grid
 
@@ -24,3 +27,13 @@ def test_an_ablation_shares_the_runs_of_the_main_comparison(tmp_path):
             "evaluation method=contrastive CoT": [f"weight reduction={r} weight=0.0" for r in ("per_part", "per_token")]}
     for main, others in same.items():
         for other in others: assert planned[f"{other} seed=1"].folder == planned[f"{main} seed=1"].folder, other
+
+
+
+@pytest.mark.parametrize("name", ["study", "quickstart"])
+def test_what_is_kept_of_a_profile_is_what_its_figures_read_by_default(name):
+    "One call keeps every file that a figure's notebook names for this profile, under that name."
+    tables, files = read_by_figures(load_grid(name))
+    kept = {f"{name}_{table}.csv" for table in [*tables, "times"]} | {f"{name}_{file}" for _, file in files}
+    named = {found for p in shipped("nbs", "figures").glob("*.ipynb") for found in re.findall(rf"data/results/({name}_[\w.]+)", p.read_text(encoding="utf-8"))}
+    assert named and named <= kept, named - kept

@@ -268,7 +268,20 @@ def test_seconds_and_memory_can_be_read_and_what_comes_of_them_is_kept_apart(tmp
     assert (folder/"tables"/"cost.md").read_text() == "x [0, 1]"
     times = R.read_table(folder/"times"/"times.csv")
     assert len(times) in (4, 6) and (times[times.metric == "seconds"].value > 0).all() and (times[times.metric == "resumed"].value == 0).all()
+    assert set(times.run) == {o.name for o in (tmp_path/"runs").glob("work-*")} and not (folder/"times"/"report.html").exists(), "this figure left no section"
     assert "times" not in {p.relative_to(folder).parts[0] for p in folder.rglob("*") if p.name in ("results.csv", "metrics.json")}
+
+
+def test_shared_runs_are_named_and_figures_of_times_have_a_page_beside_the_report(tmp_path):
+    write_notebook(tmp_path/"work.ipynb", "seed: int = 0\nout: str = 'out'", METRICS % "seed")
+    write_notebook(tmp_path/"cost.ipynb", "times_path: str = ''\nout: str = 'out'", "from faithful_distill.figures import Draft\ndraft = Draft(out, 'Costs of it')\ntable = draft.read(times_path, group='')",
+                   "draft.table('cost', [['group', 'run'], *sorted(map(list, {(r.group, r.run) for r in table.itertuples()}))], 'Runs')\ndraft.finish('Words.')")
+    (tmp_path/"toy.yaml").write_text("title: Toy\nseeds: 1\ngroups:\n  work: {notebook: work.ipynb}\n  again: {notebook: work.ipynb}\nfigures:\n  cost: {notebook: cost.ipynb, params: {times_path: {times: [work, again]}}}\n")
+    folder = R.reproduce(tmp_path/"toy.yaml", runs=tmp_path/"runs", workers=1).folder
+    [run] = [p.name for p in (tmp_path/"runs").glob("work-*")]
+    page = (folder/"times"/"report.html").read_text()
+    assert "<h1>Toy: what it cost</h1>" in page and "Costs of it" in page and page.count(run) == 2
+    assert not (folder/"report.html").exists() and (folder/"times"/"tables"/"cost.md").exists()
 
 
 def test_killed_at_any_moment_it_resumes_to_the_same_bytes(study):
@@ -351,6 +364,43 @@ def test_only_runs_what_it_needs_and_the_forecast_says_what_and_how_long(study, 
     assert [o.cell for o in R.reproduce(study/"toy.yaml", runs=study/"runs", only="fig01").outcomes][-1] == "fig01"
     with pytest.raises(BadInput, match="Did you mean 'fig01'"): R.reproduce(study/"toy.yaml", runs=study/"runs", only="fog01")
     with pytest.raises(BadInput, match="workers"): R.reproduce(study/"toy.yaml", runs=study/"runs", workers=0)
+
+
+def test_the_forecast_counts_a_shared_run_once(tmp_path, simple, capsys):
+    (tmp_path/"toy.yaml").write_text("groups:\n  main: {notebook: simple.ipynb, for: {n: [1, 2]}}\n  ablation: {notebook: simple.ipynb, for: {n: [2, 3]}}\n")
+    ask = lambda **asked: (R.reproduce(tmp_path/"toy.yaml", runs=tmp_path/"runs", workers=1, **asked), capsys.readouterr().out)[1].splitlines()
+    said = ask(dry_run=True)
+    assert said[-1] == "3 of 3 to compute, 3 of unknown length, 1 cell shares a run with another" and [line.split()[0] for line in said[:-1]].count("shared") == 1
+    ask(only="ablation")
+    for folder in (tmp_path/"runs").glob("simple-*"): shutil.rmtree(folder)
+    R._remember_seconds(tmp_path/"runs", "ablation n=2", 60.0); R._remember_seconds(tmp_path/"runs", "ablation n=3", 60.0)
+    said = ask(dry_run=True)
+    assert said[-1] == "3 of 3 to compute, about 2.0 min with 1 workers, 1 of unknown length, 1 cell shares a run with another", "known by whichever name it was computed under"
+
+
+def test_one_call_keeps_all_that_the_figures_of_a_profile_read(tmp_path, monkeypatch):
+    "Groups that a figure reads together become one table, a file of a run is kept, and a figure drawn from what was kept is the same."
+    from click.testing import CliRunner
+    from faithful_distill.cli import main
+    from faithful_distill.figures import keep_results
+    write_notebook(tmp_path/"judge.ipynb", "strategy: str = ''\nseed: int = 0\nout: str = 'out'", "import json; from pathlib import Path\nPath(out, 'examples.json').write_text(json.dumps([strategy, seed]))\n"
+                   "Path(out, 'metrics.json').write_text(json.dumps({'supports': {'value': 0.5 + 0.1 * seed, 'low': 0.4, 'high': 0.7, 'n': 9}, 'detail': 1}))")
+    write_notebook(tmp_path/"draw.ipynb", "results: str = ''\nexamples: str = ''\nout: str = 'out'", "from pathlib import Path\nfrom faithful_distill.runs import read_table\ntable = read_table(results)\n"
+                   "Path(out, 'fig.md').write_text(str(table[table.metric == 'supports'][['group', 'strategy', 'seed', 'value']].values.tolist()) + (open(examples).read() if examples else ''))")
+    (tmp_path/"toy.yaml").write_text("seeds: 2\ngroups:\n  rationales: {notebook: judge.ipynb, for: {strategy: [greedy, contrast]}}\n  strategies: {notebook: judge.ipynb, for: {strategy: [sampled]}}\n  unread: {notebook: judge.ipynb}\nfigures:\n"
+                                     "  fig01: {notebook: draw.ipynb, params: {results: {table: [rationales, strategies]}, examples: {from: rationales, strategy: contrast, seed: 1, file: examples.json}}}\n"
+                                     "  fig02: {notebook: draw.ipynb, params: {results: {table: strategies}}}\n")
+    monkeypatch.chdir(tmp_path)
+    done = CliRunner().invoke(main, ["reproduce", "--profile", "toy.yaml", "--workers", "1", "--keep", "kept"])
+    assert done.exit_code == 0 and done.output.count("Kept: ") == 4, done.output
+    assert {p.name for p in (tmp_path/"kept").iterdir()} == {"toy_rationales.csv", "toy_strategies.csv", "toy_times.csv", "toy_examples.json"}
+    both = R.read_table(tmp_path/"kept"/"toy_rationales.csv")
+    assert set(zip(both.group, both.strategy)) == {("rationales", "greedy"), ("rationales", "contrast"), ("strategies", "sampled")} and set(both.metric) == {"supports"}
+    assert json.loads((tmp_path/"kept"/"toy_examples.json").read_text()) == ["contrast", 1]
+    drawn = R.run_notebook(tmp_path/"draw.ipynb", {"results": str(tmp_path/"kept"/"toy_rationales.csv"), "examples": str(tmp_path/"kept"/"toy_examples.json")}, tmp_path/"again", needs=())
+    assert (drawn/"fig.md").read_text() == (tmp_path/"runs"/"toy"/"tables"/"fig.md").read_text()
+    with pytest.raises(BadInput, match="is not a group"): keep_results(tmp_path/"runs"/"toy", tmp_path/"kept", {"rationales": ["rationale"]})
+    with pytest.raises(BadInput, match="is not there"): keep_results(tmp_path/"runs"/"toy", tmp_path/"kept", ["strategies"], [("unread seed=0", "nothing.json")])
 
 
 def test_two_names_for_one_run_compute_it_once(simple, tmp_path):
