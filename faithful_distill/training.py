@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['Settings', 'make_settings', 'check_reporters', 'deepspeed_config', 'session_config', 'zero_stage', 'read_records',
            'used_records', 'make_units', 'engine_arguments', 'run_key', 'weights_key', 'checkpoint_to_resume',
-           'resume_command', 'TrainingResult', 'train_student', 'disk_is_full', 'finished', 'prepared',
-           'fuse_activations', 'with_lora', 'merged_lora', 'about_records', 'card_text', 'model_card', 'export',
-           'write_model', 'dev_evaluation']
+           'resume_command', 'own_call', 'count_nodes', 'TrainingResult', 'train_student', 'disk_is_full', 'finished',
+           'prepared', 'fuse_activations', 'with_lora', 'merged_lora', 'about_records', 'card_text', 'model_card',
+           'export', 'write_model', 'dev_evaluation']
 
 # %% ../nbs/60_training.ipynb #06401e39
 import copy, difflib, hashlib, json, os, shlex, shutil, sys, time
@@ -185,14 +185,30 @@ def checkpoint_to_resume(folder: Path, about: dict) -> str | None:
     if not found: return None
     note = json.loads((found[0]/"whole.json").read_text(encoding="utf-8"))
     if note["run"] != about["run"]: raise BadInput("is a checkpoint of another run (other settings, records or first weights)", file=found[0], remedy="Choose another `out`, or pass overwrite=True.")
-    if note["ranks"] != about["ranks"]: raise BadInput(f"was written by {note['ranks']} processes, not {about['ranks']}", file=found[0], remedy=f"Resume with `{resume_command(note['ranks'])}`, or begin anew with overwrite (--overwrite).")
+    if note["ranks"] != about["ranks"]: raise BadInput(f"was written by {note['ranks']} processes, not {about['ranks']}", file=found[0], remedy=f"Resume with `{resume_command(note['ranks'], note.get('nodes', 1))}`, or begin anew with overwrite (--overwrite).")
     if note["stage"] != about["stage"]: raise BadInput(f"was written under ZeRO stage {note['stage']}, not {about['stage']}", file=found[0], remedy="Resume with the configuration it was written with, or pass overwrite=True.")
     return str(found[0])
 
-def resume_command(ranks: int) -> str:
-    "This very command, to be given to so many processes."
-    call = shlex.join(sys.argv) if Path(sys.argv[0]).is_file() else "your_script.py"
-    return f"{Path(sys.executable).name} {call}" if ranks == 1 else f"{Path(sys.executable).name} -m torch.distributed.run --standalone --nproc_per_node {ranks} {call}"
+def resume_command(ranks: int, nodes: int = 1) -> str:
+    "This very call, to be given to so many processes on so many nodes (on each of them, where they are several)."
+    call, python = own_call(), Path(sys.executable).name
+    if not call: return f"faithful_distill.recipes.launch({ranks}, ...)" if ranks > 1 else "train_student(...)"
+    if ranks == 1: return f"{python} {call}"
+    where = "--standalone" if nodes == 1 else f"--nnodes {nodes} --rdzv_backend c10d --rdzv_endpoint FIRST_NODE:29500"
+    return f"{python} -m torch.distributed.run {where} --nproc_per_node {-(-ranks//nodes)} {call}"
+
+def own_call() -> str | None:
+    "What this process was called with, after `python`; None in a notebook, a console or a process that `launch` started."
+    spec = getattr(sys.modules.get("__main__"), "__spec__", None)
+    module, shell = spec and spec.name.removesuffix(".__main__"), sys.modules.get("IPython")
+    if module == "faithful_distill.recipes" or "ipykernel" in Path(sys.argv[0]).stem or shell and shell.get_ipython(): return None
+    if module: return shlex.join(["-m", module, *sys.argv[1:]])
+    return shlex.join(sys.argv) if Path(sys.argv[0]).is_file() else None
+
+def count_nodes() -> int:
+    "Of how many machines are this run's processes, as far as the launcher says?"
+    ranks = int(os.environ["WORLD_SIZE"])
+    return -(-ranks//int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or ranks))
 
 # %% ../nbs/60_training.ipynb #51b10986
 @dataclass
@@ -257,7 +273,7 @@ def _train(student, records, dev, out, settings, run, callbacks) -> TrainingResu
     student = prepared(student, settings)
     made, rows = make_units(student, records, settings)
     batches = engine.StepBatches(engine.unit_lengths(made), settings.batch_size, seed=settings.seed, rank=args.process_index, ranks=ranks, pieces=settings.accumulation)
-    about = dict(run=run, ranks=ranks, stage=zero_stage(args.deepspeed))
+    about = dict(run=run, ranks=ranks, nodes=count_nodes(), stage=zero_stage(args.deepspeed))
     trainer = engine.DistillationTrainer(student, made, args, batches=batches, loss=dict(alpha_cf=0.0 if not rows["counterfactual"] else settings.alpha_cf, reduction=settings.reduction, label_smoothing=settings.label_smoothing),
                                          dev=dev and dev_evaluation(student, dev, settings, args.process_index, ranks), eval_dataset=dev and engine.Units(made[:1]))
     from transformers.trainer_callback import EarlyStoppingCallback, PrinterCallback

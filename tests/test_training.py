@@ -141,6 +141,33 @@ def test_other_runs_and_other_numbers_of_ranks_are_refused(tmp_path):
     assert again(overwrite=True).steps == interrupted.steps
 
 
+@pytest.mark.parametrize("argv, module, ranks, nodes, said", [
+    (["/usr/lib/ipykernel_launcher.py", "-f", "kernel.json"], "ipykernel_launcher", 2, 1, "faithful_distill.recipes.launch(2, ...)"),
+    (["recipes.py", "/tmp/gone/call.json"], "faithful_distill.recipes", 2, 1, "faithful_distill.recipes.launch(2, ...)"),
+    (["recipes.py", "/tmp/gone/call.json"], "faithful_distill.recipes", 1, 1, "train_student(...)"),
+    (["-c"], None, 2, 1, "faithful_distill.recipes.launch(2, ...)"),
+    ([__file__, "--out", "a b"], None, 1, 1, f"{{python}} {__file__} --out 'a b'"),
+    ([__file__], None, 2, 1, f"{{python}} -m torch.distributed.run --standalone --nproc_per_node 2 {__file__}"),
+    (["cli.py", "train"], "faithful_distill.cli", 2, 1, "{python} -m torch.distributed.run --standalone --nproc_per_node 2 -m faithful_distill.cli train"),
+    ([__file__], None, 8, 2, f"{{python}} -m torch.distributed.run --nnodes 2 --rdzv_backend c10d --rdzv_endpoint FIRST_NODE:29500 --nproc_per_node 4 {__file__}")])
+def test_the_command_named_is_one_that_works_from_here(monkeypatch, argv, module, ranks, nodes, said):
+    "Neither the kernel of a notebook nor the deleted call of `launch` is a command; a module goes by its name; several nodes meet somewhere."
+    from types import ModuleType, SimpleNamespace
+    from faithful_distill.training import resume_command
+    main = ModuleType("__main__")
+    main.__spec__ = module and SimpleNamespace(name=module)
+    monkeypatch.setitem(sys.modules, "__main__", main); monkeypatch.setattr(sys, "argv", argv); monkeypatch.delitem(sys.modules, "IPython", raising=False)
+    assert resume_command(ranks, nodes) == said.format(python=Path(sys.executable).name)
+
+
+@pytest.mark.parametrize("given, nodes", [(dict(WORLD_SIZE="8", LOCAL_WORLD_SIZE="4"), 2), (dict(WORLD_SIZE="4", LOCAL_WORLD_SIZE="4"), 1), (dict(WORLD_SIZE="4", LOCAL_SIZE="2"), 2), (dict(WORLD_SIZE="3"), 1)])
+def test_nodes_are_counted_as_the_launcher_says(monkeypatch, given, nodes):
+    from faithful_distill.training import count_nodes
+    for name in ("LOCAL_WORLD_SIZE", "LOCAL_SIZE"): monkeypatch.delenv(name, raising=False)
+    for name, value in given.items(): monkeypatch.setenv(name, value)
+    assert count_nodes() == nodes
+
+
 reference = here/"references"/"trajectories.json"
 
 
