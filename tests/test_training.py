@@ -302,6 +302,19 @@ def test_every_configuration_that_is_shipped_trains_alike(tmp_path, name):
     for a, b in zip(want, got, strict=True): assert b == pytest.approx(a, rel=2e-4, abs=2e-4)
 
 
+@pytest.mark.parametrize("ranks_", [1, 8])
+@pytest.mark.parametrize("model", ["t5-3b", "t5-11b"])
+def test_memory_with_offload_is_what_deepspeed_says(model, ranks_):
+    "DeepSpeed's own estimator knows the largest layer of the model by itself; gradients leave the GPU with the optimizer."
+    from deepspeed.runtime.zero.stage3 import estimate_zero3_model_states_mem_needs, model_to_params
+    from faithful_distill.recipes import hollow_model, memory_table
+    [row] = memory_table([model], [ranks_], ["zero3-offload"])
+    parameters, layer = sum(p.numel() for p in hollow_model(model).parameters()), model_to_params(hollow_model(model))[1]
+    host, gpu, _ = estimate_zero3_model_states_mem_needs(parameters, layer, ranks_, 1, True, True, True, 1.0)
+    assert row["GB per GPU"] == pytest.approx(gpu/1e9, abs=0.06)
+    assert host/1e9 - 1 <= row["GB main memory"]*ranks_ <= 1.5*host/1e9 + 1
+
+
 @pytest.mark.parametrize("match, given", [
     ("no rationales", dict(records=[])), ("no gold rationale", dict(records=[r for r in ranks.records() if r["role"] == "counterfactual"])),
     ("alpha_cf=0", dict(records=[r for r in ranks.records() if r["role"] == "gold"])), ("divide", dict(batch_size=3, accumulation=2)), ("dev", dict(metric="loss")), ("peft refuses", dict(lora=dict(rank=8)))])
