@@ -315,6 +315,26 @@ def test_memory_with_offload_is_what_deepspeed_says(model, ranks_):
     assert host/1e9 - 1 <= row["GB main memory"]*ranks_ <= 1.5*host/1e9 + 1
 
 
+def test_a_dry_run_of_the_authors_recipe_asks_no_hub(tmp_path, monkeypatch):
+    "T5-3B's shape is known here, whoever's name stands before it; every shipped configuration has its memory, main memory too; a folder of that name is what it is."
+    import re, socket
+    from click.testing import CliRunner
+    from faithful_distill.cli import main
+    def refuse(*_, **__): raise AssertionError("a connection is tried")
+    monkeypatch.setattr(socket.socket, "connect", refuse)
+    (tmp_path/"records.jsonl").write_text("".join(json.dumps(r) + "\n" for r in ranks.records()))
+    def dry(*more): return CliRunner().invoke(main, ["train", "--rationales", str(tmp_path/"records.jsonl"), "--recipe", "scott-t5-3b", "--out", str(tmp_path/"out"), "--dry-run", *more]).output
+    text = dry()
+    assert "google-t5/t5-3b: 2,851,598,336 parameters, 2,851,598,336 of them trained" in text and not (tmp_path/"out").exists()
+    on_gpu, in_host = text.split("main memory per process")
+    rows = {name: [[float(x) for x in line.split()[-4:]] for line in part.splitlines() if line.split()[-5:-4] == [name]] for part in (on_gpu,) for name in ("cpu", "zero2", "zero3", "zero3-offload")}
+    assert all(len(found) == 2 for found in rows.values()) and [45.6, 25.7, 15.7, 10.7] in rows["zero2"]    # 16 bytes a parameter on one
+    assert re.search(r"zero3-offload +57 +28.5 +14.3 +7.1", in_host)
+    assert "2,851,598,336 parameters, 5,898,240 of them trained" in dry("--lora", "r=8,target_modules=q+v")    # two thin matrices of 1024 x 8 and 8 x 4096 beside each of 144
+    ranks.base().model.save_pretrained(tmp_path/"t5-3b")
+    assert "2,851,598,336" not in dry("--student", str(tmp_path/"t5-3b"))
+
+
 @pytest.mark.parametrize("match, given", [
     ("no rationales", dict(records=[])), ("no gold rationale", dict(records=[r for r in ranks.records() if r["role"] == "counterfactual"])),
     ("alpha_cf=0", dict(records=[r for r in ranks.records() if r["role"] == "gold"])), ("divide", dict(batch_size=3, accumulation=2)), ("dev", dict(metric="loss")), ("peft refuses", dict(lora=dict(rank=8)))])
