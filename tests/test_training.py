@@ -62,6 +62,23 @@ def test_gathered_weights_are_equal(two_ranks, one_rank, stage):
     for name in want: assert (want[name] - got[name]).abs().max() < 2e-4
 
 
+@pytest.mark.parametrize("metric", ["accuracy", "loss_counterfactual"])
+def test_two_ranks_choose_the_same_best_student(two_ranks, tmp_path, metric):
+    "Dev metrics, the step training stops at, the step that is kept and its weights are those of one rank."
+    from safetensors.torch import load_file
+    alone, found = ranks.chosen(tmp_path, metric), two_ranks/f"best-{metric}"
+    want, got = ([row for row in history(folder) if "eval_loss" in row] for folder in (alone.out, found))
+    assert [row["step"] for row in want] == [row["step"] for row in got] and alone.steps < 60
+    for a, b in zip(want, got): assert b == pytest.approx(a, rel=2e-3)
+    values = [row[f"eval_{metric}"] for row in got]
+    best = max(values) if metric == "accuracy" else min(values)
+    assert 0 < values.index(best) == len(values) - 3                   # neither the first evaluation nor the last
+    note = json.loads((found/"student.json").read_text())
+    assert note["metrics"][f"eval_{metric}"] == best == pytest.approx(alone.metrics[f"eval_{metric}"], rel=2e-3)
+    a, b = load_file(alone.out/"model.safetensors"), load_file(found/"model.safetensors")
+    for name in a: assert (a[name] - b[name]).abs().max() < 0.05*a[name].abs().max()
+
+
 def test_ranks_share_the_optimizer_state_and_stage_3_the_parameters(two_ranks, one_rank):
     held = {(stage, rank): json.loads((two_ranks/f"held-{stage}x1-{rank}.json").read_text()) for stage in range(4) for rank in range(2)}
     whole = one_rank[1][0].state
@@ -421,6 +438,24 @@ def command(tmp_path):
 
 
 def torchrun(n): return [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(n)]
+
+
+def test_the_command_trains_a_student_that_loads(tmp_path, command):
+    "From files to a folder: what it prints, what it leaves, what a second call finds, and that its options arrive."
+    from click.testing import CliRunner
+    from transformers import AutoModelForSeq2SeqLM
+    from faithful_distill.cli import main
+    def call(*more): return CliRunner().invoke(main, [*command[1:], "--out", str(tmp_path/"out"), "--max-steps", "2", "--lr", "0.01", *more])
+    done = call()
+    assert done.exit_code == 0 and f"{tmp_path/'out'}: 2 steps, loss " in done.output, done.output
+    note = json.loads((tmp_path/"out"/"student.json").read_text())
+    assert (note["steps"], note["lr"], note["batch_size"], note["rows"]["factual"]) == (2, 0.01, 4, 5) and [row["step"] for row in history(tmp_path/"out")] == [1, 2]
+    changed = [not (a == b).all() for a, b in zip(AutoModelForSeq2SeqLM.from_pretrained(tmp_path/"base").parameters(), AutoModelForSeq2SeqLM.from_pretrained(tmp_path/"out").parameters(), strict=True)]
+    assert all(changed)
+    before = (tmp_path/"out"/"model.safetensors").stat().st_mtime_ns
+    assert call().exit_code == 0 and (tmp_path/"out"/"model.safetensors").stat().st_mtime_ns == before
+    refused = call("--alpha-cf", "0.2")
+    assert refused.exit_code == 2 and "another run" in refused.output
 
 
 @pytest.mark.skipif(not os.environ.get("FAITHFUL_DISTILL_SLOW"), reason="launches processes from cold: set FAITHFUL_DISTILL_SLOW=1")
