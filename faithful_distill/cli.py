@@ -230,11 +230,14 @@ def train(file, dev, student, out, recipe_name, method, seeds, overwrite, reposi
 def evaluate(data, path, split, limit, skip_bad, student, file, metrics, simulator, draws, batch_size, max_new_tokens, seed, out):
     """Accuracy and faithfulness of a student: what its answers do when its rationales are damaged, replaced or swapped.
 
+    The model card of a student that `train` wrote is written anew, with what was measured and its intervals.
+
     Example:  faithful-distill evaluate --data csqa --split dev --student student --rationales dev-rationales.jsonl --out evaluation"""
     from faithful_distill.files import read_jsonl, writable_folder, write_json
     from faithful_distill.interventions import Explained, measure, simulate_folds
     from faithful_distill.questions import require_answers
     from faithful_distill.student import load_student
+    from faithful_distill.training import model_card
     out = writable_folder(out)
     questions = require_answers(read_questions(data, path, split, limit, skip_bad), "evaluation")
     measured = measure(load_student(student), questions, [r for _, r in read_jsonl(file)] if file else [], metrics=[m.strip() for m in metrics.split(",")], draws=draws, seed=seed,
@@ -245,6 +248,7 @@ def evaluate(data, path, split, limit, skip_bad, student, file, metrics, simulat
         scores |= simulate_folds(simulator, Explained(questions, [a.rationale for a in written], [a.choice for a in written])).scores()
     write_json(out/"metrics.json", {name: s.to_dict() for name, s in scores.items()})
     write_json(out/"answers.json", measured.rows())
+    if (Path(student)/"student.json").is_file(): model_card(student, {f"{name} ({Path(data).name}, {split})": s.to_dict() for name, s in scores.items()})
     for name, score in scores.items(): click.echo(f"{name:32s}{score}")
 
 # %% ../nbs/95_cli.ipynb #5c0e1a02

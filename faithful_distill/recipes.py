@@ -15,7 +15,7 @@ from typing import Sequence
 
 from .files import BadInput, write_json
 from .questions import as_questions
-from .student import Student, answer
+from .student import Student, answer, load_student
 from .training import Settings, TrainingResult, deepspeed_config, make_settings, model_card, read_records, train_student, zero_stage
 
 # %% ../nbs/65_recipes.ipynb #cc6e35f2
@@ -29,7 +29,7 @@ recipes = {
 def recipe(name: str, **changes) -> dict:
     "Keywords for `train_student`: a named recipe with your changes."
     if name not in recipes: raise BadInput("is not a recipe", field="recipe", value=name, remedy=f"Use {', '.join(recipes)}.")
-    return {**recipes[name], **changes}
+    return {**recipes[name], "recipe": name, **changes}
 
 # %% ../nbs/65_recipes.ipynb #b3d1753d
 def train_seeds(student, rationales, *, out: str | Path, seeds: int | Sequence[int] = 5, **settings) -> list[TrainingResult]:
@@ -184,18 +184,18 @@ def leave_ranks() -> bool:
     return first
 
 # %% ../nbs/65_recipes.ipynb #24d6d287
-def explain(student: Student, question, replacements: Sequence[str] = (), prefix: str | None = None) -> dict:
-    "One question's rationale and answer, and what becomes of them under other rationales."
+def explain(model: Student | str | Path, question, replacements: Sequence[str] = (), prefix: str | None = None) -> dict:
+    "One question's rationale and answer, and how far the answer moves when the rationale is replaced: by each of `replacements`, and by none."
     import math
-    [q] = as_questions([question])
+    student, [q] = model if isinstance(model, Student) else load_student(model), as_questions([question])
     own = answer(student, [q], prefix=prefix)[0]
     def probabilities(scores):
         top = [math.exp(s - max(scores)) for s in scores]
         return [t/sum(top) for t in top]
     first, at = probabilities(own.scores), own.likely
     others = answer(student, [q]*(len(replacements) + 1), [*replacements, ""], prefix=prefix)
-    return dict(question=q.question, choices=list(q.choices), rationale=own.rationale, answer=q.choices[at], said=own.text, probability=first[at],
-                replaced=[dict(rationale=o.rationale, answer=q.choices[o.likely], moves=probabilities(o.scores)[at] - first[at]) for o in others])
+    replaced = [dict(rationale=o.rationale, answer=q.choices[o.likely], moves=probabilities(o.scores)[at] - first[at]) for o in others]
+    return dict(question=q.question, choices=list(q.choices), rationale=own.rationale, answer=q.choices[at], said=own.text, probability=first[at], moves=max((r["moves"] for r in replaced), key=abs), replaced=replaced)
 
 # %% ../nbs/65_recipes.ipynb #debdab35
 def push_to_hub(folder: str | Path, repository: str, private: bool = True) -> str:

@@ -458,6 +458,27 @@ def test_the_command_trains_a_student_that_loads(tmp_path, command):
     assert refused.exit_code == 2 and "another run" in refused.output
 
 
+def test_the_card_says_the_settings_and_what_evaluate_measured(tmp_path):
+    "Recipe and machinery from training; then values with their intervals, as metrics.json has them, which stay when the card is written once more."
+    from click.testing import CliRunner
+    from faithful_distill.cli import main
+    from faithful_distill.recipes import recipe
+    from faithful_distill.training import model_card
+    train(tmp_path/"student", **recipe("tiny", max_steps=2, batch_size=4, precision="bf16"))
+    rows = dict(re.findall(r"^\| (\S[^|]*) \| ([^|]*) \|$", (tmp_path/"student"/"README.md").read_text(), re.M))
+    assert {k: rows[k] for k in ("recipe", "epochs", "max_steps", "precision", "deepspeed", "ZeRO stage", "processes", "lr", "warmup")} == dict(recipe="tiny", epochs="20", max_steps="2", precision="bf16", deepspeed="cpu", processes="1", lr="0.002", warmup="0.06", **{"ZeRO stage": "2"})
+    (tmp_path/"own.jsonl").write_text("".join(json.dumps({k: r[k] for k in ("id", "question", "choices", "answer")}) + "\n" for r in ranks.records() if r["role"] == "gold"))
+    done = CliRunner().invoke(main, ["evaluate", "--data", str(tmp_path/"own.jsonl"), "--student", str(tmp_path/"student"), "--metrics", "perturb", "--draws", "1", "--max-new-tokens", "8", "--out", str(tmp_path/"evaluation")])
+    assert done.exit_code == 0, (done.output, done.exception)
+    measured = json.loads((tmp_path/"evaluation"/"metrics.json").read_text())
+    card = (tmp_path/"student"/"README.md").read_text()
+    assert measured["accuracy"]["low"] is not None
+    for name, m in measured.items():
+        if m["value"] is not None and m["low"] is not None: assert f"| {name} (own.jsonl, dev) | {m['value']:.3f} [{m['low']:.3f}, {m['high']:.3f}], n = {m['n']} |" in card
+    assert model_card(tmp_path/"student") == card
+    assert train(tmp_path/"student", **recipe("tiny", max_steps=2, batch_size=4, precision="bf16")).seconds == 0   # still the same run
+
+
 @pytest.mark.skipif(not os.environ.get("FAITHFUL_DISTILL_SLOW"), reason="launches processes from cold: set FAITHFUL_DISTILL_SLOW=1")
 def test_the_command_that_the_error_names_resumes(tmp_path, command):
     "Two processes from the command line, killed; one process is refused, and the command it is told to give ends in the bytes of a run never interrupted."
