@@ -304,7 +304,7 @@ def _pad(rows, filler, multiple=8, left=False):
 class DistillationLoss:
     "The loss to descend, and what it is made of (sums over tokens, in nats, and token counts)."
     total: Any
-    factual: Any               # summed negative log-likelihood of factual tokens
+    factual: Any               # summed negative log-likelihood of factual tokens, smoothed if `label_smoothing` is
     counterfactual: Any        # and of counterfactual answer tokens
     tokens_factual: Any
     tokens_counterfactual: Any

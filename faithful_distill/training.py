@@ -108,8 +108,8 @@ def session_config(settings: Settings, ranks: int) -> dict:
 def zero_stage(config: dict) -> int: return int(config.get("zero_optimization", {}).get("stage", 0))
 
 # %% ../nbs/60_training.ipynb #9a16bdd5
-def read_records(rationales) -> list[dict]:
-    "Rationale records from a list, a Dataset or a JSON-lines file."
+def read_records(rationales, name: str = "rationales") -> list[dict]:
+    "Rationale records from a list, a Dataset or a JSON-lines file; errors call them `name`."
     if isinstance(rationales, (str, Path)):
         records = []
         for line, record in read_jsonl(rationales):
@@ -117,7 +117,7 @@ def read_records(rationales) -> list[dict]:
             except BadInput as e: raise BadInput(e.problem, file=rationales, line=line, field=e.field, remedy=e.remedy) from None
             records.append(record)
     else: records = [dict(record) for record in rationales]
-    if not records: raise BadInput("there are no rationales", field="rationales", value=str(rationales)[:60], remedy="Write some with `rationalize`.")
+    if not records: raise BadInput("there are no rationales", field=name, value=str(rationales)[:60], remedy="Write some with `rationalize`.")
     return records
 
 def used_records(records: list[dict], settings: Settings) -> list[dict]:
@@ -238,7 +238,7 @@ def train_student(student: Student | str | Path,   # a Student (copied), a folde
     "Train a student on factual and counterfactual rationales; `out` then loads with plain transformers. Finished: returns at once. Interrupted: resumes."
     settings, out = make_settings(settings), writable_folder(out)
     records = used_records(read_records(rationales), settings)
-    dev = None if dev is None else [r for r in read_records(dev) if r["role"] == "gold" or not settings.answer_only]
+    dev = None if dev is None else [r for r in read_records(dev, "dev") if r["role"] == "gold" or not settings.answer_only]
     if settings.metric and dev is None: raise BadInput("needs dev records", field="metric", value=settings.metric, remedy="Pass dev= (--dev).")
     run = run_key(settings, records, dev, weights_key(student))
     if overwrite: _clear(out)

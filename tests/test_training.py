@@ -1,5 +1,5 @@
 "Training as it is met in earnest: several processes, killed processes, full disks, and the same numbers as ever."
-import json, os, random, re, resource, shlex, signal, subprocess, sys, time
+import importlib.util, json, os, random, re, resource, shlex, signal, subprocess, sys, time
 from pathlib import Path
 
 import pytest
@@ -353,11 +353,25 @@ def test_a_dry_run_of_the_authors_recipe_asks_no_hub(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("match, given", [
-    ("no rationales", dict(records=[])), ("no gold rationale", dict(records=[r for r in ranks.records() if r["role"] == "counterfactual"])),
+    ("'rationales': there are no rationales", dict(records=[])), ("'dev': there are no rationales", dict(dev=[])), ("no gold rationale", dict(records=[r for r in ranks.records() if r["role"] == "counterfactual"])),
     ("alpha_cf=0", dict(records=[r for r in ranks.records() if r["role"] == "gold"])), ("divide", dict(batch_size=3, accumulation=2)), ("dev", dict(metric="loss")), ("peft refuses", dict(lora=dict(rank=8)))])
 def test_what_cannot_be_trained_is_said_before_anything_is_written(tmp_path, match, given):
     with pytest.raises(BadInput, match=match): train(tmp_path/"out", **given)
     assert not list((tmp_path/"out").glob("*")) and not list((tmp_path/"out").glob("checkpoints/*"))
+
+
+def whole_batch(student):
+    "All the records' rows at once, and the model's logits."
+    from faithful_distill.student import collate, student_logits, training_rows
+    batch = collate(training_rows(student, ranks.records()), student)
+    return batch, student_logits(student.model, batch).detach()
+
+
+def dev_loss(folder):
+    "Loss of a finished student on the records, as plain transformers loads it."
+    from faithful_distill.student import distillation_loss, load_student
+    batch, logits = whole_batch(load_student(folder))
+    return float(distillation_loss(logits, batch["labels"], batch["counterfactual"]).total)
 
 
 @pytest.mark.parametrize("kind", ["t5", "llama", "gpt2"])
@@ -369,14 +383,15 @@ def test_lora_leaves_a_plain_student(tmp_path, kind, stage):
     from faithful_distill.questions import Question
     targets = dict(t5=["q", "v"], llama=["q_proj", "v_proj"], gpt2=["c_attn"])[kind]
     base, questions = ranks.base(kind), [Question(r["id"], r["question"], tuple(r["choices"]), r["answer"]) for r in ranks.records() if r["role"] == "gold"]
-    out = train(tmp_path, base, deepspeed=ranks.stage_config(stage), lora=dict(r=2, target_modules=targets), max_steps=8).out
-    row = history(out)
+    result = train(tmp_path, base, deepspeed=ranks.stage_config(stage), lora=dict(r=2, lora_alpha=7, target_modules=targets), max_steps=8, dev=ranks.records())
+    out, row = result.out, [row for row in history(result.out) if "loss" in row]
     assert row[-1]["loss"] < row[0]["loss"]
+    assert history(out)[-1]["eval_loss"] == pytest.approx(dev_loss(out), rel=1e-4)                      # adapted, then merged
     before, after = dict(base.model.named_parameters()), dict(load_student(out).model.named_parameters())
     assert before.keys() == after.keys()
     changed = {name for name in before if not torch.equal(before[name].data, after[name].data)}
     assert changed and all(any(t in name for t in targets) for name in changed)
-    again = train(tmp_path/"again", base, deepspeed=ranks.stage_config(2), lora=dict(r=2, target_modules=targets), max_steps=8).out
+    again = train(tmp_path/"again", base, deepspeed=ranks.stage_config(2), lora=dict(r=2, lora_alpha=7, target_modules=targets), max_steps=8).out
     for name, p in load_student(again).model.named_parameters(): assert torch.allclose(p.data, after[name].data, atol=1e-5)
 
 
@@ -389,18 +404,119 @@ def test_the_best_model_on_dev_is_kept_and_training_stops(tmp_path, metric):
     best = (max if metric == "accuracy" else min)(values)
     assert result.metrics[f"eval_{metric}"] == best
     assert len(values) == 20 or values.index(best) == len(values) - 3
-    if metric == "loss":
-        from faithful_distill.student import collate, combine, distillation_loss, load_student, student_logits, training_rows
-        student = load_student(tmp_path)
-        batch = collate(training_rows(student, ranks.records()), student)
-        assert float(distillation_loss(student_logits(student.model, batch), batch["labels"], batch["counterfactual"]).total) == pytest.approx(best, rel=1e-4)
+    if metric == "loss": assert dev_loss(tmp_path) == pytest.approx(best, rel=1e-4)
 
 
-def test_bf16_recomputing_smoothing_and_adafactor_run(tmp_path):
-    assert train(tmp_path/"a", precision="bf16", recompute=True).metrics["loss"] > 0
-    smooth, plain = train(tmp_path/"b", label_smoothing=0.1, max_steps=1), train(tmp_path/"c", max_steps=1)
-    assert smooth.metrics["loss"] != plain.metrics["loss"]
-    assert train(tmp_path/"d", optimizer="adafactor", schedule="constant").history[-1]["learning_rate"] == 1e-2
+@pytest.mark.parametrize("kind", ["t5", "llama"])
+def test_bf16_and_recomputing_change_no_more_than_rounding(tmp_path, kind):
+    from faithful_distill.training import make_settings, prepared
+    base = ranks.base(kind)
+    plain, half, again = (history(train(tmp_path/name, base, **more).out) for name, more in (("a", {}), ("b", dict(precision="bf16")), ("c", dict(recompute=True))))
+    assert plain[-1]["loss"] < 0.9*plain[0]["loss"]
+    for a, b, c in zip(plain, half, again, strict=True):
+        assert b["loss"] == pytest.approx(a["loss"], rel=1e-2) and c == pytest.approx(a, rel=1e-5)
+    assert [row["loss"] for row in half] != [row["loss"] for row in plain]                               # it was bf16
+    assert prepared(base, make_settings(dict(recompute=True))).model.is_gradient_checkpointing and not prepared(base, make_settings({})).model.is_gradient_checkpointing
+
+
+def test_smoothed_labels_and_what_is_logged_of_them(tmp_path):
+    "One step over all records: the logged loss and its parts are the smoothed ones, token by token; dev stays unsmoothed."
+    row, dev = history(train(tmp_path, label_smoothing=0.2, alpha_cf=0.3, max_steps=1, batch_size=5, dev=ranks.records(), lr=1e-9).out)
+    batch, logits = whole_batch(ranks.base())
+    def part(counterfactual, e):
+        tokens = [(logits[i, j].log_softmax(-1), int(label)) for i, line in enumerate(batch["labels"]) if bool(batch["counterfactual"][i]) == counterfactual for j, label in enumerate(line) if label != -100]
+        return sum(float(-(1 - e)*p[label] - e*p.mean()) for p, label in tokens)/len(tokens)
+    assert row["loss_factual"] == pytest.approx(part(False, 0.2), rel=1e-5) and row["loss_counterfactual"] == pytest.approx(part(True, 0.2), rel=1e-5)
+    assert row["loss"] == pytest.approx(0.7*part(False, 0.2) + 0.3*part(True, 0.2), rel=1e-5)
+    assert dev["eval_loss"] == pytest.approx(0.7*part(False, 0) + 0.3*part(True, 0), rel=1e-5) and part(False, 0) != pytest.approx(part(False, 0.2), rel=1e-3)
+
+
+def test_a_logged_loss_is_the_mean_of_its_steps_and_the_parts_of_their_tokens(tmp_path):
+    one, three = history(train(tmp_path/"one").out), history(train(tmp_path/"three", log_every=3).out)
+    for row in one: assert row["loss"] == pytest.approx((row["loss_factual"] + row["loss_counterfactual"])/2, rel=1e-5)
+    for k, row in enumerate(three):
+        steps = one[3*k:3*k + 3]
+        assert row["loss"] == pytest.approx(sum(s["loss"] for s in steps)/3, rel=1e-4)
+        assert row["loss_factual"] == pytest.approx(sum(s["loss_factual"]*s["tokens_factual"] for s in steps)/row["tokens_factual"], rel=1e-5)
+
+
+def test_adafactor_keeps_its_learning_rate(tmp_path):
+    assert train(tmp_path, optimizer="adafactor", schedule="constant").history[-1]["learning_rate"] == 1e-2
+
+
+def test_the_authors_recipe_runs_on_a_small_t5(tmp_path):
+    "Adafactor without relative steps, bf16, ZeRO-2, linear decay after warm-up, the best epoch on dev by its factual loss."
+    from transformers import TrainerCallback
+    from faithful_distill.recipes import recipe
+    class Seen(TrainerCallback):
+        def on_train_begin(self, args, state, control, optimizer=None, **_):
+            self.zero, self.inner = args.deepspeed["zero_optimization"]["stage"], optimizer.optimizer
+            while hasattr(self.inner, "optimizer"): self.inner = self.inner.optimizer
+            self.group = dict(self.inner.param_groups[0])
+    seen, given = Seen(), recipe("scott-t5-3b")
+    del given["student"]
+    result = train(tmp_path, dev=ranks.records(), callbacks=[seen], max_steps=None, **given)
+    group = seen.group
+    assert type(seen.inner).__name__ == "Adafactor" and not group["relative_step"] and not group["scale_parameter"] and seen.zero == 2
+    steps, evaluations = ([row for row in history(tmp_path) if name in row] for name in ("loss", "eval_loss_factual"))
+    values = [row["eval_loss_factual"] for row in evaluations]
+    worse = [k + 1 for k in range(1, len(values)) if values[k] >= min(values[:k])]
+    assert len(steps) == len(values) == result.steps == min([10, *worse])               # five records, so an epoch a step; the first that is no better is the last
+    assert max(row["learning_rate"] for row in steps) == pytest.approx(3e-5) and result.metrics["eval_loss_factual"] == min(values)
+    assert result.student.settings["engine"]["precision"] == "bf16" and result.student.settings["recipe"] == "scott-t5-3b"
+
+
+def test_a_causal_student_without_padding_trains_as_one_with(tmp_path):
+    "Llama and GPT-2 have no padding token; what stands in its place is never seen."
+    with_pad, without = ranks.base("gpt2"), ranks.base("gpt2")
+    without.tokenizer.pad_token = None
+    assert without.pad == without.eos != with_pad.pad
+    want, got = history(train(tmp_path/"a", with_pad).out), history(train(tmp_path/"b", without).out)
+    for a, b in zip(want, got, strict=True): assert b == pytest.approx(a, rel=1e-5)
+
+
+def test_rationales_that_are_shortened_are_counted(tmp_path):
+    result = train(tmp_path, max_steps=1, max_target=16)
+    words = [len(r["rationale"].split()) for r in ranks.records()]
+    assert result.rows["shortened"] == sum(n + 1 + 4 + 2 + 1 > 16 for n in words) > 0    # tag, sentence, answer, end
+    assert f"({result.rows['shortened']} rationales were shortened" in (tmp_path/"README.md").read_text()
+
+
+def test_the_progress_bar_shows_loss_rate_and_time_left(tmp_path, monkeypatch, capfd):
+    from transformers import TrainerCallback
+    class Slow(TrainerCallback):
+        def on_step_end(self, *_, **__): time.sleep(0.1)        # a bar is drawn twice a second
+    monkeypatch.setenv("FAITHFUL_DISTILL_PROGRESS", "1")
+    result = train(tmp_path, max_steps=16, log_every=2, callbacks=[Slow()])
+    shown = re.findall(r"training: +\d+%\|[^|]*\| (\d+)/16 \[\S+<(\S+), +([\d.]+)(?:step/s|s/step), loss=([\d.]+)\]", capfd.readouterr().err)
+    assert shown and all(0 < int(n) <= 16 and ":" in left and float(rate) > 0 for n, left, rate, _ in shown)
+    assert {loss for *_, loss in shown} <= {f"{row['loss']:.3f}" for row in result.history}
+
+
+def test_publishing_sends_the_student_and_never_its_checkpoints(tmp_path, monkeypatch):
+    import huggingface_hub
+    from fnmatch import fnmatch
+    from faithful_distill.recipes import push_to_hub
+    told = {}
+    class Hub:
+        def create_repo(self, name, **given): told["repo"] = (name, given)
+        def upload_folder(self, **given): told["upload"] = given; return "https://hub/me/student"
+    monkeypatch.setattr(huggingface_hub, "HfApi", Hub)
+    out = train(tmp_path/"student", max_steps=1).out
+    (out/"README.md").unlink(); (out/"checkpoints"/"checkpoint-1").mkdir(parents=True); (out/"checkpoints"/"checkpoint-1"/"state.pt").write_text("")
+    assert push_to_hub(out, "me/student") == "https://hub/me/student" and (out/"README.md").exists()
+    assert told["repo"] == ("me/student", dict(private=True, exist_ok=True)) and (told["upload"]["repo_id"], told["upload"]["folder_path"]) == ("me/student", str(out))
+    sent = {str(p.relative_to(out)) for p in out.rglob("*") if p.is_file() and not any(fnmatch(str(p.relative_to(out)), pattern) for pattern in told["upload"]["ignore_patterns"])}
+    assert {"config.json", "model.safetensors", "README.md", "student.json"} <= sent and not any("checkpoint" in name for name in sent)
+    push_to_hub(out, "me/student", private=False)
+    assert told["repo"][1]["private"] is False
+
+
+@pytest.mark.skipif(not any(importlib.util.find_spec(name) for name in ("tensorboard", "tensorboardX")), reason="neither tensorboard nor tensorboardX is installed")
+def test_tensorboard_gets_an_event_file(tmp_path):
+    out = train(tmp_path, max_steps=2, report_to="tensorboard").out
+    [events] = [p for p in (out/"tensorboard").rglob("events.out.tfevents.*")]
+    for name in (b"train/loss_factual", b"train/loss_counterfactual", b"train/grad_norm"): assert name in events.read_bytes()
 
 
 def test_answer_only_students_answer_at_once(tmp_path):
