@@ -190,7 +190,7 @@ def lora_arguments(text: str) -> dict:
 @_settings_options
 @click.option("--seeds", type=click.IntRange(min=1), help="Train so many students, in OUT/seed-0, OUT/seed-1, ...; their spread is in OUT/seeds.json.")
 @click.option("--overwrite", is_flag=True, help="Discard what another run left in OUT.")
-@click.option("--push-to-hub", "repository", help="Upload the finished student there (needs a login of yours).")
+@click.option("--push-to-hub", "repository", help="Upload the finished student there (needs a login of yours); with --seeds, that of the first.")
 @click.option("--dry-run", is_flag=True, help="Print what would be trained and the memory it needs per GPU, beside T5-3B's and T5-11B's, and stop.")
 def train(file, dev, student, out, recipe_name, method, seeds, overwrite, repository, dry_run, **given):
     """Train a student on a teacher's rationales, with the factual and the counterfactual loss, on DeepSpeed.

@@ -151,7 +151,7 @@ def engine_arguments(settings: Settings, n_units: int, out: Path, dev: bool):
         per_device_train_batch_size=max(1, settings.batch_size//(ranks*settings.accumulation)), gradient_accumulation_steps=settings.accumulation, num_train_epochs=settings.epochs, max_steps=settings.max_steps or -1,
         learning_rate=settings.lr, lr_scheduler_type=settings.schedule, warmup_steps=-(-int(settings.warmup*steps*1000)//1000), weight_decay=settings.weight_decay, max_grad_norm=settings.clip,
         optim={"adamw": "adamw_torch", "adafactor": "adafactor"}[settings.optimizer], optim_args="relative_step=False,scale_parameter=False" if settings.optimizer == "adafactor" else None,
-        logging_steps=settings.log_every, logging_nan_inf_filter=False, disable_tqdm=True, remove_unused_columns=False, log_level="warning", report_to=settings.report_to or "none", run_name=out.name, **saving, **(evaluation if dev else {}))
+        logging_steps=settings.log_every, logging_nan_inf_filter=False, disable_tqdm=True, restore_callback_states_from_checkpoint=True, remove_unused_columns=False, log_level="warning", report_to=settings.report_to or "none", run_name=out.name, **saving, **(evaluation if dev else {}))
 
 # %% ../nbs/60_training.ipynb #9b50e15a
 def run_key(settings: Settings, records: list[dict], dev: list[dict] | None, weights: str) -> str:

@@ -48,10 +48,10 @@ def run(out, stage, accumulation, kind="t5", **more):
     return held, train_student(base(kind), records(), out=out, **{**given, **more})
 
 
-def chosen(folder, metric):
+def chosen(folder, metric, *callbacks):
     "Evaluates on dev, stops early, goes back to its best step: under stage 3 by the answers it writes, under stage 2 by a loss that must rise once the answers are known by heart (dev has others)."
     given = dict(accuracy=dict(stage=3, dev=records(), evaluate_every=10), loss_counterfactual=dict(stage=2, dev=[dict(r, answer=(r["answer"] + 1) % 5, target=(r["target"] + 1) % 5) for r in records()], evaluate_every=2))
-    return run(folder/f"best-{metric}", accumulation=1, metric=metric, patience=2, max_steps=60, lr=0.02, **given[metric])[1]
+    return run(folder/f"best-{metric}", accumulation=1, metric=metric, patience=2, max_steps=60, lr=0.02, callbacks=callbacks, **given[metric])[1]
 
 
 if __name__ == "__main__":

@@ -101,9 +101,11 @@ def slow_answer(student, q, rationale, prefix):
 @pytest.mark.parametrize("prefix", ["factual", "counterfactual", "none"])
 def test_batched_answers_are_those_of_a_slow_loop(student, prefix):
     many, why = questions*3, (reasons + reasons[1:] + reasons[:1] + ["", "", ""])
-    for q, r, a in zip(many, why, answer(student, many, why, prefix=prefix, batch_size=5)):
+    said = answer(student, many, why, prefix=prefix, batch_size=5)
+    for q, r, a in zip(many, why, said, strict=True):
         slow = slow_answer(student, q, r, prefix)
         assert slow.startswith(a.text) and a.rationale == r and a.id == q.id
+    assert any(a.text for a in said)
 
 
 def test_own_rationales_are_those_of_generate(student):
@@ -116,6 +118,7 @@ def test_own_rationales_are_those_of_generate(student):
         if student.is_seq2seq: ids = student.model.generate(torch.tensor([source]), decoder_input_ids=torch.tensor([[student.start, *tag]]), max_new_tokens=10, do_sample=False)[0][1 + len(tag):]
         else: ids = student.model.generate(torch.tensor([source + tag]), max_new_tokens=10, do_sample=False)[0][len(source) + len(tag):]
         assert student.tokenizer.decode(ids, skip_special_tokens=True).strip().startswith(text)
+    assert any(text for text, _, _ in found)
 
 
 def test_batch_size_and_order_change_nothing(student):

@@ -127,9 +127,9 @@ def same_result(a, b):
     assert not (a/"checkpoints").exists()
 
 
-@pytest.mark.parametrize("kills, begun, size", [([("step", 3), ("save", 2), ("mark", 1), ("step", 7)], [0, 2, 2, 2, 6], 1), ([("step", 5), ("save", 3)], [0, 4, 4], 2)])
+@pytest.mark.parametrize("kills, begun, size", [([("step", 3), ("save", 2), ("mark", 1), ("step", 7), ("export", 1), ("export", 2)], [0, 2, 2, 2, 6, 8, 8], 1), ([("step", 5), ("save", 3)], [0, 4, 4], 2)])
 def test_killed_and_called_again_ends_in_the_same_bytes(undisturbed, tmp_path, kills, begun, size):
-    "kill -9 after a step, in the middle of a checkpoint's file, and just before the checkpoint is marked whole."
+    "kill -9 after a step, in the middle of a checkpoint's file, just before the checkpoint is marked whole, and while the finished student is written."
     for kill in kills: assert not interrupted.attempt(tmp_path/"run", kill, size)
     assert interrupted.attempt(tmp_path/"run", size=size)
     same_result(tmp_path/"run", undisturbed/str(size))
@@ -405,6 +405,37 @@ def test_the_best_model_on_dev_is_kept_and_training_stops(tmp_path, metric):
     assert result.metrics[f"eval_{metric}"] == best
     assert len(values) == 20 or values.index(best) == len(values) - 3
     if metric == "loss": assert dev_loss(tmp_path) == pytest.approx(best, rel=1e-4)
+
+
+class Broken(Exception): pass
+
+
+def broken(*_, **__): raise Broken
+
+
+@pytest.mark.parametrize("when", ["between two evaluations", "while the student is written"])
+def test_a_run_that_stops_early_stops_there_after_an_interruption_too(tmp_path, monkeypatch, when):
+    "Patience goes on counting where it was, and a run whose last step is in its checkpoint trains no further."
+    from faithful_distill import training
+    whole = ranks.chosen(tmp_path, "loss_counterfactual")
+    assert whole.steps == history(whole.out)[-1]["step"] < 60
+    with monkeypatch.context() as patch, pytest.raises(Broken):
+        if when.startswith("while"): patch.setattr(training, "write_model", broken)
+        ranks.chosen(tmp_path/"again", "loss_counterfactual", *([at_step(whole.steps - 1, broken)] if when.startswith("between") else []))
+    again = ranks.chosen(tmp_path/"again", "loss_counterfactual")
+    assert again.steps == whole.steps
+    for name in ("model.safetensors", "metrics.jsonl"): assert (again.out/name).read_bytes() == (whole.out/name).read_bytes()
+
+
+def test_a_finished_run_that_was_not_written_is_only_written(tmp_path, monkeypatch):
+    "The last step is in a checkpoint, in the middle of an epoch: not one more is trained, at a learning rate that would show it."
+    from faithful_distill import training
+    given = dict(max_steps=5, save_every=1, schedule="constant")
+    whole = train(tmp_path/"whole", **given)
+    with monkeypatch.context() as patch, pytest.raises(Broken): patch.setattr(training, "write_model", broken); train(tmp_path/"again", **given)
+    again = train(tmp_path/"again", **given)
+    assert again.steps == 5
+    for name in ("model.safetensors", "metrics.jsonl"): assert (again.out/name).read_bytes() == (whole.out/name).read_bytes()
 
 
 @pytest.mark.parametrize("kind", ["t5", "llama"])
