@@ -325,20 +325,23 @@ def _counts(sizes: str) -> tuple[int, ...]:
 @click.option("--steps", default=10, show_default=True, help="Steps a round.")
 @click.option("--questions", default=32, show_default=True, help="Questions evaluated, under four rationales each.")
 @click.option("--rounds", default=3, show_default=True, help="Repetitions, interleaved; medians are reported.")
+@click.option("--deepspeed", "configurations", multiple=True, default=("cpu",), show_default=True, help="Configuration to train under: cpu (alone it shares nothing), zero2, zero3, ... Repeatable; each is a line of its own.")
 @click.option("--only", type=_choice("train", "evaluate"), help="Only this half.")
 @click.option("--out", type=click.Path(), help="CSV file to add the measured lines to.")
-def bench_train(data, sizes, batch_size, steps, questions, rounds, only, out):
+def bench_train(data, sizes, batch_size, steps, questions, rounds, configurations, only, out):
     """Training steps and evaluation with interventions, against two padded passes a step and answers one at a time.
 
     Example:  faithful-distill bench train --student tiny --student small --batch-size 8"""
     import torch
+    from functools import partial
     from faithful_distill import train_bench as room
     if not torch.cuda.is_available(): torch.set_num_threads(1)
     records = room.palm_records(data, 400)
     for size in sizes:
         student = room.subword_student([f"{r['question']} {r['rationale']}" for r in records], size)
-        for what, measure in (("train", lambda: room.bench_train(records, student, steps=steps, rounds=rounds, batch_size=batch_size)), ("evaluate", lambda: room.bench_answers(records, student, questions=questions, rounds=rounds))):
+        jobs = [("train", partial(room.bench_train, steps=steps, rounds=rounds, batch_size=batch_size, deepspeed=name)) for name in configurations] + [("evaluate", partial(room.bench_answers, questions=questions, rounds=rounds))]
+        for what, measure in jobs:
             if only not in (None, what): continue
-            found = measure()
+            found = measure(records, student)
             if out: room.record([found], out)
             click.echo(room.verdict(found))

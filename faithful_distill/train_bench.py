@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['wanted', 'palm_records', 'subword_student', 'clock', 'plain_loss', 'loop', 'bucketed_loss', 'trained', 'bench_train',
-           'plain_answer', 'bench_answers', 'record', 'verdict']
+           'plain_answer', 'bench_answers', 'record', 'add_lines', 'verdict']
 
 # %% ../nbs/67_train_bench.ipynb #a644397f
 import copy, datetime, json, platform, statistics, tempfile, time
@@ -114,7 +114,7 @@ def bench_train(records: list[dict], student: Student, *, steps: int = 10, round
     apart = max(abs(a - b) for other in ("bucketed", "ours") for a, b in zip(losses["plain"], losses[other]))
     if apart > 1e-2: raise BadInput("the ways compared do not compute the same loss", field="losses", value=losses)
     median = {name: statistics.median(s) for name, s in seconds.items()}
-    return dict(what="train", student=student.name, parameters=sum(p.numel() for p in student.model.parameters()), size=batch_size, measured=len(seconds["ours"]), seconds=median,
+    return dict(what="train", config=deepspeed if isinstance(deepspeed, str) else "own", student=student.name, parameters=sum(p.numel() for p in student.model.parameters()), size=batch_size, measured=len(seconds["ours"]), seconds=median,
                 same=apart, speedup=median["plain"]/median["ours"], overhead=median["ours"]/median["bucketed"] - 1)
 
 def _copy(student):
@@ -164,7 +164,7 @@ def bench_answers(records: list[dict], student: Student, *, questions: int = 32,
     far = max(abs(x - y) for name in said for a, b in zip(said["ours"], said[name]) for x, y in zip(a[2], b[2]))
     if far > 1e-2 or any(a[1] != b[1] for name in said for a, b in zip(said["ours"], said[name])): raise BadInput("the ways compared do not give the same answers", field="answers", value=far)
     median = {name: statistics.median(s) for name, s in seconds.items()}
-    return dict(what="evaluate", student=student.name, parameters=sum(p.numel() for p in student.model.parameters()), size=len(every), measured=rounds, seconds=median, same=far,
+    return dict(what="evaluate", config="", student=student.name, parameters=sum(p.numel() for p in student.model.parameters()), size=len(every), measured=rounds, seconds=median, same=far,
                 speedup=median["plain"]/median["ours"], overhead=None)
 
 # %% ../nbs/67_train_bench.ipynb #cd305e8b
@@ -172,13 +172,18 @@ wanted = {"train": 3.0, "evaluate": 10.0}   # times faster than the plain way
 
 def record(found: Sequence[dict], path: str | Path) -> list[dict]:
     "Add measurements to a CSV file, a line each; returns all its lines."
-    import csv, io, torch, transformers, deepspeed
+    import torch, transformers, deepspeed
     about = dict(machine=_machine(), date=datetime.date.today().isoformat(), torch=torch.__version__, transformers=transformers.__version__, deepspeed=deepspeed.__version__)
-    new = [dict(what=f["what"], student=f["student"], parameters=f["parameters"], size=f["size"], measured=f["measured"], **{f"{way} s": f"{f['seconds'].get(way, float('nan')):.4g}" for way in ("plain", "bucketed", "one at a time", "ours")},
+    new = [dict(what=f["what"], config=f["config"], student=f["student"], parameters=f["parameters"], size=f["size"], measured=f["measured"], **{f"{way} s": f"{f['seconds'].get(way, float('nan')):.4g}" for way in ("plain", "bucketed", "one at a time", "ours")},
                 speedup=f"{f['speedup']:.2f}", wanted=wanted[f["what"]], overhead="" if f["overhead"] is None else f"{f['overhead']:.3f}", same=f"{f['same']:.1e}", **about) for f in found]
-    key = lambda line: (line["what"], line["student"], str(line["size"]), line["machine"])
+    return add_lines(new, path, ("what", "config", "student", "size", "machine"))
+
+def add_lines(new: list[dict], path: str | Path, key: Sequence[str]) -> list[dict]:
+    "Write lines into a CSV file, in place of those with the same key."
+    import csv, io
+    which = lambda line: [str(line[name]) for name in key]
     old = list(csv.DictReader(open(path, encoding="utf-8", newline=""))) if Path(path).exists() else []
-    lines = [line for line in old if key(line) not in set(map(key, new))] + new
+    lines = [line for line in old if which(line) not in [which(line) for line in new]] + new
     text = io.StringIO(); writer = csv.DictWriter(text, list(new[0]), lineterminator="\n"); writer.writeheader(); writer.writerows(lines)
     write_text(path, text.getvalue())
     return lines
@@ -193,5 +198,5 @@ def _machine():
 def verdict(found: dict) -> str:
     "A measurement in a sentence."
     unit, less = ("a step", "bucketed") if found["what"] == "train" else (f"for {found['size']} answers", "one at a time")
-    return (f"{found['what']} {found['student']} ({found['parameters']:,} parameters): {found['seconds']['ours']:.3g} s {unit}, plain {found['seconds']['plain']:.3g} s, {less} {found['seconds'][less]:.3g} s: {found['speedup']:.2f} times faster than plain, "
+    return (f"{found['what']} {found['student']} ({found['parameters']:,} parameters{', ' + found['config'] if found['config'] else ''}): {found['seconds']['ours']:.3g} s {unit}, plain {found['seconds']['plain']:.3g} s, {less} {found['seconds'][less]:.3g} s: {found['speedup']:.2f} times faster than plain, "
             f"wanted {wanted[found['what']]:g}: {'reached' if found['speedup'] >= wanted[found['what']] else 'not reached'}" + (f"; Trainer and DeepSpeed cost {found['overhead']:+.1%}" if found["overhead"] is not None else ""))
