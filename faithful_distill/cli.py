@@ -327,16 +327,22 @@ def _counts(sizes: str) -> tuple[int, ...]:
 @click.option("--rounds", default=3, show_default=True, help="Repetitions, interleaved; medians are reported.")
 @click.option("--deepspeed", "configurations", multiple=True, default=("cpu",), show_default=True, help="Configuration to train under: cpu (alone it shares nothing), zero2, zero3, ... Repeatable; each is a line of its own.")
 @click.option("--only", type=_choice("train", "evaluate"), help="Only this half.")
+@click.option("--card", type=_choice("tiny", "small", "t5-base", "t5-3b", "t5-11b"), help="Instead: tokens per second, memory and model FLOP utilisation of a random T5 of this size in bf16, on one process.")
+@click.option("--recompute", is_flag=True, help="With --card: gradient checkpointing.")
+@click.option("--peak", type=float, help="With --card: most TFLOP/s of the device.  [by its name]")
 @click.option("--out", type=click.Path(), help="CSV file to add the measured lines to.")
-def bench_train(data, sizes, batch_size, steps, questions, rounds, configurations, only, out):
+def bench_train(data, sizes, batch_size, steps, questions, rounds, configurations, only, card, recompute, peak, out):
     """Training steps and evaluation with interventions, against two padded passes a step and answers one at a time.
 
-    Example:  faithful-distill bench train --student tiny --student small --batch-size 8"""
+    \b
+    Example:  faithful-distill bench train --student tiny --student small --batch-size 8
+    A card:   faithful-distill bench train --card t5-3b --deepspeed zero2 --deepspeed zero3 --out card.csv"""
     import torch
     from functools import partial
     from faithful_distill import train_bench as room
     if not torch.cuda.is_available(): torch.set_num_threads(1)
     records = room.palm_records(data, 400)
+    if card: return _bench_card(room, records, card, configurations, dict(steps=steps, batch_size=batch_size, recompute=recompute, peak=peak and peak*1e12), out)
     for size in sizes:
         student = room.subword_student([f"{r['question']} {r['rationale']}" for r in records], size)
         jobs = [("train", partial(room.bench_train, steps=steps, rounds=rounds, batch_size=batch_size, deepspeed=name)) for name in configurations] + [("evaluate", partial(room.bench_answers, questions=questions, rounds=rounds))]
@@ -345,3 +351,10 @@ def bench_train(data, sizes, batch_size, steps, questions, rounds, configuration
             found = measure(records, student)
             if out: room.record([found], out)
             click.echo(room.verdict(found))
+
+def _bench_card(room, records, size, configurations, given, out):
+    student = room.subword_student([f"{r['question']} {r['rationale']}" for r in records], size)
+    for name in configurations:
+        found = room.bench_card(records, student, deepspeed=name, **given)
+        if out: room.record_card(found, out)
+        click.echo(room.card_verdict(found))
