@@ -651,6 +651,22 @@ def test_launchers_and_nodes_agree(tmp_path, command):
     port = str(free_port())
     nodes = [subprocess.Popen([sys.executable, "-m", "torch.distributed.run", "--nnodes", "2", "--node_rank", str(k), "--master_addr", "127.0.0.1", "--master_port", port, "--nproc_per_node", "1", *call("two")], env=environment()) for k in (0, 1)]
     assert [node.wait(200) for node in nodes] == [0, 0]
-    launcher = [sys.executable, "-m", "deepspeed.launcher.runner", "--no_local_rank", "--num_gpus", "2", "--master_addr", "127.0.0.1", "--master_port", str(free_port()), *call("three")]   # a host file asks for ssh
+    launcher = [sys.executable, "-m", "deepspeed.launcher.runner", "--no_local_rank", "--num_gpus", "2", "--master_addr", "127.0.0.1", "--master_port", str(free_port()), *call("three")]
     subprocess.run(launcher, env=environment(), check=True, timeout=200)
     for other in ("two", "three"): assert (tmp_path/other/"model.safetensors").read_bytes() == (tmp_path/"one"/"model.safetensors").read_bytes()
+
+
+@pytest.mark.skipif(not os.environ.get("FAITHFUL_DISTILL_SLOW"), reason="launches processes from cold: set FAITHFUL_DISTILL_SLOW=1")
+def test_a_host_file_without_ssh_trains_the_same_student(tmp_path, command):
+    "deepspeed with a file of two hosts, started on each by hand, as where there is no ssh between them; the run knows of both processes."
+    from faithful_distill.trainer import free_port
+    def call(out, *more): return [*command, "--max-steps", "4", "--out", str(tmp_path/out), *more]
+    subprocess.run([*torchrun(2), *call("one")], env=environment(), check=True, timeout=200)
+    (tmp_path/"hosts").write_text("localhost slots=1\n127.0.0.1 slots=1\n")
+    port = str(free_port())
+    launchers = [[sys.executable, "-m", "deepspeed.launcher.runner", "--no_local_rank", "--hostfile", str(tmp_path/"hosts"), "--no_ssh", "--node_rank", str(k), "--master_addr", "127.0.0.1", "--master_port", port, *call("two", "--save-every", "2")] for k in (0, 1)]
+    nodes = [subprocess.Popen(launcher, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) for launcher in launchers]
+    said = [node.communicate(timeout=300)[0] for node in nodes]
+    assert [node.returncode for node in nodes] == [0, 0], said[0][-2000:] + said[1][-2000:]
+    for name in ("model.safetensors", "metrics.jsonl"): assert (tmp_path/"two"/name).read_bytes() == (tmp_path/"one"/name).read_bytes()
+    assert json.loads((tmp_path/"two"/"student.json").read_text())["engine"]["processes"] == 2
