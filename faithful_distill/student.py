@@ -68,9 +68,10 @@ def check_tags(student: Student, prefixes: Iterable[str]) -> None:
         if tag and not expresses(student.tokenizer, tag): raise BadInput(f"the tokenizer cannot express {tag!r}", field="student", value=student.name, remedy="Call add_tags(model, tokenizer) before, or train without tags (prefixes='none').")
 
 def expresses(tokenizer, text: str) -> bool:
-    "Does a text come back from this tokenizer as it was? One without an unknown token may drop, or change, what it does not know."
+    "Does a text come back from this tokenizer as it was (a word at least in its letters)? One without an unknown token may drop, or change, what it does not know."
     ids = tokenizer(text, add_special_tokens=False)["input_ids"]
-    return tokenizer.unk_token_id not in ids and tokenizer.decode(ids).split() == text.split()
+    back = tokenizer.decode(ids).strip()
+    return tokenizer.unk_token_id not in ids and text in (back, "".join(back.split()))
 
 # %% ../nbs/50_student.ipynb #a78996cd
 def special_affixes(tokenizer) -> tuple[list[int], list[int]]:

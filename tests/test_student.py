@@ -7,8 +7,8 @@ from hypothesis import given, settings, strategies as st
 
 from faithful_distill.files import BadInput
 from faithful_distill.questions import Question, load_questions
-from faithful_distill.student import (Row, Student, add_tags, answer, collate, combine, distillation_loss, encode_sources, encode_targets, load_student, match_choice, row_prefix, source_text,
-                                      student_logits, target_text, tiny_student, token_pieces, training_rows, units)
+from faithful_distill.student import (Row, Student, add_tags, answer, collate, combine, distillation_loss, encode_sources, encode_targets, expresses, load_student, match_choice, row_prefix,
+                                      source_text, student_logits, target_text, tiny_student, token_pieces, training_rows, units)
 
 questions = [Question("1", "What does a beaver build ?", ("a dam", "a bank", "a nest"), 0), Question("2", "Where is money kept ?", ("bank", "river", "bank", "under the bed"), 2),
              Question("3", "Can a penguin fly ?", ("yes", "no"), 1, kind="boolean")]
@@ -266,6 +266,23 @@ def test_a_tokenizer_that_changes_the_answer_sentence_is_refused_and_can_be_taug
     with pytest.raises(BadInput, match=r"'So the answer is'.*add_tags\(model, tokenizer\)"): Student(model, tokenizer)
     add_tags(model, tokenizer)
     Student(model, tokenizer)
+
+
+@pytest.mark.parametrize("make", [byte_level, sentence_pieces])
+def test_subword_tokenizers_express_the_tags(make):
+    tokenizer = make([target_text(q, 0, r, p) for q, r in zip(questions, reasons) for p in ("factual", "counterfactual")]*3)
+    assert all(expresses(tokenizer, text) for text in ("[factual]", "[counterfactual]", "So the answer is"))
+
+
+def test_a_tag_in_pieces_is_expressed_and_a_sentence_without_its_spaces_is_not():
+    "Word pieces come back apart, '[ factual ]', and still tell the roles apart; an answer sentence that comes back so would not be found."
+    class Says:
+        unk_token_id = 0
+        def __init__(self, back): self.back = back
+        def __call__(self, text, add_special_tokens): return dict(input_ids=[1])
+        def decode(self, ids): return self.back
+    assert expresses(Says("[ factual ]"), "[factual]") and not expresses(Says("factual"), "[factual]")
+    assert expresses(Says(" So the answer is"), "So the answer is") and not expresses(Says("Sothe answer is"), "So the answer is") and not expresses(Says("so the answer is"), "So the answer is")
 
 
 def test_a_saved_student_is_loaded_as_it_was(student, tmp_path):

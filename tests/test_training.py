@@ -1,5 +1,5 @@
 "Training as it is met in earnest: several processes, killed processes, full disks, and the same numbers as ever."
-import importlib.util, json, os, random, re, resource, shlex, signal, subprocess, sys, time
+import importlib.util, json, os, random, re, resource, shlex, subprocess, sys, time
 from pathlib import Path
 
 import pytest
@@ -629,10 +629,12 @@ def test_the_card_says_the_settings_and_what_evaluate_measured(tmp_path):
 @pytest.mark.skipif(not os.environ.get("FAITHFUL_DISTILL_SLOW"), reason="launches processes from cold: set FAITHFUL_DISTILL_SLOW=1")
 def test_the_command_that_the_error_names_resumes(tmp_path, command):
     "Two processes from the command line, killed; one process is refused, and the command it is told to give ends in the bytes of a run never interrupted."
+    import psutil
     call = [*command, "--max-steps", "300", "--save-every", "20", "--out", str(tmp_path/"run")]
-    first = subprocess.Popen([*torchrun(2), *call], env=environment(), start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    first = subprocess.Popen([*torchrun(2), *call], env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     while not list((tmp_path/"run"/"checkpoints").glob("*/whole.json")): time.sleep(0.05); assert first.poll() is None
-    os.killpg(first.pid, signal.SIGKILL)
+    for process in [*psutil.Process(first.pid).children(recursive=True), first]: process.kill()       # the workers of torchrun are in sessions of their own
+    first.wait()
     alone = subprocess.run([sys.executable, *call], env=environment(), capture_output=True, text=True, timeout=200)
     assert alone.returncode == 2 and "was written by 2 processes, not 1" in alone.stderr
     named = re.search("`(.*?)`", alone.stderr)[1]
