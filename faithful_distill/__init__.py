@@ -8,6 +8,7 @@ _rooms = {
     "rationales": ["rationalize"],
     "student": ["answer", "load_student"],
     "training": ["train_student"],
+    "recipes": ["explain"],
     "faithfulness": ["las", "perturbation_drop", "refinement_gain", "swap_consistency", "early_answering_aoc"],
     "runs": ["run_notebook", "reproduce"],
     "scoring": ["score_rationales"],

@@ -194,7 +194,7 @@ def lora_arguments(text: str) -> dict:
 @_settings_options
 @click.option("--seeds", type=click.IntRange(min=1), help="Train so many students, in OUT/seed-0, OUT/seed-1, ...; their spread is in OUT/seeds.json.")
 @click.option("--overwrite", is_flag=True, help="Discard what another run left in OUT.")
-@click.option("--push-to-hub", "repository", help="Upload the finished student there (needs a login of yours).")
+@click.option("--push-to-hub", "repository", help="Upload the finished student there (needs a login of yours); with --seeds, that of the first.")
 @click.option("--dry-run", is_flag=True, help="Print what would be trained and the memory it needs per GPU, beside T5-3B's and T5-11B's, and stop.")
 def train(file, dev, student, out, recipe_name, method, seeds, overwrite, repository, dry_run, **given):
     """Train a student on a teacher's rationales, with the factual and the counterfactual loss, on DeepSpeed.
@@ -234,11 +234,14 @@ def train(file, dev, student, out, recipe_name, method, seeds, overwrite, reposi
 def evaluate(data, path, split, limit, skip_bad, student, file, metrics, simulator, draws, batch_size, max_new_tokens, seed, out):
     """Accuracy and faithfulness of a student: what its answers do when its rationales are damaged, replaced or swapped.
 
+    The model card of a student that `train` wrote is written anew, with what was measured and its intervals.
+
     Example:  faithful-distill evaluate --data csqa --split dev --student student --rationales dev-rationales.jsonl --out evaluation"""
     from faithful_distill.files import read_jsonl, writable_folder, write_json
     from faithful_distill.interventions import Explained, measure, simulate_folds
     from faithful_distill.questions import require_answers
     from faithful_distill.student import load_student
+    from faithful_distill.training import model_card
     out = writable_folder(out)
     questions = require_answers(read_questions(data, path, split, limit, skip_bad), "evaluation")
     measured = measure(load_student(student), questions, [r for _, r in read_jsonl(file)] if file else [], metrics=[m.strip() for m in metrics.split(",")], draws=draws, seed=seed,
@@ -249,6 +252,7 @@ def evaluate(data, path, split, limit, skip_bad, student, file, metrics, simulat
         scores |= simulate_folds(simulator, Explained(questions, [a.rationale for a in written], [a.choice for a in written])).scores()
     write_json(out/"metrics.json", {name: s.to_dict() for name, s in scores.items()})
     write_json(out/"answers.json", measured.rows())
+    if (Path(student)/"student.json").is_file(): model_card(student, {f"{name} ({Path(data).name}, {split})": s.to_dict() for name, s in scores.items()})
     for name, score in scores.items(): click.echo(f"{name:32s}{score}")
 
 # %% ../nbs/95_cli.ipynb #5c0e1a02
@@ -325,20 +329,36 @@ def _counts(sizes: str) -> tuple[int, ...]:
 @click.option("--steps", default=10, show_default=True, help="Steps a round.")
 @click.option("--questions", default=32, show_default=True, help="Questions evaluated, under four rationales each.")
 @click.option("--rounds", default=3, show_default=True, help="Repetitions, interleaved; medians are reported.")
+@click.option("--deepspeed", "configurations", multiple=True, default=("cpu",), show_default=True, help="Configuration to train under: cpu (alone it shares nothing), zero2, zero3, ... Repeatable; each is a line of its own.")
 @click.option("--only", type=_choice("train", "evaluate"), help="Only this half.")
+@click.option("--card", type=_choice("tiny", "small", "t5-base", "t5-3b", "t5-11b"), help="Instead: tokens per second, memory and model FLOP utilisation of a random T5 of this size in bf16, on one process.")
+@click.option("--recompute", is_flag=True, help="With --card: gradient checkpointing.")
+@click.option("--peak", type=float, help="With --card: most TFLOP/s of the device.  [by its name]")
 @click.option("--out", type=click.Path(), help="CSV file to add the measured lines to.")
-def bench_train(data, sizes, batch_size, steps, questions, rounds, only, out):
+def bench_train(data, sizes, batch_size, steps, questions, rounds, configurations, only, card, recompute, peak, out):
     """Training steps and evaluation with interventions, against two padded passes a step and answers one at a time.
 
-    Example:  faithful-distill bench train --student tiny --student small --batch-size 8"""
+    \b
+    Example:  faithful-distill bench train --student tiny --student small --batch-size 8
+    A card:   faithful-distill bench train --card t5-3b --deepspeed zero2 --deepspeed zero3 --out card.csv"""
     import torch
+    from functools import partial
     from faithful_distill import train_bench as room
     if not torch.cuda.is_available(): torch.set_num_threads(1)
     records = room.palm_records(data, 400)
+    if card: return _bench_card(room, records, card, configurations, dict(steps=steps, batch_size=batch_size, recompute=recompute, peak=peak and peak*1e12), out)
     for size in sizes:
         student = room.subword_student([f"{r['question']} {r['rationale']}" for r in records], size)
-        for what, measure in (("train", lambda: room.bench_train(records, student, steps=steps, rounds=rounds, batch_size=batch_size)), ("evaluate", lambda: room.bench_answers(records, student, questions=questions, rounds=rounds))):
+        jobs = [("train", partial(room.bench_train, steps=steps, rounds=rounds, batch_size=batch_size, deepspeed=name)) for name in configurations] + [("evaluate", partial(room.bench_answers, questions=questions, rounds=rounds))]
+        for what, measure in jobs:
             if only not in (None, what): continue
-            found = measure()
+            found = measure(records, student)
             if out: room.record([found], out)
             click.echo(room.verdict(found))
+
+def _bench_card(room, records, size, configurations, given, out):
+    student = room.subword_student([f"{r['question']} {r['rationale']}" for r in records], size)
+    for name in configurations:
+        found = room.bench_card(records, student, deepspeed=name, **given)
+        if out: room.record_card(found, out)
+        click.echo(room.card_verdict(found))

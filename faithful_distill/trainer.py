@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from transformers import Trainer, TrainerCallback
+from transformers import EarlyStoppingCallback, Trainer, TrainerCallback
 
 from .files import BadInput, progress, stable_seed, write_json, write_text
 from .student import Row, Student, collate, combine, distillation_loss, learned_logits
@@ -152,6 +152,15 @@ class DistillationTrainer(Trainer):
         self.log(dict(metrics))
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
+
+    def _run_epoch(self, *args, **kwargs):
+        if self.is_over(): self.control.should_training_stop = True
+        else: super()._run_epoch(*args, **kwargs)
+
+    def is_over(self) -> bool:
+        "Was the step this run goes on from its last, by number or by patience?"
+        waiting = [c for c in self.callback_handler.callbacks if isinstance(c, EarlyStoppingCallback)]
+        return self.state.global_step >= self.state.max_steps or any(c.early_stopping_patience_counter >= c.early_stopping_patience for c in waiting)
 
     def floating_point_ops(self, inputs): return 0  # counting them costs more than a small model's step
 

@@ -11,10 +11,10 @@ def kill_now(): os.kill(os.getpid(), signal.SIGKILL)
 
 
 def arm(kill, diary):
-    "Arrange for this process to kill itself: ('step', n) at the end of step n, ('save', n) halfway through the n-th file of a checkpoint, ('mark', n) before the n-th checkpoint is marked whole. The step each attempt begins from is written down."
+    "Arrange for this process to kill itself: ('step', n) at the end of step n, ('save', n) halfway through the n-th file of a checkpoint, ('mark', n) before the n-th checkpoint is marked whole, ('export', 1) when the finished student's weights lie in the hidden folder, ('export', 2) when they are in place and no more. The step each attempt begins from is written down."
     import torch
     from transformers import TrainerCallback
-    from faithful_distill import trainer
+    from faithful_distill import trainer, training
     what, at = kill or ("never", 0)
     calls = [0]
 
@@ -32,7 +32,13 @@ def arm(kill, diary):
     def dying_mark(path, obj):
         if what == "mark" and counted(): kill_now()
         return mark(path, obj)
-    torch.save, trainer.write_json = dying_save, dying_mark
+    write_model = training.write_model
+
+    def dying_export(student, state, out):
+        if what == "export" and at == 1: student.tokenizer.save_pretrained = lambda *_: kill_now()
+        write_model(student, state, out)
+        if what == "export": kill_now()
+    torch.save, trainer.write_json, training.write_model = dying_save, dying_mark, dying_export
 
     class Kill(TrainerCallback):
         def on_train_begin(self, args, state, control, **_):
@@ -67,4 +73,4 @@ def attempt(out, kill=None, size=1):
     return all(p.exitcode == 0 for p in processes)
 
 
-def random_kill(rng): return rng.choice([("step", rng.randint(1, steps)), ("save", rng.randint(1, 5)), ("mark", rng.randint(1, 2))])
+def random_kill(rng): return rng.choice([("step", rng.randint(1, steps)), ("save", rng.randint(1, 5)), ("mark", rng.randint(1, 2)), ("export", rng.randint(1, 2))])

@@ -7,8 +7,8 @@ from hypothesis import given, settings, strategies as st
 
 from faithful_distill.files import BadInput
 from faithful_distill.questions import Question, load_questions
-from faithful_distill.student import (Row, answer, collate, combine, distillation_loss, encode_sources, encode_targets, load_student, match_choice, row_prefix, source_text,
-                                      student_logits, target_text, tiny_student, token_pieces, training_rows, units)
+from faithful_distill.student import (Row, Student, add_tags, answer, collate, combine, distillation_loss, encode_sources, encode_targets, expresses, load_student, match_choice, row_prefix,
+                                      source_text, student_logits, target_text, tiny_student, token_pieces, training_rows, units)
 
 questions = [Question("1", "What does a beaver build ?", ("a dam", "a bank", "a nest"), 0), Question("2", "Where is money kept ?", ("bank", "river", "bank", "under the bed"), 2),
              Question("3", "Can a penguin fly ?", ("yes", "no"), 1, kind="boolean")]
@@ -101,9 +101,11 @@ def slow_answer(student, q, rationale, prefix):
 @pytest.mark.parametrize("prefix", ["factual", "counterfactual", "none"])
 def test_batched_answers_are_those_of_a_slow_loop(student, prefix):
     many, why = questions*3, (reasons + reasons[1:] + reasons[:1] + ["", "", ""])
-    for q, r, a in zip(many, why, answer(student, many, why, prefix=prefix, batch_size=5)):
+    said = answer(student, many, why, prefix=prefix, batch_size=5)
+    for q, r, a in zip(many, why, said, strict=True):
         slow = slow_answer(student, q, r, prefix)
         assert slow.startswith(a.text) and a.rationale == r and a.id == q.id
+    assert any(a.text for a in said)
 
 
 def test_own_rationales_are_those_of_generate(student):
@@ -116,6 +118,7 @@ def test_own_rationales_are_those_of_generate(student):
         if student.is_seq2seq: ids = student.model.generate(torch.tensor([source]), decoder_input_ids=torch.tensor([[student.start, *tag]]), max_new_tokens=10, do_sample=False)[0][1 + len(tag):]
         else: ids = student.model.generate(torch.tensor([source + tag]), max_new_tokens=10, do_sample=False)[0][len(source) + len(tag):]
         assert student.tokenizer.decode(ids, skip_special_tokens=True).strip().startswith(text)
+    assert any(text for text, _, _ in found)
 
 
 def test_batch_size_and_order_change_nothing(student):
@@ -215,7 +218,7 @@ def test_bad_records_are_named(field, value):
     with pytest.raises(BadInput, match=field): training_rows(tiny_student_once(), [bad])
 
 
-def test_a_student_without_end_or_tags_is_refused(tmp_path):
+def test_a_student_without_end_or_padding_is_refused(tmp_path):
     student = tiny_student(vocabulary)
     student.tokenizer.eos_token = None
     with pytest.raises(BadInput, match="end-of-text"): type(student)(student.model, student.tokenizer)
@@ -224,6 +227,62 @@ def test_a_student_without_end_or_tags_is_refused(tmp_path):
     with pytest.raises(BadInput, match="padding"): type(student)(student.model, student.tokenizer)
     (tmp_path/"config.json").write_text("{}")
     with pytest.raises(BadInput, match="cannot be loaded"): load_student(tmp_path)
+
+
+def letters(lowercase=False):
+    "Letters and words without an unknown token: brackets are dropped without a word."
+    from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+    made = Tokenizer(models.BPE())
+    made.pre_tokenizer, made.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
+    if lowercase: made.normalizer = normalizers.Lowercase()
+    made.train_from_iterator(["So the answer is factual counterfactual"]*9 + [text.replace("?", "") for text in vocabulary], trainers.BpeTrainer(vocab_size=200, special_tokens=["<pad>", "</s>"], show_progress=False))
+    return PreTrainedTokenizerFast(tokenizer_object=made, pad_token="<pad>", eos_token="</s>")
+
+
+def model_for(tokenizer):
+    from transformers import T5Config, T5ForConditionalGeneration
+    return T5ForConditionalGeneration(T5Config(vocab_size=len(tokenizer), d_model=16, d_kv=4, d_ff=16, num_layers=1, num_heads=2, decoder_start_token_id=0))
+
+
+def test_tags_that_a_tokenizer_loses_are_missed_only_where_they_are_needed():
+    "Dropped brackets are as bad as an unknown token: both roles would read alike. Without tags nothing is missed, and `add_tags` mends it, as the error says."
+    tokenizer = letters()
+    assert tokenizer.unk_token_id is None and tokenizer.decode(tokenizer("[factual]")["input_ids"]) == "factual"
+    model, rows = model_for(tokenizer), [record(q, q.answer, r) for q, r in zip(questions, reasons)]
+    student = Student(model, tokenizer, "letters")
+    for act in (lambda: training_rows(student, rows), lambda: training_rows(student, rows, prefixes="random"), lambda: answer(student, questions)):
+        with pytest.raises(BadInput, match=r"cannot express '\[.*factual\]'.*add_tags\(model, tokenizer\).*prefixes='none'"): act()
+    assert len(training_rows(student, rows, prefixes="none")) == 3 and len(answer(student, questions, reasons, prefix="none")) == 3
+    add_tags(model, tokenizer)
+    roles = [training_rows(student, [record(questions[0], target, reasons[0])])[0].source for target in (0, 1)]
+    assert roles[0] != roles[1]
+
+
+def test_a_tokenizer_that_changes_the_answer_sentence_is_refused_and_can_be_taught():
+    "In small letters the sentence would never be found in what the student writes."
+    tokenizer = letters(lowercase=True)
+    model = model_for(tokenizer)
+    with pytest.raises(BadInput, match=r"'So the answer is'.*add_tags\(model, tokenizer\)"): Student(model, tokenizer)
+    add_tags(model, tokenizer)
+    Student(model, tokenizer)
+
+
+@pytest.mark.parametrize("make", [byte_level, sentence_pieces])
+def test_subword_tokenizers_express_the_tags(make):
+    tokenizer = make([target_text(q, 0, r, p) for q, r in zip(questions, reasons) for p in ("factual", "counterfactual")]*3)
+    assert all(expresses(tokenizer, text) for text in ("[factual]", "[counterfactual]", "So the answer is"))
+
+
+def test_a_tag_in_pieces_is_expressed_and_a_sentence_without_its_spaces_is_not():
+    "Word pieces come back apart, '[ factual ]', and still tell the roles apart; an answer sentence that comes back so would not be found."
+    class Says:
+        unk_token_id = 0
+        def __init__(self, back): self.back = back
+        def __call__(self, text, add_special_tokens): return dict(input_ids=[1])
+        def decode(self, ids): return self.back
+    assert expresses(Says("[ factual ]"), "[factual]") and not expresses(Says("factual"), "[factual]")
+    assert expresses(Says(" So the answer is"), "So the answer is") and not expresses(Says("Sothe answer is"), "So the answer is") and not expresses(Says("so the answer is"), "So the answer is")
 
 
 def test_a_saved_student_is_loaded_as_it_was(student, tmp_path):

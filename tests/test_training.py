@@ -1,5 +1,5 @@
 "Training as it is met in earnest: several processes, killed processes, full disks, and the same numbers as ever."
-import json, os, random, re, resource, shlex, signal, subprocess, sys, time
+import importlib.util, json, os, random, re, resource, shlex, subprocess, sys, time
 from pathlib import Path
 
 import pytest
@@ -62,6 +62,23 @@ def test_gathered_weights_are_equal(two_ranks, one_rank, stage):
     for name in want: assert (want[name] - got[name]).abs().max() < 2e-4
 
 
+@pytest.mark.parametrize("metric", ["accuracy", "loss_counterfactual"])
+def test_two_ranks_choose_the_same_best_student(two_ranks, tmp_path, metric):
+    "Dev metrics, the step training stops at, the step that is kept and its weights are those of one rank."
+    from safetensors.torch import load_file
+    alone, found = ranks.chosen(tmp_path, metric), two_ranks/f"best-{metric}"
+    want, got = ([row for row in history(folder) if "eval_loss" in row] for folder in (alone.out, found))
+    assert [row["step"] for row in want] == [row["step"] for row in got] and alone.steps < 60
+    for a, b in zip(want, got): assert b == pytest.approx(a, rel=2e-3)
+    values = [row[f"eval_{metric}"] for row in got]
+    best = max(values) if metric == "accuracy" else min(values)
+    assert 0 < values.index(best) == len(values) - 3                   # neither the first evaluation nor the last
+    note = json.loads((found/"student.json").read_text())
+    assert note["metrics"][f"eval_{metric}"] == best == pytest.approx(alone.metrics[f"eval_{metric}"], rel=2e-3)
+    a, b = load_file(alone.out/"model.safetensors"), load_file(found/"model.safetensors")
+    for name in a: assert (a[name] - b[name]).abs().max() < 0.05*a[name].abs().max()
+
+
 def test_ranks_share_the_optimizer_state_and_stage_3_the_parameters(two_ranks, one_rank):
     held = {(stage, rank): json.loads((two_ranks/f"held-{stage}x1-{rank}.json").read_text()) for stage in range(4) for rank in range(2)}
     whole = one_rank[1][0].state
@@ -110,9 +127,9 @@ def same_result(a, b):
     assert not (a/"checkpoints").exists()
 
 
-@pytest.mark.parametrize("kills, begun, size", [([("step", 3), ("save", 2), ("mark", 1), ("step", 7)], [0, 2, 2, 2, 6], 1), ([("step", 5), ("save", 3)], [0, 4, 4], 2)])
+@pytest.mark.parametrize("kills, begun, size", [([("step", 3), ("save", 2), ("mark", 1), ("step", 7), ("export", 1), ("export", 2)], [0, 2, 2, 2, 6, 8, 8], 1), ([("step", 5), ("save", 3)], [0, 4, 4], 2)])
 def test_killed_and_called_again_ends_in_the_same_bytes(undisturbed, tmp_path, kills, begun, size):
-    "kill -9 after a step, in the middle of a checkpoint's file, and just before the checkpoint is marked whole."
+    "kill -9 after a step, in the middle of a checkpoint's file, just before the checkpoint is marked whole, and while the finished student is written."
     for kill in kills: assert not interrupted.attempt(tmp_path/"run", kill, size)
     assert interrupted.attempt(tmp_path/"run", size=size)
     same_result(tmp_path/"run", undisturbed/str(size))
@@ -139,6 +156,33 @@ def test_other_runs_and_other_numbers_of_ranks_are_refused(tmp_path):
     with pytest.raises(BadInput, match="another run"): train_student(ranks.base("llama"), ranks.records(), out=tmp_path/"run", max_steps=interrupted.steps, batch_size=2, lr=1e-2, deepspeed=ranks.stage_config(2))
     assert len(list((tmp_path/"run"/"checkpoints").glob("*/whole.json"))) == 1
     assert again(overwrite=True).steps == interrupted.steps
+
+
+@pytest.mark.parametrize("argv, module, ranks, nodes, said", [
+    (["/usr/lib/ipykernel_launcher.py", "-f", "kernel.json"], "ipykernel_launcher", 2, 1, "faithful_distill.recipes.launch(2, ...)"),
+    (["recipes.py", "/tmp/gone/call.json"], "faithful_distill.recipes", 2, 1, "faithful_distill.recipes.launch(2, ...)"),
+    (["recipes.py", "/tmp/gone/call.json"], "faithful_distill.recipes", 1, 1, "train_student(...)"),
+    (["-c"], None, 2, 1, "faithful_distill.recipes.launch(2, ...)"),
+    ([__file__, "--out", "a b"], None, 1, 1, f"{{python}} {__file__} --out 'a b'"),
+    ([__file__], None, 2, 1, f"{{python}} -m torch.distributed.run --standalone --nproc_per_node 2 {__file__}"),
+    (["cli.py", "train"], "faithful_distill.cli", 2, 1, "{python} -m torch.distributed.run --standalone --nproc_per_node 2 -m faithful_distill.cli train"),
+    ([__file__], None, 8, 2, f"{{python}} -m torch.distributed.run --nnodes 2 --rdzv_backend c10d --rdzv_endpoint FIRST_NODE:29500 --nproc_per_node 4 {__file__}")])
+def test_the_command_named_is_one_that_works_from_here(monkeypatch, argv, module, ranks, nodes, said):
+    "Neither the kernel of a notebook nor the deleted call of `launch` is a command; a module goes by its name; several nodes meet somewhere."
+    from types import ModuleType, SimpleNamespace
+    from faithful_distill.training import resume_command
+    main = ModuleType("__main__")
+    main.__spec__ = module and SimpleNamespace(name=module)
+    monkeypatch.setitem(sys.modules, "__main__", main); monkeypatch.setattr(sys, "argv", argv); monkeypatch.delitem(sys.modules, "IPython", raising=False)
+    assert resume_command(ranks, nodes) == said.format(python=Path(sys.executable).name)
+
+
+@pytest.mark.parametrize("given, nodes", [(dict(WORLD_SIZE="8", LOCAL_WORLD_SIZE="4"), 2), (dict(WORLD_SIZE="4", LOCAL_WORLD_SIZE="4"), 1), (dict(WORLD_SIZE="4", LOCAL_SIZE="2"), 2), (dict(WORLD_SIZE="3"), 1)])
+def test_nodes_are_counted_as_the_launcher_says(monkeypatch, given, nodes):
+    from faithful_distill.training import count_nodes
+    for name in ("LOCAL_WORLD_SIZE", "LOCAL_SIZE"): monkeypatch.delenv(name, raising=False)
+    for name, value in given.items(): monkeypatch.setenv(name, value)
+    assert count_nodes() == nodes
 
 
 reference = here/"references"/"trajectories.json"
@@ -275,12 +319,59 @@ def test_every_configuration_that_is_shipped_trains_alike(tmp_path, name):
     for a, b in zip(want, got, strict=True): assert b == pytest.approx(a, rel=2e-4, abs=2e-4)
 
 
+@pytest.mark.parametrize("ranks_", [1, 8])
+@pytest.mark.parametrize("model", ["t5-3b", "t5-11b"])
+def test_memory_with_offload_is_what_deepspeed_says(model, ranks_):
+    "DeepSpeed's own estimator knows the largest layer of the model by itself; gradients leave the GPU with the optimizer."
+    from deepspeed.runtime.zero.stage3 import estimate_zero3_model_states_mem_needs, model_to_params
+    from faithful_distill.recipes import hollow_model, memory_table
+    [row] = memory_table([model], [ranks_], ["zero3-offload"])
+    parameters, layer = sum(p.numel() for p in hollow_model(model).parameters()), model_to_params(hollow_model(model))[1]
+    host, gpu, _ = estimate_zero3_model_states_mem_needs(parameters, layer, ranks_, 1, True, True, True, 1.0)
+    assert row["GB per GPU"] == pytest.approx(gpu/1e9, abs=0.06)
+    assert host/1e9 - 1 <= row["GB main memory"]*ranks_ <= 1.5*host/1e9 + 1
+
+
+def test_a_dry_run_of_the_authors_recipe_asks_no_hub(tmp_path, monkeypatch):
+    "T5-3B's shape is known here, whoever's name stands before it; every shipped configuration has its memory, main memory too; a folder of that name is what it is."
+    import re, socket
+    from click.testing import CliRunner
+    from faithful_distill.cli import main
+    def refuse(*_, **__): raise AssertionError("a connection is tried")
+    monkeypatch.setattr(socket.socket, "connect", refuse)
+    (tmp_path/"records.jsonl").write_text("".join(json.dumps(r) + "\n" for r in ranks.records()))
+    def dry(*more): return CliRunner().invoke(main, ["train", "--rationales", str(tmp_path/"records.jsonl"), "--recipe", "scott-t5-3b", "--out", str(tmp_path/"out"), "--dry-run", *more]).output
+    text = dry()
+    assert "google-t5/t5-3b: 2,851,598,336 parameters, 2,851,598,336 of them trained" in text and not (tmp_path/"out").exists()
+    on_gpu, in_host = text.split("main memory per process")
+    rows = {name: [[float(x) for x in line.split()[-4:]] for line in part.splitlines() if line.split()[-5:-4] == [name]] for part in (on_gpu,) for name in ("cpu", "zero2", "zero3", "zero3-offload")}
+    assert all(len(found) == 2 for found in rows.values()) and [45.6, 25.7, 15.7, 10.7] in rows["zero2"]    # 16 bytes a parameter on one
+    assert re.search(r"zero3-offload +57 +28.5 +14.3 +7.1", in_host)
+    assert "2,851,598,336 parameters, 5,898,240 of them trained" in dry("--lora", "r=8,target_modules=q+v")    # two thin matrices of 1024 x 8 and 8 x 4096 beside each of 144
+    ranks.base().model.save_pretrained(tmp_path/"t5-3b")
+    assert "2,851,598,336" not in dry("--student", str(tmp_path/"t5-3b"))
+
+
 @pytest.mark.parametrize("match, given", [
-    ("no rationales", dict(records=[])), ("no gold rationale", dict(records=[r for r in ranks.records() if r["role"] == "counterfactual"])),
+    ("'rationales': there are no rationales", dict(records=[])), ("'dev': there are no rationales", dict(dev=[])), ("no gold rationale", dict(records=[r for r in ranks.records() if r["role"] == "counterfactual"])),
     ("alpha_cf=0", dict(records=[r for r in ranks.records() if r["role"] == "gold"])), ("divide", dict(batch_size=3, accumulation=2)), ("dev", dict(metric="loss")), ("peft refuses", dict(lora=dict(rank=8)))])
 def test_what_cannot_be_trained_is_said_before_anything_is_written(tmp_path, match, given):
     with pytest.raises(BadInput, match=match): train(tmp_path/"out", **given)
     assert not list((tmp_path/"out").glob("*")) and not list((tmp_path/"out").glob("checkpoints/*"))
+
+
+def whole_batch(student):
+    "All the records' rows at once, and the model's logits."
+    from faithful_distill.student import collate, student_logits, training_rows
+    batch = collate(training_rows(student, ranks.records()), student)
+    return batch, student_logits(student.model, batch).detach()
+
+
+def dev_loss(folder):
+    "Loss of a finished student on the records, as plain transformers loads it."
+    from faithful_distill.student import distillation_loss, load_student
+    batch, logits = whole_batch(load_student(folder))
+    return float(distillation_loss(logits, batch["labels"], batch["counterfactual"]).total)
 
 
 @pytest.mark.parametrize("kind", ["t5", "llama", "gpt2"])
@@ -292,14 +383,15 @@ def test_lora_leaves_a_plain_student(tmp_path, kind, stage):
     from faithful_distill.questions import Question
     targets = dict(t5=["q", "v"], llama=["q_proj", "v_proj"], gpt2=["c_attn"])[kind]
     base, questions = ranks.base(kind), [Question(r["id"], r["question"], tuple(r["choices"]), r["answer"]) for r in ranks.records() if r["role"] == "gold"]
-    out = train(tmp_path, base, deepspeed=ranks.stage_config(stage), lora=dict(r=2, target_modules=targets), max_steps=8).out
-    row = history(out)
+    result = train(tmp_path, base, deepspeed=ranks.stage_config(stage), lora=dict(r=2, lora_alpha=7, target_modules=targets), max_steps=8, dev=ranks.records())
+    out, row = result.out, [row for row in history(result.out) if "loss" in row]
     assert row[-1]["loss"] < row[0]["loss"]
+    assert history(out)[-1]["eval_loss"] == pytest.approx(dev_loss(out), rel=1e-4)                      # adapted, then merged
     before, after = dict(base.model.named_parameters()), dict(load_student(out).model.named_parameters())
     assert before.keys() == after.keys()
     changed = {name for name in before if not torch.equal(before[name].data, after[name].data)}
     assert changed and all(any(t in name for t in targets) for name in changed)
-    again = train(tmp_path/"again", base, deepspeed=ranks.stage_config(2), lora=dict(r=2, target_modules=targets), max_steps=8).out
+    again = train(tmp_path/"again", base, deepspeed=ranks.stage_config(2), lora=dict(r=2, lora_alpha=7, target_modules=targets), max_steps=8).out
     for name, p in load_student(again).model.named_parameters(): assert torch.allclose(p.data, after[name].data, atol=1e-5)
 
 
@@ -312,18 +404,150 @@ def test_the_best_model_on_dev_is_kept_and_training_stops(tmp_path, metric):
     best = (max if metric == "accuracy" else min)(values)
     assert result.metrics[f"eval_{metric}"] == best
     assert len(values) == 20 or values.index(best) == len(values) - 3
-    if metric == "loss":
-        from faithful_distill.student import collate, combine, distillation_loss, load_student, student_logits, training_rows
-        student = load_student(tmp_path)
-        batch = collate(training_rows(student, ranks.records()), student)
-        assert float(distillation_loss(student_logits(student.model, batch), batch["labels"], batch["counterfactual"]).total) == pytest.approx(best, rel=1e-4)
+    if metric == "loss": assert dev_loss(tmp_path) == pytest.approx(best, rel=1e-4)
 
 
-def test_bf16_recomputing_smoothing_and_adafactor_run(tmp_path):
-    assert train(tmp_path/"a", precision="bf16", recompute=True).metrics["loss"] > 0
-    smooth, plain = train(tmp_path/"b", label_smoothing=0.1, max_steps=1), train(tmp_path/"c", max_steps=1)
-    assert smooth.metrics["loss"] != plain.metrics["loss"]
-    assert train(tmp_path/"d", optimizer="adafactor", schedule="constant").history[-1]["learning_rate"] == 1e-2
+class Broken(Exception): pass
+
+
+def broken(*_, **__): raise Broken
+
+
+@pytest.mark.parametrize("when", ["between two evaluations", "while the student is written"])
+def test_a_run_that_stops_early_stops_there_after_an_interruption_too(tmp_path, monkeypatch, when):
+    "Patience goes on counting where it was, and a run whose last step is in its checkpoint trains no further."
+    from faithful_distill import training
+    whole = ranks.chosen(tmp_path, "loss_counterfactual")
+    assert whole.steps == history(whole.out)[-1]["step"] < 60
+    with monkeypatch.context() as patch, pytest.raises(Broken):
+        if when.startswith("while"): patch.setattr(training, "write_model", broken)
+        ranks.chosen(tmp_path/"again", "loss_counterfactual", *([at_step(whole.steps - 1, broken)] if when.startswith("between") else []))
+    again = ranks.chosen(tmp_path/"again", "loss_counterfactual")
+    assert again.steps == whole.steps
+    for name in ("model.safetensors", "metrics.jsonl"): assert (again.out/name).read_bytes() == (whole.out/name).read_bytes()
+
+
+def test_a_finished_run_that_was_not_written_is_only_written(tmp_path, monkeypatch):
+    "The last step is in a checkpoint, in the middle of an epoch: not one more is trained, at a learning rate that would show it."
+    from faithful_distill import training
+    given = dict(max_steps=5, save_every=1, schedule="constant")
+    whole = train(tmp_path/"whole", **given)
+    with monkeypatch.context() as patch, pytest.raises(Broken): patch.setattr(training, "write_model", broken); train(tmp_path/"again", **given)
+    again = train(tmp_path/"again", **given)
+    assert again.steps == 5
+    for name in ("model.safetensors", "metrics.jsonl"): assert (again.out/name).read_bytes() == (whole.out/name).read_bytes()
+
+
+@pytest.mark.parametrize("kind", ["t5", "llama"])
+def test_bf16_and_recomputing_change_no_more_than_rounding(tmp_path, kind):
+    from faithful_distill.training import make_settings, prepared
+    base = ranks.base(kind)
+    plain, half, again = (history(train(tmp_path/name, base, **more).out) for name, more in (("a", {}), ("b", dict(precision="bf16")), ("c", dict(recompute=True))))
+    assert plain[-1]["loss"] < 0.9*plain[0]["loss"]
+    for a, b, c in zip(plain, half, again, strict=True):
+        assert b["loss"] == pytest.approx(a["loss"], rel=1e-2) and c == pytest.approx(a, rel=1e-5)
+    assert [row["loss"] for row in half] != [row["loss"] for row in plain]                               # it was bf16
+    assert prepared(base, make_settings(dict(recompute=True))).model.is_gradient_checkpointing and not prepared(base, make_settings({})).model.is_gradient_checkpointing
+
+
+def test_smoothed_labels_and_what_is_logged_of_them(tmp_path):
+    "One step over all records: the logged loss and its parts are the smoothed ones, token by token; dev stays unsmoothed."
+    row, dev = history(train(tmp_path, label_smoothing=0.2, alpha_cf=0.3, max_steps=1, batch_size=5, dev=ranks.records(), lr=1e-9).out)
+    batch, logits = whole_batch(ranks.base())
+    def part(counterfactual, e):
+        tokens = [(logits[i, j].log_softmax(-1), int(label)) for i, line in enumerate(batch["labels"]) if bool(batch["counterfactual"][i]) == counterfactual for j, label in enumerate(line) if label != -100]
+        return sum(float(-(1 - e)*p[label] - e*p.mean()) for p, label in tokens)/len(tokens)
+    assert row["loss_factual"] == pytest.approx(part(False, 0.2), rel=1e-5) and row["loss_counterfactual"] == pytest.approx(part(True, 0.2), rel=1e-5)
+    assert row["loss"] == pytest.approx(0.7*part(False, 0.2) + 0.3*part(True, 0.2), rel=1e-5)
+    assert dev["eval_loss"] == pytest.approx(0.7*part(False, 0) + 0.3*part(True, 0), rel=1e-5) and part(False, 0) != pytest.approx(part(False, 0.2), rel=1e-3)
+
+
+def test_a_logged_loss_is_the_mean_of_its_steps_and_the_parts_of_their_tokens(tmp_path):
+    one, three = history(train(tmp_path/"one").out), history(train(tmp_path/"three", log_every=3).out)
+    for row in one: assert row["loss"] == pytest.approx((row["loss_factual"] + row["loss_counterfactual"])/2, rel=1e-5)
+    for k, row in enumerate(three):
+        steps = one[3*k:3*k + 3]
+        assert row["loss"] == pytest.approx(sum(s["loss"] for s in steps)/3, rel=1e-4)
+        assert row["loss_factual"] == pytest.approx(sum(s["loss_factual"]*s["tokens_factual"] for s in steps)/row["tokens_factual"], rel=1e-5)
+
+
+def test_adafactor_keeps_its_learning_rate(tmp_path):
+    assert train(tmp_path, optimizer="adafactor", schedule="constant").history[-1]["learning_rate"] == 1e-2
+
+
+def test_the_authors_recipe_runs_on_a_small_t5(tmp_path):
+    "Adafactor without relative steps, bf16, ZeRO-2, linear decay after warm-up, the best epoch on dev by its factual loss."
+    from transformers import TrainerCallback
+    from faithful_distill.recipes import recipe
+    class Seen(TrainerCallback):
+        def on_train_begin(self, args, state, control, optimizer=None, **_):
+            self.zero, self.inner = args.deepspeed["zero_optimization"]["stage"], optimizer.optimizer
+            while hasattr(self.inner, "optimizer"): self.inner = self.inner.optimizer
+            self.group = dict(self.inner.param_groups[0])
+    seen, given = Seen(), recipe("scott-t5-3b")
+    del given["student"]
+    result = train(tmp_path, dev=ranks.records(), callbacks=[seen], max_steps=None, **given)
+    group = seen.group
+    assert type(seen.inner).__name__ == "Adafactor" and not group["relative_step"] and not group["scale_parameter"] and seen.zero == 2
+    steps, evaluations = ([row for row in history(tmp_path) if name in row] for name in ("loss", "eval_loss_factual"))
+    values = [row["eval_loss_factual"] for row in evaluations]
+    worse = [k + 1 for k in range(1, len(values)) if values[k] >= min(values[:k])]
+    assert len(steps) == len(values) == result.steps == min([10, *worse])               # five records, so an epoch a step; the first that is no better is the last
+    assert max(row["learning_rate"] for row in steps) == pytest.approx(3e-5) and result.metrics["eval_loss_factual"] == min(values)
+    assert result.student.settings["engine"]["precision"] == "bf16" and result.student.settings["recipe"] == "scott-t5-3b"
+
+
+def test_a_causal_student_without_padding_trains_as_one_with(tmp_path):
+    "Llama and GPT-2 have no padding token; what stands in its place is never seen."
+    with_pad, without = ranks.base("gpt2"), ranks.base("gpt2")
+    without.tokenizer.pad_token = None
+    assert without.pad == without.eos != with_pad.pad
+    want, got = history(train(tmp_path/"a", with_pad).out), history(train(tmp_path/"b", without).out)
+    for a, b in zip(want, got, strict=True): assert b == pytest.approx(a, rel=1e-5)
+
+
+def test_rationales_that_are_shortened_are_counted(tmp_path):
+    result = train(tmp_path, max_steps=1, max_target=16)
+    words = [len(r["rationale"].split()) for r in ranks.records()]
+    assert result.rows["shortened"] == sum(n + 1 + 4 + 2 + 1 > 16 for n in words) > 0    # tag, sentence, answer, end
+    assert f"({result.rows['shortened']} rationales were shortened" in (tmp_path/"README.md").read_text()
+
+
+def test_the_progress_bar_shows_loss_rate_and_time_left(tmp_path, monkeypatch, capfd):
+    from transformers import TrainerCallback
+    class Slow(TrainerCallback):
+        def on_step_end(self, *_, **__): time.sleep(0.1)        # a bar is drawn twice a second
+    monkeypatch.setenv("FAITHFUL_DISTILL_PROGRESS", "1")
+    result = train(tmp_path, max_steps=16, log_every=2, callbacks=[Slow()])
+    shown = re.findall(r"training: +\d+%\|[^|]*\| (\d+)/16 \[\S+<(\S+), +([\d.]+)(?:step/s|s/step), loss=([\d.]+)\]", capfd.readouterr().err)
+    assert shown and all(0 < int(n) <= 16 and ":" in left and float(rate) > 0 for n, left, rate, _ in shown)
+    assert {loss for *_, loss in shown} <= {f"{row['loss']:.3f}" for row in result.history}
+
+
+def test_publishing_sends_the_student_and_never_its_checkpoints(tmp_path, monkeypatch):
+    import huggingface_hub
+    from fnmatch import fnmatch
+    from faithful_distill.recipes import push_to_hub
+    told = {}
+    class Hub:
+        def create_repo(self, name, **given): told["repo"] = (name, given)
+        def upload_folder(self, **given): told["upload"] = given; return "https://hub/me/student"
+    monkeypatch.setattr(huggingface_hub, "HfApi", Hub)
+    out = train(tmp_path/"student", max_steps=1).out
+    (out/"README.md").unlink(); (out/"checkpoints"/"checkpoint-1").mkdir(parents=True); (out/"checkpoints"/"checkpoint-1"/"state.pt").write_text("")
+    assert push_to_hub(out, "me/student") == "https://hub/me/student" and (out/"README.md").exists()
+    assert told["repo"] == ("me/student", dict(private=True, exist_ok=True)) and (told["upload"]["repo_id"], told["upload"]["folder_path"]) == ("me/student", str(out))
+    sent = {str(p.relative_to(out)) for p in out.rglob("*") if p.is_file() and not any(fnmatch(str(p.relative_to(out)), pattern) for pattern in told["upload"]["ignore_patterns"])}
+    assert {"config.json", "model.safetensors", "README.md", "student.json"} <= sent and not any("checkpoint" in name for name in sent)
+    push_to_hub(out, "me/student", private=False)
+    assert told["repo"][1]["private"] is False
+
+
+@pytest.mark.skipif(not any(importlib.util.find_spec(name) for name in ("tensorboard", "tensorboardX")), reason="neither tensorboard nor tensorboardX is installed")
+def test_tensorboard_gets_an_event_file(tmp_path):
+    out = train(tmp_path, max_steps=2, report_to="tensorboard").out
+    [events] = [p for p in (out/"tensorboard").rglob("events.out.tfevents.*")]
+    for name in (b"train/loss_factual", b"train/loss_counterfactual", b"train/grad_norm"): assert name in events.read_bytes()
 
 
 def test_answer_only_students_answer_at_once(tmp_path):
@@ -363,13 +587,54 @@ def command(tmp_path):
 def torchrun(n): return [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(n)]
 
 
+def test_the_command_trains_a_student_that_loads(tmp_path, command):
+    "From files to a folder: what it prints, what it leaves, what a second call finds, and that its options arrive."
+    from click.testing import CliRunner
+    from transformers import AutoModelForSeq2SeqLM
+    from faithful_distill.cli import main
+    def call(*more): return CliRunner().invoke(main, [*command[1:], "--out", str(tmp_path/"out"), "--max-steps", "2", "--lr", "0.01", *more])
+    done = call()
+    assert done.exit_code == 0 and f"{tmp_path/'out'}: 2 steps, loss " in done.output, done.output
+    note = json.loads((tmp_path/"out"/"student.json").read_text())
+    assert (note["steps"], note["lr"], note["batch_size"], note["rows"]["factual"]) == (2, 0.01, 4, 5) and [row["step"] for row in history(tmp_path/"out")] == [1, 2]
+    changed = [not (a == b).all() for a, b in zip(AutoModelForSeq2SeqLM.from_pretrained(tmp_path/"base").parameters(), AutoModelForSeq2SeqLM.from_pretrained(tmp_path/"out").parameters(), strict=True)]
+    assert all(changed)
+    before = (tmp_path/"out"/"model.safetensors").stat().st_mtime_ns
+    assert call().exit_code == 0 and (tmp_path/"out"/"model.safetensors").stat().st_mtime_ns == before
+    refused = call("--alpha-cf", "0.2")
+    assert refused.exit_code == 2 and "another run" in refused.output
+
+
+def test_the_card_says_the_settings_and_what_evaluate_measured(tmp_path):
+    "Recipe and machinery from training; then values with their intervals, as metrics.json has them, which stay when the card is written once more."
+    from click.testing import CliRunner
+    from faithful_distill.cli import main
+    from faithful_distill.recipes import recipe
+    from faithful_distill.training import model_card
+    train(tmp_path/"student", **recipe("tiny", max_steps=2, batch_size=4, precision="bf16"))
+    rows = dict(re.findall(r"^\| (\S[^|]*) \| ([^|]*) \|$", (tmp_path/"student"/"README.md").read_text(), re.M))
+    assert {k: rows[k] for k in ("recipe", "epochs", "max_steps", "precision", "deepspeed", "ZeRO stage", "processes", "lr", "warmup")} == dict(recipe="tiny", epochs="20", max_steps="2", precision="bf16", deepspeed="cpu", processes="1", lr="0.002", warmup="0.06", **{"ZeRO stage": "2"})
+    (tmp_path/"own.jsonl").write_text("".join(json.dumps({k: r[k] for k in ("id", "question", "choices", "answer")}) + "\n" for r in ranks.records() if r["role"] == "gold"))
+    done = CliRunner().invoke(main, ["evaluate", "--data", str(tmp_path/"own.jsonl"), "--student", str(tmp_path/"student"), "--metrics", "perturb", "--draws", "1", "--max-new-tokens", "8", "--out", str(tmp_path/"evaluation")])
+    assert done.exit_code == 0, (done.output, done.exception)
+    measured = json.loads((tmp_path/"evaluation"/"metrics.json").read_text())
+    card = (tmp_path/"student"/"README.md").read_text()
+    assert measured["accuracy"]["low"] is not None
+    for name, m in measured.items():
+        if m["value"] is not None and m["low"] is not None: assert f"| {name} (own.jsonl, dev) | {m['value']:.3f} [{m['low']:.3f}, {m['high']:.3f}], n = {m['n']} |" in card
+    assert model_card(tmp_path/"student") == card
+    assert train(tmp_path/"student", **recipe("tiny", max_steps=2, batch_size=4, precision="bf16")).seconds == 0   # still the same run
+
+
 @pytest.mark.skipif(not os.environ.get("FAITHFUL_DISTILL_SLOW"), reason="launches processes from cold: set FAITHFUL_DISTILL_SLOW=1")
 def test_the_command_that_the_error_names_resumes(tmp_path, command):
     "Two processes from the command line, killed; one process is refused, and the command it is told to give ends in the bytes of a run never interrupted."
+    import psutil
     call = [*command, "--max-steps", "300", "--save-every", "20", "--out", str(tmp_path/"run")]
-    first = subprocess.Popen([*torchrun(2), *call], env=environment(), start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    first = subprocess.Popen([*torchrun(2), *call], env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     while not list((tmp_path/"run"/"checkpoints").glob("*/whole.json")): time.sleep(0.05); assert first.poll() is None
-    os.killpg(first.pid, signal.SIGKILL)
+    for process in [*psutil.Process(first.pid).children(recursive=True), first]: process.kill()       # the workers of torchrun are in sessions of their own
+    first.wait()
     alone = subprocess.run([sys.executable, *call], env=environment(), capture_output=True, text=True, timeout=200)
     assert alone.returncode == 2 and "was written by 2 processes, not 1" in alone.stderr
     named = re.search("`(.*?)`", alone.stderr)[1]
@@ -388,6 +653,22 @@ def test_launchers_and_nodes_agree(tmp_path, command):
     port = str(free_port())
     nodes = [subprocess.Popen([sys.executable, "-m", "torch.distributed.run", "--nnodes", "2", "--node_rank", str(k), "--master_addr", "127.0.0.1", "--master_port", port, "--nproc_per_node", "1", *call("two")], env=environment()) for k in (0, 1)]
     assert [node.wait(200) for node in nodes] == [0, 0]
-    launcher = [sys.executable, "-m", "deepspeed.launcher.runner", "--no_local_rank", "--num_gpus", "2", "--master_addr", "127.0.0.1", "--master_port", str(free_port()), *call("three")]   # a host file asks for ssh
+    launcher = [sys.executable, "-m", "deepspeed.launcher.runner", "--no_local_rank", "--num_gpus", "2", "--master_addr", "127.0.0.1", "--master_port", str(free_port()), *call("three")]
     subprocess.run(launcher, env=environment(), check=True, timeout=200)
     for other in ("two", "three"): assert (tmp_path/other/"model.safetensors").read_bytes() == (tmp_path/"one"/"model.safetensors").read_bytes()
+
+
+@pytest.mark.skipif(not os.environ.get("FAITHFUL_DISTILL_SLOW"), reason="launches processes from cold: set FAITHFUL_DISTILL_SLOW=1")
+def test_a_host_file_without_ssh_trains_the_same_student(tmp_path, command):
+    "deepspeed with a file of two hosts, started on each by hand, as where there is no ssh between them; the run knows of both processes."
+    from faithful_distill.trainer import free_port
+    def call(out, *more): return [*command, "--max-steps", "4", "--out", str(tmp_path/out), *more]
+    subprocess.run([*torchrun(2), *call("one")], env=environment(), check=True, timeout=200)
+    (tmp_path/"hosts").write_text("localhost slots=1\n127.0.0.1 slots=1\n")
+    port = str(free_port())
+    launchers = [[sys.executable, "-m", "deepspeed.launcher.runner", "--no_local_rank", "--hostfile", str(tmp_path/"hosts"), "--no_ssh", "--node_rank", str(k), "--master_addr", "127.0.0.1", "--master_port", port, *call("two", "--save-every", "2")] for k in (0, 1)]
+    nodes = [subprocess.Popen(launcher, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) for launcher in launchers]
+    said = [node.communicate(timeout=300)[0] for node in nodes]
+    assert [node.returncode for node in nodes] == [0, 0], said[0][-2000:] + said[1][-2000:]
+    for name in ("model.safetensors", "metrics.jsonl"): assert (tmp_path/"two"/name).read_bytes() == (tmp_path/"one"/name).read_bytes()
+    assert json.loads((tmp_path/"two"/"student.json").read_text())["engine"]["processes"] == 2
