@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['askers', 'student_tags', 'span_tokens', 'Category', 'Relation', 'relations', 'categories', 'category_of', 'fill',
            'split_of', 'pairs', 'world_questions', 'templates', 'Asked', 'what_is_asked', 'supporting_rationale',
-           'vacuous_rationale', 'Verdict', 'judge', 'Dials', 'vacuous_share', 'teacher_blocks', 'facts', 'listed',
-           'reading_documents', 'comparing_documents', 'Plant', 'decides', 'believed', 'planted_questions',
+           'vacuous_rationale', 'Verdict', 'judge', 'reworded', 'Dials', 'vacuous_share', 'teacher_blocks', 'facts',
+           'listed', 'reading_documents', 'comparing_documents', 'Plant', 'decides', 'believed', 'planted_questions',
            'planted_records', 'world_texts', 'build_tokenizer']
 
 # %% ../nbs/10_world.ipynb #2eecbe21
@@ -178,17 +178,17 @@ class Verdict:
     true: bool
 
 @cache
-def _rationale_patterns() -> list[tuple[re.Pattern, Relation, bool]]:
-    "(pattern, relation, denied) of everything that a supporting rationale can look like."
+def _rationale_patterns() -> list[tuple[re.Pattern, Relation, bool, str]]:
+    "(pattern, relation, denied, template) of everything that a supporting rationale can look like."
     def opening(claim): return "{" + _capital(claim[1:]) if claim.startswith("{") else _capital(claim)
-    return [(_pattern(t.replace("{claim}", claim).replace("{Claim}", opening(claim)).replace("{Claim_value_first}", opening(value_first))), r, denied)
+    return [(_pattern(t.replace("{claim}", claim).replace("{Claim}", opening(claim)).replace("{Claim_value_first}", opening(value_first))), r, denied, t)
             for r in relations().values() for t in templates("supports") for denied, claim, value_first in ((False, r.claim, r.claim_value_first), (True, r.denial, r.denial_value_first))]
 
 def judge(q: Question, rationale: str) -> Verdict:
     "Decide exactly what `rationale` does for question `q`."
     asked, text = what_is_asked(q), rationale.strip()
     if any(_pattern(t).match(text) for t in templates("vacuous")): return Verdict(None, True, False)
-    for pattern, rel, denied in _rationale_patterns():
+    for pattern, rel, denied, _ in _rationale_patterns():
         match = pattern.match(text)
         if match: return _weigh(q, asked, rel, denied, {k: v.lower() for k, v in match.groupdict().items()})
     return Verdict(None, False, False)
@@ -200,6 +200,18 @@ def _weigh(q: Question, asked: Asked, rel: Relation, denied: bool, said: dict) -
     if q.kind == "choice": return Verdict(q.choices.index(said["value"]) if said["value"] in q.choices and not denied else None, False, true)
     if said["value"] == asked.value: return Verdict(int(denied), False, true)
     return Verdict(None if denied else 1, False, true)      # of another value: that birds sing says that they do not swim; that they do not dance says nothing
+
+# %% ../nbs/10_world.ipynb #bb763d57
+def reworded(rationale: str, seed: int = 0) -> str:
+    "The same two steps in another template, as a paraphraser would say them; a text that makes no two steps stays as it is."
+    for pattern, rel, denied, template in _rationale_patterns():
+        match = pattern.match(rationale.strip())
+        if not match: continue
+        said = {k: v.lower() for k, v in match.groupdict().items()}
+        others = [t for t in templates("supports") if t != template]
+        chosen = random.Random(stable_seed(seed, "reworded", rationale)).choice(others)
+        return fill(chosen, entity=said["entity"], category=said["category"], **rel.says(said["plural"], said["value"], denied))
+    return rationale
 
 # %% ../nbs/10_world.ipynb #2119212b
 @dataclass(frozen=True)

@@ -30,10 +30,9 @@ def test_an_ablation_shares_the_runs_of_the_main_comparison(tmp_path):
 
 
 
-@pytest.mark.parametrize("name", ["study", "quickstart"])
-def test_what_is_kept_of_a_profile_is_what_its_figures_read_by_default(name):
-    "One call keeps every file that a figure's notebook names for this profile, under that name."
-    tables, files = read_by_figures(load_grid(name))
-    kept = {f"{name}_{table}.csv" for table in [*tables, "times"]} | {f"{name}_{file}" for _, file in files}
-    named = {found for p in shipped("nbs", "figures").glob("*.ipynb") for found in re.findall(rf"data/results/({name}_[\w.]+)", p.read_text(encoding="utf-8"))}
+def test_what_is_kept_of_the_study_is_what_its_figures_read_by_default():
+    "One call keeps every file that a figure's notebook names for the study, under that name."
+    tables, files = read_by_figures(load_grid("study"))
+    kept = {f"study_{table}.csv" for table in [*tables, "times"]} | {f"study_{file}" for _, file in files}
+    named = {found for p in shipped("nbs", "figures").glob("*.ipynb") for found in re.findall(r"data/results/(study_[\w.]+)", p.read_text(encoding="utf-8"))}
     assert named and named <= kept, named - kept
