@@ -21,8 +21,8 @@ def test_shipped_grids_plan(name, tmp_path):
 def test_an_ablation_shares_the_runs_of_the_main_comparison(tmp_path):
     "A level that the main comparison has too is the same run folder, so it is computed once."
     planned = load_grid("study").plan.runs(tmp_path)
-    same = {"student method=full method": ["weight_student reduction=per_part weight=0.5", "size_student method=full method size=medium", "curve_student method=full method n_train=1200"],
-            "evaluation method=full method": ["weight reduction=per_part weight=0.5", "size method=full method size=medium", "curve method=full method n_train=1200"],
+    same = {"student method=full method": ["weight_student reduction=per_part weight=0.5", "size_student method=full method size=large", "curve_student method=full method n_train=1200"],
+            "evaluation method=full method": ["weight reduction=per_part weight=0.5", "size method=full method size=large", "curve method=full method n_train=1200"],
             "student method=contrastive CoT": [f"weight_student reduction={r} weight=0.0" for r in ("per_part", "per_token")],     # no counterfactual loss: no weight, nothing to reduce
             "evaluation method=contrastive CoT": [f"weight reduction={r} weight=0.0" for r in ("per_part", "per_token")]}
     for main, others in same.items():
