@@ -248,9 +248,9 @@ def growth_of_difference(table, metric: str, dial: str, axis: str, a, b, high, l
 
 # %% ../nbs/90_figures.ipynb #a85a4ef0
 def small_table(table, digits: int = 6):
-    "A table of results as it is kept: scores with their n, and what has no interval by nature; no details, no columns without labels; rounded."
+    "A table of results as it is kept: scores with their n, and what has no interval by nature; no details, nothing of training questions, no columns without labels; rounded."
     by_nature = table["metric"].str.contains(r"(?:^|\.)(?:tokens|seconds|peak_mib|resumed|parameters\.student)$")
-    finer = table["metric"].str.contains(r"_(?:probability|same|shift)(?:\.|$)")
+    finer = table["metric"].str.contains(r"^train\.|_(?:probability|same|shift)(?:\.|$)")
     kept = table[(table["n"].notna() | by_nature) & ~finer].round({"value": digits, "low": digits, "high": digits})
     empty = [c for c in kept if c not in ("metric", *_scores) and (kept[c].isna() | (kept[c] == "")).all()]
     return kept.drop(columns=empty).reset_index(drop=True)
