@@ -204,6 +204,8 @@ def _run_again(path: Path, out: Path, monkeypatch, tables: Path | None = None) -
     parameters = next(c for c in notebook.cells if "parameters" in c.metadata.get("tags", []))
     parameters.source = re.sub(r'(?m)^out: str = .*$', f"out: str = {str(out)!r}", parameters.source)
     if tables: parameters.source = re.sub(r"\.\./\.\./data/results/(?:study|quickstart)_(?=\w+\.csv)", f"{tables}/study_", parameters.source).replace("../../data/results/calibration.csv", f"{tables}/calibration.csv")
+    for cell in notebook.cells:
+        if cell.cell_type == "code": cell.outputs = []          # a cell that now shows nothing keeps what it showed otherwise
     monkeypatch.chdir(path.parent)
     __import__("matplotlib.pyplot").pyplot.close("all")         # figures that other tests left open would be shown
     shell.CaptureShell().run_all(notebook, exc_stop=True)
