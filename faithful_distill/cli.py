@@ -323,7 +323,7 @@ def _counts(sizes: str) -> tuple[int, ...]:
 
 # %% ../nbs/95_cli.ipynb #76c30abe
 @bench.command("train")
-@click.option("--data", default="../shared/data", show_default=True, type=click.Path(), help="Folder with palm_cqa: CommonsenseQA with PaLM's rationales.")
+@click.option("--data", default="data/raw", show_default=True, type=click.Path(), help="Folder with palm_cqa: CommonsenseQA with PaLM's rationales.")
 @click.option("--student", "sizes", multiple=True, type=_choice("tiny", "small"), default=("tiny",), show_default=True, help="A random T5: tiny (2+2 layers of 64), small (T5-small's shape). Repeatable.")
 @click.option("--batch-size", default=16, show_default=True, help="Gold rationales a step.")
 @click.option("--steps", default=10, show_default=True, help="Steps a round.")
