@@ -151,7 +151,7 @@ def test_other_runs_and_other_numbers_of_ranks_are_refused(tmp_path):
     "A checkpoint of another run, or of two processes, is neither overwritten nor resumed; the error says what to do."
     assert not interrupted.attempt(tmp_path/"run", ("step", 5), 2)
     again = lambda **more: train_student(ranks.base(dropout_rate=0.1), ranks.records(), out=tmp_path/"run", **{**dict(max_steps=interrupted.steps, batch_size=2, lr=1e-2, deepspeed=ranks.stage_config(2)), **more})
-    with pytest.raises(BadInput, match="nproc_per_node 2"): again()
+    with pytest.raises(BadInput, match=r"nproc_per_node 2|launch\(2, "): again()      # the second where a notebook ran in this process before
     with pytest.raises(BadInput, match="another run"): again(lr=1e-3)
     with pytest.raises(BadInput, match="another run"): train_student(ranks.base("llama"), ranks.records(), out=tmp_path/"run", max_steps=interrupted.steps, batch_size=2, lr=1e-2, deepspeed=ranks.stage_config(2))
     assert len(list((tmp_path/"run"/"checkpoints").glob("*/whole.json"))) == 1
