@@ -7,13 +7,14 @@ __all__ = ['tags', 'answer_sentence', 'Student', 'check_student', 'check_tags', 
            'load_student', 'read_settings', 'tiny_student', 'source_text', 'target_text', 'token_pieces', 'Target',
            'encode_targets', 'encode_sources', 'Row', 'training_rows', 'row_prefix', 'record_question', 'units',
            'collate', 'DistillationLoss', 'distillation_loss', 'combine', 'student_logits', 'forward_at',
-           'learned_logits', 'Reading', 'encode_questions', 'read_distinct', 'stacked', 'write_on', 'choice_scores',
-           'Answer', 'match_choice', 'split_answer', 'write_rationales', 'read_answers', 'choice_tails', 'answer']
+           'learned_logits', 'Reading', 'growing_layer', 'encode_questions', 'read_distinct', 'stacked', 'write_on',
+           'choice_scores', 'Answer', 'match_choice', 'split_answer', 'write_rationales', 'read_answers',
+           'choice_tails', 'answer']
 
 # %% ../nbs/50_student.ipynb #8bf613ac
 import copy, random, re
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any, Iterable, Sequence
 
@@ -363,7 +364,7 @@ class Reading:
     "A batch of left-padded decoder contexts that the model has read, with its cache; `logits` predict the next token of each row."
     def __init__(self, student: Student, contexts: list[list[int]], encoded=None):
         import torch
-        self.student, self.encoded, self.cache, self.mask = student, encoded, None, None
+        self.student, self.encoded, self.cache, self.called = student, encoded, _room_ahead(student.is_seq2seq), _cache_name(student.model)
         tokens = [[student.start, *c] for c in contexts] if student.is_seq2seq else contexts
         device = student.model.device
         self.mask = torch.zeros(len(tokens), 0, dtype=torch.long, device=device)
@@ -375,31 +376,53 @@ class Reading:
         self.mask = torch.cat([self.mask, torch.ones_like(tokens) if mask is None else mask], 1)
         if self.student.is_seq2seq: read = dict(encoder_outputs=(self.encoded[0],), attention_mask=self.encoded[1], decoder_input_ids=tokens, decoder_attention_mask=self.mask)
         else: read = dict(input_ids=tokens, attention_mask=self.mask, position_ids=(self.mask.cumsum(1) - 1).clamp(min=0)[:, -tokens.shape[1]:])
-        out = forward_at(self.student.model, pick, **read, past_key_values=self.cache, use_cache=True)
-        self.cache = out.past_key_values
-        return out.logits
+        return forward_at(self.student.model, pick, **read, **{self.called: self.cache}, use_cache=True).logits
 
-    def fork(self, repeats: int) -> "Reading":
-        "An independent copy in which every row stands `repeats` times."
-        other = copy.copy(self)
-        other.cache = _fork(self.cache); other.cache.batch_repeat_interleave(repeats)
-        other.mask = self.mask.repeat_interleave(repeats, 0)
-        other.encoded = self.encoded and tuple(t.repeat_interleave(repeats, 0) for t in self.encoded)
-        return other
+    def back(self, n: int) -> None:
+        "Forget the last n tokens."
+        self.cache.crop(-n)
+        self.mask = self.mask[:, :-n]
 
     def keep(self, rows) -> None:
         "Go on with these rows only."
         self.cache.batch_select_indices(rows)
-        self.mask, self.encoded = self.mask[rows], self.encoded and tuple(t[rows] for t in self.encoded)
+        self.mask, self.logits, self.encoded = self.mask[rows], self.logits[rows], self.encoded and tuple(t[rows] for t in self.encoded)
 
-def _fork(cache):
-    "A cache that may be extended without changing the original. Extending makes new tensors, so none is copied."
-    new = copy.copy(cache)
-    for part in ("self_attention_cache", "cross_attention_cache"):
-        if hasattr(cache, part): setattr(new, part, _fork(getattr(cache, part)))
-    if "layers" in vars(cache): new.layers = [copy.copy(layer) for layer in cache.layers]
-    if "is_updated" in vars(cache): new.is_updated = dict(cache.is_updated)
-    return new
+def _cache_name(model):
+    from faithful_distill.decoding import forward_arguments
+    return "cache" if "cache" in forward_arguments(model) else "past_key_values"
+
+# %% ../nbs/50_student.ipynb #5e0c7a91
+def _room_ahead(is_seq2seq):
+    "An empty cache of `GrowingLayer`s."
+    from transformers.cache_utils import DynamicCache, EncoderDecoderCache
+    own = DynamicCache()
+    own.layer_class_to_replicate = growing_layer()
+    return EncoderDecoderCache(own, DynamicCache()) if is_seq2seq else own
+
+@cache
+def growing_layer() -> type:
+    "The class of a `transformers` cache layer with room ahead: a token more is written behind the others, which are not copied."
+    from transformers.cache_utils import DynamicLayer
+    class GrowingLayer(DynamicLayer):
+        spare = 64      # tokens
+        def __init__(self, *args, **kwargs):
+            super().__init__(*args, **kwargs)
+            self.rooms = [None, None]
+
+        def update(self, key_states, value_states, *args, **kwargs):
+            if not self.is_initialized: return super().update(key_states, value_states, *args, **kwargs)
+            self.keys, self.values = self._written(0, self.keys, key_states), self._written(1, self.values, value_states)
+            return self.keys, self.values
+
+        def _written(self, which, held, new):
+            room, n, end = self.rooms[which], held.shape[-2], held.shape[-2] + new.shape[-2]
+            if room is None or room.data_ptr() != held.data_ptr() or len(room) != len(held) or room.shape[-2] < end:  # none yet, rows have left, or full
+                room = self.rooms[which] = new.new_empty(*new.shape[:-2], end + self.spare, new.shape[-1])
+                room[..., :n, :] = held
+            room[..., n:end, :] = new
+            return room[..., :end, :]
+    return GrowingLayer
 
 # %% ../nbs/50_student.ipynb #8c10f34a
 def encode_questions(student: Student, sources: list[list[int]], batch_size: int = 64):
@@ -445,20 +468,24 @@ def write_on(reading: Reading, limit: int) -> tuple[list[list[int]], list[bool]]
     return written, ended
 
 # %% ../nbs/50_student.ipynb #90df44f4
-def choice_scores(reading: Reading, choices: list[list[list[int]]]) -> list[list[float]]:
-    "Log-likelihood (nats) of each choice, end token included, after what each row has read. Lists of choices may differ in length."
+def choice_scores(reading: Reading, choices: list[list[list[int]]]) -> tuple[list[list[float]], list[int | None]]:
+    "Log-likelihood (nats) of each choice, end token included, after what each row has read; and the choice that greedy decoding would write there (None: something else). The reading is left as it was."
     import torch
-    most = max(map(len, choices))
-    tails = [tail for row in choices for tail in [*row, *[row[0]]*(most - len(row))]]
-    device = reading.mask.device
-    ids, learned = _pad(tails, 0, 1).to(device), _pad([[True]*len(t) for t in tails], False, 1).to(device)
-    scores, later = reading.logits.float().log_softmax(-1).gather(1, ids[:, 0].view(-1, most)).flatten(), learned[:, 1:]
-    if later.shape[1]:
-        logits = reading.fork(most).feed(ids[:, :-1], pick=lambda states: states[later])
-        rest = torch.zeros(later.shape, device=device)
-        rest[later] = -torch.nn.functional.cross_entropy(logits.float(), ids[:, 1:][later], reduction="none")
-        scores = scores + rest.sum(1)
-    return [row[:len(tails)] for row, tails in zip(scores.view(-1, most).tolist(), choices)]
+    longest_first, device = [sorted(range(len(row)), key=lambda i: -len(row[i])) for row in choices], reading.mask.device  # one choice of every row at a time, long ones together
+    first, best, scores, greedy = reading.logits.float().log_softmax(-1), reading.logits.argmax(-1), [], []
+    for turn in range(max(map(len, choices))):
+        tails = [row[order[min(turn, len(row) - 1)]] for row, order in zip(choices, longest_first)]
+        ids, later = _pad(tails, 0, 1).to(device), _pad([[True]*len(t) for t in tails], False, 1).to(device)[:, 1:]
+        rest, agreed = torch.zeros(later.shape, device=device), torch.ones_like(later)
+        if later.shape[1]:
+            logits = reading.feed(ids[:, :-1], pick=lambda states: states[later])
+            reading.back(later.shape[1])
+            rest[later] = -torch.nn.functional.cross_entropy(logits.float(), ids[:, 1:][later], reduction="none")
+            agreed[later] = logits.argmax(-1) == ids[:, 1:][later]
+        scores.append(first.gather(1, ids[:, :1])[:, 0] + rest.sum(1)); greedy.append((best == ids[:, 0]) & agreed.all(1))
+    scores, greedy = torch.stack(scores, 1).tolist(), torch.stack(greedy, 1).tolist()
+    turns = [[order.index(i) for i in range(len(order))] for order in longest_first]
+    return [[row[t] for t in turn] for row, turn in zip(scores, turns)], [next((i for i, t in enumerate(turn) if row[t]), None) for row, turn in zip(greedy, turns)]
 
 # %% ../nbs/50_student.ipynb #62da5b1f
 @dataclass
@@ -504,12 +531,18 @@ def write_rationales(student: Student, encoded, sources, begun: list[str | None]
 # %% ../nbs/50_student.ipynb #8bd8e694
 def read_answers(student: Student, questions: list[Question], encoded, sources, rationales: list[str], prefix: str) -> list[Answer]:
     "What the student concludes from the rationales it is given."
+    import torch
     targets = encode_targets(student, questions, [0]*len(questions), rationales, [prefix]*len(questions))
     contexts, tails = [t.tag + t.rationale + t.sentence for t in targets], choice_tails(student, questions)
     if not student.is_seq2seq: contexts = [s + c for s, c in zip(sources, contexts)]
     reading, limits = Reading(student, contexts, encoded), [max(map(len, row)) + 4 for row in tails]
-    scores = choice_scores(reading, tails)
-    ids, ended = write_on(reading, max(limits))
+    scores, chosen = choice_scores(reading, tails)
+    written = {i: (tails[i][c][:-1], True) for i, c in enumerate(chosen) if c is not None}
+    others = [i for i, c in enumerate(chosen) if c is None]
+    if others:
+        if written: reading.keep(torch.tensor(others, device=reading.mask.device))
+        written.update(zip(others, zip(*write_on(reading, max(limits[i] for i in others)))))
+    ids, ended = zip(*(written[i] for i in range(len(questions))))
     texts = [text.strip() for text in student.tokenizer.batch_decode([row[:limit] for row, limit in zip(ids, limits)], skip_special_tokens=True)]
     return [Answer(q.id, r, text, match_choice(q, text) if done and len(row) < limit else None, s, t.cut > 0)
             for q, r, text, s, t, row, done, limit in zip(questions, rationales, texts, scores, targets, ids, ended, limits)]
@@ -539,33 +572,31 @@ def answer(student: Student,
     student.model.eval()
     bar = progress(total=len(questions), desc="answers", unit="q")
     with torch.inference_mode():
-        for batch, encoded in _answer_batches(student, sources, rationales, batch_size):
-            found = _answer_batch(student, [questions[i] for i in batch], [sources[i] for i in batch], [rationales[i] for i in batch], encoded, prefix, max_new_tokens, begun)
-            for i, a in zip(batch, found): answers[i] = a
-            bar.update(len(batch))
+        for window, encoded in _windows(student, sources, batch_size):
+            written, texts = {}, dict(zip(window, [rationales[i] for i in window]))
+            for batch in _batches([i for i in window if texts[i] is None or begun], texts, batch_size):
+                written.update(zip(batch, write_rationales(student, encoded(batch), [sources[i] for i in batch], [texts[i] for i in batch], prefix, max_new_tokens)))
+                bar.update(len(batch))
+            texts.update((i, text) for i, (text, _, _) in written.items())
+            for batch in _batches(window, texts, batch_size):
+                found = read_answers(student, [questions[i] for i in batch], encoded(batch), [sources[i] for i in batch], [texts[i] for i in batch], prefix)
+                for i, a in zip(batch, found): answers[i] = a
+                bar.update(sum(i not in written for i in batch))
+            for i, (_, concluded, ended) in written.items():
+                if not concluded: answers[i].text, answers[i].choice = "", None
+                answers[i].truncated |= not ended
     bar.close(); student.model.train(was_training)
     return answers
 
-def _answer_batches(student, sources, rationales, batch_size, windows=8):
-    "Indices and encoder states of each batch. Questions are taken in windows of similar length, each question of a window is encoded once, and rows of similar rationales share a batch."
+def _windows(student, sources, batch_size, batches=8):
+    "Some questions of similar length at a time, with a function that gives the encoder states of a batch of them; each distinct question of a window is encoded once."
     by_source = sorted(range(len(sources)), key=lambda i: (len(sources[i]), sources[i], i))
-    for at in range(0, len(by_source), windows*batch_size):
-        some = by_source[at:at + windows*batch_size]
-        read = read_distinct(student, [sources[i] for i in some], batch_size)
-        some.sort(key=lambda i: (rationales[i] is None, len(rationales[i] or ""), i))
-        for start in range(0, len(some), batch_size):
-            batch = some[start:start + batch_size]
-            yield batch, stacked([read[tuple(sources[i])] for i in batch]) if read else None
+    for at in range(0, len(by_source), batches*batch_size):
+        window = by_source[at:at + batches*batch_size]
+        read = read_distinct(student, [sources[i] for i in window], batch_size)
+        yield window, lambda batch: stacked([read[tuple(sources[i])] for i in batch]) if read else None
 
-def _answer_batch(student, questions, sources, rationales, encoded, prefix, limit, begun):
-    import torch
-    written = {}
-    writing = [i for i, r in enumerate(rationales) if r is None or begun]
-    if writing:
-        some = encoded and tuple(t[torch.tensor(writing, device=t.device)] for t in encoded)
-        written = dict(zip(writing, write_rationales(student, some, [sources[i] for i in writing], [rationales[i] for i in writing], prefix, limit)))
-    answers = read_answers(student, questions, encoded, sources, [written[i][0] if i in written else r for i, r in enumerate(rationales)], prefix)
-    for i, (_, concluded, ended) in written.items():
-        if not concluded: answers[i].text, answers[i].choice = "", None
-        answers[i].truncated |= not ended
-    return answers
+def _batches(rows, texts, batch_size):
+    "Rows of similar text together."
+    rows = sorted(rows, key=lambda i: (len(texts[i] or ""), i))
+    return [rows[at:at + batch_size] for at in range(0, len(rows), batch_size)]
