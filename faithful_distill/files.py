@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['BadInput', 'read_jsonl', 'write_text', 'write_json', 'Journal', 'sha256_file', 'content_key', 'tree_hash',
-           'stable_seed', 'shipped', 'progress', 'writable_folder']
+           'stable_seed', 'shipped', 'progress', 'writable_folder', 'sole_writer']
 
 # %% ../nbs/00_files.ipynb #69acf6ab
-import hashlib, json, os, sys, tempfile
+import hashlib, json, os, socket, sys, tempfile
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Iterable, Iterator
 
@@ -158,3 +159,21 @@ def writable_folder(path) -> Path:
         with tempfile.NamedTemporaryFile(dir=path, prefix=".writable."): pass      # a name of its own: several ranks ask at once
     except OSError as e: raise BadInput(f"cannot be written: {e.strerror}", file=path, remedy="Choose a folder you may write to.") from None
     return path
+
+# %% ../nbs/00_files.ipynb #d2b7f935
+@contextmanager
+def sole_writer(path,          # the file or folder that is written
+                lock=None      # the lock; default: a hidden file beside `path`. It is removed in the end
+               ):
+    "Within, no other process is a `sole_writer` of the same; `BadInput` at once where one is."
+    import fcntl
+    lock = Path(lock or Path(path).with_name(f".{Path(path).name}.lock"))
+    handle = os.open(writable_folder(lock.parent)/lock.name, os.O_RDWR | os.O_CREAT)
+    try:
+        try: fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError: raise BadInput("is being written by another process", file=path, value=os.read(handle, 200).decode(), remedy="Wait for it or stop it, or write somewhere else.") from None
+        except OSError: pass                # a file system without locks
+        os.ftruncate(handle, 0); os.write(handle, f"process {os.getpid()} on {socket.gethostname()}".encode())
+        try: yield
+        finally: lock.unlink(missing_ok=True)
+    finally: os.close(handle)

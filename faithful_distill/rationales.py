@@ -9,12 +9,13 @@ __all__ = ['strategies', 'roles', 'Strategy', 'as_strategy', 'argument', 'Teache
 
 # %% ../nbs/40_rationales.ipynb #719fff62
 import json, os, re
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Iterable, Sequence
 
 import faithful_distill
-from .files import BadInput, Journal, content_key, progress, read_jsonl, sha256_file, write_text
+from .files import BadInput, Journal, content_key, progress, read_jsonl, sha256_file, sole_writer, write_text
 from .prompts import contrast_ids, few_shot, perturbed_answers, prompt_hash
 from .questions import Question, as_questions, perturbed_index, require_answers
 
@@ -145,14 +146,15 @@ def rationalize(teacher,                          # a `Teacher`, or a name or fo
     jobs = [Job(q, role, target, tuple(others)) for q in questions for role in roles for target, others in [argument(q, role, strategy.perturbation, seed)]]
     text = few_shot(prompt, shots)
     provenance = dict(asdict(strategy), seed=seed, teacher=f"{teacher.name}@{teacher.weights}", prompt=prompt_hash(text), max_new_tokens=max_new_tokens, version=faithful_distill.__version__)
-    done, journal = _resume(out, provenance, jobs, scores) if _leads(teacher) else ({}, None)
-    if teacher.spread: done = _from_the_first(done)
-    missing = [j for j in jobs if j.key not in done]
-    with _Ledger(done, journal, chunk) as ledger:
-        _decode(teacher, missing, strategy, text, lambda job, words, g: ledger.add(job.key, _record(job, words, g, provenance)),
-                seed=seed, max_new_tokens=max_new_tokens, scores=scores, **decoding)
-    records = [done[j.key] for j in jobs]
-    if journal: _finish(out, journal, records)
+    with nullcontext() if out is None or not _leads(teacher) else sole_writer(out):
+        done, journal = _resume(out, provenance, jobs, scores) if _leads(teacher) else ({}, None)
+        if teacher.spread: done = _from_the_first(done)
+        missing = [j for j in jobs if j.key not in done]
+        with _Ledger(done, journal, chunk) as ledger:
+            _decode(teacher, missing, strategy, text, lambda job, words, g: ledger.add(job.key, _record(job, words, g, provenance)),
+                    seed=seed, max_new_tokens=max_new_tokens, scores=scores, **decoding)
+        records = [done[j.key] for j in jobs]
+        if journal: _finish(out, journal, records)
     return records
 
 # %% ../nbs/40_rationales.ipynb #e1d1cfbb

@@ -588,6 +588,7 @@ def answer(student: Student,
     bar.close(); student.model.train(was_training)
     return answers
 
+# %% ../nbs/50_student.ipynb #d7720ac4
 def _windows(student, sources, batch_size, batches=8):
     "Some questions of similar length at a time, with a function that gives the encoder states of a batch of them; each distinct question of a window is encoded once."
     by_source = sorted(range(len(sources)), key=lambda i: (len(sources[i]), sources[i], i))

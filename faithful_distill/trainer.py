@@ -94,6 +94,7 @@ def _forget_deepspeed(leave_group):
     if comm.is_initialized(): comm.destroy_process_group()
     else: torch.distributed.destroy_process_group()
 
+# %% ../nbs/55_trainer.ipynb #c05e9b13
 def release(trainer) -> None:
     "Free what DeepSpeed holds of a finished run. Its hooks on the parameters hold the engine, the engine weights, moments and buckets: a circle no garbage collector sees, partly in C++ and, at stage 3, not undone by `destroy`."
     engine = getattr(trainer, "deepspeed", None)

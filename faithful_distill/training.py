@@ -16,7 +16,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Sequence
 
-from .files import BadInput, content_key, read_jsonl, shipped, write_json, write_text, writable_folder
+from .files import BadInput, content_key, read_jsonl, shipped, sole_writer, write_json, write_text, writable_folder
 from .student import Student, load_student, record_question, training_rows, units
 
 # %% ../nbs/60_training.ipynb #8c0a07f0
@@ -241,16 +241,11 @@ def train_student(student: Student | str | Path,   # a Student (copied), a folde
     dev = None if dev is None else [r for r in read_records(dev, "dev") if r["role"] == "gold" or not settings.answer_only]
     if settings.metric and dev is None: raise BadInput("needs dev records", field="metric", value=settings.metric, remedy="Pass dev= (--dev).")
     run = run_key(settings, records, dev, weights_key(student))
-    if overwrite: _clear(out)
-    done = finished(out, run)
-    if done: return done
-    from faithful_distill.trainer import deepspeed_session
-    with deepspeed_session():
-        try: return _train(student, records, dev, out, settings, run, callbacks)
-        except Exception as e:
-            if not disk_is_full(e): raise
-            raise BadInput(f"cannot be written to: {str(e).splitlines()[0]}", file=out, remedy="Make room and call again: training goes on from the last whole checkpoint.") from e
+    with sole_writer(out, lock=out/f".rank{os.environ.get('RANK', 0)}.lock"):
+        if overwrite: _clear(out)
+        return finished(out, run) or _trained(student, records, dev, out, settings, run, callbacks)
 
+# %% ../nbs/60_training.ipynb #f3a6180d
 def _clear(out):
     shutil.rmtree(out/"checkpoints", ignore_errors=True)
     for name in ("metrics.jsonl", "student.json", "times.json"): (out/name).unlink(missing_ok=True)
@@ -267,6 +262,14 @@ def finished(out: Path, run: str) -> TrainingResult | None:
     return TrainingResult(out, note["steps"], note["metrics"], note["rows"], 0.0)
 
 # %% ../nbs/60_training.ipynb #62b02543
+def _trained(student, records, dev, out, settings, run, callbacks) -> TrainingResult:
+    from faithful_distill.trainer import deepspeed_session
+    with deepspeed_session():
+        try: return _train(student, records, dev, out, settings, run, callbacks)
+        except Exception as e:
+            if not disk_is_full(e): raise
+            raise BadInput(f"cannot be written to: {str(e).splitlines()[0]}", file=out, remedy="Make room and call again: training goes on from the last whole checkpoint.") from e
+
 def _train(student, records, dev, out, settings, run, callbacks) -> TrainingResult:
     from faithful_distill import trainer as engine
     started, ranks = time.time(), int(os.environ["WORLD_SIZE"])
@@ -287,6 +290,7 @@ def _train(student, records, dev, out, settings, run, callbacks) -> TrainingResu
         return export(trainer, student, out, settings, run, rows, started, about_records(records))
     finally: engine.release(trainer)
 
+# %% ../nbs/60_training.ipynb #a8c4e7d2
 def prepared(student, settings: Settings) -> Student:
     "The student to be trained: loaded, or a copy of the one that was passed."
     if isinstance(student, Student): student = copy.copy(student); student.model = copy.deepcopy(student.model)
@@ -364,6 +368,7 @@ It reads `{'' if note['prefixes'] == 'none' else '[factual] '}question (a) choic
 **Limitations.** A rationale that supports an answer need not be true. Faithfulness here means that the answer follows the rationale under the interventions measured, on the questions measured.
 """
 
+# %% ../nbs/60_training.ipynb #b91d03f6
 def model_card(folder: str | Path, metrics: dict | None = None, data: str = "") -> str:
     "Writes README.md into a finished student's folder anew, with metrics measured elsewhere (kept in student.json), and returns it."
     path = Path(folder)/"student.json"

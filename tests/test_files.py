@@ -1,7 +1,9 @@
 "What several processes do to one folder at once."
-import multiprocessing
+import multiprocessing, time
 
-from faithful_distill.files import writable_folder
+import pytest
+
+from faithful_distill.files import BadInput, sole_writer, writable_folder
 
 
 def ask(folder, times):
@@ -16,3 +18,22 @@ def test_several_ranks_may_ask_for_one_folder_at_once(tmp_path):
     for rank in ranks: rank.join(60)
     assert [rank.exitcode for rank in ranks] == [0, 0]
     assert not list((tmp_path/"out").iterdir())
+
+
+def hold(path, ready):
+    with sole_writer(path):
+        ready.set()
+        time.sleep(600)
+
+
+def test_a_killed_writer_leaves_nothing_locked(tmp_path):
+    context = multiprocessing.get_context("spawn")
+    ready = context.Event()
+    writer = context.Process(target=hold, args=(tmp_path/"out.jsonl", ready))
+    writer.start()
+    assert ready.wait(60)
+    with pytest.raises(BadInput, match=rf"out.jsonl: is being written by another process \(got 'process {writer.pid} on "):
+        with sole_writer(tmp_path/"out.jsonl"): pass
+    writer.kill(); writer.join()
+    with sole_writer(tmp_path/"out.jsonl"): pass
+    assert not list(tmp_path.iterdir())

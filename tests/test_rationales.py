@@ -14,7 +14,7 @@ from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
 
 from decoding_models import launched
 from faithful_distill.cli import main
-from faithful_distill.files import BadInput, Journal, read_jsonl, shipped
+from faithful_distill.files import BadInput, Journal, read_jsonl, shipped, sole_writer
 from faithful_distill.prompts import block
 from faithful_distill.rationales import Teacher, argument, load_teacher, rationalize
 from faithful_distill.world import build_tokenizer, judge, world_questions
@@ -46,6 +46,14 @@ def test_embedded_teacher_argues_for_what_it_is_told(teacher):
             share.setdefault((strategy, r["role"]), []).append(judge(questions[r["id"]], r["rationale"]).supports == r["target"])
     mean = {k: sum(v) / len(v) for k, v in share.items()}
     for role in ("gold", "counterfactual"): assert mean["contrastive-wrong", role] > mean["greedy", role] + 0.1, mean
+
+
+def test_a_file_that_another_process_writes_is_left_alone(teacher, tmp_path):
+    out, questions = tmp_path/"out.jsonl", world_questions("choice", "test", limit=2)
+    with sole_writer(out):
+        with pytest.raises(BadInput, match="is being written by another process"): rationalize(teacher, questions, max_new_tokens=4, out=out)
+    assert not list(tmp_path.iterdir())
+    assert len(rationalize(teacher, questions, max_new_tokens=4, out=out)) == 4 and list(tmp_path.iterdir()) == [out]
 
 
 def test_killed_and_resumed_gives_the_same_bytes(tmp_path):

@@ -1,12 +1,13 @@
 "The student room against slow and independent ways of doing the same."
 import copy, random
+from dataclasses import replace
 
 import pytest
 import torch
 from hypothesis import given, settings, strategies as st
 
-from faithful_distill.files import BadInput
-from faithful_distill.questions import Question, load_questions
+from faithful_distill.files import BadInput, shipped
+from faithful_distill.questions import Question, as_questions, load_questions
 from faithful_distill.student import (Row, Student, add_tags, answer, collate, combine, distillation_loss, encode_sources, encode_targets, expresses, load_student, match_choice, row_prefix,
                                       source_text, student_logits, target_text, tiny_student, token_pieces, training_rows, units)
 
@@ -128,6 +129,48 @@ def test_batch_size_and_order_change_nothing(student):
         backwards = answer(student, questions[::-1], mixed[::-1], batch_size=size, max_new_tokens=8)[::-1]
         for a, b in zip(reference, backwards):
             assert (a.id, a.rationale, a.text, a.choice) == (b.id, b.rationale, b.text, b.choice) and a.scores == pytest.approx(b.scores, abs=1e-4)
+
+
+def test_a_trained_student_is_read_as_one_question_at_a_time_is(monkeypatch):
+    "What a student writes that names choices, and what one writes that does not: words, choice and likelihoods are those of `generate` and a forward pass a choice, and only the latter is written out."
+    from faithful_distill import student as room
+    from faithful_distill.train_bench import plain_answer
+    from faithful_distill.world import world_questions
+    trained = load_student(shipped("data", "models", "student"), device="cpu")
+    asked = [q for kind in ("choice", "boolean") for q in world_questions(kind, "test", limit=12)]
+    asked += [replace(q, id=f"{q.id}-odd", choices=("the moon", *q.choices[1:]), answer=0) for q in asked[:6]]        # choices that it has never seen
+    why = [None if i % 3 else " ".join(reversed(q.question.split())) for i, q in enumerate(asked)]
+    written, write_on = [], room.write_on
+    monkeypatch.setattr(room, "write_on", lambda reading, limit: written.append((limit, len(reading.mask))) or write_on(reading, limit))
+    said = answer(trained, asked, why, batch_size=7, max_new_tokens=40)
+    slow = [plain_answer(trained, q, r, 40) for q, r in zip(asked, why)]
+    for a, (text, choice, scores) in zip(said, slow, strict=True):
+        assert (a.choice, a.scores) == (choice, pytest.approx(scores, abs=1e-4))
+        if choice is not None: assert a.text == text
+    read = sum(rows for limit, rows in written if limit != 40)                  # 40: rationales
+    named = sum(a.choice is not None and a.text == q.choices[a.choice] for q, a in zip(asked, said))
+    assert 0 < named <= len(asked) - read < len(asked)
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.lists(st.tuples(st.sampled_from(["read", "back", "keep"]), st.integers(1, 70)), max_size=12), st.integers(0, 100))
+def test_a_memory_with_room_ahead_holds_what_one_without_does(moves, seed):
+    from transformers.cache_utils import DynamicLayer
+    from faithful_distill.student import growing_layer
+    draw = torch.Generator().manual_seed(seed)
+    ours, plain, rows = growing_layer()(), DynamicLayer(), 4
+    for what, n in [("read", 3), *moves]:
+        if what == "read":
+            new = torch.randn(2, rows, 2, n, 5, generator=draw)
+            found = ours.update(*new), plain.update(*new)
+        elif what == "back":
+            n = min(n, plain.get_seq_length() - 1)
+            if n: ours.crop(-n); plain.crop(-n)
+        else:
+            stay = torch.arange(rows)[torch.rand(rows, generator=draw) < 0.8]
+            if len(stay): ours.batch_select_indices(stay); plain.batch_select_indices(stay); rows = len(stay)
+        assert ours.get_seq_length() == plain.get_seq_length()
+        for a, b in ((ours.keys, plain.keys), (ours.values, plain.values), *(zip(*found) if what == "read" else ())): assert torch.equal(a, b)
 
 
 def test_a_student_goes_on_from_a_beginning(student):

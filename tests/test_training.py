@@ -230,6 +230,16 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_leaves_its_checkpoints(tmp_
     assert (tmp_path/"model.safetensors").read_bytes() == (clean.out/"model.safetensors").read_bytes()
 
 
+def test_a_folder_in_which_another_process_trains_is_left_alone(tmp_path):
+    out = tmp_path/"out"
+    def second(model):
+        with pytest.raises(BadInput, match=f"out: is being written by another process .got 'process {os.getpid()} on "): train(out, overwrite=True)
+        seen.append(sorted(p.name for p in out.rglob("*")))
+    seen = []
+    train(out, save_every=2, callbacks=[at_step(3, second)])
+    assert "checkpoint-2" in seen[0] and not list(out.glob(".*"))
+
+
 def test_a_full_disk_is_a_clear_error_and_earlier_checkpoints_stay(tmp_path, monkeypatch):
     import torch
     save, full = torch.save, []
