@@ -148,39 +148,9 @@ def asking(
 
     def ask(questions, rationales, prefix, begun=False):
         from faithful_distill.student import answer
-        if begun or any(r is None for r in rationales):
-            return answer(student, questions, rationales, prefix, batch_size, max_new_tokens, begun=begun)
-        return _read_shared(student, questions, rationales, prefix, batch_size)
+        return answer(student, questions, rationales, prefix, batch_size, max_new_tokens, begun=begun)
 
     return ask
-
-# %% ../nbs/75_interventions.ipynb #e2002352
-def _read_shared(student, questions, rationales, prefix, batch_size) -> list:
-    "`answer` for given rationales, each distinct question encoded once."
-    import torch
-
-    from faithful_distill.student import encode_questions, encode_sources, read_answers
-    rows: dict[int, list[int]] = {}
-    first: dict[Question, int] = {}
-    for i, q in enumerate(questions): rows.setdefault(first.setdefault(q, i), []).append(i)
-    heads = list(rows)
-    sources = dict(zip(heads, encode_sources(student, [questions[h] for h in heads], [prefix] * len(heads))))
-    heads.sort(key=lambda h: len(sources[h]))
-    answers, bar = [None] * len(questions), progress(total=len(questions), desc="interventions", unit="row")
-    student.model.eval()
-    for at in range(0, len(heads), batch_size):
-        some = heads[at:at + batch_size]
-        with torch.inference_mode():
-            encoded = encode_questions(student, [sources[h] for h in some])
-            todo = sorted(((i, k) for k, h in enumerate(some) for i in rows[h]), key=lambda x: len(rationales[x[0]]))
-            for start in range(0, len(todo), batch_size):
-                part, which = zip(*todo[start:start + batch_size])
-                shared = encoded and tuple(t[torch.tensor(which, device=t.device)] for t in encoded)
-                found = read_answers(student, [questions[i] for i in part], shared, [sources[some[k]] for k in which], [rationales[i] for i in part], prefix)
-                for i, a in zip(part, found): answers[i] = a
-                bar.update(len(part))
-    bar.close()
-    return answers
 
 # %% ../nbs/75_interventions.ipynb #481988be
 class Request(NamedTuple):

@@ -7,9 +7,8 @@ __all__ = ['tags', 'answer_sentence', 'Student', 'check_student', 'check_tags', 
            'load_student', 'read_settings', 'tiny_student', 'source_text', 'target_text', 'token_pieces', 'Target',
            'encode_targets', 'encode_sources', 'Row', 'training_rows', 'row_prefix', 'record_question', 'units',
            'collate', 'DistillationLoss', 'distillation_loss', 'combine', 'student_logits', 'forward_at',
-           'learned_logits', 'Reading', 'growing_layer', 'encode_questions', 'read_distinct', 'stacked', 'write_on',
-           'choice_scores', 'Answer', 'match_choice', 'split_answer', 'write_rationales', 'read_answers',
-           'choice_tails', 'answer']
+           'learned_logits', 'Reading', 'growing_layer', 'read_distinct', 'stacked', 'write_on', 'choice_scores',
+           'Answer', 'match_choice', 'split_answer', 'write_rationales', 'read_answers', 'choice_tails', 'answer']
 
 # %% ../nbs/50_student.ipynb #8bf613ac
 import copy, random, re
@@ -425,12 +424,6 @@ def growing_layer() -> type:
     return GrowingLayer
 
 # %% ../nbs/50_student.ipynb #8c10f34a
-def encode_questions(student: Student, sources: list[list[int]], batch_size: int = 64):
-    "Encoder states and mask of each source, every distinct source read once. None for a causal student."
-    if not student.is_seq2seq: return None
-    read = read_distinct(student, sources, batch_size)
-    return stacked([read[tuple(s)] for s in sources])
-
 def read_distinct(student: Student, sources: list[list[int]], batch_size: int = 64) -> dict:
     "Source -> its encoder states [tokens, width], for each distinct source; short ones together. Empty for a causal student."
     if not student.is_seq2seq: return {}

@@ -111,9 +111,11 @@ def test_batched_answers_are_those_of_a_slow_loop(student, prefix):
 
 def test_own_rationales_are_those_of_generate(student):
     "The greedy loop with its cache and thinning against `transformers.generate`, batch 1."
-    from faithful_distill.student import write_rationales, encode_questions
+    from faithful_distill.student import read_distinct, stacked, write_rationales
     sources = encode_sources(student, questions, ["factual"]*3)
-    with torch.no_grad(): found = write_rationales(student, encode_questions(student, sources), sources, [None]*3, "factual", 10)
+    with torch.no_grad():
+        read = read_distinct(student, sources)
+        found = write_rationales(student, read and stacked([read[tuple(s)] for s in sources]), sources, [None]*3, "factual", 10)
     tag = student.tokenizer("[factual]", add_special_tokens=False)["input_ids"]
     for source, (text, _, _) in zip(sources, found):
         if student.is_seq2seq: ids = student.model.generate(torch.tensor([source]), decoder_input_ids=torch.tensor([[student.start, *tag]]), max_new_tokens=10, do_sample=False)[0][1 + len(tag):]
