@@ -94,6 +94,12 @@ def _told():
     try: yield
     finally: log.removeHandler(handler); log.setLevel(before)
 
+# %% ../nbs/95_cli.ipynb #04ed820d
+def _prompt_for(prompt, data, sources):
+    "The worked examples to use: those asked for, else the dataset's own; none for the world and plain files."
+    if prompt == "none": return None
+    return prompt or (data if data in sources else None)
+
 # %% ../nbs/95_cli.ipynb #084417d1
 @main.command()
 @_data_options
@@ -131,11 +137,6 @@ def rationales(data, path, split, limit, skip_bad, teacher, strategy, alpha, bet
     if loaded.spread: room.leave_launcher()
     click.echo(f"{len(records)} rationales for {len({r['id'] for r in records})} questions in {out}; {sum(r['stop'] == 'length' for r in records)} cut at {max_new_tokens} tokens")
 
-def _prompt_for(prompt, data, sources):
-    "The worked examples to use: those asked for, else the dataset's own; none for the world and plain files."
-    if prompt == "none": return None
-    return prompt or (data if data in sources else None)
-
 # %% ../nbs/95_cli.ipynb #21c14553
 def _setting(flag, name, type=None, help="", **more):
     "An option for one of `train_student`'s settings; what is not given is left to recipe and library."
@@ -172,6 +173,7 @@ train_settings = [
     _setting("--seed", "seed", int, "[0]"),
 ]
 
+# %% ../nbs/95_cli.ipynb #7839a718
 def _settings_options(command):
     for option in reversed(train_settings): command = option(command)
     return command
@@ -356,6 +358,7 @@ def bench_train(data, sizes, batch_size, steps, questions, rounds, configuration
             if out: room.record([found], out)
             click.echo(room.verdict(found))
 
+# %% ../nbs/95_cli.ipynb #5a355ef8
 def _bench_card(room, records, size, configurations, given, out):
     student = room.subword_student([f"{r['question']} {r['rationale']}" for r in records], size)
     for name in configurations:

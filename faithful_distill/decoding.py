@@ -253,14 +253,43 @@ def forward_arguments(model) -> set[str]:
     taken = set(inspect.signature(getattr(model, "get_base_model", lambda: model)().forward).parameters)
     return taken if "cache" in taken else taken | {"past_key_values"}
 
+# %% ../nbs/30_decoding.ipynb #bb3bf9b6
+class _PaddedTexts:
+    "A model over one left-padded batch of texts: its mask and its cache, and the forward passes that lengthen them."
+    def __init__(self, model):
+        self.model, self.accepts = model, forward_arguments(model)
+        self.called = "cache" if "cache" in self.accepts else "past_key_values"
+
+    def start(self, contexts: list[list[int]]) -> torch.Tensor:
+        "Begin a batch; next-token logits of its texts, (texts, V)."
+        ids, self.mask = left_pad(contexts, input_device(self.model))
+        self.cache = None
+        return self.forward(ids, (self.mask.cumsum(1) - 1).clamp_min(0))
+
+    def feed(self, tokens: list[int]) -> torch.Tensor:
+        "Add a token to each text; next-token logits, (texts, V)."
+        ids = torch.tensor([[token] for token in tokens], device=self.mask.device)
+        self.mask = torch.cat([self.mask, torch.ones_like(ids)], 1)
+        return self.forward(ids, self.mask.sum(1, keepdim=True) - 1)
+
+    def forward(self, ids, positions):
+        options = {"position_ids": positions, "logits_to_keep": 1, self.called: self.cache}
+        out = self.model(input_ids=ids, attention_mask=self.mask, use_cache=True, **{k: v for k, v in options.items() if k in self.accepts})
+        self.cache = out[self.called]
+        return out.logits[:, -1].to(ids.device)
+
+    def keep(self, texts: list[int]) -> None:
+        "Go on with the texts of these numbers only."
+        at = torch.tensor(texts, device=self.mask.device, dtype=torch.long)
+        self.mask = self.mask[at]; self.cache.batch_select_indices(at)
+
 # %% ../nbs/30_decoding.ipynb #2ce40f52
-class PaddedBatch:
+class PaddedBatch(_PaddedTexts):
     "Streams in one left-padded batch with the library's cache. Works for every causal model; copies the prompt's cache for each stream."
     def __init__(self, model, rows: list[Row], token_budget: int):
-        self.model, self.token_budget, self.streams = model, token_budget, []
+        super().__init__(model)
+        self.token_budget, self.streams = token_budget, []
         self.waiting = sorted(rows, key=lambda r: -max(map(len, r.contexts)))
-        self.accepts = forward_arguments(model)
-        self.called = "cache" if "cache" in self.accepts else "past_key_values"
 
     def admit(self) -> tuple[list[tuple[Row, int]], torch.Tensor] | None:
         "Start a fresh batch of what the budget holds; None while one is running."
@@ -269,9 +298,7 @@ class PaddedBatch:
         while self.waiting and (not self.streams or width * (len(self.streams) + len(self.waiting[0].contexts)) <= self.token_budget):
             row = self.waiting.pop(0)
             self.streams += [(row, k) for k in range(len(row.contexts))]
-        ids, self.mask = left_pad([row.contexts[k] for row, k in self.streams], input_device(self.model))
-        self.cache = None
-        return list(self.streams), self.forward(ids, (self.mask.cumsum(1) - 1).clamp_min(0))
+        return list(self.streams), self.start([row.contexts[k] for row, k in self.streams])
 
     def size(self) -> tuple[int, int, int]:
         "The most tokens and streams held at a time, and the most tokens in one pass."
@@ -282,23 +309,14 @@ class PaddedBatch:
 
     def step(self) -> torch.Tensor:
         "Feed each stream its row's last token; next-token logits, (streams, V)."
-        ids = torch.tensor([[row.made.tokens[-1]] for row, _ in self.streams], device=self.mask.device)
-        self.mask = torch.cat([self.mask, torch.ones_like(ids)], 1)
-        return self.forward(ids, self.mask.sum(1, keepdim=True) - 1)
-
-    def forward(self, ids, positions):
-        options = {"position_ids": positions, "logits_to_keep": 1, self.called: self.cache}
-        out = self.model(input_ids=ids, attention_mask=self.mask, use_cache=True, **{k: v for k, v in options.items() if k in self.accepts})
-        self.cache = out[self.called]
-        return out.logits[:, -1].to(ids.device)
+        return self.feed([row.made.tokens[-1] for row, _ in self.streams])
 
     def leave(self) -> None:
         "Drop the streams of finished rows."
         keep = [i for i, (row, _) in enumerate(self.streams) if not row.made.stop]
         if len(keep) == len(self.streams): return
         self.streams = [self.streams[i] for i in keep]
-        at = torch.tensor(keep, device=self.mask.device, dtype=torch.long)
-        if keep: self.mask = self.mask[at]; self.cache.batch_select_indices(at)
+        if keep: self.keep(keep)
 
 # %% ../nbs/30_decoding.ipynb #6a408d92
 def _run(engine, choice: Choice, done: Callable[[Row], None]) -> None:

@@ -274,6 +274,29 @@ class Forward:
         if logits.shape[0] != len(keep): raise Unserved("it does not take logits_to_keep")
         return logits.to(self.device)
 
+# %% ../nbs/28_engine.ipynb #037635c8
+def _first_tokens(batch: list[Group], store: Store) -> tuple[list, list, list, list, list]:
+    "New groups as loose tokens: ids, positions, (slot, stream, place) of each, all that is to be kept, and the last token of each stream."
+    ids, positions, tokens, write, last = [], [], [], [], []
+    for group in batch:
+        ends = {}
+        for holders, span, start in group.spans():
+            for position, token in enumerate(span, start):
+                places = [store.place(h, position - group.split) for h in holders]
+                write += [(len(ids), group.slot, place) for place in places]
+                tokens.append((group.slot, holders[0], places[0])); ids.append(token); positions.append(position)
+            ends |= dict.fromkeys(holders, len(ids) - 1)
+        last += [ends[number] for number in range(len(group.streams))]
+    return ids, positions, tokens, write, last
+
+def _next_tokens(streams: list, home: dict, store: Store) -> tuple[list, list, list, list]:
+    "The newest token of each stream's row, in the same form."
+    homes = [home[row.index, k] for row, k in streams]
+    positions = [len(row.contexts[k]) + len(row.made.tokens) - 1 for row, k in streams]
+    tokens = [(g.slot, number, store.place(number, p - g.split)) for p, (g, number) in zip(positions, homes)]
+    write = [(n, slot, place) for n, (slot, _, place) in enumerate(tokens)]
+    return [row.made.tokens[-1] for row, _ in streams], positions, tokens, write
+
 # %% ../nbs/28_engine.ipynb #067f0d74
 class Tree:
     "The stores, and the groups and streams that live in them."
@@ -302,17 +325,11 @@ class Tree:
 
     def enter(self, batch: list[Group]) -> torch.Tensor:
         "Give new groups their slots and compute their trunks and tails; next-token logits of their streams."
-        first, ids, positions, tokens, write, last = len(self.groups), [], [], [], [], []
+        first = len(self.groups)
         for slot, group in enumerate(batch, first):
-            group.slot, ends = slot, {}
+            group.slot = slot
             self.home |= {(row.index, k): (group, number) for number, (row, k) in enumerate(group.streams)}
-            for holders, span, start in group.spans():
-                for position, token in enumerate(span, start):
-                    places = [self.store.place(h, position - group.split) for h in holders]
-                    write += [(len(ids), slot, place) for place in places]
-                    tokens.append((slot, holders[0], places[0])); ids.append(token); positions.append(position)
-                ends |= dict.fromkeys(holders, len(ids) - 1)
-            last += [ends[number] for number in range(len(group.streams))]
+        ids, positions, tokens, write, last = _first_tokens(batch, self.store)
         self.groups += batch; self.streams += [stream for group in batch for stream in group.streams]
         return self.forward(ids, positions, self.reaches(first, tokens), (self.store, write), last)
 
@@ -329,11 +346,7 @@ class SharedPrefix(Tree):
 
     def step(self) -> torch.Tensor:
         "Feed each stream its row's newest token; next-token logits, (streams, V)."
-        homes = [self.home[row.index, k] for row, k in self.streams]
-        positions = [len(row.contexts[k]) + len(row.made.tokens) - 1 for row, k in self.streams]
-        tokens = [(g.slot, number, self.store.place(number, p - g.split)) for p, (g, number) in zip(positions, homes)]
-        write = [(n, slot, place) for n, (slot, _, place) in enumerate(tokens)]
-        ids = [row.made.tokens[-1] for row, _ in self.streams]
+        ids, positions, tokens, write = _next_tokens(self.streams, self.home, self.store)
         return self.forward(ids, positions, self.reaches(0, tokens), (self.store, write), list(range(len(ids))))
 
     def next_batch(self) -> list[Group]:

@@ -275,6 +275,7 @@ def keep_results(gathered,                  # what `reproduce` left, 'runs/study
     kept = [write_table(into/f"{gathered.name}_{name}.csv", small_table(table)) for name, table in tables.items()]
     return [*kept, *(write_text(into/name, path.read_bytes()) for name, path in sources.items())]
 
+# %% ../nbs/90_figures.ipynb #af5adff0
 def keep_profile(profile, into="data/results", runs="runs", seeds=None) -> list[Path]:
     "Keeps all that the figures of a profile read, after `reproduce` has made it: a table for the groups that a figure reads together, and single files of runs."
     from faithful_distill.runs import load_grid

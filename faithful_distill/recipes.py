@@ -90,6 +90,7 @@ def known_shape(student) -> str | None:
     name = str(student).rsplit("/", 1)[-1]
     return name if isinstance(student, (str, Path)) and name in models and not Path(student).is_dir() else None
 
+# %% ../nbs/65_recipes.ipynb #7974110e
 def hollow_model(student: Student | str | Path):
     "The model of a student (a Student, a folder, a hub name or a name of `models`) without weights."
     import copy, torch
