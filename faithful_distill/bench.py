@@ -16,7 +16,7 @@ from typing import Callable
 
 import torch
 
-from .decoding import Generation, Row, Stop, contrastive_generate, forward_arguments, left_pad, out_of_memory
+from .decoding import Generation, Row, Stop, cache_name, contrastive_generate, left_pad, out_of_memory
 from .engine import common_prefix, group_rows, wide_kernel
 from .files import BadInput, write_text
 
@@ -62,7 +62,7 @@ def bench_task(n: int, vocabulary: int, prompt: int = 500, question: int = 80, a
 def loop(model, task: Task) -> list[list[int]]:
     "One question at a time, a cached pass for each context and token."
     at, out = (lambda ids: torch.tensor([ids], device=model.device)), []
-    name = "cache" if "cache" in forward_arguments(model) else "past_key_values"
+    name = cache_name(model)
     for gold, wrong in zip(task.gold, task.wrong):
         caches, feed, tokens = [None, None], [gold, wrong], []
         while len(tokens) < task.new:

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['log', 'contrast', 'Stop', 'stop_rule', 'Generation', 'rationale_text', 'reference_generate', 'as_stop',
            'context_limit', 'Row', 'branches', 'take', 'draw', 'row_uniforms', 'Choice', 'left_pad',
-           'forward_arguments', 'PaddedBatch', 'out_of_memory', 'contrastive_generate']
+           'forward_arguments', 'cache_name', 'PaddedBatch', 'out_of_memory', 'contrastive_generate']
 
 # %% ../nbs/30_decoding.ipynb #265b5a67
 import logging, math
@@ -253,12 +253,14 @@ def forward_arguments(model) -> set[str]:
     taken = set(inspect.signature(getattr(model, "get_base_model", lambda: model)().forward).parameters)
     return taken if "cache" in taken else taken | {"past_key_values"}
 
+def cache_name(model) -> str: return "cache" if "cache" in forward_arguments(model) else "past_key_values" # what its forward pass calls a cache
+
 # %% ../nbs/30_decoding.ipynb #bb3bf9b6
 class _PaddedTexts:
     "A model over one left-padded batch of texts: its mask and its cache, and the forward passes that lengthen them."
     def __init__(self, model):
         self.model, self.accepts = model, forward_arguments(model)
-        self.called = "cache" if "cache" in self.accepts else "past_key_values"
+        self.called = cache_name(model)
 
     def start(self, contexts: list[list[int]]) -> torch.Tensor:
         "Begin a batch; next-token logits of its texts, (texts, V)."

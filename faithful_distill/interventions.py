@@ -552,6 +552,8 @@ def reading_scores(reader: ChoiceReader, texts: list[list[int]], choices: list[l
 def _seq2seq_scores(reader, texts, tails, owner):
     "Log-likelihood of each tail (end token included) after text `owner`. Every text is encoded, and attended to from the start token, once; its choices share the cache."
     import torch
+
+    from faithful_distill.decoding import cache_name
     sources = [[*reader.before, *t, *reader.after] for t in texts]
     ids, mask = _padded(sources, reader.pad, reader.device), _padded([[1] * len(s) for s in sources], 0, reader.device)
     states = reader.model.get_encoder()(input_ids=ids, attention_mask=mask).last_hidden_state
@@ -559,9 +561,10 @@ def _seq2seq_scores(reader, texts, tails, owner):
     targets, counted = _padded(tails, 0, reader.device), _padded([[1.0] * len(t) for t in tails], 0.0, reader.device)
     start = torch.full_like(ids[:, :1], reader.model.config.decoder_start_token_id)
     begun = reader.model(encoder_outputs=(states,), attention_mask=mask, decoder_input_ids=start, use_cache=True)
-    cache, first = begun.past_key_values, begun.logits.float().log_softmax(-1)[owner, 0].gather(-1, targets[:, :1])
+    name = cache_name(reader.model)
+    cache, first = begun[name], begun.logits.float().log_softmax(-1)[owner, 0].gather(-1, targets[:, :1])
     cache.batch_select_indices(owner)
-    later = reader.model(encoder_outputs=(states[owner],), attention_mask=mask[owner], decoder_input_ids=targets[:, :-1], past_key_values=cache, use_cache=True).logits
+    later = reader.model(encoder_outputs=(states[owner],), attention_mask=mask[owner], decoder_input_ids=targets[:, :-1], **{name: cache}, use_cache=True).logits
     later = later.float().log_softmax(-1).gather(-1, targets[:, 1:, None])[..., 0]
     return (torch.cat([first, later], 1) * counted).sum(1)
 

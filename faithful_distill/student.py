@@ -363,7 +363,8 @@ class Reading:
     "A batch of left-padded decoder contexts that the model has read, with its cache; `logits` predict the next token of each row."
     def __init__(self, student: Student, contexts: list[list[int]], encoded=None):
         import torch
-        self.student, self.encoded, self.cache, self.called = student, encoded, _room_ahead(student.is_seq2seq), _cache_name(student.model)
+        from faithful_distill.decoding import cache_name
+        self.student, self.encoded, self.cache, self.called = student, encoded, _room_ahead(student.is_seq2seq), cache_name(student.model)
         tokens = [[student.start, *c] for c in contexts] if student.is_seq2seq else contexts
         device = student.model.device
         self.mask = torch.zeros(len(tokens), 0, dtype=torch.long, device=device)
@@ -386,10 +387,6 @@ class Reading:
         "Go on with these rows only."
         self.cache.batch_select_indices(rows)
         self.mask, self.logits, self.encoded = self.mask[rows], self.logits[rows], self.encoded and tuple(t[rows] for t in self.encoded)
-
-def _cache_name(model):
-    from faithful_distill.decoding import forward_arguments
-    return "cache" if "cache" in forward_arguments(model) else "past_key_values"
 
 # %% ../nbs/50_student.ipynb #5e0c7a91
 def _room_ahead(is_seq2seq):
