@@ -4,7 +4,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: quickstart study results test notebooks figures drift clean help
+.PHONY: quickstart study results test slow notebooks figures drift clean help
 
 help:            ## list what can be made
 	@grep -hE '^[a-z]+: .*##' $(MAKEFILE_LIST) | sed 's/:.*##/:/'
@@ -27,6 +27,9 @@ results: .venv/.ready ## the study's small tables into data/results (what is the
 
 test: .venv/.ready drift notebooks ## everything that must hold
 	$(BIN)/python -m pytest tests -q
+
+slow: .venv/.ready ## the tests that `make test` leaves out: kills at random, launchers, long comparisons (half an hour)
+	FAITHFUL_DISTILL_SLOW=1 $(BIN)/python -m pytest tests -q
 
 drift: .venv/.ready ## notebooks and modules say the same
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python tests/drift.py

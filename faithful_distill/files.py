@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['BadInput', 'read_jsonl', 'write_text', 'write_json', 'Journal', 'sha256_file', 'content_key', 'tree_hash',
-           'stable_seed', 'shipped', 'progress', 'writable_folder', 'sole_writer']
+           'stable_seed', 'shipped', 'progress', 'shows_progress', 'writable_folder', 'sole_writer']
 
 # %% ../nbs/00_files.ipynb #69acf6ab
 import hashlib, json, os, socket, sys, tempfile
@@ -145,9 +145,12 @@ def shipped(*parts: str) -> Path:
 def progress(iterable: Iterable | None = None, *, total: int | None = None, desc: str = "", unit: str = "it"):
     "A `tqdm` bar over `iterable` (or to be moved by hand with `.update`), shown in terminal and notebook, silent when piped."
     from tqdm import tqdm
+    return tqdm(iterable, total=total, desc=desc, unit=unit, disable=not shows_progress(), mininterval=0.5, leave=False, dynamic_ncols=sys.stderr.isatty())
+
+def shows_progress() -> bool:
+    "Are bars shown here?"
     asked = os.environ.get("FAITHFUL_DISTILL_PROGRESS")
-    shown = asked != "0" if asked else sys.stderr.isatty() or "ipykernel" in sys.modules
-    return tqdm(iterable, total=total, desc=desc, unit=unit, disable=not shown, mininterval=0.5, leave=False, dynamic_ncols=sys.stderr.isatty())
+    return asked != "0" if asked else sys.stderr.isatty() or "ipykernel" in sys.modules
 
 # %% ../nbs/00_files.ipynb #644c7fe8
 def writable_folder(path) -> Path:

@@ -5,18 +5,18 @@
 # %% auto #0
 __all__ = ['recipes', 'models', 'shipped_configurations', 'recipe', 'train_seeds', 'Need', 'memory_need', 't5_parameters',
            'known_shape', 'hollow_model', 'largest_layer', 'count_parameters', 'memory_table', 'dry_run', 'launch',
-           'run_call', 'leave_ranks', 'explain', 'push_to_hub']
+           'run_ranks', 'stop_ranks', 'run_call', 'leave_ranks', 'explain', 'push_to_hub']
 
 # %% ../nbs/65_recipes.ipynb #b14463d9
-import json, os, subprocess, sys, tempfile
+import collections, json, os, signal, subprocess, sys, tempfile, threading
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Sequence
 
-from .files import BadInput, write_json
+from .files import BadInput, shows_progress, write_json
 from .questions import as_questions
 from .student import Student, answer, load_student
-from .training import Settings, TrainingResult, deepspeed_config, make_settings, model_card, read_records, train_student, zero_stage
+from .training import Settings, TrainingResult, add_adapters, deepspeed_config, make_settings, model_card, read_records, train_student, zero_stage
 
 # %% ../nbs/65_recipes.ipynb #cc6e35f2
 recipes = {
@@ -36,6 +36,7 @@ def train_seeds(student, rationales, *, out: str | Path, seeds: int | Sequence[i
     "`train_student` for each seed, in `out/seed-0`, `out/seed-1`, ...; `out/seeds.json` holds each metric's mean, sample standard deviation and values."
     import statistics
     seeds = list(range(seeds)) if isinstance(seeds, int) else list(seeds)
+    if "seed" in settings: raise BadInput("stands beside seeds", field="seed", value=settings["seed"], remedy="Give one of them; seeds=[...] names several.")
     if not seeds or len(set(seeds)) < len(seeds): raise BadInput("are not one or more different seeds", field="seeds", value=seeds, remedy="Give a number of seeds, or a list of them.")
     results = [train_student(student, rationales, out=Path(out)/f"seed-{seed}", seed=seed, **settings) for seed in seeds]
     values = {name: [r.metrics[name] for r in results] for name in results[0].metrics if all(isinstance(r.metrics.get(name), (int, float)) for r in results)}
@@ -106,10 +107,9 @@ def count_parameters(student: Student | str | Path, lora: dict | None = None) ->
     "Parameters of a student (as for `hollow_model`), and how many of them are trained. No weights are read."
     import torch
     model = hollow_model(student)
-    n, config = sum(p.numel() for p in model.parameters()), model.config
+    n = sum(p.numel() for p in model.parameters())
     if lora is None: return n, n
-    import peft
-    with torch.device("meta"): adapted = peft.get_peft_model(model, peft.LoraConfig(task_type="SEQ_2_SEQ_LM" if config.is_encoder_decoder else "CAUSAL_LM", **lora))
+    with torch.device("meta"): adapted = add_adapters(model, lora)
     return n, sum(p.numel() for p in adapted.parameters() if p.requires_grad)
 
 def _config(name):
@@ -152,25 +152,49 @@ def dry_run(student: Student | str | Path, rationales, dev=None, ranks: Sequence
             f"Model states in GB per GPU, {precision}, by number of GPUs (activations come on top; under cpu a process stands for a GPU):\n{gpu}\nGB of main memory per process, where something is offloaded:\n{host}")
 
 # %% ../nbs/65_recipes.ipynb #032e50ef
-def launch(ranks: int, student: str | Path, rationales, *, out: str | Path, dev=None, timeout: float | None = None, **settings) -> TrainingResult:
-    "`train_student` on `ranks` processes of this machine. The student is a folder or a hub name."
+def launch(ranks: int, student: str | Path, rationales, *, out: str | Path, dev=None, overwrite: bool = False, timeout: float | None = None, **settings) -> TrainingResult:
+    "`train_student` on `ranks` processes of this machine. The student is a folder or a hub name. After `timeout` seconds, or interrupted, all of them are stopped."
     from faithful_distill.trainer import StepBatches, rank_variables
     checked = make_settings(settings)
     StepBatches([], checked.batch_size, ranks=ranks, pieces=checked.accumulation)  # said here rather than by every process
     with tempfile.TemporaryDirectory() as folder:
         call = Path(folder)/"call.json"
         data = {name: [dict(r) for r in read_records(given)] for name, given in (("rationales", rationales), ("dev", dev)) if given is not None}
-        write_json(call, dict(settings, student=str(student), out=str(out), **data))
+        write_json(call, dict(settings, student=str(student), out=str(out), overwrite=overwrite, **data))
         environment = {k: v for k, v in os.environ.items() if k not in rank_variables}
         environment["OMP_NUM_THREADS"] = environment.get("OMP_NUM_THREADS", "1")
         environment["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parents[1]) if "__file__" in globals() else "", environment.get("PYTHONPATH", "")])
-        done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks), "-m", "faithful_distill.recipes", str(call)], env=environment, capture_output=True, text=True, timeout=timeout)
-    if done.returncode: raise BadInput(f"training on {ranks} processes failed:\n{_reason(done.stderr)}", field="ranks", value=ranks)
+        code, said = run_ranks(ranks, ["-m", "faithful_distill.recipes", str(call)], environment, timeout)
+    if code: raise BadInput(f"training on {ranks} processes failed:\n{_reason(said)}", field="ranks", value=ranks)
     note = json.loads((Path(out)/"student.json").read_text(encoding="utf-8"))
     return TrainingResult(Path(out), note["steps"], note["metrics"], note["rows"], json.loads((Path(out)/"times.json").read_text())["seconds"])
 
 def _reason(stderr): return next((line for line in reversed(stderr.splitlines()) if "BadInput" in line), stderr[-2000:])
 
+# %% ../nbs/65_recipes.ipynb #80c4a9e3
+def run_ranks(ranks: int, call: list[str], environment: dict, timeout: float | None = None) -> tuple[int, str]:
+    "`python *call` as `ranks` processes: exit status, and the end of what they wrote."
+    process = subprocess.Popen([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks), *call], env={"FAITHFUL_DISTILL_PROGRESS": str(int(shows_progress())), **environment},
+                               stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, start_new_session=True)
+    heard = collections.deque(maxlen=2000)
+    def listen():
+        while piece := process.stderr.read1().decode(errors="replace"):
+            heard.append(piece)
+            if shows_progress(): sys.stderr.write(piece); sys.stderr.flush()
+    listener = threading.Thread(target=listen, daemon=True); listener.start()
+    try: process.wait(timeout)
+    except subprocess.TimeoutExpired: raise BadInput("was not enough: the processes were stopped", field="timeout", value=timeout, remedy="Call again: training goes on from its last checkpoint.") from None
+    finally: stop_ranks(process); listener.join(10)
+    return process.returncode, "".join(heard)
+
+def stop_ranks(process: subprocess.Popen) -> None:
+    "End a launcher and what it launched, if they are still there."
+    if process.poll() is not None: return
+    process.terminate()
+    try: process.wait(60)                                    # it gives its processes half a minute
+    except subprocess.TimeoutExpired: os.killpg(process.pid, signal.SIGKILL); process.wait()
+
+# %% ../nbs/65_recipes.ipynb #93d5e1b7
 def run_call(path: str) -> None:
     "What each launched process does: the call in the file, then an orderly end."
     call = json.loads(Path(path).read_text(encoding="utf-8"))

@@ -91,8 +91,8 @@ def add_tags(model, tokenizer) -> None:
 def load_student(name_or_dir: str | Path,       # a hub name or a folder written by `save_pretrained` or `train_student`
                  *, device: str | None = None,  # 'cpu', 'cuda', ...; None takes the GPU if there is one
                  dtype: Any = "float32",        # a torch dtype or its name
-                 max_source: int = 256,         # longest question, in tokens
-                 max_target: int = 256          # longest rationale with answer, in tokens
+                 max_source: int | None = None, # longest question, in tokens; default: as it was trained, else 256
+                 max_target: int | None = None  # longest rationale with answer, likewise
                 ) -> Student:
     "A student from the hub or from disk, ready to be trained or to answer."
     import torch
@@ -104,7 +104,9 @@ def load_student(name_or_dir: str | Path,       # a hub name or a folder written
     except (OSError, ValueError) as e:
         raise BadInput(f"cannot be loaded as a student: {str(e).strip().splitlines()[0]}", field="student", value=str(name_or_dir), remedy="Give a folder with config.json, tokenizer and model.safetensors, or the name of a model on the hub.") from None
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    return Student(model.to(device).eval(), tokenizer, str(name_or_dir), max_source, max_target, read_settings(name_or_dir))
+    trained = read_settings(name_or_dir)
+    lengths = [given or trained.get(name, 256) for name, given in (("max_source", max_source), ("max_target", max_target))]
+    return Student(model.to(device).eval(), tokenizer, str(name_or_dir), *lengths, trained)
 
 def _model_class(config):
     import transformers
@@ -261,6 +263,9 @@ def record_question(record: dict) -> Question:
     "The question a rationale record is about, its fields checked."
     for name in ("id", "question", "choices", "answer", "target", "role", "rationale"):
         if name not in record: raise BadInput("is missing from a rationale record", field=name, value=record.get("id"), remedy="Write records with `rationalize`.")
+    for name, kind, said in (("question", str, "text"), ("rationale", str, "text"), ("choices", (list, tuple), "a list of texts"), ("answer", int, "a number")):
+        if not isinstance(record[name], kind): raise BadInput(f"is not {said} (question {record['id']!r})", field=name, value=record[name])
+    if not all(isinstance(c, str) for c in record["choices"]): raise BadInput(f"is not a list of texts (question {record['id']!r})", field="choices", value=record["choices"])
     if record["role"] not in ("gold", "counterfactual"): raise BadInput("is not a role", field="role", value=record["role"], remedy="Use 'gold' or 'counterfactual'.")
     if not isinstance(record["target"], int) or not 0 <= record["target"] < len(record["choices"]): raise BadInput(f"is not a choice of question {record['id']!r}", field="target", value=record["target"])
     if (record["target"] == record["answer"]) != (record["role"] == "gold"): raise BadInput(f"does not fit the role {record['role']} (question {record['id']!r})", field="target", value=record["target"], remedy="Gold rationales argue for the answer, counterfactual ones for another choice.")
@@ -366,7 +371,7 @@ class Reading:
         from faithful_distill.decoding import cache_name
         self.student, self.encoded, self.cache, self.called = student, encoded, _room_ahead(student.is_seq2seq), cache_name(student.model)
         tokens = [[student.start, *c] for c in contexts] if student.is_seq2seq else contexts
-        device = student.model.device
+        device, self.positions = student.model.device, getattr(student.model.config, "max_position_embeddings", None)
         self.mask = torch.zeros(len(tokens), 0, dtype=torch.long, device=device)
         self.logits = self.feed(_pad(tokens, student.pad, 1, left=True).to(device), _pad([[1]*len(t) for t in tokens], 0, 1, left=True).to(device), lambda states: states[:, -1])
 
@@ -375,7 +380,7 @@ class Reading:
         import torch
         self.mask = torch.cat([self.mask, torch.ones_like(tokens) if mask is None else mask], 1)
         if self.student.is_seq2seq: read = dict(encoder_outputs=(self.encoded[0],), attention_mask=self.encoded[1], decoder_input_ids=tokens, decoder_attention_mask=self.mask)
-        else: read = dict(input_ids=tokens, attention_mask=self.mask, position_ids=(self.mask.cumsum(1) - 1).clamp(min=0)[:, -tokens.shape[1]:])
+        else: read = dict(input_ids=tokens, attention_mask=self.mask, position_ids=(self.mask.cumsum(1) - 1).clamp(0, self.positions and self.positions - 1)[:, -tokens.shape[1]:]) # what a row writes beyond its room is not used
         return forward_at(self.student.model, pick, **read, **{self.called: self.cache}, use_cache=True).logits
 
     def back(self, n: int) -> None:
@@ -494,14 +499,17 @@ class Answer:
 def match_choice(q: Question, text: str) -> int | None:
     "Index of the one choice that `text` names, else None."
     for form in (normalized, _plain):
-        hits = [i for i in range(len(q.choices)) if form(choice_text(q, i)) == form(text)]
+        hits = [i for i in range(len(q.choices)) if form(text) and form(choice_text(q, i)) == form(text)]
         if len(hits) == 1: return hits[0]
     lettered = re.fullmatch(r"\(?([a-z])\)\s*(.*)", text.strip(), re.IGNORECASE | re.DOTALL)
     if not lettered: return None
     i, rest = ord(lettered[1].lower()) - ord("a"), _plain(lettered[2])
     return i if i < len(q.choices) and rest in ("", _plain(q.choices[i])) else None
 
-def _plain(text): return re.sub(r"^(a|an|the) (?=.)", "", " ".join(re.sub(r"[^\w\s()]", " ", normalized(text)).split()))
+def _plain(text):
+    "Without punctuation, but for what tells numbers and names apart: -5, 0.5, 5%, C++, C#."
+    bare = re.sub(r"[^\w\s()+#%.-]|\.(?!\d)|-(?!\d)|(?<=\w)-", " ", normalized(text))
+    return re.sub(r"^(a|an|the) (?=.)|(?<=\d) (?=%)", "", " ".join(bare.split()))
 
 # %% ../nbs/50_student.ipynb #2dc5feda
 def split_answer(text: str) -> tuple[str, str | None]:
@@ -513,6 +521,7 @@ def write_rationales(student: Student, encoded, sources, begun: list[str | None]
     "For each question its rationale, written to the end: (text, comes to an answer, ended in time). `begun` is what it starts with."
     opened = token_pieces(student.tokenizer, [[_tag(prefix), text or ""] for text in begun])
     contexts = [tag + text[:student.max_target - len(tag)] for tag, text in opened]
+    limit = min(limit, student.max_target - min(map(len, contexts)))
     if not student.is_seq2seq: contexts = [s + c for s, c in zip(sources, contexts)]
     ids, ended = write_on(Reading(student, contexts, encoded), limit)
     said = [split_answer(student.tokenizer.decode(text + more, skip_special_tokens=True)) for (_, text), more in zip(opened, ids)]
@@ -522,8 +531,10 @@ def write_rationales(student: Student, encoded, sources, begun: list[str | None]
 def read_answers(student: Student, questions: list[Question], encoded, sources, rationales: list[str], prefix: str) -> list[Answer]:
     "What the student concludes from the rationales it is given."
     import torch
-    targets = encode_targets(student, questions, [0]*len(questions), rationales, [prefix]*len(questions))
-    contexts, tails = [t.tag + t.rationale + t.sentence for t in targets], choice_tails(student, questions)
+    tails = choice_tails(student, questions)
+    longest = [max(range(len(row)), key=lambda i: len(row[i])) for row in tails]
+    targets = encode_targets(student, questions, longest, rationales, [prefix]*len(questions))
+    contexts = [t.tag + t.rationale + t.sentence for t in targets]
     if not student.is_seq2seq: contexts = [s + c for s, c in zip(sources, contexts)]
     reading, limits = Reading(student, contexts, encoded), [max(map(len, row)) + 4 for row in tails]
     scores, chosen = choice_scores(reading, tails)
@@ -548,7 +559,7 @@ def answer(student: Student,
            rationales: Sequence[str | None] | None = None,  # None: the student writes its own; else one per question (None in the list: its own)
            prefix: str | None = None,                       # 'factual', 'counterfactual', 'none'; default: as the student was trained
            batch_size: int = 64,
-           max_new_tokens: int = 128,                       # for a rationale it writes itself
+           max_new_tokens: int | None = None,               # for a rationale it writes itself; default: `student.max_target`, which it never exceeds
            begun: bool = False                              # given rationales are beginnings: the student goes on writing from there
           ) -> list[Answer]:
     "Rationale and answer of a student for each question, in order; greedy, batched."
@@ -565,7 +576,7 @@ def answer(student: Student,
         for window, encoded in _windows(student, sources, batch_size):
             written, texts = {}, dict(zip(window, [rationales[i] for i in window]))
             for batch in _batches([i for i in window if texts[i] is None or begun], texts, batch_size):
-                written.update(zip(batch, write_rationales(student, encoded(batch), [sources[i] for i in batch], [texts[i] for i in batch], prefix, max_new_tokens)))
+                written.update(zip(batch, write_rationales(student, encoded(batch), [sources[i] for i in batch], [texts[i] for i in batch], prefix, max_new_tokens or student.max_target)))
                 bar.update(len(batch))
             texts.update((i, text) for i, (text, _, _) in written.items())
             for batch in _batches(window, texts, batch_size):

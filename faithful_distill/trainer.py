@@ -217,8 +217,8 @@ class Bar(TrainerCallback):
 
 # %% ../nbs/55_trainer.ipynb #051f4f5f
 class Conduct(TrainerCallback):
-    "Sets the epoch of the batches, logs at every save and at the end, saves by itself if told to, and stops where a gradient is not finite."
-    def __init__(self, trainer, autosave: bool = False): self.trainer, self.pace = trainer, AutoSave() if autosave else None
+    "Sets the epoch of the batches, logs at every save and evaluation and at the end, saves every so many steps or, untold, by the clock, and stops where a gradient is not finite."
+    def __init__(self, trainer, every: int | None = None): self.trainer, self.every, self.pace = trainer, every, None if every else AutoSave()
 
     def on_train_begin(self, *_, **__):
         engine = self.trainer.deepspeed
@@ -230,8 +230,11 @@ class Conduct(TrainerCallback):
         norm = self.trainer.deepspeed.get_global_grad_norm()
         if norm is not None and not 0 <= norm < float("inf"): raise BadInput(f"the gradient is not finite in step {state.global_step}", field="grad_norm", value=float(norm), remedy="Lower lr, or use fp32; checkpoints written before are untouched.")
         last = state.global_step >= state.max_steps
+        control.should_save |= bool(self.every) and state.global_step % self.every == 0
         control.should_log |= control.should_save or last
         if self.pace and control.should_log and not last: control.should_save |= self.pace.due(args.device)
+
+    def on_epoch_end(self, args, state, control, **_): control.should_log |= control.should_save or control.should_evaluate
 
     def on_save(self, *_, **__):
         if self.pace: self.pace.saved()
