@@ -118,7 +118,10 @@ def session_config(settings: Settings, ranks: int) -> dict:
     config = deepspeed_config(settings.deepspeed)
     for section in ("optimizer", "scheduler"):
         if section in config: raise BadInput(f"has a section {section!r}, which would take the place of the settings", field="deepspeed", value=config[section], remedy="Leave it out: lr, optimizer, schedule, warmup and weight_decay decide.")
-    config = {"train_micro_batch_size_per_gpu": "auto", "gradient_accumulation_steps": "auto", "gradient_clipping": "auto", "bf16": {"enabled": "auto"}, "zero_allow_untested_optimizer": True, **config}
+    decided = dict(gradient_clipping=settings.clip, gradient_accumulation_steps=settings.accumulation, train_batch_size=settings.batch_size, train_micro_batch_size_per_gpu=settings.batch_size//(ranks*settings.accumulation))
+    for name, value in decided.items():
+        if config.get(name, "auto") not in ("auto", value): raise BadInput(f"says other than the settings in {name}", field="deepspeed", value=config[name], remedy=f"Put 'auto' there; the settings say {value}.")
+    config = {"train_micro_batch_size_per_gpu": "auto", "gradient_accumulation_steps": "auto", "gradient_clipping": "auto", "bf16": {"enabled": "auto"}, "zero_allow_untested_optimizer": True, "zero_optimization": {"stage": 0}, **config}
     if zero_stage(config) == 3: config["zero_optimization"] = {"stage3_gather_16bit_weights_on_model_save": True, **config["zero_optimization"]}
     if settings.deepspeed in (None, "cpu") and ranks == 1 and settings.precision != "bf16" and not torch.cuda.is_available(): config["zero_optimization"] = dict(config["zero_optimization"], stage=0)
     return config
@@ -286,7 +289,6 @@ def _trained(student, records, dev, out, settings, run, callbacks, overwrite) ->
     with deepspeed_session():
         try: return _train(student, records, dev, out, settings, run, callbacks, overwrite)
         except Exception as e:
-            if "mismatch TrainingArguments" in str(e): raise BadInput(f"says other than the settings: {str(e).splitlines()[0].split(': ')[-1].strip('- ')}", field="deepspeed", value=settings.deepspeed, remedy="Put 'auto' there: the settings decide.") from None
             if not disk_is_full(e): raise
             raise BadInput(f"cannot be written to: {str(e).splitlines()[0]}", file=out, remedy="Make room and call again: training goes on from the last whole checkpoint.") from e
 
