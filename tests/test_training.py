@@ -1,5 +1,5 @@
 "Training as it is met in earnest: several processes, killed processes, full disks, and the same numbers as ever."
-import importlib.util, json, os, random, re, resource, shlex, subprocess, sys, time
+import functools, importlib.util, json, os, random, re, resource, shlex, subprocess, sys, time
 from pathlib import Path
 
 import pytest
@@ -116,9 +116,13 @@ def test_a_finished_run_keeps_no_tensor(tmp_path, stage):
 
 @pytest.fixture(scope="session")
 def undisturbed(tmp_path_factory):
+    "The folder of a run on so many ranks, under that stage, that nobody killed."
     folder = tmp_path_factory.mktemp("undisturbed")
-    for size in (1, 2): assert interrupted.attempt(folder/str(size), size=size)
-    return folder
+    @functools.cache
+    def run(size, stage=2):
+        assert interrupted.attempt(folder/f"{size}x{stage}", size=size, stage=stage)
+        return folder/f"{size}x{stage}"
+    return run
 
 
 def same_result(a, b):
@@ -127,24 +131,33 @@ def same_result(a, b):
     assert not (a/"checkpoints").exists()
 
 
-@pytest.mark.parametrize("kills, begun, size", [([("step", 3), ("save", 2), ("mark", 1), ("step", 7), ("export", 1), ("export", 2)], [0, 2, 2, 2, 6, 8, 8], 1), ([("step", 5), ("save", 3)], [0, 4, 4], 2)])
-def test_killed_and_called_again_ends_in_the_same_bytes(undisturbed, tmp_path, kills, begun, size):
-    "kill -9 after a step, in the middle of a checkpoint's file, just before the checkpoint is marked whole, and while the finished student is written."
-    for kill in kills: assert not interrupted.attempt(tmp_path/"run", kill, size)
-    assert interrupted.attempt(tmp_path/"run", size=size)
-    same_result(tmp_path/"run", undisturbed/str(size))
+@pytest.mark.parametrize("size, stage, kills, begun", [
+    (1, 2, [("step", 3), ("save", 2), ("mark", 1), ("step", 7), ("export", 1), ("export", 2)], [0, 2, 2, 2, 6, 8, 8]),
+    (2, 2, [("step", 5), ("save", 3), ("step", 7, 1)], [0, 4, 4, 6]),
+    (2, 3, [("save", 2, 1), ("sweep", 1)], [0, 0, 4])])
+def test_killed_and_called_again_ends_in_the_same_bytes(undisturbed, tmp_path, size, stage, kills, begun):
+    "kill -9, of either rank, after a step, in the middle of a checkpoint's file, just before the checkpoint is marked whole, while the one before is removed, and while the finished student is written."
+    for what, at, *victim in kills: assert not interrupted.attempt(tmp_path/"run", (what, at), size, stage, *victim)
+    assert interrupted.attempt(tmp_path/"run", size=size, stage=stage)
+    same_result(tmp_path/"run", undisturbed(size, stage))
     assert [int(step) for step in (tmp_path/"run.0.begun").read_text().split()] == begun
 
 
 @pytest.mark.skipif(not os.environ.get("FAITHFUL_DISTILL_SLOW"), reason="ten kills at random: set FAITHFUL_DISTILL_SLOW=1")
 @pytest.mark.parametrize("size", [1, 2])
 def test_ten_kills_at_random(undisturbed, tmp_path, size):
-    rng = random.Random(size)
-    killed = 0
+    "Stage, rank, moment and how long the other rank outlives it; FAITHFUL_DISTILL_SEED draws others. What was done is printed (pytest -s)."
+    rng = random.Random(f"{os.environ.get('FAITHFUL_DISTILL_SEED', 0)} {size}")
+    killed = runs = 0
     while killed < 10:
-        run = tmp_path/str(killed)
-        while not interrupted.attempt(run, interrupted.random_kill(rng) if killed < 10 else None, size): killed += 1
-        same_result(run, undisturbed/str(size))
+        run, stage, ended = tmp_path/str(runs), rng.randrange(4), False
+        while not ended:
+            kill, victim, grace = interrupted.random_kill(rng) if killed < 10 else None, rng.randrange(size), rng.choice([0, 0.02, 0.3])
+            ended = interrupted.attempt(run, kill, size, stage, victim, grace)
+            killed += not ended
+            print(f"run {runs} of {size} ranks under stage {stage}: {kill} on rank {victim} (grace {grace}){' never came' if ended and kill else ''}", flush=True)
+        same_result(run, undisturbed(size, stage))
+        runs += 1
 
 
 def test_other_runs_and_other_numbers_of_ranks_are_refused(tmp_path):
