@@ -34,30 +34,32 @@ def two_ranks(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def one_rank(tmp_path_factory):
+    "What one rank makes of a step of so many units, in one piece or in several."
     folder = tmp_path_factory.mktemp("one")
-    return {a: ranks.run(folder/f"x{a}", 2, a) for a in (1, 2)}
+    run = functools.cache(lambda kind, units, pieces: ranks.run(folder/f"{kind}-{units}x{pieces}", 2, pieces, kind, batch_size=units))
+    return lambda kind="t5", units=4, pieces=1: run(kind, units, pieces)
 
 
-@pytest.mark.parametrize("stage", [0, 1, 2, 3])
-@pytest.mark.parametrize("accumulation", [1, 2])
-def test_two_ranks_train_as_one(two_ranks, one_rank, stage, accumulation):
+@pytest.mark.parametrize("kind, stage, accumulation", ranks.alike)
+def test_two_ranks_train_as_one(two_ranks, one_rank, kind, stage, accumulation):
     "Losses, their parts, token counts and gradient norms do not depend on ranks, stage or accumulation."
-    expected, found = history(one_rank[1][1].out), history(two_ranks/f"stage{stage}x{accumulation}")
+    expected, found = history(one_rank(kind, ranks.units(accumulation))[1].out), history(two_ranks/f"{kind}-stage{stage}x{accumulation}")
     assert len(expected) == len(found) == 4
     for want, got in zip(expected, found):
         assert want.keys() == got.keys()
         for name in want: assert got[name] == pytest.approx(want[name], rel=2e-4, abs=2e-4), name
 
 
-def test_accumulation_on_one_rank_changes_nothing(one_rank):
-    for want, got in zip(history(one_rank[1][1].out), history(one_rank[2][1].out)):
+@pytest.mark.parametrize("pieces", [2, 4])
+def test_accumulation_on_one_rank_changes_nothing(one_rank, pieces):
+    for want, got in zip(history(one_rank()[1].out), history(one_rank(pieces=pieces)[1].out), strict=True):
         assert got == pytest.approx(want, rel=2e-4, abs=2e-4)
 
 
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
 def test_gathered_weights_are_equal(two_ranks, one_rank, stage):
     from safetensors.torch import load_file
-    want, got = load_file(one_rank[1][1].out/"model.safetensors"), load_file(two_ranks/f"stage{stage}x1"/"model.safetensors")
+    want, got = load_file(one_rank()[1].out/"model.safetensors"), load_file(two_ranks/f"t5-stage{stage}x1"/"model.safetensors")
     assert want.keys() == got.keys()
     for name in want: assert (want[name] - got[name]).abs().max() < 2e-4
 
@@ -80,8 +82,8 @@ def test_two_ranks_choose_the_same_best_student(two_ranks, tmp_path, metric):
 
 
 def test_ranks_share_the_optimizer_state_and_stage_3_the_parameters(two_ranks, one_rank):
-    held = {(stage, rank): json.loads((two_ranks/f"held-{stage}x1-{rank}.json").read_text()) for stage in range(4) for rank in range(2)}
-    whole = one_rank[1][0].state
+    held = {(stage, rank): json.loads((two_ranks/f"held-t5-{stage}x1-{rank}.json").read_text()) for stage in range(4) for rank in range(2)}
+    whole = one_rank()[0].state
     for rank in range(2):
         assert held[0, rank]["state"] >= 0.99*whole
         for stage in (1, 2, 3): assert 0.45*whole < held[stage, rank]["state"] < 0.55*whole
@@ -119,7 +121,7 @@ def undisturbed(tmp_path_factory):
     "The folder of a run on so many ranks, under that stage, that nobody killed."
     folder = tmp_path_factory.mktemp("undisturbed")
     @functools.cache
-    def run(size, stage=2):
+    def run(size, stage):
         assert interrupted.attempt(folder/f"{size}x{stage}", size=size, stage=stage)
         return folder/f"{size}x{stage}"
     return run
