@@ -296,11 +296,12 @@ def test_the_last_step_is_logged_and_every_student_has_a_card(tmp_path):
 
 
 def test_metrics_go_to_reporters_that_are_there(tmp_path, monkeypatch):
-    "TensorBoard stands for all: through the Trainer's own callback, which gets the log; a missing package is said before anything is computed."
-    from importlib import util
-    if not util.find_spec("tensorboard") and not util.find_spec("tensorboardX"):
-        with pytest.raises(BadInput, match="pip install tensorboard"): train(tmp_path/"no", report_to="tensorboard")
-        assert not (tmp_path/"no").exists()
+    "One stands for all: through the Trainer's own callback, which gets the log; a missing package is said before anything is computed."
+    find_spec = importlib.util.find_spec
+    with monkeypatch.context() as patch, pytest.raises(BadInput, match="pip install tensorboard"):
+        patch.setattr(importlib.util, "find_spec", lambda name, *package: None if name.startswith("tensorboard") else find_spec(name, *package))
+        train(tmp_path/"no", report_to="tensorboard")
+    assert not (tmp_path/"no").exists()
     told = []
     from transformers import TrainerCallback
     from transformers.integrations import integration_utils
@@ -558,11 +559,50 @@ def test_publishing_sends_the_student_and_never_its_checkpoints(tmp_path, monkey
     assert told["repo"][1]["private"] is False
 
 
-@pytest.mark.skipif(not any(importlib.util.find_spec(name) for name in ("tensorboard", "tensorboardX")), reason="neither tensorboard nor tensorboardX is installed")
-def test_tensorboard_gets_an_event_file(tmp_path):
-    out = train(tmp_path, max_steps=2, report_to="tensorboard").out
-    [events] = [p for p in (out/"tensorboard").rglob("events.out.tfevents.*")]
-    for name in (b"train/loss_factual", b"train/loss_counterfactual", b"train/grad_norm"): assert name in events.read_bytes()
+parts = ("loss", "loss_factual", "loss_counterfactual", "tokens_factual", "tokens_counterfactual", "grad_norm", "learning_rate")
+
+
+def test_tensorboard_gets_the_numbers_of_the_log(tmp_path):
+    "The event file, read back record by record (length, checksum, event, checksum), says what metrics.jsonl does, dev and its steps too."
+    Event = pytest.importorskip("tensorboardX.proto.event_pb2", reason="tensorboardX is not installed").Event
+    out = train(tmp_path, max_steps=3, evaluate_every=2, dev=ranks.records(), report_to="tensorboard").out
+    [file] = [p for p in (out/"tensorboard").rglob("events.out.tfevents.*")]
+    data, at, found = file.read_bytes(), 0, {}
+    while at < len(data):
+        size = int.from_bytes(data[at:at + 8], "little")
+        event, at = Event.FromString(data[at + 12:at + 12 + size]), at + size + 16
+        found.update({(value.tag, event.step): value.simple_value for value in event.summary.value})
+    rows = history(out)
+    assert [row["step"] for row in rows if "loss" in row] == [1, 2, 3] and [row["step"] for row in rows if "eval_loss" in row] == [2, 3]
+    for row in rows:
+        wanted = {f"train/{name}": row[name] for name in parts} if "loss" in row else {f"eval/{name}": row[f"eval_{name}"] for name in ("loss", "loss_factual", "loss_counterfactual")}
+        for tag, value in wanted.items(): assert found[tag, row["step"]] == pytest.approx(value, rel=1e-6), tag
+
+
+@pytest.mark.skipif(not importlib.util.find_spec("wandb"), reason="wandb is not installed: pip install wandb")
+def test_wandb_gets_the_numbers_of_the_log(tmp_path, monkeypatch):
+    "Offline: the run's file, a log of records in blocks of 32 kB, is under the student's name and says what metrics.jsonl does."
+    import wandb
+    from wandb.proto.wandb_internal_pb2 import Record
+    (tmp_path/"wandb").mkdir()
+    for name, value in dict(WANDB_MODE="offline", WANDB_DIR=str(tmp_path), WANDB_SILENT="true").items(): monkeypatch.setenv(name, value)
+    wandb.teardown()                                                    # settings are read once; the run's file is whole when all is torn down
+    try: out = train(tmp_path/"student", max_steps=3, evaluate_every=2, dev=ranks.records(), report_to="wandb").out
+    finally: wandb.teardown()
+    [file] = (tmp_path/"wandb").glob("offline-run-*/run-*.wandb")
+    data, at, records, record = file.read_bytes(), 7, [], b""
+    while at < len(data):
+        left = 2**15 - at % 2**15
+        if left < 7: at += left; continue
+        size, kind = int.from_bytes(data[at + 4:at + 6], "little"), data[at + 6]
+        record, at = record + data[at + 7:at + 7 + size], at + 7 + size
+        if kind in (1, 4): records.append(Record.FromString(record)); record = b""   # whole, or the last piece
+    assert [r.run.display_name for r in records if r.HasField("run")][0] == "student"
+    found = [{item.key or "/".join(item.nested_key): json.loads(item.value_json) for item in r.history.item} for r in records if r.HasField("history")]
+    for row in history(out):
+        kind, wanted = ("train", {name: row[name] for name in parts}) if "loss" in row else ("eval", {name: row[f"eval_{name}"] for name in ("loss", "loss_factual", "loss_counterfactual")})
+        [said] = [f for f in found if f.get("train/global_step") == row["step"] and f"{kind}/loss" in f]
+        for name, value in wanted.items(): assert said[f"{kind}/{name}"] == pytest.approx(value, rel=1e-6), name
 
 
 def test_answer_only_students_answer_at_once(tmp_path):
