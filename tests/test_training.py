@@ -56,10 +56,10 @@ def test_accumulation_on_one_rank_changes_nothing(one_rank, pieces):
         assert got == pytest.approx(want, rel=2e-4, abs=2e-4)
 
 
-@pytest.mark.parametrize("stage", [0, 1, 2, 3])
-def test_gathered_weights_are_equal(two_ranks, one_rank, stage):
+@pytest.mark.parametrize("kind, stage, accumulation", ranks.alike)
+def test_gathered_weights_are_equal(two_ranks, one_rank, kind, stage, accumulation):
     from safetensors.torch import load_file
-    want, got = load_file(one_rank()[1].out/"model.safetensors"), load_file(two_ranks/f"t5-stage{stage}x1"/"model.safetensors")
+    want, got = load_file(one_rank(kind, ranks.units(accumulation))[1].out/"model.safetensors"), load_file(two_ranks/f"{kind}-stage{stage}x{accumulation}"/"model.safetensors")
     assert want.keys() == got.keys()
     for name in want: assert (want[name] - got[name]).abs().max() < 2e-4
 
@@ -136,7 +136,7 @@ def same_result(a, b):
 @pytest.mark.parametrize("size, stage, kills, begun", [
     (1, 2, [("step", 3), ("save", 2), ("mark", 1), ("step", 7), ("export", 1), ("export", 2)], [0, 2, 2, 2, 6, 8, 8]),
     (2, 2, [("step", 5), ("save", 3), ("step", 7, 1)], [0, 4, 4, 6]),
-    (2, 3, [("save", 2, 1), ("sweep", 1)], [0, 0, 4])])
+    (2, 3, [("save", 3, 1), ("sweep", 1)], [0, 0, 4])])
 def test_killed_and_called_again_ends_in_the_same_bytes(undisturbed, tmp_path, size, stage, kills, begun):
     "kill -9, of either rank, after a step, in the middle of a checkpoint's file, just before the checkpoint is marked whole, while the one before is removed, and while the finished student is written."
     for what, at, *victim in kills: assert not interrupted.attempt(tmp_path/"run", (what, at), size, stage, *victim)
