@@ -42,9 +42,15 @@ class Held(TrainerCallback):
         self.resident = sum(p.numel() for p in model.parameters())
 
 
+def units(accumulation): return 8 if accumulation == 4 else 4    # per step; of five units, so that there are empty ones, and with four pieces on two ranks a piece that is all empty
+
+
+alike = [("t5", stage, accumulation) for stage in (0, 1, 2, 3) for accumulation in (1, 2, 4)] + [("llama", stage, accumulation) for stage in (2, 3) for accumulation in (1, 2, 4)]
+
+
 def run(out, stage, accumulation, kind="t5", **more):
     held = Held()
-    given = dict(max_steps=4, batch_size=4, accumulation=accumulation, lr=1e-2, log_every=1, warmup=0, deepspeed=stage_config(stage), callbacks=[held])
+    given = dict(max_steps=4, batch_size=units(accumulation), accumulation=accumulation, lr=1e-2, log_every=1, warmup=0, deepspeed=stage_config(stage), callbacks=[held])
     return held, train_student(base(kind), records(), out=out, **{**given, **more})
 
 
@@ -56,12 +62,10 @@ def chosen(folder, metric, *callbacks):
 
 if __name__ == "__main__":
     folder = Path(sys.argv[1])
-    rank = None
-    for stage in (0, 1, 2, 3):
-        for accumulation in (1, 2):
-            held, _ = run(folder/f"stage{stage}x{accumulation}", stage, accumulation)
-            rank = torch.distributed.get_rank()
-            (folder/f"held-{stage}x{accumulation}-{rank}.json").write_text(json.dumps(dict(state=held.state, resident=held.resident)))
+    for kind, stage, accumulation in alike:
+        held, _ = run(folder/f"{kind}-stage{stage}x{accumulation}", stage, accumulation, kind)
+        rank = torch.distributed.get_rank()
+        (folder/f"held-{kind}-{stage}x{accumulation}-{rank}.json").write_text(json.dumps(dict(state=held.state, resident=held.resident)))
     for metric in ("accuracy", "loss_counterfactual"): chosen(folder, metric)
     torch.distributed.barrier()
     torch.distributed.destroy_process_group()

@@ -1,5 +1,5 @@
 "Training as it is met in earnest: several processes, killed processes, full disks, and the same numbers as ever."
-import importlib.util, json, os, random, re, resource, shlex, subprocess, sys, time
+import functools, importlib.util, json, os, random, re, resource, shlex, subprocess, sys, time
 from pathlib import Path
 
 import pytest
@@ -34,30 +34,32 @@ def two_ranks(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def one_rank(tmp_path_factory):
+    "What one rank makes of a step of so many units, in one piece or in several."
     folder = tmp_path_factory.mktemp("one")
-    return {a: ranks.run(folder/f"x{a}", 2, a) for a in (1, 2)}
+    run = functools.cache(lambda kind, units, pieces: ranks.run(folder/f"{kind}-{units}x{pieces}", 2, pieces, kind, batch_size=units))
+    return lambda kind="t5", units=4, pieces=1: run(kind, units, pieces)
 
 
-@pytest.mark.parametrize("stage", [0, 1, 2, 3])
-@pytest.mark.parametrize("accumulation", [1, 2])
-def test_two_ranks_train_as_one(two_ranks, one_rank, stage, accumulation):
+@pytest.mark.parametrize("kind, stage, accumulation", ranks.alike)
+def test_two_ranks_train_as_one(two_ranks, one_rank, kind, stage, accumulation):
     "Losses, their parts, token counts and gradient norms do not depend on ranks, stage or accumulation."
-    expected, found = history(one_rank[1][1].out), history(two_ranks/f"stage{stage}x{accumulation}")
+    expected, found = history(one_rank(kind, ranks.units(accumulation))[1].out), history(two_ranks/f"{kind}-stage{stage}x{accumulation}")
     assert len(expected) == len(found) == 4
     for want, got in zip(expected, found):
         assert want.keys() == got.keys()
         for name in want: assert got[name] == pytest.approx(want[name], rel=2e-4, abs=2e-4), name
 
 
-def test_accumulation_on_one_rank_changes_nothing(one_rank):
-    for want, got in zip(history(one_rank[1][1].out), history(one_rank[2][1].out)):
+@pytest.mark.parametrize("pieces", [2, 4])
+def test_accumulation_on_one_rank_changes_nothing(one_rank, pieces):
+    for want, got in zip(history(one_rank()[1].out), history(one_rank(pieces=pieces)[1].out), strict=True):
         assert got == pytest.approx(want, rel=2e-4, abs=2e-4)
 
 
-@pytest.mark.parametrize("stage", [0, 1, 2, 3])
-def test_gathered_weights_are_equal(two_ranks, one_rank, stage):
+@pytest.mark.parametrize("kind, stage, accumulation", ranks.alike)
+def test_gathered_weights_are_equal(two_ranks, one_rank, kind, stage, accumulation):
     from safetensors.torch import load_file
-    want, got = load_file(one_rank[1][1].out/"model.safetensors"), load_file(two_ranks/f"stage{stage}x1"/"model.safetensors")
+    want, got = load_file(one_rank(kind, ranks.units(accumulation))[1].out/"model.safetensors"), load_file(two_ranks/f"{kind}-stage{stage}x{accumulation}"/"model.safetensors")
     assert want.keys() == got.keys()
     for name in want: assert (want[name] - got[name]).abs().max() < 2e-4
 
@@ -80,8 +82,8 @@ def test_two_ranks_choose_the_same_best_student(two_ranks, tmp_path, metric):
 
 
 def test_ranks_share_the_optimizer_state_and_stage_3_the_parameters(two_ranks, one_rank):
-    held = {(stage, rank): json.loads((two_ranks/f"held-{stage}x1-{rank}.json").read_text()) for stage in range(4) for rank in range(2)}
-    whole = one_rank[1][0].state
+    held = {(stage, rank): json.loads((two_ranks/f"held-t5-{stage}x1-{rank}.json").read_text()) for stage in range(4) for rank in range(2)}
+    whole = one_rank()[0].state
     for rank in range(2):
         assert held[0, rank]["state"] >= 0.99*whole
         for stage in (1, 2, 3): assert 0.45*whole < held[stage, rank]["state"] < 0.55*whole
@@ -116,9 +118,13 @@ def test_a_finished_run_keeps_no_tensor(tmp_path, stage):
 
 @pytest.fixture(scope="session")
 def undisturbed(tmp_path_factory):
+    "The folder of a run on so many ranks, under that stage, that nobody killed."
     folder = tmp_path_factory.mktemp("undisturbed")
-    for size in (1, 2): assert interrupted.attempt(folder/str(size), size=size)
-    return folder
+    @functools.cache
+    def run(size, stage):
+        assert interrupted.attempt(folder/f"{size}x{stage}", size=size, stage=stage)
+        return folder/f"{size}x{stage}"
+    return run
 
 
 def same_result(a, b):
@@ -127,24 +133,33 @@ def same_result(a, b):
     assert not (a/"checkpoints").exists()
 
 
-@pytest.mark.parametrize("kills, begun, size", [([("step", 3), ("save", 2), ("mark", 1), ("step", 7), ("export", 1), ("export", 2)], [0, 2, 2, 2, 6, 8, 8], 1), ([("step", 5), ("save", 3)], [0, 4, 4], 2)])
-def test_killed_and_called_again_ends_in_the_same_bytes(undisturbed, tmp_path, kills, begun, size):
-    "kill -9 after a step, in the middle of a checkpoint's file, just before the checkpoint is marked whole, and while the finished student is written."
-    for kill in kills: assert not interrupted.attempt(tmp_path/"run", kill, size)
-    assert interrupted.attempt(tmp_path/"run", size=size)
-    same_result(tmp_path/"run", undisturbed/str(size))
+@pytest.mark.parametrize("size, stage, kills, begun", [
+    (1, 2, [("step", 3), ("save", 2), ("mark", 1), ("step", 7), ("export", 1), ("export", 2)], [0, 2, 2, 2, 6, 8, 8]),
+    (2, 2, [("step", 5), ("save", 3), ("step", 7, 1)], [0, 4, 4, 6]),
+    (2, 3, [("save", 3, 1), ("sweep", 1)], [0, 0, 4])])
+def test_killed_and_called_again_ends_in_the_same_bytes(undisturbed, tmp_path, size, stage, kills, begun):
+    "kill -9, of either rank, after a step, in the middle of a checkpoint's file, just before the checkpoint is marked whole, while the one before is removed, and while the finished student is written."
+    for what, at, *victim in kills: assert not interrupted.attempt(tmp_path/"run", (what, at), size, stage, *victim)
+    assert interrupted.attempt(tmp_path/"run", size=size, stage=stage)
+    same_result(tmp_path/"run", undisturbed(size, stage))
     assert [int(step) for step in (tmp_path/"run.0.begun").read_text().split()] == begun
 
 
 @pytest.mark.skipif(not os.environ.get("FAITHFUL_DISTILL_SLOW"), reason="ten kills at random: set FAITHFUL_DISTILL_SLOW=1")
 @pytest.mark.parametrize("size", [1, 2])
 def test_ten_kills_at_random(undisturbed, tmp_path, size):
-    rng = random.Random(size)
-    killed = 0
+    "Stage, rank, moment and how long the other rank outlives it; FAITHFUL_DISTILL_SEED draws others. What was done is printed (pytest -s)."
+    rng = random.Random(f"{os.environ.get('FAITHFUL_DISTILL_SEED', 0)} {size}")
+    killed = runs = 0
     while killed < 10:
-        run = tmp_path/str(killed)
-        while not interrupted.attempt(run, interrupted.random_kill(rng) if killed < 10 else None, size): killed += 1
-        same_result(run, undisturbed/str(size))
+        run, stage, ended = tmp_path/str(runs), rng.randrange(4), False
+        while not ended:
+            kill, victim, grace = interrupted.random_kill(rng) if killed < 10 else None, rng.randrange(size), rng.choice([0, 0.02, 0.3])
+            ended = interrupted.attempt(run, kill, size, stage, victim, grace)
+            killed += not ended
+            print(f"run {runs} of {size} ranks under stage {stage}: {kill} on rank {victim} (grace {grace}){' never came' if ended and kill else ''}", flush=True)
+        same_result(run, undisturbed(size, stage))
+        runs += 1
 
 
 def test_other_runs_and_other_numbers_of_ranks_are_refused(tmp_path):
@@ -291,11 +306,12 @@ def test_the_last_step_is_logged_and_every_student_has_a_card(tmp_path):
 
 
 def test_metrics_go_to_reporters_that_are_there(tmp_path, monkeypatch):
-    "TensorBoard stands for all: through the Trainer's own callback, which gets the log; a missing package is said before anything is computed."
-    from importlib import util
-    if not util.find_spec("tensorboard") and not util.find_spec("tensorboardX"):
-        with pytest.raises(BadInput, match="pip install tensorboard"): train(tmp_path/"no", report_to="tensorboard")
-        assert not (tmp_path/"no").exists()
+    "One stands for all: through the Trainer's own callback, which gets the log; a missing package is said before anything is computed."
+    find_spec = importlib.util.find_spec
+    with monkeypatch.context() as patch, pytest.raises(BadInput, match="pip install tensorboard"):
+        patch.setattr(importlib.util, "find_spec", lambda name, *package: None if name.startswith("tensorboard") else find_spec(name, *package))
+        train(tmp_path/"no", report_to="tensorboard")
+    assert not (tmp_path/"no").exists()
     told = []
     from transformers import TrainerCallback
     from transformers.integrations import integration_utils
@@ -553,11 +569,50 @@ def test_publishing_sends_the_student_and_never_its_checkpoints(tmp_path, monkey
     assert told["repo"][1]["private"] is False
 
 
-@pytest.mark.skipif(not any(importlib.util.find_spec(name) for name in ("tensorboard", "tensorboardX")), reason="neither tensorboard nor tensorboardX is installed")
-def test_tensorboard_gets_an_event_file(tmp_path):
-    out = train(tmp_path, max_steps=2, report_to="tensorboard").out
-    [events] = [p for p in (out/"tensorboard").rglob("events.out.tfevents.*")]
-    for name in (b"train/loss_factual", b"train/loss_counterfactual", b"train/grad_norm"): assert name in events.read_bytes()
+parts = ("loss", "loss_factual", "loss_counterfactual", "tokens_factual", "tokens_counterfactual", "grad_norm", "learning_rate")
+
+
+def test_tensorboard_gets_the_numbers_of_the_log(tmp_path):
+    "The event file, read back record by record (length, checksum, event, checksum), says what metrics.jsonl does, dev and its steps too."
+    Event = pytest.importorskip("tensorboardX.proto.event_pb2", reason="tensorboardX is not installed").Event
+    out = train(tmp_path, max_steps=3, evaluate_every=2, dev=ranks.records(), report_to="tensorboard").out
+    [file] = [p for p in (out/"tensorboard").rglob("events.out.tfevents.*")]
+    data, at, found = file.read_bytes(), 0, {}
+    while at < len(data):
+        size = int.from_bytes(data[at:at + 8], "little")
+        event, at = Event.FromString(data[at + 12:at + 12 + size]), at + size + 16
+        found.update({(value.tag, event.step): value.simple_value for value in event.summary.value})
+    rows = history(out)
+    assert [row["step"] for row in rows if "loss" in row] == [1, 2, 3] and [row["step"] for row in rows if "eval_loss" in row] == [2, 3]
+    for row in rows:
+        wanted = {f"train/{name}": row[name] for name in parts} if "loss" in row else {f"eval/{name}": row[f"eval_{name}"] for name in ("loss", "loss_factual", "loss_counterfactual")}
+        for tag, value in wanted.items(): assert found[tag, row["step"]] == pytest.approx(value, rel=1e-6), tag
+
+
+@pytest.mark.skipif(not importlib.util.find_spec("wandb"), reason="wandb is not installed: pip install wandb")
+def test_wandb_gets_the_numbers_of_the_log(tmp_path, monkeypatch):
+    "Offline: the run's file, a log of records in blocks of 32 kB, is under the student's name and says what metrics.jsonl does."
+    import wandb
+    from wandb.proto.wandb_internal_pb2 import Record
+    (tmp_path/"wandb").mkdir()
+    for name, value in dict(WANDB_MODE="offline", WANDB_DIR=str(tmp_path), WANDB_SILENT="true").items(): monkeypatch.setenv(name, value)
+    wandb.teardown()                                                    # settings are read once; the run's file is whole when all is torn down
+    try: out = train(tmp_path/"student", max_steps=3, evaluate_every=2, dev=ranks.records(), report_to="wandb").out
+    finally: wandb.teardown()
+    [file] = (tmp_path/"wandb").glob("offline-run-*/run-*.wandb")
+    data, at, records, record = file.read_bytes(), 7, [], b""
+    while at < len(data):
+        left = 2**15 - at % 2**15
+        if left < 7: at += left; continue
+        size, kind = int.from_bytes(data[at + 4:at + 6], "little"), data[at + 6]
+        record, at = record + data[at + 7:at + 7 + size], at + 7 + size
+        if kind in (1, 4): records.append(Record.FromString(record)); record = b""   # whole, or the last piece
+    assert [r.run.display_name for r in records if r.HasField("run")][0] == "student"
+    found = [{item.key or "/".join(item.nested_key): json.loads(item.value_json) for item in r.history.item} for r in records if r.HasField("history")]
+    for row in history(out):
+        kind, wanted = ("train", {name: row[name] for name in parts}) if "loss" in row else ("eval", {name: row[f"eval_{name}"] for name in ("loss", "loss_factual", "loss_counterfactual")})
+        [said] = [f for f in found if f.get("train/global_step") == row["step"] and f"{kind}/loss" in f]
+        for name, value in wanted.items(): assert said[f"{kind}/{name}"] == pytest.approx(value, rel=1e-6), name
 
 
 def test_answer_only_students_answer_at_once(tmp_path):
