@@ -6,11 +6,12 @@
 __all__ = ['card_settings', 'Settings', 'make_settings', 'check_ranges', 'check_reporters', 'deepspeed_config', 'session_config',
            'zero_stage', 'read_records', 'used_records', 'make_units', 'engine_arguments', 'run_key', 'weights_key',
            'checkpoint_to_resume', 'resume_command', 'own_call', 'count_nodes', 'TrainingResult', 'train_student',
-           'disk_is_full', 'finished', 'prepared', 'fuse_activations', 'with_lora', 'add_adapters', 'merged_lora',
-           'about_records', 'card_text', 'model_card', 'export', 'write_model', 'dev_evaluation']
+           'disk_is_full', 'finished', 'prepared', 'reports', 'fuse_activations', 'with_lora', 'add_adapters',
+           'merged_lora', 'about_records', 'card_text', 'model_card', 'export', 'write_model', 'dev_evaluation']
 
 # %% ../nbs/60_training.ipynb #06401e39
 import copy, difflib, hashlib, json, math, numbers, os, shlex, shutil, sys, time
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields
 from functools import cached_property
 from pathlib import Path
@@ -281,12 +282,13 @@ def finished(out: Path, run: str) -> TrainingResult | None:
     if not (out/"student.json").is_file(): return None
     note = json.loads((out/"student.json").read_text(encoding="utf-8"))
     if note.get("run") != run: raise BadInput("holds a student of another run (other settings, records or first weights)", file=out, remedy="Choose another `out`, or pass overwrite=True.")
+    shutil.rmtree(out/"checkpoints", ignore_errors=True)      # there still, if the run died between its last two acts
     return TrainingResult(out, note["steps"], note["metrics"], note["rows"], 0.0)
 
 # %% ../nbs/60_training.ipynb #62b02543
 def _trained(student, records, dev, out, settings, run, callbacks, overwrite) -> TrainingResult:
     from faithful_distill.trainer import deepspeed_session
-    with deepspeed_session():
+    with reports(settings.report_to), deepspeed_session():
         try: return _train(student, records, dev, out, settings, run, callbacks, overwrite)
         except Exception as e:
             if not disk_is_full(e): raise
@@ -325,6 +327,16 @@ def prepared(student, settings: Settings) -> Student:
     fuse_activations(student.model)
     if settings.recompute: getattr(student.model, "activation_checkpointing_enable", student.model.gradient_checkpointing_enable)()
     return student
+
+@contextmanager
+def reports(reporters: list[str]):
+    "Closes what a reporter leaves open: the next student of this process gets a Weights & Biases run of its own, unless there was one before the first."
+    opened = "wandb" in reporters and not getattr(sys.modules.get("wandb"), "run", None)
+    try: yield
+    finally:
+        if opened:
+            import wandb
+            if wandb.run is not None: wandb.finish()
 
 # %% ../nbs/60_training.ipynb #c2a2f615
 def fuse_activations(model) -> None:

@@ -453,6 +453,20 @@ def test_a_run_that_stops_early_stops_there_after_an_interruption_too(tmp_path, 
     for name in ("model.safetensors", "metrics.jsonl"): assert (again.out/name).read_bytes() == (whole.out/name).read_bytes()
 
 
+def test_checkpoints_of_a_finished_run_go_even_if_it_died_before_they_went(tmp_path, monkeypatch):
+    from faithful_distill import training
+    remove = training.shutil.rmtree
+    def dying(path, *args, **kwargs):
+        if Path(path).name == "checkpoints": raise InterruptedError
+        return remove(path, *args, **kwargs)
+    with monkeypatch.context() as patch, pytest.raises(InterruptedError):
+        patch.setattr(training.shutil, "rmtree", dying)
+        train(tmp_path/"out", save_every=2)
+    assert (tmp_path/"out"/"student.json").exists() and (tmp_path/"out"/"checkpoints").exists()
+    assert train(tmp_path/"out", save_every=2).seconds == 0
+    assert not (tmp_path/"out"/"checkpoints").exists()
+
+
 def test_a_finished_run_that_was_not_written_is_only_written(tmp_path, monkeypatch):
     "The last step is in a checkpoint, in the middle of an epoch: not one more is trained, at a learning rate that would show it."
     from faithful_distill import training
@@ -613,6 +627,22 @@ def test_wandb_gets_the_numbers_of_the_log(tmp_path, monkeypatch):
         kind, wanted = ("train", {name: row[name] for name in parts}) if "loss" in row else ("eval", {name: row[f"eval_{name}"] for name in ("loss", "loss_factual", "loss_counterfactual")})
         [said] = [f for f in found if f.get("train/global_step") == row["step"] and f"{kind}/loss" in f]
         for name, value in wanted.items(): assert said[f"{kind}/{name}"] == pytest.approx(value, rel=1e-6), name
+
+
+@pytest.mark.skipif(not importlib.util.find_spec("wandb"), reason="wandb is not installed: pip install wandb")
+def test_two_students_are_two_runs_of_wandb_and_ones_own_stays_open(tmp_path, monkeypatch):
+    import wandb
+    (tmp_path/"wandb").mkdir()
+    for name, value in dict(WANDB_MODE="offline", WANDB_DIR=str(tmp_path), WANDB_SILENT="true").items(): monkeypatch.setenv(name, value)
+    wandb.teardown()
+    try:
+        for seed in (0, 1):
+            train(tmp_path/f"seed-{seed}", seed=seed, max_steps=2, report_to="wandb")
+            assert wandb.run is None and len(list((tmp_path/"wandb").glob("offline-run-*"))) == seed + 1
+        own = wandb.init()
+        train(tmp_path/"mine", max_steps=2, report_to="wandb")
+        assert wandb.run is own
+    finally: wandb.teardown()
 
 
 def test_answer_only_students_answer_at_once(tmp_path):
