@@ -230,7 +230,7 @@ def train(file, dev, student, out, recipe_name, method, seeds, overwrite, reposi
 @click.option("--simulator", help="Base model of the LAS simulators (a folder or hub name). Default: LAS is not measured.")
 @click.option("--draws", default=3, show_default=True, help="Of each random intervention.")
 @click.option("--batch-size", default=64, show_default=True)
-@click.option("--max-new-tokens", default=128, show_default=True)
+@click.option("--max-new-tokens", type=click.IntRange(min=1), help="Longest rationale that it writes.  [as it was trained]")
 @click.option("--seed", default=0, show_default=True)
 @click.option("--out", type=click.Path(), required=True, help="Folder for metrics.json and answers.json.")
 def evaluate(data, path, split, limit, skip_bad, student, file, metrics, simulator, draws, batch_size, max_new_tokens, seed, out):

@@ -141,7 +141,7 @@ def filler(
 def asking(
     student: Any,  # a `Student`, or any function ask(questions, rationales, prefix, begun) -> answers
     batch_size: int = 64,  # rows in a batch
-    max_new_tokens: int = 128,  # for what the student writes itself
+    max_new_tokens: int | None = None,  # for what the student writes itself; default: as much as it was trained to
 ) -> Callable:
     "The function through which a student is asked."
     if callable(student): return student
@@ -372,7 +372,7 @@ def measure(
     paraphrase: Callable | None = None,  # text -> text; adds the arm 'paraphrased'
     tokenizer: Any = None,  # whose tokens damage replaces; default: the student's
     batch_size: int = 64,
-    max_new_tokens: int = 128,
+    max_new_tokens: int | None = None,
     interval: dict | None = None,  # draws, level, seed of the bootstrap
 ) -> Measurement:
     "Everything in METHOD section 4 that is found out by intervening on rationales. Batched; each distinct request is asked once."
@@ -448,7 +448,7 @@ def measure_insertion(
     prefix: str | None = None,
     seed: int = 0,
     batch_size: int = 64,
-    max_new_tokens: int = 128,
+    max_new_tokens: int | None = None,
     interval: dict | None = None,
 ) -> dict[str, Score]:  # 'insertion' (flips), 'insertion_correlation' (probabilities)
     "Does the rationale mention the inserted word where the word mattered?"
