@@ -7,8 +7,9 @@ __all__ = ['tags', 'answer_sentence', 'Student', 'check_student', 'check_tags', 
            'load_student', 'read_settings', 'tiny_student', 'source_text', 'target_text', 'token_pieces', 'Target',
            'encode_targets', 'encode_sources', 'Row', 'training_rows', 'row_prefix', 'record_question', 'units',
            'collate', 'DistillationLoss', 'distillation_loss', 'combine', 'student_logits', 'forward_at',
-           'learned_logits', 'Reading', 'growing_layer', 'read_distinct', 'stacked', 'write_on', 'choice_scores',
-           'Answer', 'match_choice', 'split_answer', 'write_rationales', 'read_answers', 'choice_tails', 'answer']
+           'learned_logits', 'Reading', 'growing_layer', 'read_distinct', 'similar', 'stacked', 'write_on',
+           'choice_scores', 'Answer', 'match_choice', 'split_answer', 'write_rationales', 'read_answers',
+           'choice_tails', 'answer']
 
 # %% ../nbs/50_student.ipynb #8bf613ac
 import copy, random, re
@@ -427,15 +428,24 @@ def growing_layer() -> type:
 
 # %% ../nbs/50_student.ipynb #8c10f34a
 def read_distinct(student: Student, sources: list[list[int]], batch_size: int = 64) -> dict:
-    "Source -> its encoder states [tokens, width], for each distinct source; short ones together. Empty for a causal student."
+    "Source -> its encoder states [tokens, width], for each distinct source; those of similar length together. Empty for a causal student."
     if not student.is_seq2seq: return {}
-    distinct, read, device = sorted(dict.fromkeys(map(tuple, sources)), key=len), {}, student.model.device
-    for at in range(0, len(distinct), batch_size):
-        some = distinct[at:at + batch_size]
+    distinct, read, device = list(dict.fromkeys(map(tuple, sources))), {}, student.model.device
+    for batch in similar(list(map(len, distinct)), batch_size):
+        some = [distinct[i] for i in batch]
         ids, mask = _pad([list(s) for s in some], student.pad, 1).to(device), _pad([[1]*len(s) for s in some], 0, 1).to(device)
         states = student.model.get_encoder()(input_ids=ids, attention_mask=mask).last_hidden_state
         read.update((s, states[i, :len(s)]) for i, s in enumerate(some))
     return read
+
+def similar(lengths: list[int], batch_size: int, spare: float = 0.15) -> list[list[int]]:
+    "Indices in batches of similar length, short ones first. A batch ends early where more of it would be padding than is `spare`; a quarter of one is read all the same."
+    batches, held = [], 0
+    for i in sorted(range(len(lengths)), key=lambda i: (lengths[i], i)):
+        n = len(batches[-1]) if batches else batch_size
+        if n == batch_size or 4*n >= batch_size and held + lengths[i] < (1 - spare)*(n + 1)*lengths[i]: batches.append([]); held = 0
+        batches[-1].append(i); held += lengths[i]
+    return batches
 
 def stacked(states: list):
     "Encoder states of several sources as one padded tensor, with its mask."
@@ -444,19 +454,21 @@ def stacked(states: list):
     return torch.nn.utils.rnn.pad_sequence(states, batch_first=True), (torch.arange(int(lengths.max()), device=lengths.device) < lengths[:, None]).long()
 
 # %% ../nbs/50_student.ipynb #7d9d3d41
-def write_on(reading: Reading, limit: int) -> tuple[list[list[int]], list[bool]]:
-    "Greedy continuation of every row: its tokens (without the end token), and whether it ended within `limit` tokens."
+def write_on(reading: Reading, limits: list[int]) -> tuple[list[list[int]], list[bool]]:
+    "Greedy continuation of every row: its tokens (without the end token), and whether it ended within its limit of tokens."
     import torch
     written, ended = [[] for _ in reading.mask], [False]*len(reading.mask)
     rows, logits = list(range(len(written))), reading.logits # rows[i]: whose text stands in row i of the reading
-    for step in range(limit):
+    def writing(row): return not ended[row] and len(written[row]) < limits[row]
+    while any(map(writing, rows)):
         tokens = logits.argmax(-1)
         for row, token in zip(rows, tokens.tolist()):
+            if not writing(row): continue
             if token == reading.student.eos: ended[row] = True
-            elif not ended[row]: written[row].append(token)
-        alive = [i for i, row in enumerate(rows) if not ended[row]]
-        if not alive or step == limit - 1: break
-        if 2*len(alive) <= len(rows):
+            else: written[row].append(token)
+        alive = [i for i, row in enumerate(rows) if writing(row)]
+        if not alive: break
+        if 4*len(alive) <= 3*len(rows):
             stay = torch.tensor(alive, device=tokens.device)
             reading.keep(stay); rows, tokens = [rows[i] for i in alive], tokens[stay]
         logits = reading.feed(tokens[:, None])[:, -1]
@@ -521,9 +533,9 @@ def write_rationales(student: Student, encoded, sources, begun: list[str | None]
     "For each question its rationale, written to the end: (text, comes to an answer, ended in time). `begun` is what it starts with."
     opened = token_pieces(student.tokenizer, [[_tag(prefix), text or ""] for text in begun])
     contexts = [tag + text[:student.max_target - len(tag)] for tag, text in opened]
-    limit = min(limit, student.max_target - min(map(len, contexts)))
+    limits = [min(limit, student.max_target - len(c)) for c in contexts]
     if not student.is_seq2seq: contexts = [s + c for s, c in zip(sources, contexts)]
-    ids, ended = write_on(Reading(student, contexts, encoded), limit)
+    ids, ended = write_on(Reading(student, contexts, encoded), limits)
     said = [split_answer(student.tokenizer.decode(text + more, skip_special_tokens=True)) for (_, text), more in zip(opened, ids)]
     return [(rationale, answer is not None, done) for (rationale, answer), done in zip(said, ended)]
 
@@ -542,11 +554,10 @@ def read_answers(student: Student, questions: list[Question], encoded, sources, 
     others = [i for i, c in enumerate(chosen) if c is None]
     if others:
         if written: reading.keep(torch.tensor(others, device=reading.mask.device))
-        written.update(zip(others, zip(*write_on(reading, max(limits[i] for i in others)))))
+        written.update(zip(others, zip(*write_on(reading, [limits[i] for i in others]))))
     ids, ended = zip(*(written[i] for i in range(len(questions))))
-    texts = [text.strip() for text in student.tokenizer.batch_decode([row[:limit] for row, limit in zip(ids, limits)], skip_special_tokens=True)]
-    return [Answer(q.id, r, text, match_choice(q, text) if done and len(row) < limit else None, s, t.cut > 0)
-            for q, r, text, s, t, row, done, limit in zip(questions, rationales, texts, scores, targets, ids, ended, limits)]
+    texts = [text.strip() for text in student.tokenizer.batch_decode(list(ids), skip_special_tokens=True)]
+    return [Answer(q.id, r, text, match_choice(q, text) if done else None, s, t.cut > 0) for q, r, text, s, t, done in zip(questions, rationales, texts, scores, targets, ended)]
 
 def choice_tails(student: Student, questions: list[Question]) -> list[list[list[int]]]:
     "For each question the token ids of each choice, as they follow the answer sentence, and the end."
@@ -575,11 +586,11 @@ def answer(student: Student,
     with torch.inference_mode():
         for window, encoded in _windows(student, sources, batch_size):
             written, texts = {}, dict(zip(window, [rationales[i] for i in window]))
-            for batch in _batches([i for i in window if texts[i] is None or begun], texts, batch_size):
+            for batch in _batches(student, [i for i in window if texts[i] is None or begun], texts, batch_size):
                 written.update(zip(batch, write_rationales(student, encoded(batch), [sources[i] for i in batch], [texts[i] for i in batch], prefix, max_new_tokens or student.max_target)))
                 bar.update(len(batch))
             texts.update((i, text) for i, (text, _, _) in written.items())
-            for batch in _batches(window, texts, batch_size):
+            for batch in _batches(student, window, texts, batch_size):
                 found = read_answers(student, [questions[i] for i in batch], encoded(batch), [sources[i] for i in batch], [texts[i] for i in batch], prefix)
                 for i, a in zip(batch, found): answers[i] = a
                 bar.update(sum(i not in written for i in batch))
@@ -598,7 +609,7 @@ def _windows(student, sources, batch_size, batches=8):
         read = read_distinct(student, [sources[i] for i in window], batch_size)
         yield window, lambda batch: stacked([read[tuple(sources[i])] for i in batch]) if read else None
 
-def _batches(rows, texts, batch_size):
-    "Rows of similar text together."
-    rows = sorted(rows, key=lambda i: (len(texts[i] or ""), i))
-    return [rows[at:at + batch_size] for at in range(0, len(rows), batch_size)]
+def _batches(student, rows, texts, batch_size):
+    "Rows with texts of similar length."
+    ids = student.tokenizer([texts[i] or "" for i in rows], add_special_tokens=False)["input_ids"] if rows else []
+    return [[rows[k] for k in batch] for batch in similar([len(row) + 8 for row in ids], batch_size)]   # 8: tag and answer sentence, about
