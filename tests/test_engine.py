@@ -192,7 +192,7 @@ def test_the_model_comes_back_as_it_was():
     before = model.config._attn_implementation
     contrastive_generate(model, gold, wrong, max_new_tokens=3)
     assert model.config._attn_implementation == before and model.training and not any("forward" in vars(m) for m in model.modules())
-    model.lm_head.weight.data[0] = float("nan")
+    model.get_output_embeddings().weight.data[0] = float("nan")
     with pytest.raises(FloatingPointError): contrastive_generate(model, gold, wrong, max_new_tokens=3)
     assert model.config._attn_implementation == before and model.training and not any("forward" in vars(m) for m in model.modules())
 
