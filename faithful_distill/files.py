@@ -72,7 +72,8 @@ def write_text(path, text: str | bytes) -> Path:
     try:
         with os.fdopen(handle, "wb") as f: f.write(text.encode() if isinstance(text, str) else text)
         os.chmod(name, 0o666 & ~_umask())
-        os.replace(name, path)
+        try: os.replace(name, path)
+        except OSError as e: raise BadInput(f"cannot be written: {e.strerror}", file=path, remedy="Choose a name that is no folder, in a folder you may write to.") from None
     except BaseException:
         Path(name).unlink(missing_ok=True)
         raise
@@ -176,6 +177,8 @@ def sole_writer(path,          # the file or folder that is written
         try: fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError: raise BadInput("is being written by another process", file=path, value=os.read(handle, 200).decode(), remedy="Wait for it or stop it, or write somewhere else.") from None
         except OSError: pass                # a file system without locks
+        else:
+            if not lock.exists() or not os.path.samestat(os.fstat(handle), lock.stat()): raise BadInput("was finished by another process a moment ago", file=path, remedy="Call again.")  # its lock was opened before it was removed
         os.ftruncate(handle, 0); os.write(handle, f"process {os.getpid()} on {socket.gethostname()}".encode())
         try: yield
         finally: lock.unlink(missing_ok=True)

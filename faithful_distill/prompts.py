@@ -19,17 +19,20 @@ def context(q: Question,       # the question
     "The block of `q` up to where the rationale begins."
     listed = "Answer Choices:\n" + "".join(f"{letter(n)} {c}\n" for n, c in enumerate(q.choices)) if q.kind == "choice" else ""
     lead = "A: The statement is" if q.kind == "statement" else "A: The answer is"
-    return f"Q: {q.question}\n{listed}{lead}" + ("" if i is None else f" {choice_text(q, i)}.")
+    return f"Q: {q.question}\n{listed}{lead}" + ("" if i is None else f" {choice_text(q, i).rstrip('.')}.")
 
 def block(q: Question, i: int, rationale: str) -> str:
     "The whole block: `context`, rationale, blank line."
     return f"{context(q, i)} {rationale}\n\n"
 
 # %% ../nbs/20_prompts.ipynb #d7a145e3
-@cache
 def demonstrations(name_or_file: str) -> tuple[tuple[Question, str], ...]:
     "The worked examples (question, rationale) of a dataset family or of a file of your own. Raises `BadInput` that names file and line."
     path = Path(name_or_file) if str(name_or_file).endswith(".jsonl") else _shipped_prompt(name_or_file)
+    return _examples(path, path.stat().st_mtime_ns if path.is_file() else None)
+
+@cache
+def _examples(path: Path, changed: int | None):
     found = []
     for line, row in read_jsonl(path):
         try: q = Question(**_plain(row) | {"id": f"{path.stem}-{line}"})
@@ -49,6 +52,7 @@ def few_shot(name_or_file: str | None, # dataset family or file; None or shots=0
     "The text of the worked examples, one block after the other."
     if not name_or_file or shots == 0: return ""
     found = demonstrations(str(name_or_file))
+    if shots is not None and shots < 0: raise BadInput("must not be negative", field="shots", value=shots)
     if shots is not None and shots > len(found): raise BadInput(f"there are only {len(found)} worked examples", field="shots", value=shots)
     return "".join(block(q, q.answer, r) for q, r in found[:shots])
 
@@ -73,9 +77,9 @@ def contrast_ids(tokenizer,                     # any tokenizer of `transformers
                  others: list[int | None],      # what the other contexts state, from `perturbed_answers`
                  shots: str = "",               # worked examples, from `few_shot`
                 ) -> tuple[list[int], list[list[int]]]:
-    "Token ids of the target's prompt and of the others'. Whole prompts are tokenized: pieces tokenized apart can give other ids."
+    "Token ids of the target's prompt and of the others'. Whole prompts are tokenized: pieces tokenized apart can give other ids. What looks like a special token is read as text."
     texts = [shots + context(q, i) for i in [target, *others]]
-    ids = tokenizer(texts).input_ids
+    ids = tokenizer(texts, split_special_tokens=True).input_ids                            # a question that spells `</s>` is text
     if tokenizer.eos_token_id is not None: ids = [row[:-1] if row and row[-1] == tokenizer.eos_token_id else row for row in ids]
     return ids[0], ids[1:]
 

@@ -8,7 +8,8 @@ __all__ = ['strategies', 'roles', 'Strategy', 'as_strategy', 'argument', 'Teache
            'shard_from_environment', 'shard_path', 'merge_shards', 'rationalize_in_parts', 'leave_launcher']
 
 # %% ../nbs/40_rationales.ipynb #719fff62
-import json, os, re
+import glob, json, os, re
+from collections import Counter
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -59,8 +60,8 @@ class Teacher:
     spread: bool = False     # several processes hold it together, and all of them must ask it the same
 
 def weights_hash(folder, n: int = 12) -> str:
-    "One key for a model folder: its configuration and its safetensors files."
-    files = sorted([*Path(folder).glob("*.safetensors"), *Path(folder).glob("config.json")])
+    "One key for a model folder: its configuration, its safetensors files and its tokenizer."
+    files = sorted(p for pattern in ("*.safetensors", "config.json", "generation_config.json", "tokenizer*", "special_tokens_map.json", "vocab*", "merges.txt") for p in Path(folder).glob(pattern) if p.is_file())
     return content_key([[p.name, sha256_file(p)] for p in files], n)
 
 # %% ../nbs/40_rationales.ipynb #1b12e211
@@ -92,16 +93,17 @@ def load_teacher(name_or_dir: str | Path,        # hub name or local folder
     from transformers import AutoModelForCausalLM, AutoTokenizer
     placed = placement(tensor_parallel) if device_map is None else dict(device_map=device_map)
     try:
-        model = AutoModelForCausalLM.from_pretrained(name_or_dir, dtype=dtype, use_safetensors=True, **placed)
+        model, loaded = AutoModelForCausalLM.from_pretrained(name_or_dir, dtype=dtype, use_safetensors=True, output_loading_info=True, **placed)
         tokenizer = AutoTokenizer.from_pretrained(name_or_dir)
     except (OSError, ValueError) as e:
         raise BadInput(f"cannot be loaded as a teacher: {str(e).strip().splitlines()[0]}", field="teacher", value=str(name_or_dir), remedy="Give the hub name or the folder of a causal language model with safetensors weights.") from None
+    if missing := sorted(loaded["missing_keys"]): raise BadInput(f"lacks weights: {missing[0]}{f' and {len(missing) - 1} more' if len(missing) > 1 else ''}", field="teacher", value=str(name_or_dir), remedy="Give a whole checkpoint of a causal language model.")
     local = Path(name_or_dir).is_dir()
     weights = weights_hash(name_or_dir) if local else str(getattr(model.config, "_commit_hash", ""))
     return Teacher(model.eval(), tokenizer, Path(name_or_dir).name if local else str(name_or_dir), weights, tensor_parallel)
 
 # %% ../nbs/40_rationales.ipynb #5e28dded
-_answer_sentence = re.compile(r"\s*(so|thus|therefore|hence),? the (answer|statement) is\b.*$", re.IGNORECASE | re.DOTALL)
+_answer_sentence = re.compile(r"(?:^|\s+)(so|thus|therefore|hence),? the (answer|statement) is\b.*$", re.IGNORECASE | re.DOTALL)
 
 def without_answer_sentence(text: str) -> str:
     "The rationale up to a closing 'So the answer is ...'."
@@ -118,10 +120,13 @@ class Job:
     @property
     def key(self) -> str: return f"{self.question.id}/{self.role}"
 
-def _record(job: Job, text: str, generation, provenance: dict) -> dict:
+def _asked(job: Job) -> dict:
+    "What a record says of the question and of what was to be argued."
     q, perturbed = job.question, [i for i in job.others if i is not None]
-    return dict(id=q.id, split=q.split, question=q.question, choices=list(q.choices), answer=q.answer, kind=q.kind, role=job.role, target=job.target,
-                perturbed=None if not perturbed else perturbed[0] if len(perturbed) == 1 else perturbed, rationale=without_answer_sentence(text),
+    return dict(question=q.question, choices=list(q.choices), answer=q.answer, kind=q.kind, target=job.target, perturbed=None if not perturbed else perturbed[0] if len(perturbed) == 1 else perturbed)
+
+def _record(job: Job, text: str, generation, provenance: dict) -> dict:
+    return dict(_asked(job), id=job.question.id, split=job.question.split, role=job.role, rationale=without_answer_sentence(text),
                 tokens=len(generation.tokens), stop=generation.stop, **({} if generation.growth is None else {"growth": [round(g, 4) for g in generation.growth[:len(generation.tokens)]]}), **provenance)
 
 # %% ../nbs/40_rationales.ipynb #f90a7aa5
@@ -143,9 +148,13 @@ def rationalize(teacher,                          # a `Teacher`, or a name or fo
     strategy, questions = as_strategy(strategy), require_answers(questions, "a rationale for the gold answer")
     if not isinstance(teacher, Teacher): teacher = load_teacher(teacher)
     if shard: questions = shard_of(questions, *shard)
-    jobs = [Job(q, role, target, tuple(others)) for q in questions for role in roles for target, others in [argument(q, role, strategy.perturbation, seed)]]
+    if out is not None and Path(out).is_dir(): raise BadInput("is a folder, not a file", file=out, remedy="Name a file in it.")
+    if max_new_tokens < 1: raise BadInput("must be at least 1", field="max_new_tokens", value=max_new_tokens)
+    jobs = [Job(q, role, target, tuple(others)) for q in questions for role in dict.fromkeys(roles) for target, others in [argument(q, role, strategy.perturbation, seed)]]
+    for key, k in Counter(j.key for j in jobs).items():
+        if k > 1: raise BadInput("stands there more than once", field="id", value=key.rpartition("/")[0], remedy="Give every question an id of its own.")
     text = few_shot(prompt, shots)
-    provenance = dict(asdict(strategy), seed=seed, teacher=f"{teacher.name}@{teacher.weights}", prompt=prompt_hash(text), max_new_tokens=max_new_tokens, version=faithful_distill.__version__)
+    provenance = dict(asdict(strategy), seed=seed, teacher=f"{teacher.name}@{teacher.weights}", dtype=str(teacher.model.dtype).removeprefix("torch."), prompt=prompt_hash(text), max_new_tokens=max_new_tokens, version=faithful_distill.__version__)
     with nullcontext() if out is None or not _leads(teacher) else sole_writer(out):
         done, journal = _resume(out, provenance, jobs, scores) if _leads(teacher) else ({}, None)
         if teacher.spread: done = _from_the_first(done)
@@ -185,26 +194,51 @@ def _decode(teacher, jobs, strategy, text, finished, **options) -> None:
     contexts = [contrast_ids(teacher.tokenizer, j.question, j.target, list(j.others), text) for j in progress(jobs, desc="prompts", unit="prompt")]
     gold, others = [list(map(one, g)) for g, _ in contexts], [[list(map(one, o)) for o in several] for _, several in contexts]
     contrastive_generate(teacher.model, gold, None if strategy.perturbation == "none" else others, alpha=strategy.alpha, beta=strategy.beta, temperature=strategy.temperature,
-                         ids=[j.key for j in jobs], stop=stop_rule(teacher.tokenizer), vocabulary=len(teacher.tokenizer), desc="rationales",
+                         ids=[j.key for j in jobs], stop=stop_rule(teacher.tokenizer, rule="contrast" if strategy.temperature else "either", eos=_ends(teacher)), vocabulary=len(teacher.tokenizer), desc="rationales",
                          on_done=lambda i, g: finished(jobs[i], rationale_text(teacher.tokenizer, g), g), **options)
+
+def _ends(teacher: Teacher) -> set[int]:
+    "End-of-text ids: the tokenizer's, and those that only the model's settings for writing know."
+    known = [teacher.tokenizer.eos_token_id, getattr(teacher.model.generation_config, "eos_token_id", None)]
+    return {i for one in known if one is not None for i in ([one] if isinstance(one, int) else one)}
 
 # %% ../nbs/40_rationales.ipynb #8f150fcb
 def _resume(out, provenance: dict, jobs: list[Job], scores: bool):
     "What is already there: ({key: record}, open journal or None)."
     if out is None: return {}, None
-    finished = [r for _, r in read_jsonl(out)] if Path(out).is_file() and not _journal_path(out).exists() else []
-    done = _checked(finished, out, provenance, scores)
+    whole = [r for _, r in read_jsonl(out)] if Path(out).is_file() else []
+    done = _checked(whole, out, provenance, jobs, scores)
     journal = Journal(_journal_path(out))
-    journal.append(*finished)
-    return done or _checked(journal.records, journal.path, provenance, scores), journal
+    try:
+        kept = _checked(journal.records, journal.path, provenance, jobs, scores)
+        of_others = {} if whole or kept else _from_other_parts(out, provenance, jobs, scores)
+        journal.append(*(r for key, r in (done | of_others).items() if key not in kept))
+    except BaseException: journal.close(); raise
+    return done | of_others | kept, journal
 
 def _journal_path(out) -> Path: return Path(f"{out}.partial")
 
-def _checked(records, file, provenance, scores):
+def _checked(records, file, provenance, jobs, scores):
+    "Records by key; raises `BadInput` for one that this call would not have made."
+    wanted = {j.key: _asked(j) for j in jobs}
     for line, r in enumerate(records, 1):
         for name, value in provenance.items():
             if r.get(name) != value: raise BadInput(f"was made with another setting (now {value!r})", file=file, line=line, field=name, value=r.get(name), remedy="Write to another file, or remove this one.")
+        key = f"{r['id']}/{r['role']}"
+        if key not in wanted: raise BadInput("is not among the questions and roles asked for now, and would be lost", file=file, line=line, field="id", value=key, remedy="Write to another file, or ask for these as well: more may be added.")
+        for name, value in wanted[key].items():
+            if r.get(name) != value: raise BadInput(f"was written for another question of this id (now {value!r})", file=file, line=line, field=name, value=r.get(name), remedy="Write to another file, or remove this one.")
     return {f"{r['id']}/{r['role']}": r for r in records if not scores or "growth" in r}
+
+def _from_other_parts(out, provenance, jobs, scores):
+    "What a call with another number of processes has finished of these jobs."
+    base, found = re.sub(r"\.\d+-of-\d+$", "", Path(out).stem), {}
+    names = [p for p in Path(out).parent.glob(f"{glob.escape(base)}*") if re.fullmatch(rf"{re.escape(base)}(\.\d+-of-\d+)?{re.escape(Path(out).suffix)}(\.partial)?", p.name)]
+    for path in sorted(p for p in names if p.name not in (Path(out).name, _journal_path(out).name)):
+        for line, r in read_jsonl(path, bad=[]):
+            try: found |= {key: r for key, r in _checked([r], path, provenance, jobs, scores).items()}
+            except (BadInput, KeyError): pass             # of other questions, or made otherwise
+    return found
 
 def _finish(out, journal, records):
     write_records(out, records)
@@ -245,17 +279,22 @@ def merge_shards(out, n: int) -> list[dict]:
             for name in _settings:
                 if now[name] != made_with[name]: raise BadInput(f"was made with another setting than the parts before it ({made_with[name]!r})", file=p, line=line, field=name, value=now[name], remedy="Make this part again.")
             records.append(r)
+    for key, k in Counter(f"{r['id']}/{r['role']}" for r in records).items():
+        if k > 1: raise BadInput("stands in the parts more than once: they are not of one list of questions", file=out, field="id", value=key, remedy="Make the parts again.")
     write_records(out, records)
     return records
 
-_settings = (*Strategy.__dataclass_fields__, "seed", "teacher", "prompt", "max_new_tokens", "version")
+_settings = (*Strategy.__dataclass_fields__, "seed", "teacher", "dtype", "prompt", "max_new_tokens", "version")
 
 def rationalize_in_parts(teacher, questions: Iterable, strategy="contrastive-wrong", *, out, **settings) -> list[dict]:
     "`rationalize` by all processes of a launcher: each writes its part of `out`, the last one joins them. Alone it is `rationalize`."
     shard, teacher = shard_from_environment(), teacher if isinstance(teacher, Teacher) else load_teacher(teacher)
     if shard is None or teacher.spread: return rationalize(teacher, questions, strategy, out=out, **settings)
+    questions, n = require_answers(questions, "a rationale for the gold answer"), shard[1]
     records = rationalize(teacher, questions, strategy, out=shard_path(out, *shard), shard=shard, **settings)
-    return records if _unfinished([shard_path(out, k, shard[1]) for k in range(shard[1])]) else merge_shards(out, shard[1])
+    parts = {shard_path(out, k, n): {q.id for q in shard_of(questions, k, n)} for k in range(n)}
+    if _unfinished(list(parts)) or any({r["id"] for _, r in read_jsonl(part)} != ids for part, ids in parts.items()): return records    # another process is not done, or has not begun anew
+    return merge_shards(out, n)
 
 # %% ../nbs/40_rationales.ipynb #77f913a9
 def _leads(teacher: Teacher) -> bool:

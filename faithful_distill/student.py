@@ -101,9 +101,10 @@ def load_student(name_or_dir: str | Path,       # a hub name or a folder written
     try:
         config = AutoConfig.from_pretrained(name_or_dir)
         tokenizer = AutoTokenizer.from_pretrained(name_or_dir)
-        model = _model_class(config).from_pretrained(name_or_dir, use_safetensors=True, dtype=dtype)
+        model, loaded = _model_class(config).from_pretrained(name_or_dir, use_safetensors=True, dtype=dtype, output_loading_info=True)
     except (OSError, ValueError) as e:
         raise BadInput(f"cannot be loaded as a student: {str(e).strip().splitlines()[0]}", field="student", value=str(name_or_dir), remedy="Give a folder with config.json, tokenizer and model.safetensors, or the name of a model on the hub.") from None
+    if missing := sorted(loaded["missing_keys"]): raise BadInput(f"lacks weights: {missing[0]}{f' and {len(missing) - 1} more' if len(missing) > 1 else ''}", field="student", value=str(name_or_dir), remedy="Give a whole checkpoint of an encoder-decoder or causal language model.")
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     trained = read_settings(name_or_dir)
     lengths = [given or trained.get(name, 256) for name, given in (("max_source", max_source), ("max_target", max_target))]

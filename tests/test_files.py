@@ -37,3 +37,25 @@ def test_a_killed_writer_leaves_nothing_locked(tmp_path):
     writer.kill(); writer.join()
     with sole_writer(tmp_path/"out.jsonl"): pass
     assert not list(tmp_path.iterdir())
+
+
+def test_a_lock_that_was_removed_meanwhile_lets_nobody_in(tmp_path, monkeypatch):
+    "One opened the lock before its holder removed it, another makes a new one: not both are the sole writer."
+    import os
+    from faithful_distill import files
+    opened, fresh = os.open, []
+    def late(path, *args):
+        handle = opened(path, *args)
+        if not fresh and str(path).endswith(".lock"): fresh.append(os.unlink(path))   # the holder finishes just now
+        return handle
+    monkeypatch.setattr(files.os, "open", late)
+    with pytest.raises(BadInput, match="was finished by another process a moment ago"):
+        with sole_writer(tmp_path/"out.jsonl"): pass
+    with sole_writer(tmp_path/"out.jsonl"): pass
+
+
+def test_a_folder_in_the_place_of_a_file_is_a_clear_error(tmp_path):
+    from faithful_distill.files import write_text
+    (tmp_path/"out").mkdir()
+    with pytest.raises(BadInput, match="cannot be written"): write_text(tmp_path/"out", "text")
+    assert [p.name for p in tmp_path.iterdir()] == ["out"]

@@ -1,10 +1,12 @@
 """A teacher over a dataset: killed, resumed, in parts, through the command line, on real questions."""
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -54,6 +56,154 @@ def test_a_file_that_another_process_writes_is_left_alone(teacher, tmp_path):
         with pytest.raises(BadInput, match="is being written by another process"): rationalize(teacher, questions, max_new_tokens=4, out=out)
     assert not list(tmp_path.iterdir())
     assert len(rationalize(teacher, questions, max_new_tokens=4, out=out)) == 4 and list(tmp_path.iterdir()) == [out]
+
+
+@pytest.fixture
+def finished(teacher, tmp_path):
+    "A file of eight records, the call that wrote it, and its bytes."
+    questions, out = world_questions("choice", "test", limit=4), tmp_path/"out.jsonl"
+    call = lambda questions=questions, **more: rationalize(teacher, questions, **{**dict(max_new_tokens=4, out=out), **more})
+    call()
+    return questions, call, out, out.read_bytes()
+
+
+@pytest.mark.parametrize("fewer", [dict(questions=slice(0, 2)), dict(questions=slice(0, 0)), dict(roles=("gold",)), dict(split="dev")])
+def test_a_call_that_asks_for_less_or_other_loses_nothing(finished, fewer):
+    questions, call, out, before = finished
+    asked = world_questions("choice", "dev", limit=4) if "split" in fewer else questions[fewer.get("questions", slice(None))]
+    with pytest.raises(BadInput, match="is not among the questions and roles asked for now"): call(asked, roles=fewer.get("roles", ("gold", "counterfactual")))
+    assert out.read_bytes() == before
+    assert len(call([*questions, *world_questions("choice", "dev", limit=1)])) == 10           # more may be asked for
+
+
+@pytest.mark.parametrize("change", [dict(question="Another ?"), dict(choices=("a", "b", "c", "d", "e")), "answer"])
+def test_a_record_of_another_question_of_that_id_is_not_taken(finished, change):
+    questions, call, out, before = finished
+    other = replace(questions[0], **(dict(answer=(questions[0].answer + 1) % 2) if change == "answer" else change))
+    with pytest.raises(BadInput, match="was written for another question of this id"): call([other, *questions[1:]])
+    assert out.read_bytes() == before
+
+
+def test_every_question_has_an_id_of_its_own(teacher, tmp_path):
+    questions = world_questions("choice", "test", limit=2)
+    with pytest.raises(BadInput, match="stands there more than once"): rationalize(teacher, [questions[0], replace(questions[1], id=questions[0].id)], max_new_tokens=4, out=tmp_path/"out.jsonl")
+    once = rationalize(teacher, questions, max_new_tokens=4, roles=("gold", "gold"))
+    assert [r["role"] for r in once] == ["gold", "gold"] and len({r["id"] for r in once}) == 2
+
+
+def test_a_folder_or_nothing_to_write_is_refused_at_once(teacher, tmp_path):
+    questions = world_questions("choice", "test", limit=1)
+    with pytest.raises(BadInput, match="is a folder"): rationalize(teacher, questions, out=tmp_path)
+    with pytest.raises(BadInput, match="field 'max_new_tokens'"): rationalize(teacher, questions, out=tmp_path/"out.jsonl", max_new_tokens=0)
+    assert not list(tmp_path.iterdir())
+
+
+def decoded(monkeypatch):
+    "Counts the jobs that are really decoded."
+    from faithful_distill import rationales as room
+    counts, decode = [], room._decode
+    monkeypatch.setattr(room, "_decode", lambda teacher, jobs, *args, **more: counts.append(len(jobs)) or decode(teacher, jobs, *args, **more))
+    return counts
+
+
+def test_a_whole_file_beside_a_journal_that_was_just_begun_is_read(finished, monkeypatch):
+    _, call, out, before = finished
+    first = before.split(b"\n")[0] + b"\n"
+    for begun in (b"", first):
+        out.with_name(f"{out.name}.partial").write_bytes(begun)
+        counts = decoded(monkeypatch)
+        call()
+        assert counts == [0] and out.read_bytes() == before and list(out.parent.iterdir()) == [out]
+
+
+def test_another_number_of_processes_goes_on_from_what_all_had_done(finished, teacher, monkeypatch):
+    from faithful_distill.rationales import shard_path
+    questions, call, out, before = finished
+    records = [json.loads(line) for line in before.splitlines()]
+    out.unlink()
+    Journal(f"{shard_path(out, 0, 2)}.partial").append(*records[:3])
+    with open(f"{shard_path(out, 0, 2)}.partial", "a") as f: f.write('{"id": "torn')
+    shard_path(out, 1, 2).write_text("".join(json.dumps(r) + "\n" for r in records[4:]))
+    counts = decoded(monkeypatch)
+    call()
+    assert counts == [1] and out.read_bytes() == before
+    for path in out.parent.iterdir():
+        if path != out: path.unlink()
+    rationalize(teacher, questions, max_new_tokens=4, out=shard_path(out, 2, 3), shard=(2, 3))
+    assert counts == [1, 0]
+
+
+def test_parts_of_another_list_are_not_joined(teacher, tmp_path, monkeypatch):
+    from faithful_distill.rationales import merge_shards, rationalize_in_parts, shard_path
+    mine, others, out = world_questions("choice", "test", limit=4), world_questions("choice", "dev", limit=4), tmp_path/"out.jsonl"
+    rationalize(teacher, others, max_new_tokens=4, out=shard_path(out, 1, 2), shard=(1, 2))
+    for name, value in dict(RANK="0", WORLD_SIZE="2").items(): monkeypatch.setenv(name, value)
+    assert len(rationalize_in_parts(teacher, mine, max_new_tokens=4, out=out)) == 4 and not out.exists()      # the second has not begun
+    shutil.copy(shard_path(out, 0, 2), shard_path(out, 1, 2))
+    with pytest.raises(BadInput, match="stands in the parts more than once"): merge_shards(out, 2)
+
+
+def test_a_teacher_is_known_by_its_tokenizer_and_precision_too(teacher, finished, tmp_path):
+    questions, call, out, before = finished
+    folder = tmp_path/"teacher"
+    shutil.copytree(shipped("data", "models", "teacher"), folder)
+    same = load_teacher(folder)
+    text = (folder/"tokenizer.json").read_text()
+    (folder/"tokenizer.json").write_text(text + " ")
+    assert same.weights == teacher.weights != load_teacher(folder).weights
+    half = load_teacher(shipped("data", "models", "teacher"), dtype="bfloat16")
+    with pytest.raises(BadInput, match="field 'dtype'"): rationalize(half, questions, max_new_tokens=4, out=out)
+
+
+def test_a_checkpoint_that_lacks_weights_is_refused(tmp_path):
+    from safetensors.torch import load_file, save_file
+    from faithful_distill.student import load_student
+    for kind, load in (("teacher", load_teacher), ("student", load_student)):
+        folder = tmp_path/kind
+        shutil.copytree(shipped("data", "models", kind), folder)
+        weights = load_file(folder/"model.safetensors")
+        del weights[next(name for name in sorted(weights) if "layer" in name or "block" in name)]
+        save_file(weights, folder/"model.safetensors", metadata={"format": "pt"})
+        with pytest.raises(BadInput, match="lacks weights"): load(folder)
+
+
+def test_every_end_of_text_that_a_model_knows_ends_a_rationale(teacher):
+    from faithful_distill.rationales import _ends
+    before = teacher.model.generation_config.eos_token_id
+    try:
+        teacher.model.generation_config.eos_token_id = [5, 7]
+        assert _ends(teacher) == {teacher.tokenizer.eos_token_id, 5, 7}
+    finally: teacher.model.generation_config.eos_token_id = before
+
+
+def test_a_sampled_rationale_ends_where_it_is_drawn_to(teacher, monkeypatch):
+    from faithful_distill import decoding
+    rules, stop_rule = [], decoding.stop_rule
+    monkeypatch.setattr(decoding, "stop_rule", lambda *args, **more: rules.append(more["rule"]) or stop_rule(*args, **more))
+    for strategy in ("sampled", "greedy"): rationalize(teacher, world_questions("choice", "test", limit=1), strategy, max_new_tokens=4)
+    assert rules == ["contrast", "either"]
+
+
+def test_a_question_that_spells_a_special_token_is_text(teacher):
+    from faithful_distill.prompts import contrast_ids
+    q = replace(world_questions("choice", "test", limit=1)[0], question=f"Is {teacher.tokenizer.eos_token} a bird ?")
+    gold, [other] = contrast_ids(teacher.tokenizer, q, 0, [1])
+    assert teacher.tokenizer.eos_token_id not in gold + other
+
+
+def test_small_things_in_prompts(tmp_path):
+    from faithful_distill.prompts import context, few_shot
+    from faithful_distill.rationales import without_answer_sentence
+    assert without_answer_sentence("A bird is also the answer is odd.") == "A bird is also the answer is odd."
+    assert without_answer_sentence("Birds fly. So the answer is bird.") == "Birds fly." and without_answer_sentence("So the answer is bird.") == ""
+    q = replace(world_questions("choice", "test", limit=1)[0], choices=("Mosses.", "ferns", "a", "b", "c"))
+    assert context(q, 0).endswith("The answer is Mosses.") and context(q, 1).endswith("The answer is ferns.")
+    with pytest.raises(BadInput, match="field 'shots'"): few_shot("csqa", -1)
+    own = tmp_path/"own.jsonl"
+    for rationale in ("One.", "Another, longer one."):
+        own.write_text(json.dumps(dict(question="Why ?", choices=["a", "b"], answer=0, rationale=rationale)) + "\n")
+        os.utime(own, ns=(len(rationale), len(rationale)))
+        assert rationale in few_shot(str(own))
 
 
 def test_killed_and_resumed_gives_the_same_bytes(tmp_path):
