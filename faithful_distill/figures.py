@@ -130,6 +130,7 @@ def _summary(group, level) -> dict:
     row = {"value": None, "low": None, "high": None, "seeds": len(there), "reason": "; ".join(reasons)}
     row |= {"n": min(counts) if counts else None, "points": tuple(there["value"]) if len(there) > 1 else ()}
     if len(there) == 0: return row
+    if 2*len(there) < len(group): return row | {"points": (), "reason": "; ".join([f"defined in {len(there)} of {len(group)} seeds only", *reasons[:1]])}   # which seeds are left is no accident
     value, low, high = t_interval(list(there["value"]), level)
     if len(there) == 1: low, high = (None if isna(there[c].iloc[0]) else there[c].iloc[0] for c in ("low", "high"))
     return row | {"value": value, "low": low, "high": high}
@@ -781,13 +782,13 @@ def _as_numbers(column):
 
 # %% ../nbs/90_figures.ipynb #c5f0d640
 def decided(text: str, d: dict, above: float = 0.0, below: float = math.inf) -> dict:
-    "The claim that a difference of shares lies between two bounds. It holds if the whole interval does; without an interval it cannot be told."
+    "The claim that a difference of shares lies between two bounds. It holds if the whole interval does, and does not if all of it lies outside; an interval that includes a bound, or none, cannot tell."
     if d["value"] is None: return claim(text, None, remark=d["reason"])
     if d["low"] is None: return _in_points(claim(text, None, d, percent=True, remark="no interval"))
     holds, outside = above < d["low"] and d["high"] < below, d["high"] <= above or d["low"] >= below
     bound = above if d["low"] <= above else below
     remark = "" if holds else "the interval lies outside of what was claimed" if outside else f"the interval includes {number(bound, True)}"
-    return _in_points(claim(text, holds, d, percent=True, remark=remark))
+    return _in_points(claim(text, True if holds else False if outside else None, d, percent=True, remark=remark))
 
 def _in_points(c: dict) -> dict:
     "A claim about a difference of shares with 'points' instead of '%'."

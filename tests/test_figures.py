@@ -306,10 +306,10 @@ def test_claims_and_figures_tell_the_loss_from_the_rationales(tmp_path, monkeypa
         holds |= {c["text"]: c["holds"] for c in section.claims}
         if name != "claims": assert "full method against contrastive CoT" in section.figures[0][1] or "against contrastive CoT: " in section.figures[0][1]
     found = lambda *words: {v for text, v in holds.items() if all(w in text for w in words)}
-    assert found("wrong answer", "greedy CoT", "20 points") == {True} and found("The loss alone", "wrong answer", "contrastive CoT") == {False}
-    assert found("With the prefix factual", "greedy CoT") == {True} and found("With the prefix factual", "contrastive CoT") == {False}
+    assert found("wrong answer", "greedy CoT", "20 points") == {True} and found("The loss alone", "wrong answer", "contrastive CoT") == {None}
+    assert found("With the prefix factual", "greedy CoT") == {True} and found("With the prefix factual", "contrastive CoT") == {None}
     assert found("The loss alone", "LAS") == found("The loss alone", "replaced") == found("The loss alone", "taken out") == {True}
-    assert found("gains more accuracy than contrastive CoT", "taken out") == {True} and found("gains more accuracy than contrastive CoT from the teacher's rationale") == {True, False}
+    assert found("gains more accuracy than contrastive CoT", "taken out") == {True} and found("gains more accuracy than contrastive CoT from the teacher's rationale") == {True, None}
     assert found("one-sided", "2 points less accurate") == {True}, "15 points more are no reason against it"
 
 
@@ -429,9 +429,16 @@ def test_differences_pair_the_same_seeds_only_and_say_when_there_are_none():
     with pytest.raises(BadInput, match="several rows"): F.paired(pd.concat([table, table]), "method", "a", "b")
 
 
-@pytest.mark.parametrize("low, high, above, holds", [(0.01, 0.2, 0, True), (0.0, 0.2, 0, False), (-0.01, 0.2, -0.02, True), (-0.2, -0.1, 0, False), (0.1, 0.3, 0.2, False)])
-def test_a_claim_holds_only_if_the_whole_interval_does(low, high, above, holds):
+@pytest.mark.parametrize("low, high, above, holds", [(0.01, 0.2, 0, True), (0.0, 0.2, 0, None), (-0.01, 0.2, -0.02, True), (-0.2, -0.1, 0, False), (-0.2, 0.0, 0, False), (0.1, 0.3, 0.2, None)])
+def test_a_claim_holds_only_if_the_whole_interval_does_and_fails_only_if_none_of_it_does(low, high, above, holds):
     assert F.decided("x", {"value": (low + high) / 2, "low": low, "high": high, "n": 9, "seeds": 5, "reason": ""}, above)["holds"] is holds
+
+
+def test_a_value_that_few_seeds_have_is_no_value():
+    rows = [{"method": m, "seed": s, "value": v, "low": None, "high": None, "n": 12, "reason": "" if v is not None else "too few"} for m, values in (("a", (0.5, None, None)), ("b", (0.5, 0.7, None))) for s, v in enumerate(values)]
+    a, b = F.summarise(pd.DataFrame(rows), ["method"]).to_dict("records")
+    assert pd.isna(a["value"]) and a["seeds"] == 1 and a["reason"].startswith("defined in 1 of 3 seeds only; too few")
+    assert b["value"] == pytest.approx(0.6) and b["seeds"] == 2
 
 
 def test_numbers_that_are_missing_stay_missing_in_labels_and_in_pools():
