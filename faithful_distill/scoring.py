@@ -20,7 +20,7 @@ import numpy as np
 from .faithfulness import (Score, accuracy, las_from_credit, mean_score, rank_correlation, rank_correlation_within, rev, same_answer_rate)
 from .files import BadInput, progress, read_jsonl, write_json, write_text
 from .figures import Section, build_report, cell_text, dots, save_figure, save_rows
-from .interventions import (Explained, Reader, Simulation, _evaluate, asking, folds, measure, restatement, shuffle_across, simulate,
+from .interventions import (ChoiceReader, Explained, Reader, Simulation, _evaluate, asking, folds, measure, restatement, shuffle_across, simulate,
                                             simulator_texts, strip_answer, without_leaks)
 from .questions import Question, normalized
 from .student import match_choice
@@ -282,7 +282,19 @@ def _too_few(kept: list[Brought], rows: list[Brought], parts: int) -> str:
     groups, least = len({normalized(b.question.question) for b in kept}), 30
     if len(kept) < least or groups < 2 * parts:
         return f"{len(kept)} examples with a prediction, on {groups} questions, are too few to train a simulator on; at least {least} on {2 * parts} are needed"
-    return ""
+    return _thin_part([b.question for b in kept], parts)
+
+
+def _thin_part(questions: Sequence[Question], parts: int, least: int = 10) -> str:
+    "Why a part of the cross-fitting would have too little to train on; empty where none has."
+    fewest = len(questions) - int(np.bincount(folds(questions, parts)).max())
+    return "" if fewest >= least else f"one question has most of the rows: {fewest} of {len(questions)} are left to train on where its part is held out; at least {least} are needed"
+
+
+def _or_none(names: Iterable[str], n: int, compute: Callable[[], dict[str, Score]]) -> dict[str, Score]:
+    "The scores of one family; all None with the reason where it fails on this file, so that the other families are kept."
+    try: return compute()
+    except BadInput as e: return _all_none(names, str(e).rstrip("."), n)
 
 
 def _las_scores(found: np.ndarray, y: list[int], groups: list[str], **interval) -> dict[str, Score]:
@@ -302,24 +314,30 @@ def _arrange(rows: list[Brought], shuffled: bool = False) -> Explained:
     return Explained([b.question for b in rows], texts, [b.prediction for b in rows])
 
 # %% ../nbs/92_scoring.ipynb #8339c195
-_most_rora = 600  # RORA-lite reads every rationale once for each of its words: about so many examples at most, whole questions, spread evenly
+_most_rora = 600  # RORA-lite reads every rationale once for each of its words: about so many examples at most, of questions spread evenly
 
 
-def _some_groups(groups: list[str], most: int) -> list[int]:
-    "Rows of groups spread evenly over the file, whole groups, `most` rows or a few more."
+def _some_groups(groups: list[str], most: int, least: int = 1) -> list[int]:
+    "Rows of groups spread evenly over the file, `most` or a few more: whole groups, or where these are fewer than `least`, an even share of each of `least` groups."
     names = sorted(set(groups))
     step = max(1.0, len(groups) / most)
     chosen = {names[int(k * step)] for k in range(math.ceil(len(names) / step)) if int(k * step) < len(names)}
-    return [i for i, g in enumerate(groups) if g in chosen]
+    least = min(least, len(names))
+    if len(chosen) >= least: return [i for i, g in enumerate(groups) if g in chosen]
+    rows, share = {names[k * len(names) // least]: [] for k in range(least)}, math.ceil(most / least)
+    for i, g in enumerate(groups):
+        if g in rows: rows[g].append(i)
+    return sorted(own[k * len(own) // min(share, len(own))] for own in rows.values() for k in range(min(share, len(own))))
 
 
 def _information(name: str, some: list[Brought], evaluate: Callable, parts: int, note: Callable, **interval) -> dict[str, Score]:
     "REV or RORA-lite by cross-fitting."
     score_as, n = _trained[name][0], len(some)
-    which = list(range(n)) if name == "rev" else _some_groups([b.group for b in some], _most_rora)
+    which = list(range(n)) if name == "rev" else _some_groups([b.group for b in some], _most_rora, 2 * parts)
     some = [some[i] for i in which]
     y, groups = [b.prediction for b in some], [b.group for b in some]
     if len(set(y)) < 2: return {score_as: Score(None, n=len(y), reason="one class only: there is nothing to tell apart")}
+    if thin := _thin_part([b.question for b in some], parts): return {score_as: Score(None, n=len(y), reason=thin)}
     found = cross_fitted(_arrange(some), evaluate, parts)
     score = rev(found[0], found[1], y, cluster=groups, **interval)
     if name == "rora": score.details.update(complete=False, masked=float(1 - found[2].mean()), examples_of=n)
@@ -337,24 +355,31 @@ def _trained_scores(rows: list[Brought], kept: list[int], wanted: Sequence[str],
         columns[name] = [None] * len(rows)
         for i, v in zip(kept if which is None else [kept[k] for k in which], values): columns[name][i] = round(float(v), 5)  # batches differ in the sixth digit, which is no rank
 
-    if "las" in wanted:
+    def las():
         found = cross_fitted(e, _simulated(base, seeds, settings), parts)
-        scores |= _las_scores(found, y, groups, **interval)
         hit, logs = found.mean(2)
         for name, values in (("gain", logs[0] - logs[1]), *zip(("p_xr", "p_x", "p_r"), np.exp(found[1]).mean(1)), ("leak", hit[2])): note(name, values)
-    if "controls" in wanted:
+        return _las_scores(found, y, groups, **interval)
+
+    def controls():
         control = _las_scores(cross_fitted(_arrange(some, True), _simulated(base, seeds[:1], settings), parts), y, groups, **interval)
-        scores |= {f"{name}_shuffled": control[name] for name in ("las", "las_probability", "gain")}
-    for name, logs_of in (("rev", _rev_logs), ("rora", _rora_logs)):
-        if name in wanted: scores |= _information(name, some, logs_of(base, seeds, settings), parts, lambda which, values, n=_trained[name][0]: note(n, values, which), **interval)
+        return {f"{name}_shuffled": control[name] for name in ("las", "las_probability", "gain")}
+
+    def information(name, logs_of): return _information(name, some, logs_of(base, seeds, settings), parts, lambda which, values: note(_trained[name][0], values, which), **interval)
+
+    families = {"las": las, "controls": controls, "rev": lambda: information("rev", _rev_logs), "rora": lambda: information("rora", _rora_logs)}
+    for name, compute in families.items():
+        if name in wanted: scores |= _or_none(_trained[name], len(some), compute)
     return scores
 
 # %% ../nbs/92_scoring.ipynb #a24049e6
+_rated = ("rating", "rater_agreement", *(f"rating_{name}{how}" for name in _per_example for how in ("", "_within")))
+
+
 def _rating_scores(rows: list[Brought], columns: dict[str, list], **interval) -> dict[str, Score]:
     "The ratings, how far raters agree, and the rank correlation of every score per example with the mean rating."
-    names = [f"rating_{name}{how}" for name in _per_example for how in ("", "_within")]
     rated = [i for i, b in enumerate(rows) if b.ratings]
-    if not rated: return _all_none(("rating", "rater_agreement", *names), "no human ratings are given")
+    if not rated: return _all_none(_rated, "no human ratings are given")
     mean, groups = {i: float(np.mean(rows[i].ratings)) for i in rated}, [rows[i].group for i in rated]
     ends = (min(min(b.ratings) for b in rows if b.ratings), max(max(b.ratings) for b in rows if b.ratings))
     scores = {"rating": mean_score(list(mean.values()), ends=ends, cluster=groups, details={"unrated": len(rows) - len(rated)}, **interval)}
@@ -369,15 +394,25 @@ def _rating_scores(rows: list[Brought], columns: dict[str, list], **interval) ->
     return scores
 
 # %% ../nbs/92_scoring.ipynb #ac24b4d7
-def _intervention_scores(rows: list[Brought], model: str | None, **asked) -> dict[str, Score]:
-    "Interventions on the model that wrote the rationales; credit is that of the gold answer, or of its own where gold is unknown."
-    if not model: return _all_none(_intervened, "needs the model that wrote the rationales: give its folder (field `model`, or --model)")
+def _writer(rows: list[Brought], model: str | None) -> Any:
+    "The model that wrote the rationales, or the reason why there is none. One that was asked for must load; one that only the file names need not."
     from faithful_distill.student import load_student
+    name = model or _one_model(rows)
+    if not name: return "needs the model that wrote the rationales: give its folder (field `model`, or --model)"
+    try: return load_student(name)
+    except BadInput as e:
+        if model: raise
+        return f"needs the model that wrote the rationales, and the one that the file names ({name}) {e.problem}".rstrip(".")
+
+
+def _intervention_scores(rows: list[Brought], student: Any, **asked) -> dict[str, Score]:
+    "Interventions on the model that wrote the rationales; credit is that of the gold answer, or of its own where gold is unknown."
+    if isinstance(student, str): return _all_none(_intervened, student)
     every = all(b.question.answer is not None for b in rows)
     some = [b for b in rows if b.question.answer is not None or b.prediction is not None]
     if not some: return _all_none(_intervened, "there is neither a gold answer nor a prediction")
     questions = [Question(b.question.id, b.question.question, b.question.choices, b.question.answer if every else b.prediction if b.prediction is not None else b.question.answer) for b in some]
-    student, given = load_student(model), {b.question.id: strip_answer(b.rationale) for b in some}
+    given = {b.question.id: strip_answer(b.rationale) for b in some}
     ask = asking(student)
     read = lambda qs, texts, prefix, begun=False: ask(qs, [given[q.id] if t is None else t for q, t in zip(qs, texts)], prefix, begun)
     measured = measure(read, questions, prefix=student.prefix, tokenizer=student.tokenizer, **asked)
@@ -404,6 +439,7 @@ def score_rationales(
     if unknown: raise BadInput("is not part of the suite", field="metrics", value=sorted(unknown)[0], remedy=f"Use some of {', '.join(suite)}.")
     if parts < 2 or not len(seeds): raise BadInput("cross-fitting takes two parts or more, and one seed or more", field="parts, seeds", value=(parts, list(seeds)))
     rows = records[:limit] if isinstance(records, list) and records and isinstance(records[0], Brought) else read_rationales(records, cut_at=cut_at, limit=limit)
+    student = _writer(rows, model) if "interventions" in metrics else None  # what cannot be loaded is said before hours of training, not after
     columns, interval = {}, interval or {}
     for b in rows:
         for name, value in surface(b).items(): columns.setdefault(name, []).append(value)
@@ -412,10 +448,11 @@ def score_rationales(
     for name in _trained:
         if why or name not in metrics: scores |= _all_none(_trained[name], why if name in metrics else f"not asked for (metrics: {name})", len(kept))
     if trained and not why:
+        if simulator is not None: ChoiceReader(simulator, settings=settings)
         used = simulator or scratch_base(sorted({t for b in rows for t in (b.question.question, *b.question.choices, b.rationale)}))
         scores |= _trained_scores(rows, kept, trained, used, parts, list(seeds), settings, columns, **interval)
-    scores |= _rating_scores(rows, columns, **interval) if "ratings" in metrics else {}
-    scores |= _intervention_scores(rows, model or _one_model(rows), interval=interval) if "interventions" in metrics else {}
+    if "ratings" in metrics: scores |= _or_none(_rated, len(rows), lambda: _rating_scores(rows, columns, **interval))
+    if "interventions" in metrics: scores |= _or_none(_intervened, len(rows), lambda: _intervention_scores(rows, student, interval=interval))
     return Scored(scores, _example_rows(rows, columns), _facts(rows, kept, used, parts, seeds))
 
 # %% ../nbs/92_scoring.ipynb #e53bb2a0

@@ -203,6 +203,43 @@ def test_a_part_of_the_file_is_whole_questions_spread_evenly(n, most):
     assert all(groups.count(g) == [groups[i] for i in chosen].count(g) for g in {groups[i] for i in chosen}) and min(n, most) - 5 <= len(chosen) <= min(n, most) + 5
 
 
+def test_what_fails_late_is_said_early_or_takes_nothing_with_it(tmp_path, monkeypatch):
+    from faithful_distill import scoring
+    named = [dict(r, model=str(tmp_path / "gpt-4o")) for r in rows_of_a_file]
+    scores = sound(score_rationales(named, metrics=("las", "interventions"), **cheap))
+    assert scores["gain"].n == 60 and "cannot be loaded" in scores["perturb"].reason and "gpt-4o" in scores["perturb"].reason
+    trained = []
+    monkeypatch.setattr(scoring, "_simulated", lambda *_: lambda train, test: trained.append(train))
+    for asked in (dict(model=str(tmp_path / "gpt-4o")), dict(simulator=str(tmp_path / "gpt-4o"))):
+        with pytest.raises(BadInput, match="cannot be loaded"): score_rationales(rows_of_a_file, **asked, **cheap)
+    assert not trained
+
+    def broken(*_):
+        def evaluate(train, test): raise BadInput("is out of luck today")
+        return evaluate
+    monkeypatch.setattr(scoring, "_simulated", broken)
+    scores = sound(score_rationales(rows_of_a_file, metrics=("las", "controls", "rev"), **cheap))
+    assert scores["las"].reason == scores["gain_shuffled"].reason == "is out of luck today" and scores["rev"].value is not None
+
+
+def test_a_question_with_most_of_the_rows_leaves_nothing_to_train_on():
+    skewed = [dict(r, question="Which?") for r in rows_of_a_file[:30]] + rows_of_a_file[30:36]
+    scores = sound(score_rationales(skewed, **cheap))
+    assert all("one question has most of the rows" in scores[name].reason for name in ("las", "las_shuffled", "rev", "rora_lite")) and scores["length"].n == 36
+
+
+def test_a_part_of_few_questions_still_has_questions_to_train_and_to_test_on(monkeypatch):
+    from faithful_distill import scoring
+    groups = [str(i // 1000) for i in range(6000)]
+    chosen = _some_groups(groups, 600, 6)
+    assert len(chosen) == 600 and {g: [groups[i] for i in chosen].count(g) for g in set(groups)} == {str(g): 100 for g in range(6)}
+    assert _some_groups(["a", "b", *["c"] * 9000], 600, 6)[:2] == [0, 1]
+    monkeypatch.setattr(scoring, "_most_rora", 60)
+    few = [dict(r, id=f"{i}", question=f"Which is it, {i % 6}?") for i, r in enumerate(rows_of_a_file * 10)]
+    monkeypatch.setattr(scoring, "_rora_logs", lambda *_: lambda train, test: np.full((3, 1, len(test.questions)), -1.0) if len(train.questions) >= 20 else 1 / 0)
+    assert sound(score_rationales(few, metrics=("rora",), **cheap))["rora_lite"].n == 60
+
+
 def test_with_the_model_at_hand_interventions_join_in(tmp_path):
     student = tiny_student([r["question"] + " " + r["rationale"] for r in rows_of_a_file])
     student.model.save_pretrained(tmp_path)
