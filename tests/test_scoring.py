@@ -241,13 +241,43 @@ def test_a_part_of_few_questions_still_has_questions_to_train_and_to_test_on(mon
 
 
 def test_with_the_model_at_hand_interventions_join_in(tmp_path):
-    student = tiny_student([r["question"] + " " + r["rationale"] for r in rows_of_a_file])
-    student.model.save_pretrained(tmp_path)
-    student.tokenizer.save_pretrained(tmp_path)
-    rows = [dict(r, model=str(tmp_path)) for r in rows_of_a_file[:8]]
+    rows = [dict(r, model=student_folder(tmp_path)) for r in rows_of_a_file[:8]]
     scores = sound(score_rationales(rows, metrics=("interventions",), interval=dict(draws=100)))
     assert scores["self_splice"].value == 1.0 and scores["perturb"].n == scores["reproduced"].n == scores["early_answering"].n == 8
     assert "no teacher rationales" in scores["swap"].reason and scores["las"].reason.startswith("not asked for")
+
+
+def student_folder(folder):
+    student = tiny_student([r["question"] + " " + r["rationale"] for r in rows_of_a_file])
+    student.model.save_pretrained(folder)
+    student.tokenizer.save_pretrained(folder)
+    return str(folder)
+
+
+def test_interventions_resample_questions_and_their_accuracy_is_of_gold_answers_only(tmp_path):
+    model = student_folder(tmp_path)
+    asked = dict(metrics=("interventions",), model=model, interval=dict(draws=400))
+    once = [{k: v for k, v in dict(r, prediction=0).items() if k != "id"} for r in rows_of_a_file[:12]]
+    one, ten = (score_rationales(once * k, **asked).scores for k in (1, 10))
+    for name in ("model_accuracy", "model_accuracy_post_answer", "reproduced", "filler_same", "early_answering"):
+        assert ten[name].n == 10 * one[name].n and ten[name].high - ten[name].low > 0.7 * (one[name].high - one[name].low) > 0, name
+    missing = score_rationales([{k: v for k, v in r.items() if k != "gold" or i} for i, r in enumerate(once)], **asked).scores
+    rest = score_rationales(once[1:], **asked).scores
+    for name in ("model_accuracy", "model_accuracy_post_answer"): assert missing[name].value == rest[name].value and missing[name].n == 11
+    assert missing["perturb"].details["credit of"].startswith("prediction") and one["perturb"].details["credit of"] == "gold answer" and missing["perturb"].n == 12
+    none = sound(score_rationales([{k: v for k, v in r.items() if k != "gold"} for r in once], **asked))
+    assert none["model_accuracy"].reason == "no gold answers are given" and none["perturb"].n == 12
+
+
+def test_results_are_written_before_they_are_said(tmp_path, monkeypatch):
+    import click
+    from faithful_distill.cli import score
+    def closed(*_, **__): raise BrokenPipeError  # `score ... | head -1`
+    monkeypatch.setattr(click, "echo", closed)
+    file, out = tmp_path / "own.jsonl", tmp_path / "scored"
+    file.write_text("\n".join(map(json.dumps, rows_of_a_file[:4])))
+    with pytest.raises(BrokenPipeError): score.callback(str(file), str(out), (), None, None, "ratings", 3, 1, None)
+    assert {p.name for p in out.iterdir()} >= {"metrics.json", "scores.jsonl", "report.html"}
 
 
 # ---- the two real sets
