@@ -10,7 +10,7 @@ __all__ = ['suite', 'stated_choice', 'Brought', 'read_rationales', 'content_word
 import math
 import re
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -405,8 +405,8 @@ def _writer(rows: list[Brought], model: str | None) -> Any:
         return f"needs the model that wrote the rationales, and the one that the file names ({name}) {e.problem}".rstrip(".")
 
 
-def _intervention_scores(rows: list[Brought], student: Any, **asked) -> dict[str, Score]:
-    "Interventions on the model that wrote the rationales; credit is that of the gold answer, or of its own where gold is unknown."
+def _intervention_scores(rows: list[Brought], student: Any, **interval) -> dict[str, Score]:
+    "Interventions on the model that wrote the rationales; credit is that of the gold answer, or for all rows of its own where any gold is unknown."
     if isinstance(student, str): return _all_none(_intervened, student)
     every = all(b.question.answer is not None for b in rows)
     some = [b for b in rows if b.question.answer is not None or b.prediction is not None]
@@ -415,10 +415,16 @@ def _intervention_scores(rows: list[Brought], student: Any, **asked) -> dict[str
     given = {b.question.id: strip_answer(b.rationale) for b in some}
     ask = asking(student)
     read = lambda qs, texts, prefix, begun=False: ask(qs, [given[q.id] if t is None else t for q, t in zip(qs, texts)], prefix, begun)
-    measured = measure(read, questions, prefix=student.prefix, tokenizer=student.tokenizer, **asked)
-    told = [(b.prediction, a.choice) for b, a in zip(some, measured.arms["own"][0]) if b.prediction is not None]
-    names = {"accuracy": "model_accuracy", "accuracy_post_answer": "model_accuracy_post_answer"}
-    return {"reproduced": same_answer_rate(*zip(*told)) if told else Score(None, n=0, reason="no prediction could be parsed")} | {names.get(k, k): s for k, s in measured.scores.items()}
+    own_rows = lambda there: dict(interval, cluster=[b.group for b, kept in zip(some, there) if kept])
+    measured = measure(read, questions, prefix=student.prefix, tokenizer=student.tokenizer, interval=own_rows([True] * len(some)))
+    gold, told = [b.question.answer is not None for b in some], [b.prediction is not None for b in some]
+    only = lambda values, there: [v for v, kept in zip(values, there) if kept]
+    chosen = {arm: [a.choice for a in measured.arms[arm][0]] for arm in ("written", "own", "post_answer")}
+    scores = {"reproduced": same_answer_rate(only([b.prediction for b in some], told), only(chosen["own"], told), **own_rows(told)) if any(told) else Score(None, n=0, reason="no prediction could be parsed")}
+    for name, arm in (("model_accuracy", "written"), ("model_accuracy_post_answer", "post_answer")):
+        scores[name] = accuracy(only([b.question.answer for b in some], gold), only(chosen[arm], gold), **own_rows(gold)) if any(gold) else Score(None, n=0, reason="no gold answers are given")
+    credit = {"credit of": "gold answer" if every else "prediction, as some rows have no gold answer"}
+    return scores | {k: replace(s, details=s.details | (credit if k.removesuffix("_probability") in ("perturb", "post_answer", "filler", "permuted", "shuffled") else {})) for k, s in measured.scores.items() if k not in ("accuracy", "accuracy_post_answer")}
 
 # %% ../nbs/92_scoring.ipynb #64d8e782
 def score_rationales(
@@ -452,7 +458,7 @@ def score_rationales(
         used = simulator or scratch_base(sorted({t for b in rows for t in (b.question.question, *b.question.choices, b.rationale)}))
         scores |= _trained_scores(rows, kept, trained, used, parts, list(seeds), settings, columns, **interval)
     if "ratings" in metrics: scores |= _or_none(_rated, len(rows), lambda: _rating_scores(rows, columns, **interval))
-    if "interventions" in metrics: scores |= _or_none(_intervened, len(rows), lambda: _intervention_scores(rows, student, interval=interval))
+    if "interventions" in metrics: scores |= _or_none(_intervened, len(rows), lambda: _intervention_scores(rows, student, **interval))
     return Scored(scores, _example_rows(rows, columns), _facts(rows, kept, used, parts, seeds))
 
 # %% ../nbs/92_scoring.ipynb #e53bb2a0
