@@ -71,16 +71,25 @@ class Brought:
 
 def _ratings(given: Any) -> tuple[float, ...]:
     numbers = [] if given is None else list(given) if isinstance(given, (list, tuple)) else [given]
-    if any(not isinstance(v, (int, float)) or not np.isfinite(v) for v in numbers):
+    if any(not isinstance(v, (int, float)) or not abs(v) < 1e100 for v in numbers):  # NaN is not either
         raise BadInput("is neither a number nor a list of numbers", field="rating", value=given, remedy="Give one number per rater; leave the field out where there is no rating.")
     return tuple(map(float, numbers))
 
 # %% ../nbs/92_scoring.ipynb #a2eafd58
+def _whole(text: Any, name: str) -> Any:
+    "The text, if it can be written to a file again."
+    if isinstance(text, str) and not text.isascii() and re.search("[\ud800-\udfff]", text): raise BadInput("holds half a character (a lone surrogate), which no UTF-8 file can", field=name, value=text, remedy="Mend the text, or put U+FFFD in its place.")
+    return text
+
+
 def _brought(row: dict, number: int, cut_at: Sequence[str]) -> Brought:
     "One line of the file."
     for name, kind in (("question", str), ("choices", list), ("rationale", (str, type(None)))):
         if name not in row: raise BadInput("is missing", field=name, remedy='A system that gave no rationale gets "".' if name == "rationale" else f"The record has the fields {', '.join(sorted(row))}.")
         if not isinstance(row[name], kind): raise BadInput("is not a text" if kind is not list else "is not a list", field=name, value=row[name])
+    if not isinstance(row.get("model"), (str, type(None))): raise BadInput("is not a text", field="model", value=row["model"], remedy="Give the folder of the model that wrote the rationale, or leave the field out.")
+    for name in ("id", "question", "rationale", "model"): _whole(row.get(name), name)
+    for c in row["choices"]: _whole(c, "choices")
     bare = Question(str(row.get("id", f"line {number}")), row["question"].strip(), tuple(c.strip() if isinstance(c, str) else c for c in row["choices"]), None)
     q = Question(bare.id, bare.question, bare.choices, _choice_index(row.get("gold"), bare, "gold"))
     whole = (row["rationale"] or "").strip()

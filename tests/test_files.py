@@ -1,9 +1,9 @@
-"What several processes do to one folder at once."
+"What several processes do to one folder at once, and lines that no JSON reader takes."
 import multiprocessing, time
 
 import pytest
 
-from faithful_distill.files import BadInput, sole_writer, writable_folder
+from faithful_distill.files import BadInput, read_jsonl, sole_writer, writable_folder
 
 
 def ask(folder, times):
@@ -37,3 +37,16 @@ def test_a_killed_writer_leaves_nothing_locked(tmp_path):
     writer.kill(); writer.join()
     with sole_writer(tmp_path/"out.jsonl"): pass
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("line, said", [('{"a": 1' + "0" * 5000 + "}", "cannot be read: Exceeds the limit"), ('{"a": ' + "[" * 100_000 + "]" * 100_000 + "}", "nested too deeply")])
+def test_lines_that_python_cannot_read_are_named(tmp_path, line, said):
+    (tmp_path/"own.jsonl").write_text('{"a": 1}\n' + line + "\n")
+    with pytest.raises(BadInput, match=f"own.jsonl:2: .*{said}"): list(read_jsonl(tmp_path/"own.jsonl"))
+    bad = []
+    assert len(list(read_jsonl(tmp_path/"own.jsonl", bad))) == len(bad) == 1
+
+
+def test_a_path_through_a_file_is_named(tmp_path):
+    (tmp_path/"own.jsonl").write_text('{"a": 1}\n')
+    with pytest.raises(BadInput, match="own.jsonl/x: cannot be read: Not a directory"): list(read_jsonl(tmp_path/"own.jsonl"/"x"))

@@ -109,6 +109,8 @@ def without(field): return {k: v for k, v in rows_of_a_file[1].items() if k != f
     (without("rationale"), "rationale", "is missing"), (without("question"), "question", "is missing"), (changed(rationale=7), "rationale", "is not a text"), (changed(choices="lamp"), "choices", "is not a list"),
     (changed(choices=["lamp"]), "choices", "at least two"), (changed(question=" "), "question", "empty"), (changed(rating="good"), "rating", "neither a number"),
     (changed(rating=[1, float("nan")]), "rating", "neither a number"), (changed(id="q0"), "id", "already used in line 1"),
+    (changed(model=["a"]), "model", "is not a text"), (changed(model={"a": 1}), "model", "is not a text"), (changed(model=5), "model", "is not a text"), (changed(rating=10**400), "rating", "neither a number"),
+    (changed(rationale="x \ud83d"), "rationale", "half a character"), (changed(choices=["a", "\ud83d"], gold=0, prediction=0), "choices", "half a character"), (changed(id="\ud83d"), "id", "half a character"),
 ])
 def test_bad_rows_name_file_line_field_and_remedy(tmp_path, row, field, said):
     file = tmp_path / "own.jsonl"
