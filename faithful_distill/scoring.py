@@ -23,10 +23,9 @@ from .figures import Section, build_report, cell_text, dots, save_figure, save_r
 from .interventions import (ChoiceReader, Explained, Reader, Simulation, _evaluate, asking, folds, measure, restatement, shuffle_across, simulate,
                                             simulator_texts, strip_answer, without_leaks)
 from .questions import Question, normalized
-from .student import match_choice
+from .student import _plain, match_choice
 
 # %% ../nbs/92_scoring.ipynb #d3c06c40
-_letter = re.compile(r"\(?([a-z])\)?(?:[\s.:].*)?$", re.IGNORECASE | re.DOTALL)
 _stated = re.compile(r"\banswer is:?\s+(?=\S)", re.IGNORECASE)
 
 
@@ -34,14 +33,20 @@ def stated_choice(
     q: Question,
     text: str,  # what a system wrote, with its answer sentence
 ) -> int | None:  # index of the choice that its last answer sentence states; None where it states none, or two
-    "The choice that a text ends on: by its letter, else by its words."
+    "The choice that a text ends on: by its letter, where nothing after it says another, else by its words."
     found = _stated.split(text)
     if len(found) < 2: return None
     said = found[-1].split("\n")[0].strip()
-    lettered = re.match(r"\(([a-z])\)", said, re.IGNORECASE)
+    lettered = re.match(r"\(([a-z])\)\s*(.*)", said, re.IGNORECASE)
     if not lettered: return match_choice(q, said)
-    i = ord(lettered[1].lower()) - ord("a")
-    return i if i < len(q.choices) else None
+    i, rest = ord(lettered[1].lower()) - ord("a"), lettered[2]
+    if i >= len(q.choices): return None
+    after = rest[len(q.choices[i]):] if rest.lower().startswith(q.choices[i].lower()) else rest  # a choice's own text may hold a letter in brackets
+    others = {ord(c.lower()) - ord("a") for c in re.findall(r"(?<!\w)\(([a-z])\)", after, re.IGNORECASE)} - {i}
+    if any(j < len(q.choices) for j in others): return None
+    begins = [len(c) if f"{_plain(rest)} ".startswith(f"{c} ") else 0 for c in map(_plain, q.choices)]  # whose words come after the letter; nobody's where the system wrote them otherwise
+    if not begins[i] and re.match(r"(or|and)\b", rest, re.IGNORECASE): return None
+    return i if not rest or rest[0] in ".,;:!?" or begins[i] == max(begins) or match_choice(q, said) == i else None
 
 
 def _choice_index(given: Any, q: Question, name: str) -> int | None:

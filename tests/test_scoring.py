@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from faithful_distill.files import BadInput
 from faithful_distill.interventions import ChoiceReader, Explained, Reader, reading_scores
 from faithful_distill.questions import Question
-from faithful_distill.scoring import _some_groups, cross_fitted, read_rationales, score_rationales, scratch_base
+from faithful_distill.scoring import _some_groups, cross_fitted, read_rationales, score_rationales, scratch_base, stated_choice
 from faithful_distill.student import tiny_student
 
 words = ["what is it", "a red cow said so", "the sky", "cow", "two cows of the sky", "sky", "red"]
@@ -117,6 +117,17 @@ def test_bad_rows_name_file_line_field_and_remedy(tmp_path, row, field, said):
     file.write_text("\n".join(map(json.dumps, (rows_of_a_file[0], row))))
     with pytest.raises(BadInput) as caught: read_rationales(file)
     assert f"own.jsonl:2: field '{field}'" in str(caught.value) and said in str(caught.value)
+
+
+@pytest.mark.parametrize("said, choice", [
+    ("(a) or (b).", None), ("(a) cat.", None), ("(b) cat", 1), ("(b) the cat because it purrs", 1), ("(b).", 1), ("(B), as cats purr.", 1), ("(b)", 1), ("cat", 1), ("(d) cat", None), ("(a) dog, not (b) cat.", None),
+    ("(a) dog house", None), ("(c) dog house (its own)", 2), ("(c) dog house, which is (c)", 2), ("(b) or the dog", None), ("(b) kitty", 1), ("(b) orchid", 1), ("either (a) or (b)", None), ("dog or cat", None), ("(a) dog (s)", 0),
+])
+def test_a_letter_is_an_answer_where_nothing_after_it_says_another(said, choice):
+    q = Question("q", "Which?", ("dog", "cat", "dog house"), None)
+    assert stated_choice(q, f"It barks. So the answer is {said}") == choice
+    assert stated_choice(Question("q", "Which?", ("vitamin (b)", "iron"), None), "The answer is (a) vitamin (b).") == 0
+    assert stated_choice(Question("q", "What is missing in twist?", ("bend", "and shout"), None), "The answer is (b) and shout.") == 1
 
 
 def test_bad_files_and_calls(tmp_path):
@@ -301,7 +312,7 @@ def test_palm_is_cut_and_what_cannot_be_parsed_is_counted(real_data, converters)
     rows = converters.palm_rows(real_data / "palm_cqa", "train")
     read = read_rationales(rows, cut_at=["\n\nQ:"])
     unparsed = [b for b in read if b.prediction is None]
-    assert len(read) == len(rows) == 9741 and len(unparsed) == 182 and not any("Q:" in b.rationale for b in read)
+    assert len(read) == len(rows) == 9741 and len(unparsed) == 288 and not any("Q:" in b.rationale for b in read)
     right = sum(b.prediction == b.question.answer for b in read if b.question.answer is not None) / len(read)
     assert 0.74 < right < 0.77 and all("either" in b.rationale or "answer is" in b.rationale for b in unparsed[:20])
 
