@@ -7,6 +7,8 @@ __all__ = ['suite', 'stated_choice', 'Brought', 'read_rationales', 'content_word
            'cross_fitted', 'Scored', 'score_rationales', 'rating_table', 'write_scored']
 
 # %% ../nbs/92_scoring.ipynb #ccd14db2
+import difflib
+import logging
 import math
 import re
 from collections.abc import Callable, Iterable, Sequence
@@ -81,6 +83,20 @@ def _ratings(given: Any) -> tuple[float, ...]:
     return tuple(map(float, numbers))
 
 # %% ../nbs/92_scoring.ipynb #a2eafd58
+_fields = ("question", "choices", "prediction", "rationale", "gold", "rating", "id", "model")
+_meant = {"answer": "gold, or prediction", "answerkey": "gold", "correct": "gold", "label": "gold", "labels": "gold", "target": "prediction", "pred": "prediction", "output": "prediction", "score": "rating", "scores": "rating"}
+
+
+def _unread(fields: Sequence[str], known: Iterable[str]) -> str:
+    "The fields that are not read, each with the one that is likely meant, where the file does not hold that one as well."
+    said = []
+    for name in fields:
+        meant = _meant.get(name.lower().replace("_", "")) or ", ".join(difflib.get_close_matches(name.lower(), _fields, 1, 0.7))
+        asked = [m for m in meant.split(", or ") if m and m not in known]
+        said.append(f"{name!r}" + (f" (is it {' or '.join(map(repr, asked))}?)" if asked else ""))
+    return ", ".join(said)
+
+
 def _whole(text: Any, name: str) -> Any:
     "The text, if it can be written to a file again."
     if isinstance(text, str) and not text.isascii() and re.search("[\ud800-\udfff]", text): raise BadInput("holds half a character (a lone surrogate), which no UTF-8 file can", field=name, value=text, remedy="Mend the text, or put U+FFFD in its place.")
@@ -89,13 +105,15 @@ def _whole(text: Any, name: str) -> Any:
 
 def _brought(row: dict, number: int, cut_at: Sequence[str]) -> Brought:
     "One line of the file."
+    if {"role", "target"} <= row.keys() and not {"gold", "prediction"} & row.keys():
+        raise BadInput("is a rationale record of this package, whose fields have other names", field="target", remedy="Rename 'answer' to 'gold' and 'target' (the choice that is argued for) to 'prediction', and give each row an 'id' of its own.")
     for name, kind in (("question", str), ("choices", list), ("rationale", (str, type(None)))):
         if name not in row: raise BadInput("is missing", field=name, remedy='A system that gave no rationale gets "".' if name == "rationale" else f"The record has the fields {', '.join(sorted(row))}.")
         if not isinstance(row[name], kind): raise BadInput("is not a text" if kind is not list else "is not a list", field=name, value=row[name])
     if not isinstance(row.get("model"), (str, type(None))): raise BadInput("is not a text", field="model", value=row["model"], remedy="Give the folder of the model that wrote the rationale, or leave the field out.")
     for name in ("id", "question", "rationale", "model"): _whole(row.get(name), name)
     for c in row["choices"]: _whole(c, "choices")
-    bare = Question(str(row.get("id", f"line {number}")), row["question"].strip(), tuple(c.strip() if isinstance(c, str) else c for c in row["choices"]), None)
+    bare = Question(f"line {number}" if row.get("id") is None else str(row["id"]), row["question"].strip(), tuple(c.strip() if isinstance(c, str) else c for c in row["choices"]), None)
     q = Question(bare.id, bare.question, bare.choices, _choice_index(row.get("gold"), bare, "gold"))
     whole = (row["rationale"] or "").strip()
     text = whole[:min([at for mark in cut_at if (at := whole.find(mark)) >= 0], default=len(whole))].strip()
@@ -111,7 +129,8 @@ def read_rationales(
 ) -> list[Brought]:
     "Rationales of any origin. Raises `BadInput` that names file, line, field and remedy."
     file, rows = (source, read_jsonl(source)) if isinstance(source, (str, Path)) else (None, enumerate(source, 1))
-    found, lines = [], {}
+    if not all(cut_at): raise BadInput("is empty: it would cut off every rationale whole", field="cut_at", value="", remedy="Give the text that a rationale ends before, or none.")
+    found, lines, fields = [], {}, {}
     for number, row in rows:
         if limit is not None and len(found) >= limit: break
         try:
@@ -120,7 +139,9 @@ def read_rationales(
         except BadInput as e: raise BadInput(e.problem, file=file, line=number, field=e.field, remedy=e.remedy, **({"value": e.value} if "(got" in str(e) else {})) from None
         lines[one.question.id] = number
         found.append(one)
+        fields |= dict.fromkeys(map(str, row))
     if not found: raise BadInput("holds no rationale", file=file, remedy="Give one JSON object a line.")
+    if unread := [name for name in fields if name not in _fields]: logging.getLogger("faithful_distill").warning("%s: not read: the fields %s", "the rationales" if file is None else file, _unread(unread, fields))
     return found
 
 # %% ../nbs/92_scoring.ipynb #41133125

@@ -130,6 +130,25 @@ def test_a_letter_is_an_answer_where_nothing_after_it_says_another(said, choice)
     assert stated_choice(Question("q", "What is missing in twist?", ("bend", "and shout"), None), "The answer is (b) and shout.") == 1
 
 
+def test_fields_that_are_not_read_are_named_with_the_one_that_was_meant(caplog):
+    read_rationales([dict(without("gold"), answer=1, ratings=[1, 2], source="web")])
+    assert caplog.messages == ["the rationales: not read: the fields 'answer' (is it 'gold'?), 'ratings' (is it 'rating'?), 'source'"]
+    caplog.clear()
+    read_rationales([dict(without("prediction"), predicted=1, answer=1, Rating=2)])
+    assert caplog.messages == ["the rationales: not read: the fields 'predicted' (is it 'prediction'?), 'answer' (is it 'prediction'?), 'Rating' (is it 'rating'?)"]
+    caplog.clear()
+    read_rationales([dict(r, answer=1) for r in rows_of_a_file])
+    assert caplog.messages == ["the rationales: not read: the fields 'answer'"]
+    caplog.clear()
+    assert [b.question.id for b in read_rationales([dict(r, id=None) for r in rows_of_a_file[:2]])] == ["line 1", "line 2"] and not caplog.messages
+
+
+def test_records_of_this_package_and_empty_cut_marks_are_refused():
+    record = dict(id="q", split="dev", question="Which?", choices=["a", "b"], answer=0, target=1, role="counterfactual", rationale="b is it")
+    with pytest.raises(BadInput, match="line 1: field 'target': is a rationale record of this package.* Rename 'answer' to 'gold'"): read_rationales([record])
+    with pytest.raises(BadInput, match="field 'cut_at': is empty"): read_rationales(rows_of_a_file, cut_at=["Q:", ""])
+
+
 def test_bad_files_and_calls(tmp_path):
     (tmp_path / "empty.jsonl").write_text("\n")
     for call in (lambda: read_rationales(tmp_path / "empty.jsonl"), lambda: read_rationales(tmp_path / "none.jsonl"), lambda: score_rationales(rows_of_a_file, metrics=["lass"]),
