@@ -420,12 +420,12 @@ def _rating_scores(rows: list[Brought], columns: dict[str, list], **interval) ->
     scores = {"rating": mean_score(list(mean.values()), ends=ends, cluster=groups, details={"unrated": len(rows) - len(rated)}, **interval)}
     several = [i for i in rated if len(rows[i].ratings) > 1]
     one, rest = [rows[i].ratings[0] for i in several], [float(np.mean(rows[i].ratings[1:])) for i in several]
-    scores["rater_agreement"] = rank_correlation(one, rest, cluster=[rows[i].group for i in several]) if several else Score(None, n=0, reason="no rationale has several ratings")
+    scores["rater_agreement"] = rank_correlation(one, rest, cluster=[rows[i].group for i in several], **interval) if several else Score(None, n=0, reason="no rationale has several ratings")
     for name in _per_example:
         there = [i for i in rated if columns.get(name) is not None and columns[name][i] is not None]
         if not there: scores |= _all_none((f"rating_{name}", f"rating_{name}_within"), f"{name} is not known for any rated example"); continue
         a, b, own = [columns[name][i] for i in there], [mean[i] for i in there], [rows[i].group for i in there]
-        scores |= {f"rating_{name}": rank_correlation(a, b, cluster=own), f"rating_{name}_within": rank_correlation_within(a, b, own, min_groups=10, **interval)}
+        scores |= {f"rating_{name}": rank_correlation(a, b, cluster=own, **interval), f"rating_{name}_within": rank_correlation_within(a, b, own, min_groups=10, **interval)}
     return scores
 
 # %% ../nbs/92_scoring.ipynb #ac24b4d7
@@ -528,9 +528,14 @@ _titles = {"accuracy": "accuracy", "unparsable": "answers that could not be pars
 def _title(name: str) -> str: return _titles.get(name, name.replace("_", " "))
 
 
+def _level(scores: dict[str, Score]) -> str:
+    "The coverage that the intervals aim at: 95 %."
+    return f"{100 * next((s.details['level'] for s in scores.values() if 'level' in s.details), 0.95):g} %"
+
+
 def _table(scores: dict[str, Score], names: Iterable[str], head: str = "score") -> list[list[str]]:
     "Rows of a table: name, value with interval and n."
-    return [[head, "value [95 % interval]"], *([_title(name), cell_text(scores[name].to_dict(), digits=3)] for name in names)]
+    return [[head, f"value [{_level(scores)} interval]"], *([_title(name), cell_text(scores[name].to_dict(), digits=3)] for name in names)]
 
 
 def rating_table(scores: dict[str, Score]) -> list[list[str]]:
@@ -551,10 +556,19 @@ def _las_text(s: dict[str, Score]) -> str:
             f"Where it leaks it helps by {cell_text(d['las_1'].to_dict())}; where it does not, by {cell_text(d['las_0'].to_dict())}."]
     if las.value is None: said.append(f"LAS is not defined: {las.reason}.")
     u = control.details.get("unadjusted")
-    if u is not None and u.value is not None: said.append(f"With rationales of other examples the gain is {cell_text(u.to_dict())}" + (": the control holds." if u.low is not None and u.low <= 0 else ": **the control does not hold**, something other than the reasons helps the simulator." if u.low else "."))
+    if u is not None and u.value is not None: said.append(f"With rationales of other examples the gain is {cell_text(u.to_dict())}{_control_text(u, d['unadjusted'])}.")
     g = s["gain_shuffled"]
     if g.low is not None and not g.low <= 0 <= g.high: said.append(f"In log-probability, rationales of other examples change {cell_text(g.to_dict())} nats: to that amount the gain of the true ones is not owed to what they say.")
     return " ".join(said)
+
+
+def _control_text(other: Score, true: Score) -> str:
+    "What the gain from other examples' rationales says, beside that from the true ones."
+    if other.low is None: return ""
+    if other.low > 0: return ": **the control does not hold**, something other than the reasons helps the simulator"
+    if other.high < 0: return ": the control holds, they mislead the simulator"
+    if true.low is not None and other.high < true.low: return ": the control holds, it is not told from 0 and is below that of the true ones"
+    return ": whether the control holds cannot be told, the interval holds 0 and reaches up to that of the true ones"
 
 
 def _rating_figure(s: dict[str, Score], folder: Path) -> list[tuple[str, str]]:
@@ -566,7 +580,7 @@ def _rating_figure(s: dict[str, Score], folder: Path) -> list[tuple[str, str]]:
     if not rows or table["value"].isna().all(): return []
     table = table[table.groupby("score")["value"].transform(lambda v: v.notna().any())].astype({"value": float, "low": float, "high": float})
     save_figure(dots(table, "score", "how", label="rank correlation with human rating", reference=0.0, columns=2), folder / "ratings", formats=("png",))
-    return [("ratings", "Spearman's rank correlation of each score per example with the mean human rating, with 95 % intervals over questions.")]
+    return [("ratings", f"Spearman's rank correlation of each score per example with the mean human rating, with {_level(s)} intervals over questions.")]
 
 # %% ../nbs/92_scoring.ipynb #cdcbdf0f
 def _sections(scored: Scored, folder: Path) -> list[Section]:
@@ -575,7 +589,7 @@ def _sections(scored: Scored, folder: Path) -> list[Section]:
     def section(heading, key, text, names, figures=(), table=None):
         there = [n for n in names if n in s and s[n].value is not None]
         if there: save_rows(table or _table(s, there), folder / key)
-        sections.append(Section(heading, text, list(figures), [(key, "With 95 % intervals over questions.")] if there else [], folder=str(folder)))
+        sections.append(Section(heading, text, list(figures), [(key, f"With {_level(s)} intervals over questions.")] if there else [], folder=str(folder)))
     plain = ("accuracy", "unparsable", "empty", "restates_question", "length", "question_overlap", "vacuousness", "names_prediction", "names_others")
     section("What the file holds", "file", "", plain)
     section("Can the prediction be simulated from the rationale?", "simulated", _las_text(s), [n for names in _trained.values() for n in names])

@@ -8,10 +8,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from faithful_distill.faithfulness import Score
 from faithful_distill.files import BadInput
 from faithful_distill.interventions import ChoiceReader, Explained, Reader, reading_scores
 from faithful_distill.questions import Question
-from faithful_distill.scoring import _some_groups, cross_fitted, read_rationales, score_rationales, scratch_base, stated_choice
+from faithful_distill.scoring import _control_text, _some_groups, cross_fitted, read_rationales, score_rationales, scratch_base, stated_choice, write_scored
 from faithful_distill.student import tiny_student
 
 words = ["what is it", "a red cow said so", "the sky", "cow", "two cows of the sky", "sky", "red"]
@@ -184,6 +185,21 @@ def test_what_does_not_apply_is_none_with_the_reason(case):
     rows, reasons = edge_cases[case]
     scores = sound(score_rationales(rows, **cheap))
     for name, said in reasons.items(): assert scores[name].value is None and said in scores[name].reason, (name, scores[name])
+
+
+def test_every_interval_and_every_head_is_of_the_level_that_was_asked_for(tmp_path):
+    rated = [dict(r, rating=[(i * 3) % 7, i % 5], rationale=r["rationale"] + " so" * (i % 7)) for i, r in enumerate(rows_of_a_file)]
+    half, usual = (score_rationales(rated, metrics=("ratings",), interval=dict(draws=400, level=level)) for level in (0.5, 0.95))
+    for name in ("rating_length", "rater_agreement", "rating", "length"):
+        a, b = half.scores[name], usual.scores[name]
+        assert a.details["level"] == 0.5 and a.high - a.low < 0.6 * (b.high - b.low), name
+    page = write_scored(half, tmp_path).read_text()
+    assert "50 % interval" in page.replace("\xa0", " ") and "95 %" not in page.replace("\xa0", " ")
+
+
+@pytest.mark.parametrize("other, said", [((0.02, 0.3), "does not hold"), ((-0.3, -0.1), "holds, they mislead"), ((-0.1, 0.1), "holds, it is not told from 0"), ((-0.3, 0.4), "cannot be told")])
+def test_a_wide_interval_is_no_control_that_holds(other, said):
+    assert said in _control_text(Score(sum(other) / 2, *other, 60), Score(0.4, 0.3, 0.5, 60))
 
 
 def test_one_class_and_bins_that_all_leak_and_restated_questions():
