@@ -279,8 +279,9 @@ def score(file, out, cut_at, simulator, model, metrics, parts, simulators, limit
     out = writable_folder(out)
     marks = [mark.replace("\\n", "\n") for mark in cut_at]
     scored = score_rationales(file, metrics=[m.strip() for m in metrics.split(",")], simulator=simulator, model=model, parts=parts, seeds=range(simulators), cut_at=marks, limit=limit)
+    report = write_scored(scored, out, f"Rationales of {Path(file).name}")  # before anything is said: `score ... | head` ends this process at the second line
     for name, s in scored.scores.items(): click.echo(f"{name:32s}{s}")
-    click.echo(f"Report: {write_scored(scored, out, f'Rationales of {Path(file).name}')}")
+    click.echo(f"Report: {report}")
 
 # %% ../nbs/95_cli.ipynb #29cbe991
 @main.group()

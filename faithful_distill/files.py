@@ -43,6 +43,7 @@ def read_jsonl(path,                          # the file, UTF-8, one object a li
     except FileNotFoundError: raise BadInput("there is no such file", file=path, remedy="Check the path.") from None
     except UnicodeDecodeError as e: raise BadInput(f"is not UTF-8 text: {e.reason} at byte {e.start}", file=path, remedy="Convert the file to UTF-8.") from None
     except IsADirectoryError: raise BadInput("is a folder, not a file", file=path, remedy="Name one file in it.") from None
+    except OSError as e: raise BadInput(f"cannot be read: {e.strerror or e}", file=path, remedy="Check the path.") from None
     for number, line in enumerate(text.split("\n"), 1):
         if not line.strip(): continue
         try: row = _parse_line(line, path, number)
@@ -57,6 +58,8 @@ def _parse_line(line, path, number):
         if line.strip() in ("[", "{") or (number == 1 and line.lstrip().startswith("[")): problem, remedy = "is one JSON document, not one JSON object a line", "Write each record on a line of its own (`jq -c '.[]'` does it)."
         else: problem, remedy = f"broken JSON: {e.msg} at column {e.colno}", "Mend or remove the line."
         raise BadInput(problem, file=path, line=number, remedy=remedy) from None
+    except (ValueError, RecursionError) as e:  # a number of thousands of digits, a list in a list in a list ...
+        raise BadInput("is nested too deeply to be read" if isinstance(e, RecursionError) else f"cannot be read: {str(e).split(';')[0]}", file=path, line=number, remedy="Mend or remove the line.") from None
     if isinstance(row, list) and number == 1: raise BadInput("is one JSON array, not one JSON object a line", file=path, line=1, remedy="Write each record on a line of its own (`jq -c '.[]'` does it).")
     if not isinstance(row, dict): raise BadInput("is not a JSON object", file=path, line=number, value=row, remedy="Write one {...} object a line.")
     return row

@@ -7,10 +7,12 @@ __all__ = ['suite', 'stated_choice', 'Brought', 'read_rationales', 'content_word
            'cross_fitted', 'Scored', 'score_rationales', 'rating_table', 'write_scored']
 
 # %% ../nbs/92_scoring.ipynb #ccd14db2
+import difflib
+import logging
 import math
 import re
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -20,13 +22,12 @@ import numpy as np
 from .faithfulness import (Score, accuracy, las_from_credit, mean_score, rank_correlation, rank_correlation_within, rev, same_answer_rate)
 from .files import BadInput, progress, read_jsonl, write_json, write_text
 from .figures import Section, build_report, cell_text, dots, save_figure, save_rows
-from .interventions import (Explained, Reader, Simulation, _evaluate, asking, folds, measure, restatement, shuffle_across, simulate,
+from .interventions import (ChoiceReader, Explained, Reader, Simulation, _evaluate, asking, folds, measure, restatement, shuffle_across, simulate,
                                             simulator_texts, strip_answer, without_leaks)
 from .questions import Question, normalized
-from .student import match_choice
+from .student import _plain, match_choice
 
 # %% ../nbs/92_scoring.ipynb #d3c06c40
-_letter = re.compile(r"\(?([a-z])\)?(?:[\s.:].*)?$", re.IGNORECASE | re.DOTALL)
 _stated = re.compile(r"\banswer is:?\s+(?=\S)", re.IGNORECASE)
 
 
@@ -34,14 +35,20 @@ def stated_choice(
     q: Question,
     text: str,  # what a system wrote, with its answer sentence
 ) -> int | None:  # index of the choice that its last answer sentence states; None where it states none, or two
-    "The choice that a text ends on: by its letter, else by its words."
+    "The choice that a text ends on: by its letter, where nothing after it says another, else by its words."
     found = _stated.split(text)
     if len(found) < 2: return None
     said = found[-1].split("\n")[0].strip()
-    lettered = re.match(r"\(([a-z])\)", said, re.IGNORECASE)
+    lettered = re.match(r"\(([a-z])\)\s*(.*)", said, re.IGNORECASE)
     if not lettered: return match_choice(q, said)
-    i = ord(lettered[1].lower()) - ord("a")
-    return i if i < len(q.choices) else None
+    i, rest = ord(lettered[1].lower()) - ord("a"), lettered[2]
+    if i >= len(q.choices): return None
+    after = rest[len(q.choices[i]):] if rest.lower().startswith(q.choices[i].lower()) else rest  # a choice's own text may hold a letter in brackets
+    others = {ord(c.lower()) - ord("a") for c in re.findall(r"(?<!\w)\(([a-z])\)", after, re.IGNORECASE)} - {i}
+    if any(j < len(q.choices) for j in others): return None
+    begins = [len(c) if f"{_plain(rest)} ".startswith(f"{c} ") else 0 for c in map(_plain, q.choices)]  # whose words come after the letter; nobody's where the system wrote them otherwise
+    if not begins[i] and re.match(r"(or|and)\b", rest, re.IGNORECASE): return None
+    return i if not rest or rest[0] in ".,;:!?" or begins[i] == max(begins) or match_choice(q, said) == i else None
 
 
 def _choice_index(given: Any, q: Question, name: str) -> int | None:
@@ -71,17 +78,42 @@ class Brought:
 
 def _ratings(given: Any) -> tuple[float, ...]:
     numbers = [] if given is None else list(given) if isinstance(given, (list, tuple)) else [given]
-    if any(not isinstance(v, (int, float)) or not np.isfinite(v) for v in numbers):
+    if any(not isinstance(v, (int, float)) or not abs(v) < 1e100 for v in numbers):  # NaN is not either
         raise BadInput("is neither a number nor a list of numbers", field="rating", value=given, remedy="Give one number per rater; leave the field out where there is no rating.")
     return tuple(map(float, numbers))
 
 # %% ../nbs/92_scoring.ipynb #a2eafd58
+_fields = ("question", "choices", "prediction", "rationale", "gold", "rating", "id", "model")
+_meant = {"answer": "gold, or prediction", "answerkey": "gold", "correct": "gold", "label": "gold", "labels": "gold", "target": "prediction", "pred": "prediction", "output": "prediction", "score": "rating", "scores": "rating"}
+
+
+def _unread(fields: Sequence[str], known: Iterable[str]) -> str:
+    "The fields that are not read, each with the one that is likely meant, where the file does not hold that one as well."
+    said = []
+    for name in fields:
+        meant = _meant.get(name.lower().replace("_", "")) or ", ".join(difflib.get_close_matches(name.lower(), _fields, 1, 0.7))
+        asked = [m for m in meant.split(", or ") if m and m not in known]
+        said.append(f"{name!r}" + (f" (is it {' or '.join(map(repr, asked))}?)" if asked else ""))
+    return ", ".join(said)
+
+
+def _whole(text: Any, name: str) -> Any:
+    "The text, if it can be written to a file again."
+    if isinstance(text, str) and not text.isascii() and re.search("[\ud800-\udfff]", text): raise BadInput("holds half a character (a lone surrogate), which no UTF-8 file can", field=name, value=text, remedy="Mend the text, or put U+FFFD in its place.")
+    return text
+
+
 def _brought(row: dict, number: int, cut_at: Sequence[str]) -> Brought:
     "One line of the file."
+    if {"role", "target"} <= row.keys() and not {"gold", "prediction"} & row.keys():
+        raise BadInput("is a rationale record of this package, whose fields have other names", field="target", remedy="Rename 'answer' to 'gold' and 'target' (the choice that is argued for) to 'prediction', and give each row an 'id' of its own.")
     for name, kind in (("question", str), ("choices", list), ("rationale", (str, type(None)))):
         if name not in row: raise BadInput("is missing", field=name, remedy='A system that gave no rationale gets "".' if name == "rationale" else f"The record has the fields {', '.join(sorted(row))}.")
         if not isinstance(row[name], kind): raise BadInput("is not a text" if kind is not list else "is not a list", field=name, value=row[name])
-    bare = Question(str(row.get("id", f"line {number}")), row["question"].strip(), tuple(c.strip() if isinstance(c, str) else c for c in row["choices"]), None)
+    if not isinstance(row.get("model"), (str, type(None))): raise BadInput("is not a text", field="model", value=row["model"], remedy="Give the folder of the model that wrote the rationale, or leave the field out.")
+    for name in ("id", "question", "rationale", "model"): _whole(row.get(name), name)
+    for c in row["choices"]: _whole(c, "choices")
+    bare = Question(f"line {number}" if row.get("id") is None else str(row["id"]), row["question"].strip(), tuple(c.strip() if isinstance(c, str) else c for c in row["choices"]), None)
     q = Question(bare.id, bare.question, bare.choices, _choice_index(row.get("gold"), bare, "gold"))
     whole = (row["rationale"] or "").strip()
     text = whole[:min([at for mark in cut_at if (at := whole.find(mark)) >= 0], default=len(whole))].strip()
@@ -97,7 +129,8 @@ def read_rationales(
 ) -> list[Brought]:
     "Rationales of any origin. Raises `BadInput` that names file, line, field and remedy."
     file, rows = (source, read_jsonl(source)) if isinstance(source, (str, Path)) else (None, enumerate(source, 1))
-    found, lines = [], {}
+    if not all(cut_at): raise BadInput("is empty: it would cut off every rationale whole", field="cut_at", value="", remedy="Give the text that a rationale ends before, or none.")
+    found, lines, fields = [], {}, {}
     for number, row in rows:
         if limit is not None and len(found) >= limit: break
         try:
@@ -106,7 +139,9 @@ def read_rationales(
         except BadInput as e: raise BadInput(e.problem, file=file, line=number, field=e.field, remedy=e.remedy, **({"value": e.value} if "(got" in str(e) else {})) from None
         lines[one.question.id] = number
         found.append(one)
+        fields |= dict.fromkeys(map(str, row))
     if not found: raise BadInput("holds no rationale", file=file, remedy="Give one JSON object a line.")
+    if unread := [name for name in fields if name not in _fields]: logging.getLogger("faithful_distill").warning("%s: not read: the fields %s", "the rationales" if file is None else file, _unread(unread, fields))
     return found
 
 # %% ../nbs/92_scoring.ipynb #41133125
@@ -282,7 +317,19 @@ def _too_few(kept: list[Brought], rows: list[Brought], parts: int) -> str:
     groups, least = len({normalized(b.question.question) for b in kept}), 30
     if len(kept) < least or groups < 2 * parts:
         return f"{len(kept)} examples with a prediction, on {groups} questions, are too few to train a simulator on; at least {least} on {2 * parts} are needed"
-    return ""
+    return _thin_part([b.question for b in kept], parts)
+
+
+def _thin_part(questions: Sequence[Question], parts: int, least: int = 10) -> str:
+    "Why a part of the cross-fitting would have too little to train on; empty where none has."
+    fewest = len(questions) - int(np.bincount(folds(questions, parts)).max())
+    return "" if fewest >= least else f"one question has most of the rows: {fewest} of {len(questions)} are left to train on where its part is held out; at least {least} are needed"
+
+
+def _or_none(names: Iterable[str], n: int, compute: Callable[[], dict[str, Score]]) -> dict[str, Score]:
+    "The scores of one family; all None with the reason where it fails on this file, so that the other families are kept."
+    try: return compute()
+    except BadInput as e: return _all_none(names, str(e).rstrip("."), n)
 
 
 def _las_scores(found: np.ndarray, y: list[int], groups: list[str], **interval) -> dict[str, Score]:
@@ -302,24 +349,30 @@ def _arrange(rows: list[Brought], shuffled: bool = False) -> Explained:
     return Explained([b.question for b in rows], texts, [b.prediction for b in rows])
 
 # %% ../nbs/92_scoring.ipynb #8339c195
-_most_rora = 600  # RORA-lite reads every rationale once for each of its words: about so many examples at most, whole questions, spread evenly
+_most_rora = 600  # RORA-lite reads every rationale once for each of its words: about so many examples at most, of questions spread evenly
 
 
-def _some_groups(groups: list[str], most: int) -> list[int]:
-    "Rows of groups spread evenly over the file, whole groups, `most` rows or a few more."
+def _some_groups(groups: list[str], most: int, least: int = 1) -> list[int]:
+    "Rows of groups spread evenly over the file, `most` or a few more: whole groups, or where these are fewer than `least`, an even share of each of `least` groups."
     names = sorted(set(groups))
     step = max(1.0, len(groups) / most)
     chosen = {names[int(k * step)] for k in range(math.ceil(len(names) / step)) if int(k * step) < len(names)}
-    return [i for i, g in enumerate(groups) if g in chosen]
+    least = min(least, len(names))
+    if len(chosen) >= least: return [i for i, g in enumerate(groups) if g in chosen]
+    rows, share = {names[k * len(names) // least]: [] for k in range(least)}, math.ceil(most / least)
+    for i, g in enumerate(groups):
+        if g in rows: rows[g].append(i)
+    return sorted(own[k * len(own) // min(share, len(own))] for own in rows.values() for k in range(min(share, len(own))))
 
 
 def _information(name: str, some: list[Brought], evaluate: Callable, parts: int, note: Callable, **interval) -> dict[str, Score]:
     "REV or RORA-lite by cross-fitting."
     score_as, n = _trained[name][0], len(some)
-    which = list(range(n)) if name == "rev" else _some_groups([b.group for b in some], _most_rora)
+    which = list(range(n)) if name == "rev" else _some_groups([b.group for b in some], _most_rora, 2 * parts)
     some = [some[i] for i in which]
     y, groups = [b.prediction for b in some], [b.group for b in some]
     if len(set(y)) < 2: return {score_as: Score(None, n=len(y), reason="one class only: there is nothing to tell apart")}
+    if thin := _thin_part([b.question for b in some], parts): return {score_as: Score(None, n=len(y), reason=thin)}
     found = cross_fitted(_arrange(some), evaluate, parts)
     score = rev(found[0], found[1], y, cluster=groups, **interval)
     if name == "rora": score.details.update(complete=False, masked=float(1 - found[2].mean()), examples_of=n)
@@ -337,53 +390,76 @@ def _trained_scores(rows: list[Brought], kept: list[int], wanted: Sequence[str],
         columns[name] = [None] * len(rows)
         for i, v in zip(kept if which is None else [kept[k] for k in which], values): columns[name][i] = round(float(v), 5)  # batches differ in the sixth digit, which is no rank
 
-    if "las" in wanted:
+    def las():
         found = cross_fitted(e, _simulated(base, seeds, settings), parts)
-        scores |= _las_scores(found, y, groups, **interval)
         hit, logs = found.mean(2)
         for name, values in (("gain", logs[0] - logs[1]), *zip(("p_xr", "p_x", "p_r"), np.exp(found[1]).mean(1)), ("leak", hit[2])): note(name, values)
-    if "controls" in wanted:
+        return _las_scores(found, y, groups, **interval)
+
+    def controls():
         control = _las_scores(cross_fitted(_arrange(some, True), _simulated(base, seeds[:1], settings), parts), y, groups, **interval)
-        scores |= {f"{name}_shuffled": control[name] for name in ("las", "las_probability", "gain")}
-    for name, logs_of in (("rev", _rev_logs), ("rora", _rora_logs)):
-        if name in wanted: scores |= _information(name, some, logs_of(base, seeds, settings), parts, lambda which, values, n=_trained[name][0]: note(n, values, which), **interval)
+        return {f"{name}_shuffled": control[name] for name in ("las", "las_probability", "gain")}
+
+    def information(name, logs_of): return _information(name, some, logs_of(base, seeds, settings), parts, lambda which, values: note(_trained[name][0], values, which), **interval)
+
+    families = {"las": las, "controls": controls, "rev": lambda: information("rev", _rev_logs), "rora": lambda: information("rora", _rora_logs)}
+    for name, compute in families.items():
+        if name in wanted: scores |= _or_none(_trained[name], len(some), compute)
     return scores
 
 # %% ../nbs/92_scoring.ipynb #a24049e6
+_rated = ("rating", "rater_agreement", *(f"rating_{name}{how}" for name in _per_example for how in ("", "_within")))
+
+
 def _rating_scores(rows: list[Brought], columns: dict[str, list], **interval) -> dict[str, Score]:
     "The ratings, how far raters agree, and the rank correlation of every score per example with the mean rating."
-    names = [f"rating_{name}{how}" for name in _per_example for how in ("", "_within")]
     rated = [i for i, b in enumerate(rows) if b.ratings]
-    if not rated: return _all_none(("rating", "rater_agreement", *names), "no human ratings are given")
+    if not rated: return _all_none(_rated, "no human ratings are given")
     mean, groups = {i: float(np.mean(rows[i].ratings)) for i in rated}, [rows[i].group for i in rated]
     ends = (min(min(b.ratings) for b in rows if b.ratings), max(max(b.ratings) for b in rows if b.ratings))
     scores = {"rating": mean_score(list(mean.values()), ends=ends, cluster=groups, details={"unrated": len(rows) - len(rated)}, **interval)}
     several = [i for i in rated if len(rows[i].ratings) > 1]
     one, rest = [rows[i].ratings[0] for i in several], [float(np.mean(rows[i].ratings[1:])) for i in several]
-    scores["rater_agreement"] = rank_correlation(one, rest, cluster=[rows[i].group for i in several]) if several else Score(None, n=0, reason="no rationale has several ratings")
+    scores["rater_agreement"] = rank_correlation(one, rest, cluster=[rows[i].group for i in several], **interval) if several else Score(None, n=0, reason="no rationale has several ratings")
     for name in _per_example:
         there = [i for i in rated if columns.get(name) is not None and columns[name][i] is not None]
         if not there: scores |= _all_none((f"rating_{name}", f"rating_{name}_within"), f"{name} is not known for any rated example"); continue
         a, b, own = [columns[name][i] for i in there], [mean[i] for i in there], [rows[i].group for i in there]
-        scores |= {f"rating_{name}": rank_correlation(a, b, cluster=own), f"rating_{name}_within": rank_correlation_within(a, b, own, min_groups=10, **interval)}
+        scores |= {f"rating_{name}": rank_correlation(a, b, cluster=own, **interval), f"rating_{name}_within": rank_correlation_within(a, b, own, min_groups=10, **interval)}
     return scores
 
 # %% ../nbs/92_scoring.ipynb #ac24b4d7
-def _intervention_scores(rows: list[Brought], model: str | None, **asked) -> dict[str, Score]:
-    "Interventions on the model that wrote the rationales; credit is that of the gold answer, or of its own where gold is unknown."
-    if not model: return _all_none(_intervened, "needs the model that wrote the rationales: give its folder (field `model`, or --model)")
+def _writer(rows: list[Brought], model: str | None) -> Any:
+    "The model that wrote the rationales, or the reason why there is none. One that was asked for must load; one that only the file names need not."
     from faithful_distill.student import load_student
+    name = model or _one_model(rows)
+    if not name: return "needs the model that wrote the rationales: give its folder (field `model`, or --model)"
+    try: return load_student(name)
+    except BadInput as e:
+        if model: raise
+        return f"needs the model that wrote the rationales, and the one that the file names ({name}) {e.problem}".rstrip(".")
+
+
+def _intervention_scores(rows: list[Brought], student: Any, **interval) -> dict[str, Score]:
+    "Interventions on the model that wrote the rationales; credit is that of the gold answer, or for all rows of its own where any gold is unknown."
+    if isinstance(student, str): return _all_none(_intervened, student)
     every = all(b.question.answer is not None for b in rows)
     some = [b for b in rows if b.question.answer is not None or b.prediction is not None]
     if not some: return _all_none(_intervened, "there is neither a gold answer nor a prediction")
     questions = [Question(b.question.id, b.question.question, b.question.choices, b.question.answer if every else b.prediction if b.prediction is not None else b.question.answer) for b in some]
-    student, given = load_student(model), {b.question.id: strip_answer(b.rationale) for b in some}
+    given = {b.question.id: strip_answer(b.rationale) for b in some}
     ask = asking(student)
     read = lambda qs, texts, prefix, begun=False: ask(qs, [given[q.id] if t is None else t for q, t in zip(qs, texts)], prefix, begun)
-    measured = measure(read, questions, prefix=student.prefix, tokenizer=student.tokenizer, **asked)
-    told = [(b.prediction, a.choice) for b, a in zip(some, measured.arms["own"][0]) if b.prediction is not None]
-    names = {"accuracy": "model_accuracy", "accuracy_post_answer": "model_accuracy_post_answer"}
-    return {"reproduced": same_answer_rate(*zip(*told)) if told else Score(None, n=0, reason="no prediction could be parsed")} | {names.get(k, k): s for k, s in measured.scores.items()}
+    own_rows = lambda there: dict(interval, cluster=[b.group for b, kept in zip(some, there) if kept])
+    measured = measure(read, questions, prefix=student.prefix, tokenizer=student.tokenizer, interval=own_rows([True] * len(some)))
+    gold, told = [b.question.answer is not None for b in some], [b.prediction is not None for b in some]
+    only = lambda values, there: [v for v, kept in zip(values, there) if kept]
+    chosen = {arm: [a.choice for a in measured.arms[arm][0]] for arm in ("written", "own", "post_answer")}
+    scores = {"reproduced": same_answer_rate(only([b.prediction for b in some], told), only(chosen["own"], told), **own_rows(told)) if any(told) else Score(None, n=0, reason="no prediction could be parsed")}
+    for name, arm in (("model_accuracy", "written"), ("model_accuracy_post_answer", "post_answer")):
+        scores[name] = accuracy(only([b.question.answer for b in some], gold), only(chosen[arm], gold), **own_rows(gold)) if any(gold) else Score(None, n=0, reason="no gold answers are given")
+    credit = {"credit of": "gold answer" if every else "prediction, as some rows have no gold answer"}
+    return scores | {k: replace(s, details=s.details | (credit if k.removesuffix("_probability") in ("perturb", "post_answer", "filler", "permuted", "shuffled") else {})) for k, s in measured.scores.items() if k not in ("accuracy", "accuracy_post_answer")}
 
 # %% ../nbs/92_scoring.ipynb #64d8e782
 def score_rationales(
@@ -404,6 +480,7 @@ def score_rationales(
     if unknown: raise BadInput("is not part of the suite", field="metrics", value=sorted(unknown)[0], remedy=f"Use some of {', '.join(suite)}.")
     if parts < 2 or not len(seeds): raise BadInput("cross-fitting takes two parts or more, and one seed or more", field="parts, seeds", value=(parts, list(seeds)))
     rows = records[:limit] if isinstance(records, list) and records and isinstance(records[0], Brought) else read_rationales(records, cut_at=cut_at, limit=limit)
+    student = _writer(rows, model) if "interventions" in metrics else None  # what cannot be loaded is said before hours of training, not after
     columns, interval = {}, interval or {}
     for b in rows:
         for name, value in surface(b).items(): columns.setdefault(name, []).append(value)
@@ -412,10 +489,11 @@ def score_rationales(
     for name in _trained:
         if why or name not in metrics: scores |= _all_none(_trained[name], why if name in metrics else f"not asked for (metrics: {name})", len(kept))
     if trained and not why:
+        if simulator is not None: ChoiceReader(simulator, settings=settings)
         used = simulator or scratch_base(sorted({t for b in rows for t in (b.question.question, *b.question.choices, b.rationale)}))
         scores |= _trained_scores(rows, kept, trained, used, parts, list(seeds), settings, columns, **interval)
-    scores |= _rating_scores(rows, columns, **interval) if "ratings" in metrics else {}
-    scores |= _intervention_scores(rows, model or _one_model(rows), interval=interval) if "interventions" in metrics else {}
+    if "ratings" in metrics: scores |= _or_none(_rated, len(rows), lambda: _rating_scores(rows, columns, **interval))
+    if "interventions" in metrics: scores |= _or_none(_intervened, len(rows), lambda: _intervention_scores(rows, student, **interval))
     return Scored(scores, _example_rows(rows, columns), _facts(rows, kept, used, parts, seeds))
 
 # %% ../nbs/92_scoring.ipynb #e53bb2a0
@@ -450,9 +528,14 @@ _titles = {"accuracy": "accuracy", "unparsable": "answers that could not be pars
 def _title(name: str) -> str: return _titles.get(name, name.replace("_", " "))
 
 
+def _level(scores: dict[str, Score]) -> str:
+    "The coverage that the intervals aim at: 95 %."
+    return f"{100 * next((s.details['level'] for s in scores.values() if 'level' in s.details), 0.95):g} %"
+
+
 def _table(scores: dict[str, Score], names: Iterable[str], head: str = "score") -> list[list[str]]:
     "Rows of a table: name, value with interval and n."
-    return [[head, "value [95 % interval]"], *([_title(name), cell_text(scores[name].to_dict(), digits=3)] for name in names)]
+    return [[head, f"value [{_level(scores)} interval]"], *([_title(name), cell_text(scores[name].to_dict(), digits=3)] for name in names)]
 
 
 def rating_table(scores: dict[str, Score]) -> list[list[str]]:
@@ -473,10 +556,19 @@ def _las_text(s: dict[str, Score]) -> str:
             f"Where it leaks it helps by {cell_text(d['las_1'].to_dict())}; where it does not, by {cell_text(d['las_0'].to_dict())}."]
     if las.value is None: said.append(f"LAS is not defined: {las.reason}.")
     u = control.details.get("unadjusted")
-    if u is not None and u.value is not None: said.append(f"With rationales of other examples the gain is {cell_text(u.to_dict())}" + (": the control holds." if u.low is not None and u.low <= 0 else ": **the control does not hold**, something other than the reasons helps the simulator." if u.low else "."))
+    if u is not None and u.value is not None: said.append(f"With rationales of other examples the gain is {cell_text(u.to_dict())}{_control_text(u, d['unadjusted'])}.")
     g = s["gain_shuffled"]
     if g.low is not None and not g.low <= 0 <= g.high: said.append(f"In log-probability, rationales of other examples change {cell_text(g.to_dict())} nats: to that amount the gain of the true ones is not owed to what they say.")
     return " ".join(said)
+
+
+def _control_text(other: Score, true: Score) -> str:
+    "What the gain from other examples' rationales says, beside that from the true ones."
+    if other.low is None: return ""
+    if other.low > 0: return ": **the control does not hold**, something other than the reasons helps the simulator"
+    if other.high < 0: return ": the control holds, they mislead the simulator"
+    if true.low is not None and other.high < true.low: return ": the control holds, it is not told from 0 and is below that of the true ones"
+    return ": whether the control holds cannot be told, the interval holds 0 and reaches up to that of the true ones"
 
 
 def _rating_figure(s: dict[str, Score], folder: Path) -> list[tuple[str, str]]:
@@ -488,7 +580,7 @@ def _rating_figure(s: dict[str, Score], folder: Path) -> list[tuple[str, str]]:
     if not rows or table["value"].isna().all(): return []
     table = table[table.groupby("score")["value"].transform(lambda v: v.notna().any())].astype({"value": float, "low": float, "high": float})
     save_figure(dots(table, "score", "how", label="rank correlation with human rating", reference=0.0, columns=2), folder / "ratings", formats=("png",))
-    return [("ratings", "Spearman's rank correlation of each score per example with the mean human rating, with 95 % intervals over questions.")]
+    return [("ratings", f"Spearman's rank correlation of each score per example with the mean human rating, with {_level(s)} intervals over questions.")]
 
 # %% ../nbs/92_scoring.ipynb #cdcbdf0f
 def _sections(scored: Scored, folder: Path) -> list[Section]:
@@ -497,7 +589,7 @@ def _sections(scored: Scored, folder: Path) -> list[Section]:
     def section(heading, key, text, names, figures=(), table=None):
         there = [n for n in names if n in s and s[n].value is not None]
         if there: save_rows(table or _table(s, there), folder / key)
-        sections.append(Section(heading, text, list(figures), [(key, "With 95 % intervals over questions.")] if there else [], folder=str(folder)))
+        sections.append(Section(heading, text, list(figures), [(key, f"With {_level(s)} intervals over questions.")] if there else [], folder=str(folder)))
     plain = ("accuracy", "unparsable", "empty", "restates_question", "length", "question_overlap", "vacuousness", "names_prediction", "names_others")
     section("What the file holds", "file", "", plain)
     section("Can the prediction be simulated from the rationale?", "simulated", _las_text(s), [n for names in _trained.values() for n in names])

@@ -1,9 +1,9 @@
-"What several processes do to one folder at once."
+"What several processes do to one folder at once, and lines that no JSON reader takes."
 import multiprocessing, time
 
 import pytest
 
-from faithful_distill.files import BadInput, sole_writer, writable_folder
+from faithful_distill.files import BadInput, read_jsonl, sole_writer, writable_folder
 
 
 def ask(folder, times):
@@ -59,3 +59,16 @@ def test_a_folder_in_the_place_of_a_file_is_a_clear_error(tmp_path):
     (tmp_path/"out").mkdir()
     with pytest.raises(BadInput, match="cannot be written"): write_text(tmp_path/"out", "text")
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
+
+
+@pytest.mark.parametrize("line, said", [('{"a": 1' + "0" * 5000 + "}", "cannot be read: Exceeds the limit"), ('{"a": ' + "[" * 100_000 + "]" * 100_000 + "}", "nested too deeply")])
+def test_lines_that_python_cannot_read_are_named(tmp_path, line, said):
+    (tmp_path/"own.jsonl").write_text('{"a": 1}\n' + line + "\n")
+    with pytest.raises(BadInput, match=f"own.jsonl:2: .*{said}"): list(read_jsonl(tmp_path/"own.jsonl"))
+    bad = []
+    assert len(list(read_jsonl(tmp_path/"own.jsonl", bad))) == len(bad) == 1
+
+
+def test_a_path_through_a_file_is_named(tmp_path):
+    (tmp_path/"own.jsonl").write_text('{"a": 1}\n')
+    with pytest.raises(BadInput, match="own.jsonl/x: cannot be read: Not a directory"): list(read_jsonl(tmp_path/"own.jsonl"/"x"))

@@ -8,10 +8,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from faithful_distill.faithfulness import Score
 from faithful_distill.files import BadInput
 from faithful_distill.interventions import ChoiceReader, Explained, Reader, reading_scores
 from faithful_distill.questions import Question
-from faithful_distill.scoring import _some_groups, cross_fitted, read_rationales, score_rationales, scratch_base
+from faithful_distill.scoring import _control_text, _some_groups, cross_fitted, read_rationales, score_rationales, scratch_base, stated_choice, write_scored
 from faithful_distill.student import tiny_student
 
 words = ["what is it", "a red cow said so", "the sky", "cow", "two cows of the sky", "sky", "red"]
@@ -109,12 +110,44 @@ def without(field): return {k: v for k, v in rows_of_a_file[1].items() if k != f
     (without("rationale"), "rationale", "is missing"), (without("question"), "question", "is missing"), (changed(rationale=7), "rationale", "is not a text"), (changed(choices="lamp"), "choices", "is not a list"),
     (changed(choices=["lamp"]), "choices", "at least two"), (changed(question=" "), "question", "empty"), (changed(rating="good"), "rating", "neither a number"),
     (changed(rating=[1, float("nan")]), "rating", "neither a number"), (changed(id="q0"), "id", "already used in line 1"),
+    (changed(model=["a"]), "model", "is not a text"), (changed(model={"a": 1}), "model", "is not a text"), (changed(model=5), "model", "is not a text"), (changed(rating=10**400), "rating", "neither a number"),
+    (changed(rationale="x \ud83d"), "rationale", "half a character"), (changed(choices=["a", "\ud83d"], gold=0, prediction=0), "choices", "half a character"), (changed(id="\ud83d"), "id", "half a character"),
 ])
 def test_bad_rows_name_file_line_field_and_remedy(tmp_path, row, field, said):
     file = tmp_path / "own.jsonl"
     file.write_text("\n".join(map(json.dumps, (rows_of_a_file[0], row))))
     with pytest.raises(BadInput) as caught: read_rationales(file)
     assert f"own.jsonl:2: field '{field}'" in str(caught.value) and said in str(caught.value)
+
+
+@pytest.mark.parametrize("said, choice", [
+    ("(a) or (b).", None), ("(a) cat.", None), ("(b) cat", 1), ("(b) the cat because it purrs", 1), ("(b).", 1), ("(B), as cats purr.", 1), ("(b)", 1), ("cat", 1), ("(d) cat", None), ("(a) dog, not (b) cat.", None),
+    ("(a) dog house", None), ("(c) dog house (its own)", 2), ("(c) dog house, which is (c)", 2), ("(b) or the dog", None), ("(b) kitty", 1), ("(b) orchid", 1), ("either (a) or (b)", None), ("dog or cat", None), ("(a) dog (s)", 0),
+])
+def test_a_letter_is_an_answer_where_nothing_after_it_says_another(said, choice):
+    q = Question("q", "Which?", ("dog", "cat", "dog house"), None)
+    assert stated_choice(q, f"It barks. So the answer is {said}") == choice
+    assert stated_choice(Question("q", "Which?", ("vitamin (b)", "iron"), None), "The answer is (a) vitamin (b).") == 0
+    assert stated_choice(Question("q", "What is missing in twist?", ("bend", "and shout"), None), "The answer is (b) and shout.") == 1
+
+
+def test_fields_that_are_not_read_are_named_with_the_one_that_was_meant(caplog):
+    read_rationales([dict(without("gold"), answer=1, ratings=[1, 2], source="web")])
+    assert caplog.messages == ["the rationales: not read: the fields 'answer' (is it 'gold'?), 'ratings' (is it 'rating'?), 'source'"]
+    caplog.clear()
+    read_rationales([dict(without("prediction"), predicted=1, answer=1, Rating=2)])
+    assert caplog.messages == ["the rationales: not read: the fields 'predicted' (is it 'prediction'?), 'answer' (is it 'prediction'?), 'Rating' (is it 'rating'?)"]
+    caplog.clear()
+    read_rationales([dict(r, answer=1) for r in rows_of_a_file])
+    assert caplog.messages == ["the rationales: not read: the fields 'answer'"]
+    caplog.clear()
+    assert [b.question.id for b in read_rationales([dict(r, id=None) for r in rows_of_a_file[:2]])] == ["line 1", "line 2"] and not caplog.messages
+
+
+def test_records_of_this_package_and_empty_cut_marks_are_refused():
+    record = dict(id="q", split="dev", question="Which?", choices=["a", "b"], answer=0, target=1, role="counterfactual", rationale="b is it")
+    with pytest.raises(BadInput, match="line 1: field 'target': is a rationale record of this package.* Rename 'answer' to 'gold'"): read_rationales([record])
+    with pytest.raises(BadInput, match="field 'cut_at': is empty"): read_rationales(rows_of_a_file, cut_at=["Q:", ""])
 
 
 def test_bad_files_and_calls(tmp_path):
@@ -152,6 +185,21 @@ def test_what_does_not_apply_is_none_with_the_reason(case):
     rows, reasons = edge_cases[case]
     scores = sound(score_rationales(rows, **cheap))
     for name, said in reasons.items(): assert scores[name].value is None and said in scores[name].reason, (name, scores[name])
+
+
+def test_every_interval_and_every_head_is_of_the_level_that_was_asked_for(tmp_path):
+    rated = [dict(r, rating=[(i * 3) % 7, i % 5], rationale=r["rationale"] + " so" * (i % 7)) for i, r in enumerate(rows_of_a_file)]
+    half, usual = (score_rationales(rated, metrics=("ratings",), interval=dict(draws=400, level=level)) for level in (0.5, 0.95))
+    for name in ("rating_length", "rater_agreement", "rating", "length"):
+        a, b = half.scores[name], usual.scores[name]
+        assert a.details["level"] == 0.5 and a.high - a.low < 0.6 * (b.high - b.low), name
+    page = write_scored(half, tmp_path).read_text()
+    assert "50 % interval" in page.replace("\xa0", " ") and "95 %" not in page.replace("\xa0", " ")
+
+
+@pytest.mark.parametrize("other, said", [((0.02, 0.3), "does not hold"), ((-0.3, -0.1), "holds, they mislead"), ((-0.1, 0.1), "holds, it is not told from 0"), ((-0.3, 0.4), "cannot be told")])
+def test_a_wide_interval_is_no_control_that_holds(other, said):
+    assert said in _control_text(Score(sum(other) / 2, *other, 60), Score(0.4, 0.3, 0.5, 60))
 
 
 def test_one_class_and_bins_that_all_leak_and_restated_questions():
@@ -203,14 +251,81 @@ def test_a_part_of_the_file_is_whole_questions_spread_evenly(n, most):
     assert all(groups.count(g) == [groups[i] for i in chosen].count(g) for g in {groups[i] for i in chosen}) and min(n, most) - 5 <= len(chosen) <= min(n, most) + 5
 
 
+def test_what_fails_late_is_said_early_or_takes_nothing_with_it(tmp_path, monkeypatch):
+    from faithful_distill import scoring
+    named = [dict(r, model=str(tmp_path / "gpt-4o")) for r in rows_of_a_file]
+    scores = sound(score_rationales(named, metrics=("las", "interventions"), **cheap))
+    assert scores["gain"].n == 60 and "cannot be loaded" in scores["perturb"].reason and "gpt-4o" in scores["perturb"].reason
+    trained = []
+    monkeypatch.setattr(scoring, "_simulated", lambda *_: lambda train, test: trained.append(train))
+    for asked in (dict(model=str(tmp_path / "gpt-4o")), dict(simulator=str(tmp_path / "gpt-4o"))):
+        with pytest.raises(BadInput, match="cannot be loaded"): score_rationales(rows_of_a_file, **asked, **cheap)
+    assert not trained
+
+    def broken(*_):
+        def evaluate(train, test): raise BadInput("is out of luck today")
+        return evaluate
+    monkeypatch.setattr(scoring, "_simulated", broken)
+    scores = sound(score_rationales(rows_of_a_file, metrics=("las", "controls", "rev"), **cheap))
+    assert scores["las"].reason == scores["gain_shuffled"].reason == "is out of luck today" and scores["rev"].value is not None
+
+
+def test_a_question_with_most_of_the_rows_leaves_nothing_to_train_on():
+    skewed = [dict(r, question="Which?") for r in rows_of_a_file[:30]] + rows_of_a_file[30:36]
+    scores = sound(score_rationales(skewed, **cheap))
+    assert all("one question has most of the rows" in scores[name].reason for name in ("las", "las_shuffled", "rev", "rora_lite")) and scores["length"].n == 36
+
+
+def test_a_part_of_few_questions_still_has_questions_to_train_and_to_test_on(monkeypatch):
+    from faithful_distill import scoring
+    groups = [str(i // 1000) for i in range(6000)]
+    chosen = _some_groups(groups, 600, 6)
+    assert len(chosen) == 600 and {g: [groups[i] for i in chosen].count(g) for g in set(groups)} == {str(g): 100 for g in range(6)}
+    assert _some_groups(["a", "b", *["c"] * 9000], 600, 6)[:2] == [0, 1]
+    monkeypatch.setattr(scoring, "_most_rora", 60)
+    few = [dict(r, id=f"{i}", question=f"Which is it, {i % 6}?") for i, r in enumerate(rows_of_a_file * 10)]
+    monkeypatch.setattr(scoring, "_rora_logs", lambda *_: lambda train, test: np.full((3, 1, len(test.questions)), -1.0) if len(train.questions) >= 20 else 1 / 0)
+    assert sound(score_rationales(few, metrics=("rora",), **cheap))["rora_lite"].n == 60
+
+
 def test_with_the_model_at_hand_interventions_join_in(tmp_path):
-    student = tiny_student([r["question"] + " " + r["rationale"] for r in rows_of_a_file])
-    student.model.save_pretrained(tmp_path)
-    student.tokenizer.save_pretrained(tmp_path)
-    rows = [dict(r, model=str(tmp_path)) for r in rows_of_a_file[:8]]
+    rows = [dict(r, model=student_folder(tmp_path)) for r in rows_of_a_file[:8]]
     scores = sound(score_rationales(rows, metrics=("interventions",), interval=dict(draws=100)))
     assert scores["self_splice"].value == 1.0 and scores["perturb"].n == scores["reproduced"].n == scores["early_answering"].n == 8
     assert "no teacher rationales" in scores["swap"].reason and scores["las"].reason.startswith("not asked for")
+
+
+def student_folder(folder):
+    student = tiny_student([r["question"] + " " + r["rationale"] for r in rows_of_a_file])
+    student.model.save_pretrained(folder)
+    student.tokenizer.save_pretrained(folder)
+    return str(folder)
+
+
+def test_interventions_resample_questions_and_their_accuracy_is_of_gold_answers_only(tmp_path):
+    model = student_folder(tmp_path)
+    asked = dict(metrics=("interventions",), model=model, interval=dict(draws=400))
+    once = [{k: v for k, v in dict(r, prediction=0).items() if k != "id"} for r in rows_of_a_file[:12]]
+    one, ten = (score_rationales(once * k, **asked).scores for k in (1, 10))
+    for name in ("model_accuracy", "model_accuracy_post_answer", "reproduced", "filler_same", "early_answering"):
+        assert ten[name].n == 10 * one[name].n and ten[name].high - ten[name].low > 0.7 * (one[name].high - one[name].low) > 0, name
+    missing = score_rationales([{k: v for k, v in r.items() if k != "gold" or i} for i, r in enumerate(once)], **asked).scores
+    rest = score_rationales(once[1:], **asked).scores
+    for name in ("model_accuracy", "model_accuracy_post_answer"): assert missing[name].value == rest[name].value and missing[name].n == 11
+    assert missing["perturb"].details["credit of"].startswith("prediction") and one["perturb"].details["credit of"] == "gold answer" and missing["perturb"].n == 12
+    none = sound(score_rationales([{k: v for k, v in r.items() if k != "gold"} for r in once], **asked))
+    assert none["model_accuracy"].reason == "no gold answers are given" and none["perturb"].n == 12
+
+
+def test_results_are_written_before_they_are_said(tmp_path, monkeypatch):
+    import click
+    from faithful_distill.cli import score
+    def closed(*_, **__): raise BrokenPipeError  # `score ... | head -1`
+    monkeypatch.setattr(click, "echo", closed)
+    file, out = tmp_path / "own.jsonl", tmp_path / "scored"
+    file.write_text("\n".join(map(json.dumps, rows_of_a_file[:4])))
+    with pytest.raises(BrokenPipeError): score.callback(str(file), str(out), (), None, None, "ratings", 3, 1, None)
+    assert {p.name for p in out.iterdir()} >= {"metrics.json", "scores.jsonl", "report.html"}
 
 
 # ---- the two real sets
@@ -232,7 +347,7 @@ def test_palm_is_cut_and_what_cannot_be_parsed_is_counted(real_data, converters)
     rows = converters.palm_rows(real_data / "palm_cqa", "train")
     read = read_rationales(rows, cut_at=["\n\nQ:"])
     unparsed = [b for b in read if b.prediction is None]
-    assert len(read) == len(rows) == 9741 and len(unparsed) == 182 and not any("Q:" in b.rationale for b in read)
+    assert len(read) == len(rows) == 9741 and len(unparsed) == 288 and not any("Q:" in b.rationale for b in read)
     right = sum(b.prediction == b.question.answer for b in read if b.question.answer is not None) / len(read)
     assert 0.74 < right < 0.77 and all("either" in b.rationale or "answer is" in b.rationale for b in unparsed[:20])
 
