@@ -329,7 +329,7 @@ def fresh_start(folder: str,        # the run's folder, which becomes the workin
     if not _kernel: _kernel.update(environ=dict(os.environ), path=list(sys.path)); _die_with_parent()
     if "lock" in _kernel: os.close(_kernel.pop("lock"))
     _kernel["lock"] = os.open(lock, os.O_RDWR | os.O_CREAT)
-    fcntl.flock(_kernel["lock"], fcntl.LOCK_EX | fcntl.LOCK_NB)
+    if not _locked(_kernel["lock"]): raise BlockingIOError(f"{lock} is held by another kernel")
     os.environ.clear(); os.environ.update(_kernel["environ"])
     sys.path[:] = _kernel["path"]
     os.chdir(folder)
@@ -511,8 +511,11 @@ def _alone(run: Run, wait: bool):
     finally: os.close(mine)
 
 def _locked(handle) -> bool:
-    try: fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB); return True
-    except OSError: return False
+    "Holds the lock from now on; False if somebody else does."
+    try: fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError: return False
+    except OSError: pass                    # a file system without locks: then nobody is kept out
+    return True
 
 def _is_free(path) -> bool:
     handle = os.open(path, os.O_RDWR | os.O_CREAT)
@@ -1201,12 +1204,13 @@ def reproduce(profile,                                  # name of a grid in data
               threads: int = 1                          # threads of the arithmetic libraries in each worker
              ) -> Reproduction:
     """Computes whatever of a profile is not there yet, then gathers results, figures and report in `runs/<profile>/`.
-    Failing cells are in the result, not raised."""
+    Failing cells are in the result, not raised. Raises `BadInput`, before anything runs, if something else lies at `runs/<profile>`."""
     grid, runs = load_grid(profile, seeds), Path(runs or "runs").absolute()
     names = None if only is None else chosen(grid.plan, only)
     if dry_run:
         print(forecast(grid, runs, names, workers))
         return Reproduction(runs/grid.name, [])
+    _own_folder(grid, runs)
     outcomes = run_plan(grid.plan, runs, workers, only=names, threads=threads, title=grid.name)
     return Reproduction(gather(grid, runs), outcomes)
 
@@ -1229,6 +1233,22 @@ def forecast(grid: Grid, runs="runs", only: Iterable[str] | None = None, workers
     if shared := len(names) - len(cells): total.append(f"{shared} cell{' shares' if shared == 1 else 's share'} a run with another")
     return "\n".join([*lines, ", ".join(total)])
 
+# %% ../nbs/80_runs.ipynb #7e20b9c4
+def _own_folder(grid: Grid, runs: Path) -> None:
+    "Raises `BadInput` if what lies at `runs/<profile>` was not gathered from this grid."
+    folder, other = runs/grid.name, "Rename the grid file, or name another folder with --runs."
+    if not os.path.lexists(folder) or folder.is_dir() and not any(folder.iterdir()): return
+    if not _is_gathered(folder): raise BadInput("holds something else than the results of a grid, and would be replaced by them", file=folder, remedy=other)
+    try: made_from = Path((folder/".grid").read_text(encoding="utf-8").rstrip("\n"))
+    except OSError: return                              # gathered before there was such a file
+    if made_from == grid.file.resolve() or not made_from.is_file() or made_from.read_bytes() == grid.file.read_bytes(): return
+    raise BadInput(f"holds the results of another grid of this name, {made_from}", file=folder, remedy=other)
+
+def _is_gathered(folder: Path) -> bool:
+    try: made = json.loads((folder/"runs.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError): return False
+    return isinstance(made, dict) and all(isinstance(run, str) for run in made.values())
+
 # %% ../nbs/80_runs.ipynb #5c727e22
 _gathered = {".png": "figures", ".svg": "figures", ".pdf": "figures", ".md": "tables", ".tex": "tables", ".csv": "results"}
 
@@ -1239,10 +1259,12 @@ def gather(grid: Grid, runs="runs") -> Path:
     done = {n: r for n, r in planned.items() if r.finished}
     experiments = [n for n in grid.plan.cells if n in done and n not in grid.figures and n != grid.report]
     with _lock_of(runs, grid.name):
+        _own_folder(grid, runs)
         new, old = runs/f".{grid.name}.new", runs/f".{grid.name}.old"
         for path in (new, old): shutil.rmtree(path, ignore_errors=True)
         write_json(new/"metrics.json", {n: _metrics_of(done[n].folder) for n in experiments})
         write_json(new/"runs.json", {n: r.name for n, r in done.items()})
+        write_text(new/".grid", f"{grid.file.resolve()}\n")
         pairs = [(grid.plan.labels(n), done[n].folder) for n in experiments]
         write_table(new/"results.csv", tidy(pairs))
         write_table(new/"times"/"times.csv", tidy(pairs, times=True))
@@ -1274,5 +1296,8 @@ def _report_of_times(grid: Grid, done: dict[str, Run], into: Path) -> None:
 @contextmanager
 def _lock_of(runs: Path, name: str):
     handle = os.open(writable_folder(runs/".locks")/name, os.O_RDWR | os.O_CREAT)
-    try: fcntl.flock(handle, fcntl.LOCK_EX); yield
+    try:
+        try: fcntl.flock(handle, fcntl.LOCK_EX)
+        except OSError: pass                # a file system without locks
+        yield
     finally: os.close(handle)

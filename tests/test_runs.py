@@ -436,3 +436,50 @@ def test_tidy_bytes_do_not_depend_on_the_order_of_runs(simple, tmp_path, kernel)
     table = R.read_table(one)
     assert list(table.columns) == ["n_", "name", "metric", "value", "low", "high", "n", "reason"], "a parameter called n does not hide the n of a score"
     assert table["n_"].tolist() == [2, 2, 10, 10] and table["name"].tolist() == ["NA", "None"] * 2 and table["n"].isna().all()
+
+
+# --- what is already there -----------------------------------------------------------------------------------------------------------
+
+def test_a_folder_that_gather_did_not_make_is_refused_before_anything_runs(simple, tmp_path):
+    grid, runs = tmp_path/"precious.yaml", tmp_path/"runs"
+    grid.write_text("groups:\n  a: {notebook: simple.ipynb}\n")
+    (runs/"precious").mkdir(parents=True)
+    (runs/"precious"/"thesis.txt").write_text("years of work")
+    refused = lambda: pytest.raises(BadInput, match="precious.*something else than the results of a grid")
+    with refused(): R.reproduce(grid, runs=runs, workers=1)
+    with refused(): R.gather(R.load_grid(grid), runs)
+    (runs/"precious"/"runs.json").write_text("[]")
+    with refused(): R.reproduce(grid, runs=runs, workers=1)
+    assert (runs/"precious"/"thesis.txt").read_text() == "years of work" and not list(runs.glob("simple-*"))
+    shutil.rmtree(runs/"precious")
+    (runs/"precious").write_text("a file")
+    with refused(): R.reproduce(grid, runs=runs, workers=1)
+    (runs/"precious").unlink(); (runs/"precious").mkdir()
+    assert R.reproduce(grid, runs=runs, workers=1).ok, "an empty folder is nobody's"
+
+
+def test_two_grids_of_one_name_do_not_replace_each_others_results(simple, tmp_path):
+    runs, here, there = tmp_path/"runs", tmp_path/"toy.yaml", tmp_path/"own"/"toy.yaml"
+    here.write_text("groups:\n  a: {notebook: simple.ipynb}\n")
+    there.parent.mkdir()
+    there.write_text(f"groups:\n  b: {{notebook: {simple}}}\n")
+    folder = R.reproduce(here, runs=runs, workers=1).folder
+    with pytest.raises(BadInput, match="results of another grid of this name"): R.reproduce(there, runs=runs, workers=1)
+    assert "a" in json.loads((folder/"runs.json").read_text())
+    (folder/".grid").unlink()
+    assert R.reproduce(there, runs=runs, workers=1).ok, "what an earlier version gathered does not say from which grid"
+    there.rename(tmp_path/"own"/"moved.yaml"); there = (tmp_path/"own"/"moved.yaml").rename(tmp_path/"toy.yaml")
+    assert R.reproduce(there, runs=runs, workers=1).ok, "a grid may move"
+
+
+@pytest.mark.parametrize("error, held", [(BlockingIOError(11, "held"), True), (OSError(37, "No locks available"), False)])
+def test_only_a_held_lock_is_waited_for(simple, tmp_path, monkeypatch, error, held):
+    "A file system without locks (ENOLCK) is not one where everything is locked."
+    def flock(*_): raise error
+    monkeypatch.setattr(R.fcntl, "flock", flock)
+    run = R.planned_run(simple, {}, tmp_path/"runs")
+    if held:
+        with pytest.raises(R.Busy), R._alone(run, wait=False): pass
+        return
+    with R._alone(run, wait=False) as lock: assert lock.name == f"{run.name}.kernel"
+    with R._lock_of(tmp_path/"runs", "toy"): pass
