@@ -35,8 +35,15 @@ class Question:
         object.__setattr__(self, "choices", tuple(self.choices))
         if len(self.choices) < 2: raise BadInput("needs at least two choices", field="choices", value=list(self.choices))
         if any(not isinstance(c, str) or not c.strip() for c in self.choices): raise BadInput("a choice is empty or no text", field="choices", value=list(self.choices))
+        _hold_together(self.kind, self.choices)
         if self.answer is not None and (isinstance(self.answer, bool) or not isinstance(self.answer, int) or not 0 <= self.answer < len(self.choices)):
             raise BadInput(f"is not an index into the {len(self.choices)} choices", field="answer", value=self.answer, remedy=f"Use a whole number from 0 to {len(self.choices) - 1}.")
+
+def _hold_together(kind: str, choices) -> None:
+    "Raises `BadInput` unless a yes/no question has the choices yes and no, and a statement true and false, in whatever order."
+    wanted = fixed_choices.get(kind)
+    if wanted and sorted(map(normalized, choices)) != sorted(wanted):
+        raise BadInput(f"are not {' and '.join(wanted)}, as those of a {kind} are", field="choices", value=list(choices), remedy="Leave them out, or call the kind choice.")
 
 # %% ../nbs/00_questions.ipynb #ccc800aa
 def normalized(text: str) -> str:
@@ -103,6 +110,7 @@ def _plain(row):
     if "choices" not in row and "qid" in row: raise BadInput("is missing", field="choices", remedy="This looks like StrategyQA: load it as 'strategyqa' with path=.")
     kind = row.get("kind", "choice")
     choices = list(fixed_choices[kind]) if kind in fixed_choices and not row.get("choices") else _need(row, "choices", list)
+    if all(isinstance(c, str) for c in choices): _hold_together(kind, choices)
     return dict(id=str(row.get("id", "")), question=_need(row, "question").strip(), choices=choices, kind=kind, answer=_plain_answer(row.get("answer"), choices, kind),
                 explanation=row.get("explanation") or "", **({"split": row["split"]} if row.get("split") else {}))
 
@@ -110,10 +118,11 @@ def _plain_answer(answer, choices, kind):
     "The index that `answer` (None, bool, index or text) stands for."
     if isinstance(answer, bool):
         if kind not in fixed_choices: raise BadInput("is true/false, but the question has choices", field="answer", value=answer, remedy="Give the index of a choice.")
-        return 1 - answer
+        answer = fixed_choices[kind][not answer]
     if not isinstance(answer, str): return answer
-    same = [i for i, c in enumerate(choices) if isinstance(c, str) and normalized(c) == normalized(answer)]
-    if not same and kind in fixed_choices and normalized(answer) in ("true", "false", "yes", "no"): return int(normalized(answer) in ("false", "no"))
+    reads = lambda word: [i for i, c in enumerate(choices) if isinstance(c, str) and normalized(c) == normalized(word)]
+    same = reads(answer)
+    if not same and kind in fixed_choices and normalized(answer) in ("true", "false", "yes", "no"): same = reads(fixed_choices[kind][normalized(answer) in ("false", "no")])
     if not same: raise BadInput("is not among the choices", field="answer", value=answer, remedy=f"Use one of {choices} or an index from 0.")
     if len(same) > 1: raise BadInput(f"fits {len(same)} choices that read the same", field="answer", value=answer, remedy=f"Give the index instead, one of {same}.")
     return same[0]

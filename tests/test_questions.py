@@ -99,3 +99,21 @@ def test_through_datasets_on_disk(tmp_path, real_data):
 
 def test_every_source_has_all_its_names():
     for name, source in sources.items(): assert set(source.files) == set(source.hub_splits), name
+
+
+@pytest.mark.parametrize("choices", [None, ["yes", "no"], ["no", "yes"], ["No", "Yes."]])
+@pytest.mark.parametrize("answer, word", [(True, "yes"), (False, "no"), ("true", "yes"), ("no", "no"), ("yes", "yes"), ("False", "no")])
+def test_yes_and_no_go_by_their_words_not_by_their_order(tmp_path, choices, answer, word):
+    path = tmp_path / "own.jsonl"
+    path.write_text(json.dumps({"question": "Q", "kind": "boolean", "choices": choices, "answer": answer}) + "\n")
+    [q] = as_questions(load_questions(path))
+    assert normalized(q.choices[q.answer]) == word
+
+
+@pytest.mark.parametrize("kind, choices", [("boolean", ["false", "true"]), ("boolean", ["yes", "no", "maybe"]), ("boolean", ["yes", "yes"]), ("statement", ["yes", "no"]), ("statement", ["a", "b"])])
+@pytest.mark.parametrize("answer", [True, "yes", 0])
+def test_choices_that_are_not_those_of_the_kind_are_refused(tmp_path, kind, choices, answer):
+    path = tmp_path / "own.jsonl"
+    path.write_text(json.dumps({"question": "Q", "kind": kind, "choices": choices, "answer": answer}) + "\n")
+    with pytest.raises(BadInput, match="own.jsonl:1: field 'choices': are not "): load_questions(path)
+    with pytest.raises(BadInput, match="as those of a"): as_questions([{"id": "1", "question": "Q", "kind": kind, "choices": choices, "answer": 0}])
