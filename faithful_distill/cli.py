@@ -65,7 +65,7 @@ def _data_options(command):
         click.option("--path", type=click.Path(), help="Local copy of the dataset: a folder, or one file."),
         click.option("--split", default="dev", show_default=True, help="train, dev or test."),
         click.option("--limit", type=click.IntRange(min=1), help="At most so many questions."),
-        click.option("--skip-bad", type=click.Path(), help="List bad records in this file (rejected.jsonl) and go on without them."),
+        click.option("--skip-bad", type=click.Path(dir_okay=False), help="List bad records in this file (rejected.jsonl) and go on without them."),
     ]): command = option(command)
     return command
 
