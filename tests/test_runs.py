@@ -483,3 +483,61 @@ def test_only_a_held_lock_is_waited_for(simple, tmp_path, monkeypatch, error, he
         return
     with R._alone(run, wait=False) as lock: assert lock.name == f"{run.name}.kernel"
     with R._lock_of(tmp_path/"runs", "toy"): pass
+
+
+ONE = "groups:\n  a:\n    notebook: simple.ipynb\n"
+odd_grids = {
+    "for a list": (ONE + "    for: [1, 2]\n", "'a.for': should be a mapping"), "params a list": (ONE + "    params: [1]\n", "'a.params': should be a mapping"),
+    "a scalar axis": (ONE + "    for: {n: 3}\n", "'a.for.n': should be a list"), "a scalar point": (ONE + "    for: {x: {p: 3}}\n", "'a.for.x.p': should be parameters"), "an axis that is a number": (ONE + "    for: {5: [1]}\n", "'a.for': should be a name"),
+    "skip a text": (ONE + "    for: {n: [1]}\n    skip: abc\n", "'a.skip': should be a list"), "notebook a number": ("groups: {a: {notebook: 5}}\n", "'a.notebook': should be the name"), "no notebook": ("groups: {a: {notebook: }}\n", "names no notebook"),
+    "notebook a folder": ("groups: {a: {notebook: '.'}}\n", "is not a notebook that can be read: Is a directory"), "like a list": (ONE + "    like: [a]\n", "'a.like': is not another group"), "like itself": (ONE + "    like: a\n", "There is none"),
+    "from a mapping": (ONE + "    params: {n: {from: {}}}\n", "is not a group"), "from a list of lists": (ONE + "    params: {n: {from: [[a]]}}\n", "is not a group"), "shipped a number": (ONE + "    params: {n: {shipped: 5}}\n", "'a: shipped': should be a path"),
+    "file a number": (ONE + "  b:\n    notebook: simple.ipynb\n    params: {name: {from: a, file: 5}}\n", "'b: file': should be a path"), "report empty": (ONE + "report:\n", "'report': should be a mapping"), "report a text": (ONE + "report: x\n", "'report': should be a mapping"),
+    "a name that is a number": ("groups: {5: {notebook: simple.ipynb}}\n", "should be a name"), "title a list": ("title: [a]\n" + ONE, "'title': should be a text"), "a key that is a list": ("groups: {? [a] : {notebook: simple.ipynb}}\n", "a key is a list"),
+    "a NUL": ("groups: \0\n", "is not YAML: unacceptable character"), "not UTF-8": (b"\xff\xfe\x00g", "is not UTF-8"), "no number": ("seeds: !!int x\n" + ONE, "is not YAML"), "a folder": (None, "cannot be read: Is a directory"),
+}
+
+
+@pytest.mark.parametrize("name", odd_grids)
+def test_odd_grids_are_one_line(simple, tmp_path, name):
+    from click.testing import CliRunner
+    from faithful_distill.cli import main
+    text, problem = odd_grids[name]
+    grid = tmp_path/"odd.yaml"
+    grid.mkdir() if text is None else grid.write_bytes(text if isinstance(text, bytes) else text.encode())
+    done = CliRunner().invoke(main, ["reproduce", "--profile", str(grid), "--list", "--runs", str(tmp_path/"runs")])
+    assert done.exit_code == 2 and problem in done.output and done.output.count("\n") == 1, done.output
+
+
+@pytest.mark.parametrize("text", ["{}", "[1]", '{"cells": 3}', '{"cells": [{"cell_type": "code"}]}', '{"cells": [{"cell_type": "code", "source": 5}]}', '{"cells": [{"cell_type": "code", "source": "", "metadata": null}]}', b"\xff"])
+def test_files_that_are_no_notebooks_are_named(tmp_path, text):
+    path = tmp_path/"odd.ipynb"
+    path.write_bytes(text if isinstance(text, bytes) else text.encode())
+    with pytest.raises(BadInput, match="odd.ipynb: is "): R.notebook_parameters(path)
+
+
+@pytest.mark.parametrize("cell", ["seed: int = (\n", "seed: int = 0 if\n", "  seed: int = 0\nout: str = ''\n", "s: str = '''x\n"])
+def test_a_parameters_cell_that_is_no_python_is_named(tmp_path, cell):
+    with pytest.raises(BadInput, match="the parameters cell is not Python"): R.notebook_parameters(write_notebook(tmp_path/"odd.ipynb", cell))
+
+
+def test_each_within_a_list_joins_it(simple, tmp_path):
+    write_notebook(tmp_path/"join.ipynb", "folders: list[str] = []\nout: str = 'out'", METRICS % "len(folders)")
+    (tmp_path/"g.yaml").write_text("groups:\n  a: {notebook: simple.ipynb, for: {n: [1, 2]}}\n  b: {notebook: join.ipynb, params: {folders: [{each: a}, {from: a, n: 1}]}}\n")
+    plan = R.load_grid(tmp_path/"g.yaml").plan
+    assert plan.cells["b"].params["folders"] == [R.From("a n=1"), R.From("a n=2"), R.From("a n=1")] and len(plan.runs(tmp_path/"runs")["b"].values["folders"]) == 3
+
+
+@pytest.mark.parametrize("args", [["reproduce", "--list", "--workers", "0"], ["reproduce", "--list", "--seeds", "0"], ["bench", "decode", "--device", "tpu"], ["bench", "decode", "--new", "0"], ["bench", "decode", "--question", "-1"],
+                                  ["bench", "decode", "--prompt", "0"], ["bench", "decode", "--dtype", "float99"], ["bench", "decode", "--out", "."], ["bench", "train", "--out", "."], ["bench", "train", "--steps", "0"],
+                                  ["bench", "train", "--rounds", "0"], ["bench", "train", "--batch-size", "0"], ["bench", "train", "--questions", "0"], ["bench", "train", "--peak", "0"]])
+def test_options_out_of_range_are_refused_before_anything_is_done(args):
+    from click.testing import CliRunner
+    from faithful_distill.cli import main
+    done = CliRunner().invoke(main, args)
+    assert done.exit_code == 2 and f"Invalid value for '{args[-2]}'" in done.output, done.output
+
+
+def test_a_forecast_needs_a_worker(simple, tmp_path):
+    (tmp_path/"g.yaml").write_text(ONE)
+    with pytest.raises(BadInput, match="workers"): R.forecast(R.load_grid(tmp_path/"g.yaml"), tmp_path/"runs", workers=0)
