@@ -77,7 +77,8 @@ def perturbed_index(q: Question, seed: int = 0) -> int:
 def _need(row, field, kind=str):
     if not isinstance(row, dict): raise BadInput("stands in something that is no JSON object", field=field, value=row)
     if field not in row or row[field] is None: raise BadInput("is missing", field=field, remedy=f"The record has the fields {', '.join(sorted(row))}.")
-    if not isinstance(row[field], kind): raise BadInput(f"is not of the right type ({getattr(kind, '__name__', kind)})", field=field, value=row[field])
+    kinds = kind if isinstance(kind, tuple) else (kind,)
+    if not isinstance(row[field], kinds) or isinstance(row[field], bool): raise BadInput(f"is not of the right type ({' or '.join(k.__name__ for k in kinds)})", field=field, value=row[field])
     return row[field]
 
 def _text(row, field):
