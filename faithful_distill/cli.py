@@ -37,8 +37,8 @@ def main():
 @main.command()
 @click.option("--profile", default="quickstart", show_default=True, help="A grid in data/grids, or a YAML file.")
 @click.option("--only", multiple=True, help="Only this group or pattern, and what it reads. Repeatable.")
-@click.option("--seeds", type=int, help="So many seeds instead of the profile's.")
-@click.option("--workers", default=2, show_default=True, help="Notebooks at a time.")
+@click.option("--seeds", type=click.IntRange(min=1), help="So many seeds instead of the profile's.")
+@click.option("--workers", type=click.IntRange(min=1), default=2, show_default=True, help="Notebooks at a time.")
 @click.option("--runs", default="runs", show_default=True, help="Folder of all runs.")
 @click.option("--list", "listing", is_flag=True, help="Print what there is to compute, and stop.")
 @click.option("--dry-run", is_flag=True, help="The same: what would be computed, and how long it took last time.")
@@ -65,7 +65,7 @@ def _data_options(command):
         click.option("--path", type=click.Path(), help="Local copy of the dataset: a folder, or one file."),
         click.option("--split", default="dev", show_default=True, help="train, dev or test."),
         click.option("--limit", type=click.IntRange(min=1), help="At most so many questions."),
-        click.option("--skip-bad", type=click.Path(), help="List bad records in this file (rejected.jsonl) and go on without them."),
+        click.option("--skip-bad", type=click.Path(dir_okay=False), help="List bad records in this file (rejected.jsonl) and go on without them."),
     ]): command = option(command)
     return command
 
@@ -297,18 +297,19 @@ def bench():
 @click.option("--lengths", type=click.Choice(["fixed", "mixed", "both"]), default="both", show_default=True, help="Of questions and rationales.")
 @click.option("--repeats", type=click.IntRange(min=1), default=5, show_default=True, help="Repetitions, interleaved; medians are reported.")
 @click.option("--ways", default="abcdef", show_default=True, help="a loop, b guidance, c greedy, d ours, e ours without contrast, f ours gold + counterfactual.")
-@click.option("--prompt", default=500, show_default=True, help="Tokens of the few-shot prompt.")
-@click.option("--question", default=80, show_default=True, help="Tokens of a question.")
-@click.option("--new", default=48, show_default=True, help="Tokens of a rationale.")
-@click.option("--dtype", default="float32", show_default=True, help="float32, bfloat16 or float16.")
-@click.option("--device", default="cpu", show_default=True, help="cpu or cuda. On a CPU one thread is used.")
-@click.option("--out", type=click.Path(), help="CSV file to add the measured lines to.")
+@click.option("--prompt", type=click.IntRange(min=1), default=500, show_default=True, help="Tokens of the few-shot prompt.")
+@click.option("--question", type=click.IntRange(min=1), default=80, show_default=True, help="Tokens of a question.")
+@click.option("--new", type=click.IntRange(min=1), default=48, show_default=True, help="Tokens of a rationale.")
+@click.option("--dtype", type=click.Choice(["float32", "bfloat16", "float16"]), default="float32", show_default=True)
+@click.option("--device", type=click.Choice(["cpu", "cuda"]), default="cpu", show_default=True, help="On a CPU one thread is used.")
+@click.option("--out", type=click.Path(dir_okay=False), help="CSV file to add the measured lines to.")
 def bench_decode(models, sizes, lengths, repeats, ways, prompt, question, new, dtype, device, out):
     """Rationales per second of contrastive decoding, against the loop, transformers' guidance and transformers' greedy generation.
 
     Example:  faithful-distill bench decode --model llama --sizes 1,8,32 --lengths fixed"""
     import torch
     from faithful_distill import bench as room
+    if device == "cuda" and not torch.cuda.is_available(): raise BadInput("is not there", field="--device", value=device, remedy="Measure on the CPU, or on a machine with a GPU.")
     if device == "cpu": torch.set_num_threads(1)
     counts = _counts(sizes)
     for model in models:
@@ -328,16 +329,16 @@ def _counts(sizes: str) -> tuple[int, ...]:
 @bench.command("train")
 @click.option("--data", default="data/raw", show_default=True, type=click.Path(), help="Folder with palm_cqa: CommonsenseQA with PaLM's rationales.")
 @click.option("--student", "sizes", multiple=True, type=_choice("tiny", "small"), default=("tiny",), show_default=True, help="A random T5: tiny (2+2 layers of 64), small (T5-small's shape). Repeatable.")
-@click.option("--batch-size", default=16, show_default=True, help="Gold rationales a step.")
-@click.option("--steps", default=10, show_default=True, help="Steps a round.")
-@click.option("--questions", default=32, show_default=True, help="Questions evaluated, under four rationales each.")
-@click.option("--rounds", default=3, show_default=True, help="Repetitions, interleaved; medians are reported.")
+@click.option("--batch-size", type=click.IntRange(min=1), default=16, show_default=True, help="Gold rationales a step.")
+@click.option("--steps", type=click.IntRange(min=1), default=10, show_default=True, help="Steps a round.")
+@click.option("--questions", type=click.IntRange(min=1), default=32, show_default=True, help="Questions evaluated, under four rationales each.")
+@click.option("--rounds", type=click.IntRange(min=1), default=3, show_default=True, help="Repetitions, interleaved; medians are reported.")
 @click.option("--deepspeed", "configurations", multiple=True, default=("cpu",), show_default=True, help="Configuration to train under: cpu (alone it shares nothing), zero2, zero3, ... Repeatable; each is a line of its own.")
 @click.option("--only", type=_choice("train", "evaluate"), help="Only this half.")
 @click.option("--card", type=_choice("tiny", "small", "t5-base", "t5-3b", "t5-11b"), help="Instead: tokens per second, memory and model FLOP utilisation of a random T5 of this size in bf16, on one process.")
 @click.option("--recompute", is_flag=True, help="With --card: gradient checkpointing.")
-@click.option("--peak", type=float, help="With --card: most TFLOP/s of the device.  [by its name]")
-@click.option("--out", type=click.Path(), help="CSV file to add the measured lines to.")
+@click.option("--peak", type=click.FloatRange(min=0, min_open=True), help="With --card: most TFLOP/s of the device.  [by its name]")
+@click.option("--out", type=click.Path(dir_okay=False), help="CSV file to add the measured lines to.")
 def bench_train(data, sizes, batch_size, steps, questions, rounds, configurations, only, card, recompute, peak, out):
     """Training steps and evaluation with interventions, against two padded passes a step and answers one at a time.
 

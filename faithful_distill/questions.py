@@ -35,8 +35,15 @@ class Question:
         object.__setattr__(self, "choices", tuple(self.choices))
         if len(self.choices) < 2: raise BadInput("needs at least two choices", field="choices", value=list(self.choices))
         if any(not isinstance(c, str) or not c.strip() for c in self.choices): raise BadInput("a choice is empty or no text", field="choices", value=list(self.choices))
+        _hold_together(self.kind, self.choices)
         if self.answer is not None and (isinstance(self.answer, bool) or not isinstance(self.answer, int) or not 0 <= self.answer < len(self.choices)):
             raise BadInput(f"is not an index into the {len(self.choices)} choices", field="answer", value=self.answer, remedy=f"Use a whole number from 0 to {len(self.choices) - 1}.")
+
+def _hold_together(kind: str, choices) -> None:
+    "Raises `BadInput` unless a yes/no question has the choices yes and no, and a statement true and false, in whatever order."
+    wanted = fixed_choices.get(kind)
+    if wanted and sorted(map(normalized, choices)) != sorted(wanted):
+        raise BadInput(f"are not {' and '.join(wanted)}, as those of a {kind} are", field="choices", value=list(choices), remedy="Leave them out, or call the kind choice.")
 
 # %% ../nbs/00_questions.ipynb #ccc800aa
 def normalized(text: str) -> str:
@@ -68,52 +75,65 @@ def perturbed_index(q: Question, seed: int = 0) -> int:
 
 # %% ../nbs/00_questions.ipynb #453ec3e1
 def _need(row, field, kind=str):
+    if not isinstance(row, dict): raise BadInput("stands in something that is no JSON object", field=field, value=row)
     if field not in row or row[field] is None: raise BadInput("is missing", field=field, remedy=f"The record has the fields {', '.join(sorted(row))}.")
-    if not isinstance(row[field], kind): raise BadInput(f"is not of the right type ({getattr(kind, '__name__', kind)})", field=field, value=row[field])
+    kinds = kind if isinstance(kind, tuple) else (kind,)
+    if not isinstance(row[field], kinds) or isinstance(row[field], bool): raise BadInput(f"is not of the right type ({' or '.join(k.__name__ for k in kinds)})", field=field, value=row[field])
     return row[field]
+
+def _text(row, field):
+    "A field that may be missing; then it is ''."
+    return "" if row.get(field) is None else _need(row, field).strip()
 
 def _lettered(row):
     "CommonsenseQA and QASC: lettered choices, nested (official) or as two columns (hub)."
     nested = isinstance(row.get("question"), dict)
     inner = row["question"] if nested else row
     choices = _need(inner, "choices", (list, dict))
-    pairs = list(zip(_need(choices, "label", list), _need(choices, "text", list))) if isinstance(choices, dict) else [(_need(c, "label"), _need(c, "text")) for c in choices]
-    labels, key = [p[0] for p in pairs], row.get("answerKey") or None
+    columns = isinstance(choices, dict)
+    labels, texts = [_need(choices, f, list) if columns else [_need(c, f) for c in choices] for f in ("label", "text")]
+    if len(labels) != len(texts): raise BadInput(f"have {len(labels)} labels and {len(texts)} texts", field="choices", value=choices)
+    if not all(isinstance(t, str) for t in (*labels, *texts)): raise BadInput("hold something that is no text", field="choices", value=choices)
+    key = row.get("answerKey") or None
     if len(set(labels)) < len(labels): raise BadInput("two choices carry the same label", field="choices", value=labels)
     if key is not None and key not in labels: raise BadInput(f"is not among the labels {', '.join(labels)}", field="answerKey", value=key)
-    return dict(id=_need(row, "id"), question=_need(inner, "stem" if nested else "question").strip(), choices=[p[1].strip() for p in pairs],
-                answer=None if key is None else labels.index(key), kind="choice", explanation=(row.get("combinedfact") or "").strip())
+    return dict(id=_need(row, "id"), question=_need(inner, "stem" if nested else "question").strip(), choices=[t.strip() for t in texts],
+                answer=None if key is None else labels.index(key), kind="choice", explanation=_text(row, "combinedfact"))
 
 def _strategyqa(row):
-    answer, facts = row.get("answer"), row.get("facts") or []
+    answer, facts = row.get("answer"), [] if row.get("facts") is None else _need(row, "facts", (str, list))
+    facts = [facts] if isinstance(facts, str) else facts
+    if not all(isinstance(f, str) for f in facts): raise BadInput("hold something that is no text", field="facts", value=facts)
     if answer is not None and not isinstance(answer, bool): raise BadInput("is not true or false", field="answer", value=answer, remedy="StrategyQA's answers are JSON booleans.")
     return dict(id=_need(row, "qid"), question=_need(row, "question").strip(), choices=fixed_choices["boolean"], answer=None if answer is None else 1 - answer,
-                kind="boolean", explanation=" ".join(f.strip() for f in ([facts] if isinstance(facts, str) else facts)))
+                kind="boolean", explanation=" ".join(f.strip() for f in facts))
 
 def _creak(row):
     label = row.get("label")
-    if label not in (None, "true", "false", True, False): raise BadInput("is neither 'true' nor 'false'", field="label", value=label)
+    if label is not None and not isinstance(label, bool) and label not in ("true", "false"): raise BadInput("is neither 'true' nor 'false'", field="label", value=label)
     return dict(id=_need(row, "ex_id"), question=_need(row, "sentence").strip(), choices=fixed_choices["statement"], answer=None if label is None else int(str(label).lower() == "false"),
-                kind="statement", explanation=(row.get("explanation") or "").strip())
+                kind="statement", explanation=_text(row, "explanation"))
 
 # %% ../nbs/00_questions.ipynb #99e646dc
 def _plain(row):
     if "sentence" in row and "question" not in row: raise BadInput("is missing", field="question", remedy="This looks like CREAK: load it as 'creak' with path=.")
     if isinstance(row.get("question"), dict): raise BadInput("is not a text", field="question", value=row["question"], remedy="This looks like CommonsenseQA or QASC: load it as 'csqa' or 'qasc' with path=.")
     if "choices" not in row and "qid" in row: raise BadInput("is missing", field="choices", remedy="This looks like StrategyQA: load it as 'strategyqa' with path=.")
-    kind = row.get("kind", "choice")
+    kind, id = (default if row.get(field) is None else _need(row, field, types) for field, types, default in (("kind", str, "choice"), ("id", (str, int), "")))
     choices = list(fixed_choices[kind]) if kind in fixed_choices and not row.get("choices") else _need(row, "choices", list)
-    return dict(id=str(row.get("id", "")), question=_need(row, "question").strip(), choices=choices, kind=kind, answer=_plain_answer(row.get("answer"), choices, kind),
-                explanation=row.get("explanation") or "", **({"split": row["split"]} if row.get("split") else {}))
+    if all(isinstance(c, str) for c in choices): _hold_together(kind, choices)
+    return dict(id=str(id), question=_need(row, "question").strip(), choices=choices, kind=kind, answer=_plain_answer(row.get("answer"), choices, kind),
+                explanation=_text(row, "explanation"), **({"split": split} if (split := _text(row, "split")) else {}))
 
 def _plain_answer(answer, choices, kind):
     "The index that `answer` (None, bool, index or text) stands for."
     if isinstance(answer, bool):
         if kind not in fixed_choices: raise BadInput("is true/false, but the question has choices", field="answer", value=answer, remedy="Give the index of a choice.")
-        return 1 - answer
+        answer = fixed_choices[kind][not answer]
     if not isinstance(answer, str): return answer
-    same = [i for i, c in enumerate(choices) if isinstance(c, str) and normalized(c) == normalized(answer)]
-    if not same and kind in fixed_choices and normalized(answer) in ("true", "false", "yes", "no"): return int(normalized(answer) in ("false", "no"))
+    reads = lambda word: [i for i, c in enumerate(choices) if isinstance(c, str) and normalized(c) == normalized(word)]
+    same = reads(answer)
+    if not same and kind in fixed_choices and normalized(answer) in ("true", "false", "yes", "no"): same = reads(fixed_choices[kind][normalized(answer) in ("false", "no")])
     if not same: raise BadInput("is not among the choices", field="answer", value=answer, remedy=f"Use one of {choices} or an index from 0.")
     if len(same) > 1: raise BadInput(f"fits {len(same)} choices that read the same", field="answer", value=answer, remedy=f"Give the index instead, one of {same}.")
     return same[0]
@@ -141,7 +161,8 @@ def _read_records(path: Path, bad: list | None) -> Iterator[tuple[int, dict]]:
     try: head = path.open(encoding="utf-8-sig").read(64).lstrip()
     except (OSError, UnicodeDecodeError): head = ""
     if not head.startswith("["): yield from read_jsonl(path, bad); return
-    text, decoder = path.read_text(encoding="utf-8-sig"), json.JSONDecoder()
+    try: text, decoder = path.read_text(encoding="utf-8-sig"), json.JSONDecoder()
+    except UnicodeDecodeError as e: raise BadInput(f"is not UTF-8 text: {e.reason} at byte {e.start}", file=path, remedy="Convert the file to UTF-8.") from None
     at, line = text.index("[") + 1, 1
     counted = 0
     while True:
@@ -192,6 +213,7 @@ def load_questions(name_or_file: str,      # 'csqa', 'strategyqa', 'creak', 'qas
     "A `datasets.Dataset` with the columns of `Question`. Raises `BadInput` that names file, line, field and remedy."
     import datasets
     bad = None if skip_bad is None else []
+    if bad is not None and Path(skip_bad).is_dir(): raise BadInput("is a folder, not a file", file=skip_bad, field="skip_bad", remedy="Name a file for the list of bad records.")
     read, where, rows = _rows(str(name_or_file), split, path, bad)
     dataset = name_or_file if name_or_file in sources else Path(name_or_file).stem
     questions, seen = [], {}
@@ -201,15 +223,22 @@ def load_questions(name_or_file: str,      # 'csqa', 'strategyqa', 'creak', 'qas
             fields = dict(split=split, dataset=str(dataset)) | read(row)
             question = Question(**fields | {"id": fields["id"] or f"{dataset}-{line}"})
             if question.id in seen: raise BadInput(f"was already used in line {seen[question.id]}", field="id", value=question.id, remedy="Give each question an id of its own.")
-        except BadInput as e:
-            error = BadInput(e.problem, file=where, line=line, field=e.field, remedy=e.remedy, **({} if "(got" not in str(e) else {"value": e.value}))
+        except (BadInput, TypeError, AttributeError, KeyError) as e:
+            error = _placed(e, where, line)
             if bad is None: raise error from None
             bad.append(error)
             continue
         seen[question.id] = line
         questions.append(question)
     if bad is not None: _report_rejected(bad, skip_bad)
+    if not questions and limit != 0:
+        raise BadInput("there are no questions", file=where, remedy=f"Why its {len(bad)} records were left out is in {skip_bad}." if bad else "The file is empty: fetch or write it again.")
     return as_dataset(questions)
+
+def _placed(e: Exception, where, line: int) -> BadInput:
+    "An error in a record, with the file and line it stands in."
+    if not isinstance(e, BadInput): return BadInput(f"cannot be read as a question: {type(e).__name__}: {e}", file=where, line=line, remedy="Compare it with the file's other records.")
+    return BadInput(e.problem, file=where, line=line, field=e.field, remedy=e.remedy, **({} if "(got" not in str(e) else {"value": e.value}))
 
 def _report_rejected(bad: list[BadInput], file):
     "Write why each record was left out, one JSON object a line, and say how many."
@@ -223,7 +252,8 @@ def as_dataset(questions: Iterable[Question]):
     import datasets
     features = datasets.Features({"id": datasets.Value("string"), "question": datasets.Value("string"), "choices": datasets.List(datasets.Value("string")), "answer": datasets.Value("int64"),
                                   "kind": datasets.Value("string"), "split": datasets.Value("string"), "dataset": datasets.Value("string"), "explanation": datasets.Value("string")})
-    return datasets.Dataset.from_list([asdict(q) | {"choices": list(q.choices)} for q in questions], features=features)
+    rows = [asdict(q) | {"choices": list(q.choices)} for q in questions]
+    return datasets.Dataset.from_dict({name: [r[name] for r in rows] for name in features}, features=features)      # from_list would ask a first row for the columns
 
 def as_questions(rows: Iterable) -> list[Question]:
     "`Question`s from a dataset, from dicts with (at least) its fields, or from `Question`s."

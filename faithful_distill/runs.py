@@ -36,17 +36,20 @@ def _cells(notebook) -> list[dict]:
     "The code cells of a notebook file as dicts with `source` (text) and `tags`."
     try: nb = json.loads(Path(notebook).read_text(encoding="utf-8"))
     except FileNotFoundError: raise BadInput("there is no such notebook", file=notebook, remedy="Check the name.") from None
+    except OSError as e: raise BadInput(f"is not a notebook that can be read: {e.strerror}", file=notebook) from None
+    except UnicodeDecodeError as e: raise BadInput(f"is not UTF-8 text: {e.reason} at byte {e.start}", file=notebook) from None
     except json.JSONDecodeError as e: raise BadInput(f"is not a notebook: {e.msg}", file=notebook, line=e.lineno) from None
-    code = [c for c in nb["cells"] if c["cell_type"] == "code"]
-    return [{"source": "".join(c["source"]), "tags": c.get("metadata", {}).get("tags", [])} for c in code]
+    try: return [{"source": "".join(c["source"]), "tags": c.get("metadata", {}).get("tags") or []} for c in nb["cells"] if c["cell_type"] == "code"]
+    except (KeyError, TypeError, AttributeError): raise BadInput("is JSON, but not a notebook of cells", file=notebook, remedy="Save it with Jupyter (nbformat 4).") from None
 
 def notebook_parameters(notebook) -> dict[str, Parameter]:
     "What a notebook declares in its `parameters` cell, by name. Raises `BadInput` if that cell is missing or holds more than literals."
     tagged = [c["source"] for c in _cells(notebook) if "parameters" in c["tags"]]
     if len(tagged) != 1: raise BadInput(f"has {len(tagged)} cells tagged 'parameters'", file=notebook, remedy="Tag exactly one.")
-    tokens = tokenize.generate_tokens(io.StringIO(tagged[0]).readline)
+    try: statements, tokens = ast.parse(tagged[0]).body, list(tokenize.generate_tokens(io.StringIO(tagged[0]).readline))
+    except (SyntaxError, tokenize.TokenError) as e: raise BadInput(f"the parameters cell is not Python: {e.args[0]}", file=notebook, remedy="Mend the cell.") from None
     help = {t.start[0]: t.string.lstrip("# ") for t in tokens if t.type == tokenize.COMMENT}
-    found = [_declared(s, help, notebook) for s in ast.parse(tagged[0]).body]
+    found = [_declared(s, help, notebook) for s in statements]
     return {p.name: p for p in found}
 
 def _declared(statement, help, notebook):
@@ -329,7 +332,7 @@ def fresh_start(folder: str,        # the run's folder, which becomes the workin
     if not _kernel: _kernel.update(environ=dict(os.environ), path=list(sys.path)); _die_with_parent()
     if "lock" in _kernel: os.close(_kernel.pop("lock"))
     _kernel["lock"] = os.open(lock, os.O_RDWR | os.O_CREAT)
-    fcntl.flock(_kernel["lock"], fcntl.LOCK_EX | fcntl.LOCK_NB)
+    if not _locked(_kernel["lock"]): raise BlockingIOError(f"{lock} is held by another kernel")
     os.environ.clear(); os.environ.update(_kernel["environ"])
     sys.path[:] = _kernel["path"]
     os.chdir(folder)
@@ -511,8 +514,11 @@ def _alone(run: Run, wait: bool):
     finally: os.close(mine)
 
 def _locked(handle) -> bool:
-    try: fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB); return True
-    except OSError: return False
+    "Holds the lock from now on; False if somebody else does."
+    try: fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError: return False
+    except OSError: pass                    # a file system without locks: then nobody is kept out
+    return True
 
 def _is_free(path) -> bool:
     handle = os.open(path, os.O_RDWR | os.O_CREAT)
@@ -1006,6 +1012,7 @@ def _yaml_loader():
     def mapping(loader, node, deep=False):
         keys = [loader.construct_object(k, deep=True) for k, _ in node.value]
         for k, n in zip(keys, node.value):
+            if isinstance(k, (dict, list, set)): raise yaml.constructor.ConstructorError(None, None, "a key is a list or mapping", n[0].start_mark)
             if keys.count(k) > 1: raise yaml.constructor.ConstructorError(None, None, f"the key {k!r} is there twice", n[0].start_mark)
         return {k: loader.construct_object(v, deep=True) for k, (_, v) in zip(keys, node.value)}
     Loader.add_constructor(f"{tag}map", mapping)
@@ -1015,7 +1022,10 @@ def _read_yaml(path) -> dict:
     import yaml
     try: tree = yaml.load(Path(path).read_text(encoding="utf-8"), _yaml_loader())
     except FileNotFoundError: raise BadInput("there is no such grid", file=path) from None
-    except yaml.MarkedYAMLError as e: raise BadInput(f"is not YAML: {e.problem}", file=path, line=e.problem_mark.line + 1) from None
+    except OSError as e: raise BadInput(f"cannot be read: {e.strerror}", file=path, remedy="Name a YAML file.") from None
+    except UnicodeDecodeError as e: raise BadInput(f"is not UTF-8 text: {e.reason} at byte {e.start}", file=path, remedy="Convert the file to UTF-8.") from None
+    except yaml.MarkedYAMLError as e: raise BadInput(f"is not YAML: {e.problem}", file=path, line=e.problem_mark and e.problem_mark.line + 1) from None
+    except (yaml.YAMLError, ValueError, RecursionError) as e: raise BadInput(f"is not YAML: {str(e).splitlines()[0]}", file=path) from None      # a character that may not be there, an impossible number
     if not isinstance(tree, dict): raise BadInput("should hold `groups:`", file=path)
     return tree
 
@@ -1037,14 +1047,23 @@ def _known_keys(spec: dict, known: Iterable[str], file, where: str) -> None:
         if key in known: continue
         raise BadInput("is not known here", file=file, field=f"{where}.{key}".strip("."), remedy=did_you_mean(key, known))
 
+def _of_type(value, types, what: str, file, where: str):
+    "`value`, or None. Raises `BadInput` if it is of another type."
+    if value is not None and not isinstance(value, types): raise BadInput(f"should be {what}", file=file, field=where, value=value)
+    return value
+
 def _inherited(name: str, groups: dict, file, seen=()) -> dict:
     "A group's spec with what it takes from the group that it is `like`: params, axes and the rest, its own on top."
     spec = groups[name]
     _known_keys(spec, ["notebook", "params", "for", "seeds", "skip", "like"], file, name)
+    for key in ("params", "for"):
+        for inner in _of_type(spec.get(key), dict, "a mapping", file, f"{name}.{key}") or {}:
+            if not isinstance(inner, str): raise BadInput("should be a name", file=file, field=f"{name}.{key}", value=inner, remedy="Put it in quotes.")
+    _of_type(spec.get("skip"), list, "a list of mappings", file, f"{name}.skip")
     if "like" not in spec: return spec
-    other = spec["like"]
-    if other not in groups or other in (*seen, name):
-        raise BadInput("is not another group", file=file, field=f"{name}.like", value=other, remedy=did_you_mean(other, groups))
+    other, others = spec["like"], [g for g in groups if g not in (*seen, name)]
+    if other not in others:
+        raise BadInput("is not another group", file=file, field=f"{name}.like", value=other, remedy=did_you_mean(other, others) if others else "There is none.")
     base = _inherited(other, groups, file, (*seen, name))
     merged = {k: {**(base.get(k) or {}), **(spec.get(k) or {})} for k in ("params", "for")}
     return {**base, **spec, **merged}
@@ -1074,13 +1093,13 @@ def _points(spec: dict, seeds: list[int] | None, file, where: str) -> Iterable[t
         yield labels, {k: v for _, params in point for k, v in params.items()}
 
 def _choices(axis, values, file, where):
-    if isinstance(values, dict): return [(label, params or {}) for label, params in values.items()]
+    if isinstance(values, dict): return [(label, _of_type(params, dict, "parameters and their values", file, f"{where}.for.{axis}.{label}") or {}) for label, params in values.items()]
     if isinstance(values, list) and values and not any(isinstance(v, (dict, list)) for v in values): return [(v, {axis: v}) for v in values]
     raise BadInput("should be a list of values, or names that stand for parameters", file=file, field=f"{where}.for.{axis}", value=values)
 
 # %% ../nbs/80_runs.ipynb #7a79fb21
 def _group_cells(name: str, spec: dict, file: Path, top, asked, needs) -> list[Cell]:
-    if "notebook" not in spec: raise BadInput("names no notebook", file=file, field=name)
+    if not _of_type(spec.get("notebook"), str, "the name of a notebook", file, f"{name}.notebook"): raise BadInput("names no notebook", file=file, field=name)
     beside = file.parent/spec["notebook"]
     try: notebook = beside if beside.exists() else found_notebook(spec["notebook"])
     except BadInput as e: raise BadInput(e.problem, file=file, field=f"{name}.notebook", value=spec["notebook"], remedy=e.remedy) from None
@@ -1095,14 +1114,18 @@ _references = ("from", "each", "table", "times", "shipped")
 
 def _resolved(value, cell: Cell, groups: dict[str, list[Cell]], file):
     "A parameter's value with its references to other groups replaced by `From`, lists of `From`, `TableOf` or a path."
-    if isinstance(value, list): return [_resolved(v, cell, groups, file) for v in value]
+    if isinstance(value, list):
+        found = [_resolved(v, cell, groups, file) for v in value]
+        return [f for v, fs in zip(value, found) for f in (fs if isinstance(v, dict) and isinstance(fs, list) else [fs])]       # `each` within a list joins it
     kinds = [k for k in _references if isinstance(value, dict) and k in value]
     if not kinds: return value
     kind, where = kinds[0], f"{cell.name}: {kinds[0]}"
+    for key in {"shipped", "file"} & value.keys():
+        if not isinstance(value[key], str): raise BadInput("should be a path below the root, or below the run folder", file=file, field=f"{cell.name}: {key}", value=value[key])
     if kind == "shipped": return str(shipped(*value["shipped"].split("/")))
     names = value[kind] if isinstance(value[kind], list) else [value[kind]]
     for name in names:
-        if name not in groups: raise BadInput("is not a group", file=file, field=where, value=name, remedy=did_you_mean(name, groups))
+        if not isinstance(name, str) or name not in groups: raise BadInput("is not a group", file=file, field=where, value=name, remedy=did_you_mean(name, groups))
     wanted = {k: v for k, v in value.items() if k not in (kind, "file")}
     found = [c for name in names for c in _matching(groups[name], wanted, cell, file, where)]
     if kind in ("table", "times"): return TableOf(tuple(c.name for c in found), kind == "times")
@@ -1135,23 +1158,25 @@ def load_grid(profile,                          # name of a grid in data/grids, 
     file = Path(profile) if str(profile).endswith((".yaml", ".yml")) else _shipped_grid(profile)
     tree = _read_yaml(file)
     _known_keys(tree, ["title", "about", "seeds", "groups", "figures", "report"], file, "")
+    for key in ("title", "about"): _of_type(tree.get(key), str, "a text", file, key)
     sections, top = {k: tree.get(k) or {} for k in ("groups", "figures")}, tree.get("seeds", 1)
     groups: dict[str, list[Cell]] = {}
     for kind, specs in sections.items():
         _known_keys(specs, specs, file, kind)
         for name in specs:
+            if not isinstance(name, str): raise BadInput("should be a name", file=file, field=kind, value=name, remedy="Put it in quotes.")
             if name in groups or name in ("figures", "report"): raise BadInput("is taken", file=file, field=name)
             needs = ("metrics.json",) if kind == "groups" else ()
             groups[name] = _group_cells(name, _inherited(name, specs, file), file, top, seeds, needs)
     drawn = [c for name in sections["figures"] for c in groups[name]]
-    report = _group_cells("report", tree["report"], file, top, seeds, ("report.html",)) if "report" in tree else []
+    report = _group_cells("report", _inherited("report", tree, file), file, top, seeds, ("report.html",)) if "report" in tree else []
     for cell in report:
         cell.params = {k: tree[k] for k in notebook_parameters(cell.notebook).keys() & tree.keys() & {"title", "about"}} | cell.params
     cells = [c for group in groups.values() for c in group] + report
     groups["figures"] = drawn
     for cell in cells: cell.params = {k: _resolved(v, cell, groups, file) for k, v in cell.params.items()}
     last = report[0].name if report else None
-    return Grid(file.stem, tree.get("title", file.stem), tree.get("about", ""), Plan(cells), file, [c.name for c in drawn], last)
+    return Grid(file.stem, tree.get("title") or file.stem, tree.get("about") or "", Plan(cells), file, [c.name for c in drawn], last)
 
 # %% ../nbs/80_runs.ipynb #236eeae0
 def _shipped_grid(profile) -> Path:
@@ -1201,18 +1226,20 @@ def reproduce(profile,                                  # name of a grid in data
               threads: int = 1                          # threads of the arithmetic libraries in each worker
              ) -> Reproduction:
     """Computes whatever of a profile is not there yet, then gathers results, figures and report in `runs/<profile>/`.
-    Failing cells are in the result, not raised."""
+    Failing cells are in the result, not raised. Raises `BadInput`, before anything runs, if something else lies at `runs/<profile>`."""
     grid, runs = load_grid(profile, seeds), Path(runs or "runs").absolute()
     names = None if only is None else chosen(grid.plan, only)
     if dry_run:
         print(forecast(grid, runs, names, workers))
         return Reproduction(runs/grid.name, [])
+    _own_folder(grid, runs)
     outcomes = run_plan(grid.plan, runs, workers, only=names, threads=threads, title=grid.name)
     return Reproduction(gather(grid, runs), outcomes)
 
 # %% ../nbs/80_runs.ipynb #2a3cfe4b
 def forecast(grid: Grid, runs="runs", only: Iterable[str] | None = None, workers: int = 2) -> str:
     "For each cell of a grid: whether it is there, and how long it took last time. What `--dry-run` and `--list` print."
+    if workers < 1: raise BadInput("should be at least 1", field="workers", value=workers)
     planned, seconds = grid.plan.runs(runs), last_seconds(runs)
     names = [n for n in grid.plan.order if only is None or n in grid.plan.needed_for(only)]
     cells: dict[str, list[str]] = {}
@@ -1229,6 +1256,22 @@ def forecast(grid: Grid, runs="runs", only: Iterable[str] | None = None, workers
     if shared := len(names) - len(cells): total.append(f"{shared} cell{' shares' if shared == 1 else 's share'} a run with another")
     return "\n".join([*lines, ", ".join(total)])
 
+# %% ../nbs/80_runs.ipynb #7e20b9c4
+def _own_folder(grid: Grid, runs: Path) -> None:
+    "Raises `BadInput` if what lies at `runs/<profile>` was not gathered from this grid."
+    folder, other = runs/grid.name, "Rename the grid file, or name another folder with --runs."
+    if not os.path.lexists(folder) or folder.is_dir() and not any(folder.iterdir()): return
+    if not _is_gathered(folder): raise BadInput("holds something else than the results of a grid, and would be replaced by them", file=folder, remedy=other)
+    try: made_from = Path((folder/".grid").read_text(encoding="utf-8").rstrip("\n"))
+    except OSError: return                              # gathered before there was such a file
+    if made_from == grid.file.resolve() or not made_from.is_file() or made_from.read_bytes() == grid.file.read_bytes(): return
+    raise BadInput(f"holds the results of another grid of this name, {made_from}", file=folder, remedy=other)
+
+def _is_gathered(folder: Path) -> bool:
+    try: made = json.loads((folder/"runs.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError): return False
+    return isinstance(made, dict) and all(isinstance(run, str) for run in made.values())
+
 # %% ../nbs/80_runs.ipynb #5c727e22
 _gathered = {".png": "figures", ".svg": "figures", ".pdf": "figures", ".md": "tables", ".tex": "tables", ".csv": "results"}
 
@@ -1239,10 +1282,12 @@ def gather(grid: Grid, runs="runs") -> Path:
     done = {n: r for n, r in planned.items() if r.finished}
     experiments = [n for n in grid.plan.cells if n in done and n not in grid.figures and n != grid.report]
     with _lock_of(runs, grid.name):
+        _own_folder(grid, runs)
         new, old = runs/f".{grid.name}.new", runs/f".{grid.name}.old"
         for path in (new, old): shutil.rmtree(path, ignore_errors=True)
         write_json(new/"metrics.json", {n: _metrics_of(done[n].folder) for n in experiments})
         write_json(new/"runs.json", {n: r.name for n, r in done.items()})
+        write_text(new/".grid", f"{grid.file.resolve()}\n")
         pairs = [(grid.plan.labels(n), done[n].folder) for n in experiments]
         write_table(new/"results.csv", tidy(pairs))
         write_table(new/"times"/"times.csv", tidy(pairs, times=True))
@@ -1274,5 +1319,8 @@ def _report_of_times(grid: Grid, done: dict[str, Run], into: Path) -> None:
 @contextmanager
 def _lock_of(runs: Path, name: str):
     handle = os.open(writable_folder(runs/".locks")/name, os.O_RDWR | os.O_CREAT)
-    try: fcntl.flock(handle, fcntl.LOCK_EX); yield
+    try:
+        try: fcntl.flock(handle, fcntl.LOCK_EX)
+        except OSError: pass                # a file system without locks
+        yield
     finally: os.close(handle)

@@ -5,7 +5,7 @@ from collections import Counter
 import pytest
 
 from faithful_distill.files import BadInput
-from faithful_distill.questions import as_questions, choice_text, load_questions, normalized, perturbed_index, require_answers, sources
+from faithful_distill.questions import as_dataset, as_questions, choice_text, load_questions, normalized, perturbed_index, require_answers, sources
 
 counts = [("csqa", "train", 9741), ("csqa", "dev", 1221), ("csqa", "test", 1140), ("strategyqa", "train", 2061), ("strategyqa", "dev", 229),
           ("creak", "train", 10176), ("creak", "dev", 1371), ("creak", "test", 1371), ("qasc", "train", 8134), ("qasc", "dev", 926), ("qasc", "test", 920)]
@@ -99,3 +99,80 @@ def test_through_datasets_on_disk(tmp_path, real_data):
 
 def test_every_source_has_all_its_names():
     for name, source in sources.items(): assert set(source.files) == set(source.hub_splits), name
+
+
+@pytest.mark.parametrize("choices", [None, ["yes", "no"], ["no", "yes"], ["No", "Yes."]])
+@pytest.mark.parametrize("answer, word", [(True, "yes"), (False, "no"), ("true", "yes"), ("no", "no"), ("yes", "yes"), ("False", "no")])
+def test_yes_and_no_go_by_their_words_not_by_their_order(tmp_path, choices, answer, word):
+    path = tmp_path / "own.jsonl"
+    path.write_text(json.dumps({"question": "Q", "kind": "boolean", "choices": choices, "answer": answer}) + "\n")
+    [q] = as_questions(load_questions(path))
+    assert normalized(q.choices[q.answer]) == word
+
+
+@pytest.mark.parametrize("kind, choices", [("boolean", ["false", "true"]), ("boolean", ["yes", "no", "maybe"]), ("boolean", ["yes", "yes"]), ("statement", ["yes", "no"]), ("statement", ["a", "b"])])
+@pytest.mark.parametrize("answer", [True, "yes", 0])
+def test_choices_that_are_not_those_of_the_kind_are_refused(tmp_path, kind, choices, answer):
+    path = tmp_path / "own.jsonl"
+    path.write_text(json.dumps({"question": "Q", "kind": kind, "choices": choices, "answer": answer}) + "\n")
+    with pytest.raises(BadInput, match="own.jsonl:1: field 'choices': are not "): load_questions(path)
+    with pytest.raises(BadInput, match="as those of a"): as_questions([{"id": "1", "question": "Q", "kind": kind, "choices": choices, "answer": 0}])
+
+
+csqa = {"id": "1", "answerKey": "A", "question": {"stem": "s", "choices": [{"label": "A", "text": "x"}, {"label": "B", "text": "y"}]}}
+flat = {"id": "1", "answerKey": "A", "question": "s", "choices": {"label": ["A", "B"], "text": ["x", "y"]}}
+asked = {"question": "Q", "choices": ["a", "b"], "answer": 0}
+odd_rows = [
+    ("csqa", csqa | {"question": {"stem": "s", "choices": [1, 2]}}, "label"), ("csqa", csqa | {"question": {"stem": "s", "choices": ["a", "b"]}}, "label"),
+    ("csqa", csqa | {"combinedfact": 5}, "combinedfact"), ("csqa", csqa | {"answerKey": ["A"]}, "answerKey"),
+    ("csqa", flat | {"choices": {"label": ["A", "B"], "text": ["x", None]}}, "choices"), ("csqa", flat | {"choices": {"label": [["A"], ["B"]], "text": ["x", "y"]}}, "choices"),
+    ("csqa", flat | {"choices": {"label": ["A", "B", "C"], "text": ["x", "y"]}}, "choices"),
+    ("strategyqa", {"qid": "1", "question": "s", "answer": True, "facts": [5]}, "facts"), ("strategyqa", {"qid": "1", "question": "s", "answer": True, "facts": 5}, "facts"),
+    ("creak", {"ex_id": "1", "sentence": "s", "label": "true", "explanation": 5}, "explanation"), ("creak", {"ex_id": "1", "sentence": "s", "label": 0}, "label"),
+    ("creak", {"ex_id": "1", "sentence": "s", "label": ["true"]}, "label"),
+    (None, asked | {"kind": ["x"]}, "kind"), (None, asked | {"kind": []}, "kind"), (None, asked | {"id": ["x"]}, "id"), (None, asked | {"id": 0.5}, "id"), (None, asked | {"id": True}, "id"),
+    (None, asked | {"explanation": 5}, "explanation"), (None, asked | {"split": 5}, "split"), (None, asked | {"choices": [["a"], ["b"]]}, "choices"), (None, asked | {"question": 5}, "question"),
+]
+
+
+@pytest.mark.parametrize("name, row, field", odd_rows)
+def test_fields_of_another_type_are_named_and_can_be_left_out(tmp_path, name, row, field):
+    path, rejected = tmp_path / "own.jsonl", tmp_path / "rejected.jsonl"
+    path.write_text(json.dumps(row) + "\n")
+    load = lambda **more: load_questions(name, path=path, **more) if name else load_questions(path, **more)
+    with pytest.raises(BadInput) as error: load()
+    assert (error.value.field, error.value.line) == (field, 1) and str(error.value).startswith(f"{path}:1: ") and "<class" not in str(error.value)
+    with pytest.raises(BadInput, match="there are no questions.*left out is in .*rejected.jsonl"): load(skip_bad=rejected)
+    assert json.loads(rejected.read_text())["field"] == field
+
+
+def test_what_no_check_foresaw_is_named_by_file_and_line(tmp_path, monkeypatch):
+    from faithful_distill import questions
+    monkeypatch.setattr(questions, "_plain", lambda row: row["question"].strip() and None | row)
+    path = tmp_path / "own.jsonl"
+    path.write_text(json.dumps(asked) + "\n")
+    with pytest.raises(BadInput, match="own.jsonl:1: cannot be read as a question: TypeError"): load_questions(path)
+
+
+def test_files_without_questions_and_sets_without_any(tmp_path):
+    path = tmp_path / "own.jsonl"
+    for text in ("", "[]", "\n\n"):
+        path.write_text(text)
+        with pytest.raises(BadInput, match="own.jsonl: there are no questions"): load_questions(path)
+    path.write_bytes(b"[" + b" " * 70 + b"\xff]")
+    with pytest.raises(BadInput, match="is not UTF-8"): load_questions(path)
+    assert as_dataset([]).column_names == list(as_dataset(as_questions([asked | {"id": "1"}])).column_names) and as_questions(as_dataset([])) == []
+
+
+def test_a_missing_id_is_made_whether_it_is_left_out_or_null(tmp_path):
+    path = tmp_path / "own.jsonl"
+    path.write_text("".join(json.dumps(r) + "\n" for r in (asked | {"id": None}, asked, asked | {"id": 7})))
+    assert load_questions(path)["id"] == ["own-1", "own-2", "7"]
+
+
+def test_a_folder_for_the_list_of_bad_records_is_refused_before_anything_is_read(tmp_path):
+    from click.testing import CliRunner
+    from faithful_distill.cli import main
+    with pytest.raises(BadInput, match="is a folder, not a file"): load_questions("csqa", path=tmp_path / "nowhere", skip_bad=tmp_path)
+    done = CliRunner().invoke(main, ["rationales", "--data", "world", "--limit", "1", "--skip-bad", str(tmp_path), "--out", str(tmp_path / "r.jsonl")])
+    assert done.exit_code == 2 and "is a directory" in done.output and not (tmp_path / "r.jsonl").exists()

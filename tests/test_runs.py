@@ -436,3 +436,108 @@ def test_tidy_bytes_do_not_depend_on_the_order_of_runs(simple, tmp_path, kernel)
     table = R.read_table(one)
     assert list(table.columns) == ["n_", "name", "metric", "value", "low", "high", "n", "reason"], "a parameter called n does not hide the n of a score"
     assert table["n_"].tolist() == [2, 2, 10, 10] and table["name"].tolist() == ["NA", "None"] * 2 and table["n"].isna().all()
+
+
+# --- what is already there -----------------------------------------------------------------------------------------------------------
+
+def test_a_folder_that_gather_did_not_make_is_refused_before_anything_runs(simple, tmp_path):
+    grid, runs = tmp_path/"precious.yaml", tmp_path/"runs"
+    grid.write_text("groups:\n  a: {notebook: simple.ipynb}\n")
+    (runs/"precious").mkdir(parents=True)
+    (runs/"precious"/"thesis.txt").write_text("years of work")
+    refused = lambda: pytest.raises(BadInput, match="precious.*something else than the results of a grid")
+    with refused(): R.reproduce(grid, runs=runs, workers=1)
+    with refused(): R.gather(R.load_grid(grid), runs)
+    (runs/"precious"/"runs.json").write_text("[]")
+    with refused(): R.reproduce(grid, runs=runs, workers=1)
+    assert (runs/"precious"/"thesis.txt").read_text() == "years of work" and not list(runs.glob("simple-*"))
+    shutil.rmtree(runs/"precious")
+    (runs/"precious").write_text("a file")
+    with refused(): R.reproduce(grid, runs=runs, workers=1)
+    (runs/"precious").unlink(); (runs/"precious").mkdir()
+    assert R.reproduce(grid, runs=runs, workers=1).ok, "an empty folder is nobody's"
+
+
+def test_two_grids_of_one_name_do_not_replace_each_others_results(simple, tmp_path):
+    runs, here, there = tmp_path/"runs", tmp_path/"toy.yaml", tmp_path/"own"/"toy.yaml"
+    here.write_text("groups:\n  a: {notebook: simple.ipynb}\n")
+    there.parent.mkdir()
+    there.write_text(f"groups:\n  b: {{notebook: {simple}}}\n")
+    folder = R.reproduce(here, runs=runs, workers=1).folder
+    with pytest.raises(BadInput, match="results of another grid of this name"): R.reproduce(there, runs=runs, workers=1)
+    assert "a" in json.loads((folder/"runs.json").read_text())
+    (folder/".grid").unlink()
+    assert R.reproduce(there, runs=runs, workers=1).ok, "what an earlier version gathered does not say from which grid"
+    there.rename(tmp_path/"own"/"moved.yaml"); there = (tmp_path/"own"/"moved.yaml").rename(tmp_path/"toy.yaml")
+    assert R.reproduce(there, runs=runs, workers=1).ok, "a grid may move"
+
+
+@pytest.mark.parametrize("error, held", [(BlockingIOError(11, "held"), True), (OSError(37, "No locks available"), False)])
+def test_only_a_held_lock_is_waited_for(simple, tmp_path, monkeypatch, error, held):
+    "A file system without locks (ENOLCK) is not one where everything is locked."
+    def flock(*_): raise error
+    monkeypatch.setattr(R.fcntl, "flock", flock)
+    run = R.planned_run(simple, {}, tmp_path/"runs")
+    if held:
+        with pytest.raises(R.Busy), R._alone(run, wait=False): pass
+        return
+    with R._alone(run, wait=False) as lock: assert lock.name == f"{run.name}.kernel"
+    with R._lock_of(tmp_path/"runs", "toy"): pass
+
+
+ONE = "groups:\n  a:\n    notebook: simple.ipynb\n"
+odd_grids = {
+    "for a list": (ONE + "    for: [1, 2]\n", "'a.for': should be a mapping"), "params a list": (ONE + "    params: [1]\n", "'a.params': should be a mapping"),
+    "a scalar axis": (ONE + "    for: {n: 3}\n", "'a.for.n': should be a list"), "a scalar point": (ONE + "    for: {x: {p: 3}}\n", "'a.for.x.p': should be parameters"), "an axis that is a number": (ONE + "    for: {5: [1]}\n", "'a.for': should be a name"),
+    "skip a text": (ONE + "    for: {n: [1]}\n    skip: abc\n", "'a.skip': should be a list"), "notebook a number": ("groups: {a: {notebook: 5}}\n", "'a.notebook': should be the name"), "no notebook": ("groups: {a: {notebook: }}\n", "names no notebook"),
+    "notebook a folder": ("groups: {a: {notebook: '.'}}\n", "is not a notebook that can be read: Is a directory"), "like a list": (ONE + "    like: [a]\n", "'a.like': is not another group"), "like itself": (ONE + "    like: a\n", "There is none"),
+    "from a mapping": (ONE + "    params: {n: {from: {}}}\n", "is not a group"), "from a list of lists": (ONE + "    params: {n: {from: [[a]]}}\n", "is not a group"), "shipped a number": (ONE + "    params: {n: {shipped: 5}}\n", "'a: shipped': should be a path"),
+    "file a number": (ONE + "  b:\n    notebook: simple.ipynb\n    params: {name: {from: a, file: 5}}\n", "'b: file': should be a path"), "report empty": (ONE + "report:\n", "'report': should be a mapping"), "report a text": (ONE + "report: x\n", "'report': should be a mapping"),
+    "a name that is a number": ("groups: {5: {notebook: simple.ipynb}}\n", "should be a name"), "title a list": ("title: [a]\n" + ONE, "'title': should be a text"), "a key that is a list": ("groups: {? [a] : {notebook: simple.ipynb}}\n", "a key is a list"),
+    "a NUL": ("groups: \0\n", "is not YAML: unacceptable character"), "not UTF-8": (b"\xff\xfe\x00g", "is not UTF-8"), "no number": ("seeds: !!int x\n" + ONE, "is not YAML"), "a folder": (None, "cannot be read: Is a directory"),
+}
+
+
+@pytest.mark.parametrize("name", odd_grids)
+def test_odd_grids_are_one_line(simple, tmp_path, name):
+    from click.testing import CliRunner
+    from faithful_distill.cli import main
+    text, problem = odd_grids[name]
+    grid = tmp_path/"odd.yaml"
+    grid.mkdir() if text is None else grid.write_bytes(text if isinstance(text, bytes) else text.encode())
+    done = CliRunner().invoke(main, ["reproduce", "--profile", str(grid), "--list", "--runs", str(tmp_path/"runs")])
+    assert done.exit_code == 2 and problem in done.output and done.output.count("\n") == 1, done.output
+
+
+@pytest.mark.parametrize("text", ["{}", "[1]", '{"cells": 3}', '{"cells": [{"cell_type": "code"}]}', '{"cells": [{"cell_type": "code", "source": 5}]}', '{"cells": [{"cell_type": "code", "source": "", "metadata": null}]}', b"\xff"])
+def test_files_that_are_no_notebooks_are_named(tmp_path, text):
+    path = tmp_path/"odd.ipynb"
+    path.write_bytes(text if isinstance(text, bytes) else text.encode())
+    with pytest.raises(BadInput, match="odd.ipynb: is "): R.notebook_parameters(path)
+
+
+@pytest.mark.parametrize("cell", ["seed: int = (\n", "seed: int = 0 if\n", "  seed: int = 0\nout: str = ''\n", "s: str = '''x\n"])
+def test_a_parameters_cell_that_is_no_python_is_named(tmp_path, cell):
+    with pytest.raises(BadInput, match="the parameters cell is not Python"): R.notebook_parameters(write_notebook(tmp_path/"odd.ipynb", cell))
+
+
+def test_each_within_a_list_joins_it(simple, tmp_path):
+    write_notebook(tmp_path/"join.ipynb", "folders: list[str] = []\nout: str = 'out'", METRICS % "len(folders)")
+    (tmp_path/"g.yaml").write_text("groups:\n  a: {notebook: simple.ipynb, for: {n: [1, 2]}}\n  b: {notebook: join.ipynb, params: {folders: [{each: a}, {from: a, n: 1}]}}\n")
+    plan = R.load_grid(tmp_path/"g.yaml").plan
+    assert plan.cells["b"].params["folders"] == [R.From("a n=1"), R.From("a n=2"), R.From("a n=1")] and len(plan.runs(tmp_path/"runs")["b"].values["folders"]) == 3
+
+
+@pytest.mark.parametrize("args", [["reproduce", "--list", "--workers", "0"], ["reproduce", "--list", "--seeds", "0"], ["bench", "decode", "--device", "tpu"], ["bench", "decode", "--new", "0"], ["bench", "decode", "--question", "-1"],
+                                  ["bench", "decode", "--prompt", "0"], ["bench", "decode", "--dtype", "float99"], ["bench", "decode", "--out", "."], ["bench", "train", "--out", "."], ["bench", "train", "--steps", "0"],
+                                  ["bench", "train", "--rounds", "0"], ["bench", "train", "--batch-size", "0"], ["bench", "train", "--questions", "0"], ["bench", "train", "--peak", "0"]])
+def test_options_out_of_range_are_refused_before_anything_is_done(args):
+    from click.testing import CliRunner
+    from faithful_distill.cli import main
+    done = CliRunner().invoke(main, args)
+    assert done.exit_code == 2 and f"Invalid value for '{args[-2]}'" in done.output, done.output
+
+
+def test_a_forecast_needs_a_worker(simple, tmp_path):
+    (tmp_path/"g.yaml").write_text(ONE)
+    with pytest.raises(BadInput, match="workers"): R.forecast(R.load_grid(tmp_path/"g.yaml"), tmp_path/"runs", workers=0)
