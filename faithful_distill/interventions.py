@@ -7,15 +7,17 @@ __all__ = ['families', 'strip_answer', 'strip_words', 'split_steps', 'perturb_to
            'permute_words', 'filler', 'asking', 'Request', 'ask_all', 'own_arms', 'Swap', 'match_records',
            'Measurement', 'swap_requests', 'step_requests', 'measure', 'insert_word', 'measure_insertion', 'Reader',
            'load_base', 'ChoiceReader', 'reading_scores', 'read_choices', 'fit_reader', 'Explained', 'simulator_texts',
-           'Simulation', 'simulate', 'folds', 'simulate_folds', 'restatement', 'measure_rev', 'leaking_words',
-           'without_leaks', 'rora_lite']
+           'fitting', 'Simulation', 'simulate', 'folds', 'simulate_folds', 'restatement', 'measure_rev',
+           'leaking_words', 'without_leaks', 'rora_lite']
 
 # %% ../nbs/75_interventions.ipynb #18d6d69d
 import copy
 import inspect
+import logging
 import math
 import random
 import re
+from bisect import bisect_left
 from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from types import SimpleNamespace
@@ -27,7 +29,7 @@ from .faithfulness import (Score, _plain, accuracy, choice_probability, counterf
                                            insertion_correlation, las, las_from_credit, mean_score, perturbation_drop, refinement_gain, rev,
                                            same_answer_rate, swap_consistency, total_variation)
 from .files import BadInput, progress, stable_seed
-from .questions import Question, as_questions, choice_text, letter, require_answers
+from .questions import Question, as_questions, choice_text, letter, normalized, require_answers
 
 # %% ../nbs/75_interventions.ipynb #1a926153
 _answer_sentence = re.compile(r"(?:\b(?:so|thus|hence|therefore)\b,?\s*)?\bthe (?:correct |right |best |final )?answer is\b[^.!?\n]*(?:[.!?]+|$|(?=\n))", re.IGNORECASE)
@@ -474,7 +476,7 @@ class Reader:
     lr: float | None = None  # None: by model size
     batch_size: int = 64
     held_out: float = 0.1  # share of the training rows that decides when to stop
-    max_length: int = 256  # tokens of the text; the beginning is kept
+    max_length: int = 256  # tokens of the text; of a longer one the question loses its end, never the rationale: see `fitting`
     weight_decay: float = 0.01
     device: str | None = None  # None: a GPU if there is one
 
@@ -696,6 +698,49 @@ def simulator_texts(q: Question, rationale: str) -> tuple[str, str, str]:
     choices = " ".join(f"{letter(i)} {c}" for i, c in enumerate(q.choices))
     return f"{choices} {q.question} {rationale}", f"{choices} {q.question}", f"{choices} {rationale}"
 
+# %% ../nbs/75_interventions.ipynb #6c1b90e3
+def _around(q: Question, text: str) -> tuple[str, str]:
+    "What stands before and after the question in a text that begins with its choices; all and nothing where the question is not in it."
+    at = text.find(q.question, len(simulator_texts(q, "")[2]))
+    return (text, "") if at < 0 else (text[:at], text[at + len(q.question):])
+
+
+def _whole_tail(tail: str, rationale: str) -> str:
+    "The longest end among the texts of an example: what follows the question, then the rationale, which may be there whole, without some words, or not at all."
+    words = iter(rationale.split())
+    if all(w in words for w in tail.split()): return f" {rationale}"
+    return tail if tail.endswith(rationale) else f"{tail} {rationale}"
+
+
+def fitting(
+    reader: "ChoiceReader",
+    explained: "Explained",
+    texts: Sequence[str],  # one per example: choices, question, and what may follow
+) -> tuple[list[str], int, int]:  # the texts, how many questions lost words, how many rationales do not fit all the same
+    "The texts, each question shortened from its end where its longest text would not fit the reader."
+    most, fitted, cut, beyond = reader.settings.max_length, list(texts), 0, 0
+    count = lambda some: [len(ids) for ids in reader.tokenizer(some, add_special_tokens=False)["input_ids"]] if some else []
+    around = [_around(q, t) for q, t in zip(explained.questions, texts)]
+    longest = [(head, _whole_tail(tail, r)) for (head, tail), r in zip(around, explained.rationales)]
+    for i, length in enumerate(count([f"{head}{q.question}{tail}" for q, (head, tail) in zip(explained.questions, longest)])):
+        (head, tail), (_, end), words = around[i], longest[i], explained.questions[i].question.split()
+        if length <= most: continue
+        if head == texts[i]:
+            beyond += 1
+            continue
+        tokens = lambda k: count([f"{head}{' '.join(words[:k])}{end}"])[0]
+        kept = max(1, bisect_left(range(1, len(words)), True, key=lambda k: tokens(k) > most))
+        fitted[i], cut, beyond = f"{head}{' '.join(words[:kept])}{tail}", cut + 1, beyond + (tokens(kept) > most)
+    return fitted, cut, beyond
+
+
+def _fitting_told(reader, explained, texts) -> list[str]:
+    "The texts of `fitting`; what was cut is logged."
+    fitted, cut, beyond = fitting(reader, explained, texts)
+    if cut or beyond: logging.getLogger("faithful_distill").warning("%d of %d questions are cut: with choices and rationale they have more than the %d tokens a reader takes (max_length)%s", cut, len(fitted),
+                                                                    reader.settings.max_length, f"; {beyond} texts are too long all the same and lose their end" if beyond else "")
+    return fitted
+
 # %% ../nbs/75_interventions.ipynb #deb148d5
 @dataclass
 class Simulation:
@@ -737,13 +782,21 @@ def simulate(
     "Train simulators on an explained model's behaviour and let them predict it elsewhere."
     train, read, histories = train.predicted(), [], []
     labels = list(train.predictions)
-    texts, modes = [simulator_texts(q, r) for q, r in zip(train.questions, train.rationales)], [simulator_texts(q, r) for q, r in zip(test.questions, test.rationales)]
+    texts = modes = None
     for seed in seeds:
         if permute_labels: labels = _permuted(train, seed)
-        reader = fit_reader(ChoiceReader(base, seed, settings), train.questions, texts, labels)
+        reader = ChoiceReader(base, seed, settings)
+        if texts is None: texts, modes = _three_texts(reader, train, fitting), _three_texts(reader, test, lambda *given: (_fitting_told(*given),))
+        fit_reader(reader, train.questions, texts, labels)
         read.append({mode: read_choices(reader, test.questions, [m[j] for m in modes]) for j, mode in enumerate(("xr", "x", "r"))})
         histories.append(reader.history)
     return Simulation([-1 if y is None else y for y in test.predictions], read, histories)
+
+
+def _three_texts(reader, explained: Explained, fit: Callable) -> list[tuple[str, str, str]]:
+    "(x and r, x, r) of each example, fitted to the reader."
+    xr, x, r = zip(*(simulator_texts(q, r) for q, r in zip(explained.questions, explained.rationales))) if explained.questions else ((), (), ())
+    return list(zip(fit(reader, explained, xr)[0], fitting(reader, explained, x)[0], r))
 
 
 def _permuted(train: Explained, seed: int) -> list[int]:
@@ -760,10 +813,11 @@ def folds(
     parts: int,  # how many
     seed: int = 0,
 ) -> list[int]:  # the part of each question
-    "Parts of about equal size; equal question texts fall into the same part."
-    texts = sorted({q.question for q in questions}, key=lambda t: stable_seed(seed, t))
-    part = {t: i % parts for i, t in enumerate(texts)}
-    return [part[q.question] for q in questions]
+    "Parts of about equal size; questions that read the same, case and blanks aside, fall into the same part: that of the first of them."
+    first: dict[str, str] = {}
+    own = [first.setdefault(normalized(q.question), q.question) for q in questions]
+    part = {t: i % parts for i, t in enumerate(sorted(first.values(), key=lambda t: stable_seed(seed, t)))}
+    return [part[t] for t in own]
 
 
 def simulate_folds(
@@ -798,9 +852,11 @@ def restatement(q: Question, i: int) -> str:
 
 def _evaluate(base, train_texts, test_texts, train: Explained, test: Explained, seeds, settings) -> np.ndarray:
     "(S, n) log-probability of y by evaluators trained on one text per example."
-    logs = []
+    logs, fitted = [], False
     for seed in seeds:
-        reader = fit_reader(ChoiceReader(base, seed, settings), train.questions, [[t] for t in train_texts], train.predictions)
+        reader = ChoiceReader(base, seed, settings)
+        if not fitted: train_texts, test_texts, fitted = fitting(reader, train, train_texts)[0], _fitting_told(reader, test, test_texts), True
+        fit_reader(reader, train.questions, [[t] for t in train_texts], train.predictions)
         logs.append([float(r[y]) for r, y in zip(read_choices(reader, test.questions, test_texts), test.predictions)])
     return np.array(logs)
 

@@ -389,3 +389,64 @@ def test_what_a_metric_mistakes_for_the_dial_is_the_ratio_of_its_slopes_in_any_u
     scaled = F.mistaken_for(100 * values - 3, dial, nuisance / 10, draws=500)
     assert abs(scaled.value - 10 * score.value) < 1e-6
     assert F.mistaken_for([None] * 60, dial, nuisance).value is None and F.mistaken_for(values, np.ones(60), nuisance).value is None
+
+
+# ---- readers and students, where the arrays come from ---------------------------------------------------------------------------------
+
+def long_questions(words, n=80):
+    "n questions of so many words; the rationale names the prediction and the question says nothing of it."
+    import random
+
+    from faithful_distill.interventions import Explained
+    from faithful_distill.questions import Question
+    draw = random.Random(1)
+    names, talk = "dog cat cow owl bee ant fox pig hen rat".split(), "the passage tells of a long day in some far town where many people went out".split()
+    questions = [Question(str(i), " ".join(draw.choices(talk, k=words)) + f" {i}?", tuple(draw.sample(names, 3)), None) for i in range(n)]
+    y = [draw.randrange(3) for _ in questions]
+    return Explained(questions, [f"Clearly the word {q.choices[k]} fits." for q, k in zip(questions, y)], y)
+
+
+def test_a_long_question_gives_way_to_the_rationale_and_says_so(caplog):
+    from faithful_distill.interventions import Reader, rora_lite, simulate_folds
+    from faithful_distill.scoring import scratch_base
+    e = long_questions(300)
+    base, quick = scratch_base([f"{q.question} {r}" for q, r in zip(e.questions, e.rationales)]), Reader(epochs=8, batch_size=16, lr=1e-2, device="cpu")
+    las = simulate_folds(base, e, parts=2, seeds=(0,), settings=quick).scores(draws=200)["las"]
+    assert las.details["acc_xr"] > las.details["acc_x"] + 0.3, las.details
+    assert "questions are cut: " in caplog.text
+    half = [type(e)(e.questions[a:b], e.rationales[a:b], e.predictions[a:b]) for a, b in ((0, 40), (40, 80))]
+    assert rora_lite(base, *half, seeds=(0,), settings=quick, rounds=0, draws=200).value > 0.3
+
+
+@pytest.mark.parametrize("kind", ["las", "rev", "rora"])
+@pytest.mark.parametrize("most", [80, 256])
+def test_both_texts_of_a_pair_keep_as_much_of_the_question_and_short_ones_all_of_it(kind, most):
+    from faithful_distill.interventions import ChoiceReader, Reader, fitting, restatement, simulator_texts
+    from faithful_distill.scoring import scratch_base
+    for words in (5, 45, 300):
+        e = long_questions(words, 12)
+        reader = ChoiceReader(scratch_base([q.question for q in e.questions], vocabulary=300, width=16), settings=Reader(max_length=most, device="cpu"))
+        vacuous = [simulator_texts(q, "")[2] + restatement(q, y) for q, y in zip(e.questions, e.predictions)]
+        less = [" ".join(r.split()[::2]) for r in e.rationales]  # what a detector of leaks leaves
+        pairs = {"las": [(simulator_texts(q, r)[0], simulator_texts(q, r)[1]) for q, r in zip(e.questions, e.rationales)],
+                 "rev": [(f"{b} {r}", b) for b, r in zip(vacuous, e.rationales)], "rora": [(simulator_texts(q, r)[0], simulator_texts(q, r)[1]) for q, r in zip(e.questions, less)]}[kind]
+        (long, cut, beyond), (short, other, _) = (fitting(reader, e, list(side)) for side in zip(*pairs))
+        ends = [a[len(b):] for a, b in pairs]
+        assert all(a == b + end for a, b, end in zip(long, short, ends)) and cut == other and beyond == 0
+        assert [len(ids) for ids in reader.tokenizer(long, add_special_tokens=False)["input_ids"]] == [len(ids) for ids in reader.texts(long)], "nothing is cut after that"
+        for (a, b), x, z in zip(pairs, long, short):
+            if len(reader.tokenizer(a + " " + " ".join(e.rationales[0].split()), add_special_tokens=False)["input_ids"]) <= most: assert (a, b) == (x, z)
+        if words == 300: assert cut == 12
+        if words == 5 and most == 256: assert cut == 0
+
+
+def test_variants_of_a_question_share_a_fold_and_others_keep_theirs():
+    from faithful_distill.files import stable_seed
+    from faithful_distill.interventions import folds
+    from faithful_distill.questions import Question
+    make = lambda text: Question(text, text, ("a", "b"), 0)
+    plain = [make(f"What thing number {i}?") for i in range(60)]
+    variants = [make(f"what thing  number {i}?") for i in range(60)]
+    order = sorted((q.question for q in plain), key=lambda t: stable_seed(0, t))
+    assert folds(plain, 3) == [order.index(q.question) % 3 for q in plain]
+    assert folds([*plain, *variants], 3) == folds(plain, 3) * 2
