@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['families', 'strip_answer', 'strip_words', 'split_steps', 'perturb_tokens', 'Damage', 'shuffle_across',
-           'permute_words', 'filler', 'asking', 'Request', 'ask_all', 'own_arms', 'Swap', 'match_records',
-           'Measurement', 'swap_requests', 'step_requests', 'measure', 'insert_word', 'measure_insertion', 'Reader',
-           'load_base', 'ChoiceReader', 'reading_scores', 'read_choices', 'fit_reader', 'Explained', 'simulator_texts',
-           'fitting', 'Simulation', 'simulate', 'folds', 'simulate_folds', 'restatement', 'measure_rev',
-           'leaking_words', 'without_leaks', 'rora_lite']
+           'permute_words', 'filler', 'asking', 'Request', 'ask_all', 'own_arms', 'Swap', 'check_record',
+           'match_records', 'Measurement', 'swap_requests', 'step_requests', 'measure', 'insert_word',
+           'measure_insertion', 'Reader', 'load_base', 'ChoiceReader', 'reading_scores', 'read_choices', 'fit_reader',
+           'Explained', 'simulator_texts', 'fitting', 'Simulation', 'simulate', 'folds', 'simulate_folds',
+           'restatement', 'measure_rev', 'leaking_words', 'without_leaks', 'rora_lite']
 
 # %% ../nbs/75_interventions.ipynb #18d6d69d
 import copy
@@ -18,6 +18,7 @@ import math
 import random
 import re
 from bisect import bisect_left
+from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from types import SimpleNamespace
@@ -115,10 +116,21 @@ class Damage:
 def shuffle_across(
     ids: Sequence[str],  # one id per example
     seed: int = 0,
-) -> list[int]:
-    "For each example the index of the other one whose rationale it gets; a single cycle, so that none keeps its own."
+    groups: Sequence | None = None,  # the question of each example: it gets one from another group; default: each is a group of its own
+) -> list[int] | None:  # None where there is no other group
+    "For each example the index of the other one whose rationale it gets; one each, unless more than half are of one group."
     order = sorted(range(len(ids)), key=lambda i: (stable_seed(seed, ids[i], "shuffle"), i))
-    given = dict(zip(order, order[1:] + order[:1]))
+    groups = list(range(len(ids))) if groups is None else list(groups)
+    if len(ids) and len(set(groups)) < 2: return None
+    place = {g: k for k, g in enumerate(dict.fromkeys(groups[i] for i in order))}
+    order.sort(key=lambda i: place[groups[i]])  # a group stands together, so that a step as long as the largest leaves it
+    sizes = Counter(groups)
+    largest = max(sizes.values(), default=0)
+    given = dict(zip(order, order[largest:] + order[:largest]))
+    if 2 * largest > len(order):
+        most = max(sizes, key=sizes.get)
+        inside, outside = ([i for i in order if (groups[i] == most) is is_most] for is_most in (True, False))
+        given = {i: other[k % len(other)] for some, other in ((inside, outside), (outside, inside)) for k, i in enumerate(some)}
     return [given[i] for i in range(len(ids))]
 
 
@@ -193,8 +205,9 @@ def own_arms(
     arms = {
         "own": [list(own)], "post_answer": [[""] * len(own)], "filler": [[filler(r, fill) for r in own]],
         "perturbed": each("perturb", lambda r, s: damage(r, rho, s)), "permuted": each("permute", permute_words),
-        "shuffled": [[own[j] for j in shuffle_across(ids, stable_seed(seed, d))] for d in range(draws)],
+        "shuffled": [[own[j] for j in shuffle_across(ids, stable_seed(seed, d)) or range(len(ids))] for d in range(draws)],
     }
+    if len({normalized(q.question) for q in questions}) < 2: del arms["shuffled"]  # there is no other question
     if paraphrase is not None: arms["paraphrased"] = [[paraphrase(r) for r in own]]
     return arms
 
@@ -206,18 +219,35 @@ class Swap(NamedTuple):
     rationale: str
 
 
+def check_record(
+    record: dict,  # a rationale record
+    by_id: dict[str, Question],  # the questions it may be about
+    file=None, line: int | None = None,  # where it stands, for the error
+) -> Question | None:  # the question it is about; None: none of these
+    "What interventions need of a record, checked; `BadInput` names the field."
+    def bad(problem, field, remedy=None): return BadInput(problem, file=file, line=line, field=field, value=record[field] if field in record else record.get("id"), remedy=remedy)
+    whole = lambda v: isinstance(v, int) and not isinstance(v, bool)
+    for name, fits, said in (("id", lambda v: isinstance(v, str), "a text"), ("target", whole, "a whole number"), ("rationale", lambda v: isinstance(v, str), "a text")):
+        if name not in record: raise bad("is missing from a rationale record", name, "Write records with `rationalize`.")
+        if not fits(record[name]): raise bad(f"is not {said} in a rationale record", name)
+    q = by_id.get(record["id"])
+    if q is None: return None
+    plain = lambda v: [plain(one) for one in v] if isinstance(v, (list, tuple)) else normalized(v) if isinstance(v, str) else None
+    for name, ours in (("question", q.question), ("choices", list(q.choices))):
+        if name in record and plain(record[name]) != plain(ours): raise bad(f"is another one than question {q.id!r} has", name, f"Give the records of these questions; this one has {ours!r}.")
+    if not 0 <= record["target"] < len(q.choices): raise bad(f"is not a choice of question {q.id!r}", "target")
+    return q
+
+
 def match_records(
     questions: Sequence[Question],
     records: Iterable[dict],  # rationale records; those of other questions are passed over
 ) -> list[Swap]:
     "The records of these questions, the answer sentence removed; one for each (question, target), the first."
-    number, found = {q.id: i for i, q in enumerate(questions)}, {}
+    number, by_id, found = {q.id: i for i, q in enumerate(questions)}, {q.id: q for q in questions}, {}
     for r in records:
-        missing = [name for name in ("id", "target", "rationale") if name not in r]
-        if missing: raise BadInput("is missing from a rationale record", field=missing[0], value=r.get("id"), remedy="Write records with `rationalize`.")
-        i = number.get(r["id"])
-        if i is None: continue
-        if not 0 <= r["target"] < len(questions[i].choices): raise BadInput(f"is not a choice of question {r['id']!r}", field="target", value=r["target"])
+        if check_record(r, by_id) is None: continue
+        i = number[r["id"]]
         found.setdefault((i, r["target"]), Swap(i, r["target"], strip_answer(r["rationale"])))
     return list(found.values())
 
@@ -284,9 +314,10 @@ def swap_requests(
     prefix: str,  # the one under which the shuffled floor is taken
     seed: int,
 ) -> dict[str, list[Request]]:  # 'swap_<prefix>' and 'swap_shuffled', one request per swap
-    "What swap consistency asks."
-    other = shuffle_across([f"{questions[s.question].id}/{s.target}" for s in swaps], seed)
+    "What swap consistency asks; no floor where all rationales are about one question."
     arms = {f"swap_{p}": [Request(s.question, s.rationale, p) for s in swaps] for p in prefixes}
+    if len({normalized(questions[s.question].question) for s in swaps}) < 2: return arms
+    other = shuffle_across([f"{questions[s.question].id}/{s.target}" for s in swaps], seed)
     return arms | {"swap_shuffled": [Request(s.question, swaps[j].rationale, prefix) for s, j in zip(swaps, other)]}
 
 
@@ -380,13 +411,16 @@ def measure(
     "Everything in METHOD section 4 that is found out by intervening on rationales. Batched; each distinct request is asked once."
     questions = _checked(questions, metrics, draws, rho)
     ask, prefix = asking(student, batch_size, max_new_tokens), prefix or getattr(student, "prefix", "factual")
+    records = list(records)
+    swaps = match_records(questions, records)
     written = ask(questions, _own_or_none(student, len(questions)), prefix, False)
-    own, swaps = [strip_answer(a.rationale) for a in written], match_records(questions, records)
+    own = [strip_answer(a.rationale) for a in written]
     damage = Damage(getattr(student, "tokenizer", None) if tokenizer is None else tokenizer, [*own, *(s.rationale for s in swaps)])
     plan = _plan(questions, own, swaps, metrics, prefix, prefixes, damage, seed, draws, rho, steps, most_steps, fill, paraphrase)
     answers = ask_all(ask, questions, plan.requests())
     m = Measurement({}, questions, {"written": [list(written)]} | {name: [[answers.get(r) for r in rows] for rows in drawn] for name, drawn in plan.arms.items()})
     _score_all(m, plan, swaps, answers, metrics, interval or {})
+    if records and not swaps: _say_none_matched(m, len(records))
     return m
 
 # %% ../nbs/75_interventions.ipynb #aab2902b
@@ -416,17 +450,27 @@ def _score_all(m: Measurement, plan: _Plan, swaps: list[Swap], answers: dict, me
     if "refine" in metrics:
         s |= _both_versions("refine", lambda p: _effect(m, "oracle", -1, p, **interval))
         s |= _both_versions("refine_stripped", lambda p: _effect(m, "oracle_stripped", -1, p, **interval))
+    if "controls" in metrics and "shuffled" not in m.arms: s["shuffled"] = Score(None, n=len(gold), reason="all rows ask one question: there is no other's rationale to hand over")
     for arm in ("post_answer", "filler", "permuted", "shuffled", "paraphrased"):
         if arm not in m.arms: continue
         s |= _both_versions(arm, lambda p: _effect(m, arm, 1, p, **interval))
         s |= {f"{arm}_same": _stays(m, arm, False, **interval), f"{arm}_shift": _stays(m, arm, True, **interval)}
     if "controls" in metrics and "paraphrased" not in m.arms: s["paraphrased"] = Score(None, n=0, reason="no paraphraser was given (paraphrase=)")
     if "swap" in metrics and not swaps: s["swap"] = Score(None, n=0, reason="no teacher rationales were given")
+    elif "swap" in metrics and "swap_shuffled" not in plan.swaps: s["swap_shuffled"] = Score(None, n=len(swaps), reason="all records are about one question: there is no other's rationale to hand over")
     for name, rows in plan.swaps.items():
         s |= _both_versions(name, lambda p: _swap_score(m.questions, swaps, [answers[r] for r in rows], p, **interval))
     for name, (table, steps) in plan.tables.items():
         said = [[answers.get(r) for r in rows] for rows in table]
         s |= _both_versions(name, lambda p: _aoc_score(own, said, steps, p, **interval))
+
+
+def _say_none_matched(m: Measurement, given: int) -> None:
+    "Records came, and none is about these questions: that is the reason, and not that there were none."
+    why = f"none of the {given:,} teacher rationales given is about one of these questions: no id is the same"
+    for name, score in m.scores.items():
+        if score.value is None and (name == "swap" or name.startswith("refine")): m.scores[name] = replace(score, reason=why)
+
 
 # %% ../nbs/75_interventions.ipynb #3eac4ce4
 def insert_word(

@@ -450,3 +450,64 @@ def test_variants_of_a_question_share_a_fold_and_others_keep_theirs():
     order = sorted((q.question for q in plain), key=lambda t: stable_seed(0, t))
     assert folds(plain, 3) == [order.index(q.question) % 3 for q in plain]
     assert folds([*plain, *variants], 3) == folds(plain, 3) * 2
+
+
+def asked_student(questions, rationales, prefix, begun=False):
+    "Answers 'cat' where its rationale says so."
+    from types import SimpleNamespace
+    texts = ["The cat sat." if r is None else r for r in rationales]
+    return [SimpleNamespace(id=q.id, choice=int("cat" in t), rationale=t, text="", scores=[0.2, 0.8] if "cat" in t else [0.8, 0.2]) for q, t in zip(questions, texts)]
+
+
+def two_choices(n, text="Which one is number {}?"):
+    from faithful_distill.questions import Question
+    return [Question(str(i), text.format(i), ("dog", "cat"), 1) for i in range(n)]
+
+
+def record_of(q, target=1, **other):
+    return dict(id=q.id, question=q.question, choices=list(q.choices), answer=q.answer, target=target, role="gold" if target == q.answer else "counterfactual", rationale="The cat sat.") | other
+
+
+@pytest.mark.parametrize("change, field", [
+    (dict(choices=["cat", "dog"]), "choices"), (dict(choices="dog"), "choices"), (dict(choices=[["dog"], 3]), "choices"), (dict(question="Something else?"), "question"), (dict(question=3), "question"),
+    (dict(target="a"), "target"), (dict(target=None), "target"), (dict(target=True), "target"), (dict(target=0.0), "target"), (dict(target=2), "target"),
+    (dict(rationale=None), "rationale"), (dict(rationale=3), "rationale"), (dict(id=[1]), "id")])
+def test_a_record_that_does_not_fit_its_question_is_one_clear_error(change, field):
+    from faithful_distill.interventions import match_records
+    questions = two_choices(3)
+    assert len(match_records(questions, [record_of(q) for q in questions])) == 3 and match_records(questions, [dict(id="1", target=1, rationale="x")])
+    with pytest.raises(BadInput) as error: match_records(questions, [record_of(questions[0], **change)])
+    assert error.value.field == field
+
+
+def test_records_of_other_questions_are_named_as_the_reason():
+    from faithful_distill.interventions import measure
+    questions = two_choices(4)
+    scores = measure(asked_student, questions, [record_of(q, id=f"other-{q.id}") for q in questions[:3]], metrics=("swap", "refine")).scores
+    for name in ("swap", "refine", "refine_stripped_probability"): assert scores[name].value is None and "none of the 3 teacher rationales" in scores[name].reason, name
+    assert measure(asked_student, questions, metrics=("swap",)).scores["swap"].reason == "no teacher rationales were given"
+
+
+@few
+@given(st.lists(st.integers(0, 5), min_size=2, max_size=25), st.integers(0, 3))
+def test_rationales_are_dealt_to_other_groups_only(groups, seed):
+    from faithful_distill.files import stable_seed
+    from faithful_distill.interventions import shuffle_across
+    ids = list(map(str, range(len(groups))))
+    given_to = shuffle_across(ids, seed, groups)
+    if len(set(groups)) < 2: assert given_to is None
+    else:
+        assert all(groups[i] != groups[g] for i, g in enumerate(given_to))
+        if 2 * max(map(groups.count, groups)) <= len(groups): assert sorted(given_to) == list(range(len(groups)))
+    order = sorted(range(len(ids)), key=lambda i: (stable_seed(seed, ids[i], "shuffle"), i))
+    cycle = dict(zip(order, order[1:] + order[:1]))
+    assert shuffle_across(ids, seed) == shuffle_across(ids, seed, ids) == [cycle[i] for i in range(len(ids))], "as it always was where each is a group of its own"
+
+
+def test_with_a_single_question_nothing_is_shuffled_and_the_reason_says_so():
+    from faithful_distill.interventions import measure
+    for questions in (two_choices(1), two_choices(3, "Which?")):
+        m = measure(asked_student, questions, [record_of(q, t) for q in questions for t in (0, 1)], metrics=("controls", "swap"))
+        for name in ("shuffled", "swap_shuffled"): assert m.scores[name].value is None and "one question" in m.scores[name].reason
+        assert "shuffled_same" not in m.scores and m.scores["swap_factual"].value is not None
+    assert measure(asked_student, two_choices(3), metrics=("controls",)).scores["shuffled"].value is not None
