@@ -7,7 +7,7 @@ __all__ = ['families', 'strip_answer', 'strip_words', 'split_steps', 'perturb_to
            'permute_words', 'filler', 'asking', 'Request', 'ask_all', 'own_arms', 'Swap', 'check_record',
            'match_records', 'Measurement', 'swap_requests', 'step_requests', 'measure', 'insert_word',
            'measure_insertion', 'Reader', 'load_base', 'ChoiceReader', 'reading_scores', 'read_choices', 'fit_reader',
-           'Explained', 'simulator_texts', 'fitting', 'Simulation', 'simulate', 'folds', 'simulate_folds',
+           'Explained', 'simulator_texts', 'fitting', 'Simulation', 'simulate', 'folds', 'simulate_folds', 'las_or_why',
            'restatement', 'measure_rev', 'leaking_words', 'without_leaks', 'rora_lite']
 
 # %% ../nbs/75_interventions.ipynb #18d6d69d
@@ -887,6 +887,23 @@ def simulate_folds(
             for mode, found in theirs.items():
                 for i, r in zip(rows, found): mine[mode][i] = r
     return Simulation([-1 if y is None else y for y in explained.predictions], read, histories)
+
+# %% ../nbs/75_interventions.ipynb #6c1b90e7
+def las_or_why(
+    base: Any,  # what simulators start from: see `load_base`
+    explained: Explained,
+    *,
+    least: int = 20,  # answers below which no simulator is trained
+    **settings,  # parts, seeds, settings: see `simulate_folds`
+) -> dict[str, Score]:  # 'las' and 'las_probability'
+    "LAS by cross-fitting, or why there is none."
+    answered = sum(y is not None for y in explained.predictions)
+    why = "" if any(explained.rationales) else "the student writes no rationale"
+    if not why and answered < least: why = f"too few answers to train a simulator on: {answered}, at least {least} are needed"
+    try:
+        if not why: return simulate_folds(base, explained, **settings).scores()
+    except BadInput as error: why = f"no simulator could be trained: {error}"
+    return {name: Score(None, n=len(explained.questions), reason=why) for name in ("las", "las_probability")}
 
 # %% ../nbs/75_interventions.ipynb #8f3260d3
 def restatement(q: Question, i: int) -> str:

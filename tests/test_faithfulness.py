@@ -511,3 +511,64 @@ def test_with_a_single_question_nothing_is_shuffled_and_the_reason_says_so():
         for name in ("shuffled", "swap_shuffled"): assert m.scores[name].value is None and "one question" in m.scores[name].reason
         assert "shuffled_same" not in m.scores and m.scores["swap_factual"].value is not None
     assert measure(asked_student, two_choices(3), metrics=("controls",)).scores["shuffled"].value is not None
+
+
+# ---- the command -----------------------------------------------------------------------------------------------------------------------
+
+@pytest.fixture(scope="module")
+def embedded(tmp_path_factory):
+    "A copy of the embedded student, which answers nothing yet, so that no card of the repository is written."
+    import shutil
+
+    from faithful_distill.files import shipped
+    return shutil.copytree(shipped("data", "models", "student"), tmp_path_factory.mktemp("embedded")/"student")
+
+
+def evaluate(student, out, *more):
+    from click.testing import CliRunner
+
+    from faithful_distill.cli import main
+    done = CliRunner().invoke(main, ["evaluate", "--data", "world", "--limit", "24", "--student", str(student), "--metrics", "perturb,swap,refine", "--draws", "1", "--max-new-tokens", "8", "--out", str(out), *more])
+    assert done.exception is None or isinstance(done.exception, SystemExit), repr(done.exception)
+    return done, {p.name: json.loads(p.read_text()) for p in out.glob("*.json")}
+
+
+def test_a_simulator_that_cannot_be_had_is_told_before_anything_is_measured(embedded, tmp_path, monkeypatch):
+    import faithful_distill.interventions as room
+    monkeypatch.setattr(room, "measure", lambda *a, **k: pytest.fail("measured first"))
+    done, _ = evaluate(embedded, tmp_path, "--simulator", str(tmp_path/"nowhere"))
+    assert done.exit_code and "cannot be loaded as a reader" in done.output
+
+
+def test_what_was_measured_is_kept_whatever_becomes_of_the_simulators(embedded, tmp_path, monkeypatch):
+    import faithful_distill.interventions as room
+    done, files = evaluate(embedded, tmp_path/"few", "--simulator", str(embedded))  # an untrained student: no parsable answer
+    assert done.exit_code == 0 and files["metrics.json"]["accuracy"]["n"] == 24 and len(files["answers.json"]) == 24
+    assert files["metrics.json"]["las"]["value"] is None and "too few answers" in files["metrics.json"]["las"]["reason"] and files["metrics.json"]["las_probability"]["value"] is None
+
+    def dies(*a, **k): raise RuntimeError("out of memory")
+    monkeypatch.setattr(room, "las_or_why", dies)
+    with pytest.raises(AssertionError, match="out of memory"): evaluate(embedded, tmp_path/"dies", "--simulator", str(embedded))
+    assert json.loads((tmp_path/"dies"/"metrics.json").read_text())["accuracy"]["n"] == 24 and (tmp_path/"dies"/"answers.json").exists()
+
+
+def test_a_student_without_rationales_has_no_las():
+    from faithful_distill.interventions import las_or_why
+    e = long_questions(5, 60)
+    for name, score in las_or_why(None, type(e)(e.questions, ["So the answer is dog."] * 60, e.predictions)).items():
+        assert (score.value, score.reason) == (None, "the student writes no rationale"), name
+    few = type(e)(e.questions, e.rationales, [*e.predictions[:19], *[None] * 41])
+    assert "too few answers" in las_or_why(None, few)["las"].reason
+    same = type(e)([e.questions[0]] * 40, e.rationales[:40], [0] * 40)  # all in one fold: nothing to learn from
+    assert "no simulator could be trained" in las_or_why(None, same, parts=2)["las"].reason
+
+
+@pytest.mark.parametrize("change, field", [(dict(target="a"), "target"), (dict(target=None), "target"), (dict(target=True), "target"), (dict(target=0.0), "target"), (dict(rationale=None), "rationale"),
+                                           (dict(rationale=3), "rationale"), (dict(id=[1]), "id"), (dict(choices=["x", "y"]), "choices")])
+def test_a_bad_record_is_one_line_with_its_place(embedded, tmp_path, change, field):
+    from faithful_distill.cli import read_questions
+    rows = [record_of(q) for q in read_questions("world", limit=4)]
+    rows[2] |= change
+    (tmp_path/"records.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    done, _ = evaluate(embedded, tmp_path, "--rationales", str(tmp_path/"records.jsonl"))
+    assert done.exit_code and f"records.jsonl:3: field '{field}'" in done.output and "Traceback" not in done.output
