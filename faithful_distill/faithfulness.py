@@ -478,6 +478,7 @@ def across_seeds(
     value = float(defined.mean())
     if len(defined) < 2: return Score(value, None, None, 1, note or "one seed alone has no interval", details)
     spread = float(defined.std(ddof=1))
+    if spread < 1e-12: return Score(value, None, None, len(defined), "; ".join(filter(None, (note, "no interval: all seeds have the same value"))), {**details, "sd": spread})
     half = float(stats.t.ppf((1 + level) / 2, len(defined) - 1) * spread / math.sqrt(len(defined)))
     return Score(value, value - half, value + half, len(defined), note, {**details, "sd": spread})
 
@@ -539,6 +540,9 @@ def _ranks_within(column: np.ndarray, which: np.ndarray) -> np.ndarray:
     return ranks
 
 # %% ../nbs/70_faithfulness.ipynb #5e697d82
+_undefined = 0.05  # a larger share of resamples without a correlation, and there is no interval
+
+
 def rank_correlation(
     a: Sequence,  # (n,) numbers, such as a metric per example
     b: Sequence,  # (n,) numbers, such as human ratings
@@ -557,6 +561,7 @@ def rank_correlation(
     order = np.lexsort((b, a))
     a, b, which = a[order], b[order], np.arange(n) if cluster is None else np.unique(np.asarray(cluster), return_inverse=True)[1].reshape(-1)[order]
     value, units = float(stats.spearmanr(a, b).statistic), int(which.max()) + 1
+    if units < 2: return Score(value, None, None, n, "one cluster alone has no interval", {"units": units, "level": level})
     if n * draws > _budget // 15 and abs(value) < 1:
         total = np.bincount(which, weights=_spearman_influence(a, b))
         half = stats.norm.ppf((1 + level) / 2) * math.sqrt((total**2).sum()) / n / (1 - value**2)  # on Fisher's scale
@@ -566,9 +571,12 @@ def rank_correlation(
         picked = np.stack([np.bincount(rng.integers(0, units, units), minlength=units) for _ in range(min(step, draws - at))])
         drawn.append(_weighted_spearman(picked[:, which].astype(float), a, b))
     drawn = np.concatenate(drawn)
-    drawn = drawn[np.isfinite(drawn)]
-    low, high = np.quantile(drawn, [(1 - level) / 2, (1 + level) / 2]) if len(drawn) else (-1, 1)
-    return Score(value, float(low), float(high), n, "", {"interval": "resampled", "units": units, "level": level})
+    undefined, drawn = int((~np.isfinite(drawn)).sum()), drawn[np.isfinite(drawn)]
+    details = {"interval": "resampled", "units": units, "level": level} | ({"undefined_draws": undefined} if undefined else {})
+    if undefined > _undefined * draws: return Score(value, None, None, n, f"no interval: in {undefined:,} of {draws:,} resamples one of the two does not vary", details)
+    low, high = np.quantile(drawn, [(1 - level) / 2, (1 + level) / 2])
+    if high - low < 1e-12: return Score(value, None, None, n, "no interval: all resamples have the same correlation", details)
+    return Score(value, float(low), float(high), n, "", details)
 
 # %% ../nbs/70_faithfulness.ipynb #387b1c63
 def rank_correlation_within(

@@ -572,3 +572,21 @@ def test_a_bad_record_is_one_line_with_its_place(embedded, tmp_path, change, fie
     (tmp_path/"records.jsonl").write_text("\n".join(map(json.dumps, rows)))
     done, _ = evaluate(embedded, tmp_path, "--rationales", str(tmp_path/"records.jsonl"))
     assert done.exit_code and f"records.jsonl:3: field '{field}'" in done.output and "Traceback" not in done.output
+
+
+# ---- intervals that would claim too much ---------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("score, why", [
+    (lambda: F.rank_correlation([1, 2, 3], [1, 2, 3]), "no interval"), (lambda: F.rank_correlation(range(200), range(200)), "same correlation"), (lambda: F.rank_correlation(range(9), [8, *range(8)], cluster=["q"] * 9), "one cluster"),
+    (lambda: F.rank_correlation(range(6), [0, 0, 0, 0, 0, 1]), "does not vary"), (lambda: F.across_seeds([0.5, 0.5]), "same value"), (lambda: F.across_seeds([0.1] * 3), "same value")])
+def test_no_interval_rather_than_one_of_no_width(score, why):
+    score = score()
+    assert score.value is not None and (score.low, score.high) == (None, None) and why in score.reason
+
+
+def test_resamples_without_a_correlation_are_counted():
+    a, b = np.arange(30.0), np.array([0.0] * 26 + [1.0] * 4)
+    score = F.rank_correlation(a, b)
+    share = (1 - 4 / 30) ** 30
+    assert score.low is not None and 0 < score.details["undefined_draws"] < 2000 * 0.05 and abs(score.details["undefined_draws"] / 2000 - share) < 0.012
+    assert "undefined_draws" not in F.rank_correlation(a, a % 7).details
