@@ -203,7 +203,7 @@ def _score(value, low, high, n, *, ends=(-1.0, 1.0), level=0.95, units=None, per
         reason = reason or "no variation between examples: the interval is the exact bound for a share never seen"
     if len(per_seed) > 1:
         spread = float(np.std(per_seed, ddof=1))
-        error = (stats.norm.ppf((1 + level) / 2) if quantile is None else quantile) * spread / math.sqrt(len(per_seed))
+        error = (stats.t.ppf((1 + level) / 2, len(per_seed) - 1) if quantile is None else quantile) * spread / math.sqrt(len(per_seed))
         details |= {"per_seed": list(per_seed), "seed_sd": spread, "examples_low": low, "examples_high": high}
         low, high = value - math.hypot(value - low, error), value + math.hypot(high - value, error)
     return Score(value, max(low, ends[0]), min(high, ends[1]), n, reason, details)
@@ -214,7 +214,7 @@ def mean_score(
     *,
     ends: tuple[float, float] = (0.0, 1.0),  # range the numbers must lie in
     level: float = 0.95,  # coverage aimed at
-    quantile: float | None = None,  # multiplies the standard error over seeds; the normal quantile if None
+    quantile: float | None = None,  # multiplies the standard error over seeds; Student's if None
     details: dict | None = None,  # carried into the score
     **interval,  # cluster, draws, seed: see `bootstrap`
 ) -> Score:
@@ -365,7 +365,8 @@ def same_answer_rate(
     "Share of examples whose answer the intervention leaves as it was (an unparsable answer that stays unparsable has not changed)."
     before, after = _labels(before, "before"), _labels(after, "after")
     if _same_length(before=before, after=after) == 0: return Score(None, n=0, reason="no examples")
-    return mean_score((before == after).astype(float), **interval)
+    same = (before == after).astype(float)
+    return mean_score(same, quantile=float(stats.norm.ppf((1 + interval.get("level", 0.95)) / 2)), **interval)  # draws are no seeds: see the page
 
 
 def probability_shift(
@@ -495,9 +496,8 @@ def paired_difference(
     if a.shape != b.shape: raise BadInput("the methods must share seeds and examples", field="a, b", value=(a.shape, b.shape))
     if a.shape[1] == 0: return Score(None, n=0, reason="no examples")
     seeds = len(a)
-    quantile = float(stats.t.ppf((1 + level) / 2, seeds - 1)) if seeds > 1 else None
     details = {"a": float(a.mean()), "b": float(b.mean()), "seeds": seeds, "wins": int((a.mean(1) > b.mean(1)).sum())}
-    return mean_score(a - b, ends=(-1, 1), level=level, quantile=quantile, details=details, **interval)
+    return mean_score(a - b, ends=(-1, 1), level=level, details=details, **interval)
 
 # %% ../nbs/70_faithfulness.ipynb #bd3af2b4
 def _weighted_spearman(weights: np.ndarray, a: np.ndarray, b: np.ndarray) -> np.ndarray:

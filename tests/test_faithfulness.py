@@ -590,3 +590,29 @@ def test_resamples_without_a_correlation_are_counted():
     share = (1 - 4 / 30) ** 30
     assert score.low is not None and 0 < score.details["undefined_draws"] < 2000 * 0.05 and abs(score.details["undefined_draws"] / 2000 - share) < 0.012
     assert "undefined_draws" not in F.rank_correlation(a, a % 7).details
+
+
+def test_the_part_of_an_interval_that_is_due_to_few_seeds_covers_as_it_says():
+    rng, covered = np.random.default_rng(8), 0
+    for _ in range(200):  # examples alike, simulators differ: what the interval must cover is the mean over all simulators
+        rates = np.clip(0.5 + rng.normal(0, 0.08, 3), 0, 1)
+        score = F.mean_score((rng.random((3, 400)) < rates[:, None]).astype(float), draws=300)
+        covered += score.low <= 0.5 <= score.high
+    assert covered >= 180  # 190 expected; with the normal quantile about 165
+
+
+def test_the_seed_part_is_students_and_one_seed_has_none():
+    values = np.random.default_rng(9).random((4, 50))
+    score, alone = F.mean_score(values), F.mean_score(values[0])
+    error = stats.t.ppf(0.975, 3) * score.details["seed_sd"] / 2
+    assert score.high == pytest.approx(score.value + math.hypot(score.details["examples_high"] - score.value, error)) and "per_seed" not in alone.details
+    y, xr, x, r = np.random.default_rng(10).integers(0, 2, (4, 3, 300))
+    for s in (F.las(y[0], xr, x, r), F.rev(-values, -values[::-1])):
+        assert s.high == pytest.approx(s.value + math.hypot(s.details["examples_high"] - s.value, stats.t.ppf(0.975, len(s.details["per_seed"]) - 1) * s.details["seed_sd"] / len(s.details["per_seed"]) ** 0.5))
+
+
+def test_draws_of_an_intervention_are_not_taken_for_seeds():
+    after = np.random.default_rng(11).integers(0, 3, (2, 80))
+    score = F.same_answer_rate(after[0], [after[0], after[1]])
+    error = stats.norm.ppf(0.975) * score.details["seed_sd"] / 2**0.5
+    assert score.low == pytest.approx(max(0, score.value - math.hypot(score.value - score.details["examples_low"], error)))
