@@ -240,20 +240,23 @@ def evaluate(data, path, split, limit, skip_bad, student, file, metrics, simulat
 
     Example:  faithful-distill evaluate --data csqa --split dev --student student --rationales dev-rationales.jsonl --out evaluation"""
     from faithful_distill.files import read_jsonl, writable_folder, write_json
-    from faithful_distill.interventions import Explained, measure, simulate_folds
+    from faithful_distill.interventions import ChoiceReader, Explained, check_record, las_or_why, measure, read_choices
     from faithful_distill.questions import require_answers
     from faithful_distill.student import load_student
     from faithful_distill.training import model_card
     out = writable_folder(out)
     questions = require_answers(read_questions(data, path, split, limit, skip_bad), "evaluation")
-    measured = measure(load_student(student), questions, [r for _, r in read_jsonl(file)] if file else [], metrics=[m.strip() for m in metrics.split(",")], draws=draws, seed=seed,
+    by_id, records = {q.id: q for q in questions}, list(read_jsonl(file)) if file else []
+    for line, record in records: check_record(record, by_id, file, line)
+    if simulator: read_choices(ChoiceReader(simulator), questions[:1], ["a text"])  # before the long part: can it be had, and does it read?
+    measured = measure(load_student(student), questions, [r for _, r in records], metrics=[m.strip() for m in metrics.split(",")], draws=draws, seed=seed,
                        batch_size=batch_size, max_new_tokens=max_new_tokens)
-    scores = dict(measured.scores)
-    if simulator:
-        written = measured.arms["written"][0]
-        scores |= simulate_folds(simulator, Explained(questions, [a.rationale for a in written], [a.choice for a in written])).scores()
-    write_json(out/"metrics.json", {name: s.to_dict() for name, s in scores.items()})
+    scores, written = dict(measured.scores), measured.arms["written"][0]
     write_json(out/"answers.json", measured.rows())
+    write_json(out/"metrics.json", {name: s.to_dict() for name, s in scores.items()})
+    if simulator:
+        scores |= las_or_why(simulator, Explained(questions, [a.rationale for a in written], [a.choice for a in written]))
+        write_json(out/"metrics.json", {name: s.to_dict() for name, s in scores.items()})
     if (Path(student)/"student.json").is_file(): model_card(student, {f"{name} ({Path(data).name}, {split})": s.to_dict() for name, s in scores.items()})
     for name, score in scores.items(): click.echo(f"{name:32s}{score}")
 

@@ -203,7 +203,7 @@ def _score(value, low, high, n, *, ends=(-1.0, 1.0), level=0.95, units=None, per
         reason = reason or "no variation between examples: the interval is the exact bound for a share never seen"
     if len(per_seed) > 1:
         spread = float(np.std(per_seed, ddof=1))
-        error = (stats.norm.ppf((1 + level) / 2) if quantile is None else quantile) * spread / math.sqrt(len(per_seed))
+        error = (stats.t.ppf((1 + level) / 2, len(per_seed) - 1) if quantile is None else quantile) * spread / math.sqrt(len(per_seed))
         details |= {"per_seed": list(per_seed), "seed_sd": spread, "examples_low": low, "examples_high": high}
         low, high = value - math.hypot(value - low, error), value + math.hypot(high - value, error)
     return Score(value, max(low, ends[0]), min(high, ends[1]), n, reason, details)
@@ -214,7 +214,7 @@ def mean_score(
     *,
     ends: tuple[float, float] = (0.0, 1.0),  # range the numbers must lie in
     level: float = 0.95,  # coverage aimed at
-    quantile: float | None = None,  # multiplies the standard error over seeds; the normal quantile if None
+    quantile: float | None = None,  # multiplies the standard error over seeds; Student's if None
     details: dict | None = None,  # carried into the score
     **interval,  # cluster, draws, seed: see `bootstrap`
 ) -> Score:
@@ -365,7 +365,8 @@ def same_answer_rate(
     "Share of examples whose answer the intervention leaves as it was (an unparsable answer that stays unparsable has not changed)."
     before, after = _labels(before, "before"), _labels(after, "after")
     if _same_length(before=before, after=after) == 0: return Score(None, n=0, reason="no examples")
-    return mean_score((before == after).astype(float), **interval)
+    same = (before == after).astype(float)
+    return mean_score(same, quantile=float(stats.norm.ppf((1 + interval.get("level", 0.95)) / 2)), **interval)  # draws are no seeds: see the page
 
 
 def probability_shift(
@@ -478,6 +479,7 @@ def across_seeds(
     value = float(defined.mean())
     if len(defined) < 2: return Score(value, None, None, 1, note or "one seed alone has no interval", details)
     spread = float(defined.std(ddof=1))
+    if spread < 1e-12: return Score(value, None, None, len(defined), "; ".join(filter(None, (note, "no interval: all seeds have the same value"))), {**details, "sd": spread})
     half = float(stats.t.ppf((1 + level) / 2, len(defined) - 1) * spread / math.sqrt(len(defined)))
     return Score(value, value - half, value + half, len(defined), note, {**details, "sd": spread})
 
@@ -494,9 +496,8 @@ def paired_difference(
     if a.shape != b.shape: raise BadInput("the methods must share seeds and examples", field="a, b", value=(a.shape, b.shape))
     if a.shape[1] == 0: return Score(None, n=0, reason="no examples")
     seeds = len(a)
-    quantile = float(stats.t.ppf((1 + level) / 2, seeds - 1)) if seeds > 1 else None
     details = {"a": float(a.mean()), "b": float(b.mean()), "seeds": seeds, "wins": int((a.mean(1) > b.mean(1)).sum())}
-    return mean_score(a - b, ends=(-1, 1), level=level, quantile=quantile, details=details, **interval)
+    return mean_score(a - b, ends=(-1, 1), level=level, details=details, **interval)
 
 # %% ../nbs/70_faithfulness.ipynb #bd3af2b4
 def _weighted_spearman(weights: np.ndarray, a: np.ndarray, b: np.ndarray) -> np.ndarray:
@@ -539,6 +540,9 @@ def _ranks_within(column: np.ndarray, which: np.ndarray) -> np.ndarray:
     return ranks
 
 # %% ../nbs/70_faithfulness.ipynb #5e697d82
+_undefined = 0.05  # a larger share of resamples without a correlation, and there is no interval
+
+
 def rank_correlation(
     a: Sequence,  # (n,) numbers, such as a metric per example
     b: Sequence,  # (n,) numbers, such as human ratings
@@ -557,6 +561,7 @@ def rank_correlation(
     order = np.lexsort((b, a))
     a, b, which = a[order], b[order], np.arange(n) if cluster is None else np.unique(np.asarray(cluster), return_inverse=True)[1].reshape(-1)[order]
     value, units = float(stats.spearmanr(a, b).statistic), int(which.max()) + 1
+    if units < 2: return Score(value, None, None, n, "one cluster alone has no interval", {"units": units, "level": level})
     if n * draws > _budget // 15 and abs(value) < 1:
         total = np.bincount(which, weights=_spearman_influence(a, b))
         half = stats.norm.ppf((1 + level) / 2) * math.sqrt((total**2).sum()) / n / (1 - value**2)  # on Fisher's scale
@@ -566,9 +571,12 @@ def rank_correlation(
         picked = np.stack([np.bincount(rng.integers(0, units, units), minlength=units) for _ in range(min(step, draws - at))])
         drawn.append(_weighted_spearman(picked[:, which].astype(float), a, b))
     drawn = np.concatenate(drawn)
-    drawn = drawn[np.isfinite(drawn)]
-    low, high = np.quantile(drawn, [(1 - level) / 2, (1 + level) / 2]) if len(drawn) else (-1, 1)
-    return Score(value, float(low), float(high), n, "", {"interval": "resampled", "units": units, "level": level})
+    undefined, drawn = int((~np.isfinite(drawn)).sum()), drawn[np.isfinite(drawn)]
+    details = {"interval": "resampled", "units": units, "level": level} | ({"undefined_draws": undefined} if undefined else {})
+    if undefined > _undefined * draws: return Score(value, None, None, n, f"no interval: in {undefined:,} of {draws:,} resamples one of the two does not vary", details)
+    low, high = np.quantile(drawn, [(1 - level) / 2, (1 + level) / 2])
+    if high - low < 1e-12: return Score(value, None, None, n, "no interval: all resamples have the same correlation", details)
+    return Score(value, float(low), float(high), n, "", details)
 
 # %% ../nbs/70_faithfulness.ipynb #387b1c63
 def rank_correlation_within(

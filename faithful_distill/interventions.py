@@ -4,18 +4,21 @@
 
 # %% auto #0
 __all__ = ['families', 'strip_answer', 'strip_words', 'split_steps', 'perturb_tokens', 'Damage', 'shuffle_across',
-           'permute_words', 'filler', 'asking', 'Request', 'ask_all', 'own_arms', 'Swap', 'match_records',
-           'Measurement', 'swap_requests', 'step_requests', 'measure', 'insert_word', 'measure_insertion', 'Reader',
-           'load_base', 'ChoiceReader', 'reading_scores', 'read_choices', 'fit_reader', 'Explained', 'simulator_texts',
-           'Simulation', 'simulate', 'folds', 'simulate_folds', 'restatement', 'measure_rev', 'leaking_words',
-           'without_leaks', 'rora_lite']
+           'permute_words', 'filler', 'asking', 'Request', 'ask_all', 'own_arms', 'Swap', 'check_record',
+           'match_records', 'Measurement', 'swap_requests', 'step_requests', 'measure', 'insert_word',
+           'measure_insertion', 'Reader', 'load_base', 'ChoiceReader', 'reading_scores', 'read_choices', 'fit_reader',
+           'Explained', 'simulator_texts', 'fitting', 'Simulation', 'simulate', 'folds', 'simulate_folds', 'las_or_why',
+           'restatement', 'measure_rev', 'leaking_words', 'without_leaks', 'rora_lite']
 
 # %% ../nbs/75_interventions.ipynb #18d6d69d
 import copy
 import inspect
+import logging
 import math
 import random
 import re
+from bisect import bisect_left
+from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from types import SimpleNamespace
@@ -27,7 +30,7 @@ from .faithfulness import (Score, _plain, accuracy, choice_probability, counterf
                                            insertion_correlation, las, las_from_credit, mean_score, perturbation_drop, refinement_gain, rev,
                                            same_answer_rate, swap_consistency, total_variation)
 from .files import BadInput, progress, stable_seed
-from .questions import Question, as_questions, choice_text, letter, require_answers
+from .questions import Question, as_questions, choice_text, letter, normalized, require_answers
 
 # %% ../nbs/75_interventions.ipynb #1a926153
 _answer_sentence = re.compile(r"(?:\b(?:so|thus|hence|therefore)\b,?\s*)?\bthe (?:correct |right |best |final )?answer is\b[^.!?\n]*(?:[.!?]+|$|(?=\n))", re.IGNORECASE)
@@ -113,10 +116,21 @@ class Damage:
 def shuffle_across(
     ids: Sequence[str],  # one id per example
     seed: int = 0,
-) -> list[int]:
-    "For each example the index of the other one whose rationale it gets; a single cycle, so that none keeps its own."
+    groups: Sequence | None = None,  # the question of each example: it gets one from another group; default: each is a group of its own
+) -> list[int] | None:  # None where there is no other group
+    "For each example the index of the other one whose rationale it gets; one each, unless more than half are of one group."
     order = sorted(range(len(ids)), key=lambda i: (stable_seed(seed, ids[i], "shuffle"), i))
-    given = dict(zip(order, order[1:] + order[:1]))
+    groups = list(range(len(ids))) if groups is None else list(groups)
+    if len(ids) and len(set(groups)) < 2: return None
+    place = {g: k for k, g in enumerate(dict.fromkeys(groups[i] for i in order))}
+    order.sort(key=lambda i: place[groups[i]])  # a group stands together, so that a step as long as the largest leaves it
+    sizes = Counter(groups)
+    largest = max(sizes.values(), default=0)
+    given = dict(zip(order, order[largest:] + order[:largest]))
+    if 2 * largest > len(order):
+        most = max(sizes, key=sizes.get)
+        inside, outside = ([i for i in order if (groups[i] == most) is is_most] for is_most in (True, False))
+        given = {i: other[k % len(other)] for some, other in ((inside, outside), (outside, inside)) for k, i in enumerate(some)}
     return [given[i] for i in range(len(ids))]
 
 
@@ -191,8 +205,9 @@ def own_arms(
     arms = {
         "own": [list(own)], "post_answer": [[""] * len(own)], "filler": [[filler(r, fill) for r in own]],
         "perturbed": each("perturb", lambda r, s: damage(r, rho, s)), "permuted": each("permute", permute_words),
-        "shuffled": [[own[j] for j in shuffle_across(ids, stable_seed(seed, d))] for d in range(draws)],
+        "shuffled": [[own[j] for j in shuffle_across(ids, stable_seed(seed, d)) or range(len(ids))] for d in range(draws)],
     }
+    if len({normalized(q.question) for q in questions}) < 2: del arms["shuffled"]  # there is no other question
     if paraphrase is not None: arms["paraphrased"] = [[paraphrase(r) for r in own]]
     return arms
 
@@ -204,18 +219,35 @@ class Swap(NamedTuple):
     rationale: str
 
 
+def check_record(
+    record: dict,  # a rationale record
+    by_id: dict[str, Question],  # the questions it may be about
+    file=None, line: int | None = None,  # where it stands, for the error
+) -> Question | None:  # the question it is about; None: none of these
+    "What interventions need of a record, checked; `BadInput` names the field."
+    def bad(problem, field, remedy=None): return BadInput(problem, file=file, line=line, field=field, value=record[field] if field in record else record.get("id"), remedy=remedy)
+    whole = lambda v: isinstance(v, int) and not isinstance(v, bool)
+    for name, fits, said in (("id", lambda v: isinstance(v, str), "a text"), ("target", whole, "a whole number"), ("rationale", lambda v: isinstance(v, str), "a text")):
+        if name not in record: raise bad("is missing from a rationale record", name, "Write records with `rationalize`.")
+        if not fits(record[name]): raise bad(f"is not {said} in a rationale record", name)
+    q = by_id.get(record["id"])
+    if q is None: return None
+    plain = lambda v: [plain(one) for one in v] if isinstance(v, (list, tuple)) else normalized(v) if isinstance(v, str) else None
+    for name, ours in (("question", q.question), ("choices", list(q.choices))):
+        if name in record and plain(record[name]) != plain(ours): raise bad(f"is another one than question {q.id!r} has", name, f"Give the records of these questions; this one has {ours!r}.")
+    if not 0 <= record["target"] < len(q.choices): raise bad(f"is not a choice of question {q.id!r}", "target")
+    return q
+
+
 def match_records(
     questions: Sequence[Question],
     records: Iterable[dict],  # rationale records; those of other questions are passed over
 ) -> list[Swap]:
     "The records of these questions, the answer sentence removed; one for each (question, target), the first."
-    number, found = {q.id: i for i, q in enumerate(questions)}, {}
+    number, by_id, found = {q.id: i for i, q in enumerate(questions)}, {q.id: q for q in questions}, {}
     for r in records:
-        missing = [name for name in ("id", "target", "rationale") if name not in r]
-        if missing: raise BadInput("is missing from a rationale record", field=missing[0], value=r.get("id"), remedy="Write records with `rationalize`.")
-        i = number.get(r["id"])
-        if i is None: continue
-        if not 0 <= r["target"] < len(questions[i].choices): raise BadInput(f"is not a choice of question {r['id']!r}", field="target", value=r["target"])
+        if check_record(r, by_id) is None: continue
+        i = number[r["id"]]
         found.setdefault((i, r["target"]), Swap(i, r["target"], strip_answer(r["rationale"])))
     return list(found.values())
 
@@ -282,9 +314,10 @@ def swap_requests(
     prefix: str,  # the one under which the shuffled floor is taken
     seed: int,
 ) -> dict[str, list[Request]]:  # 'swap_<prefix>' and 'swap_shuffled', one request per swap
-    "What swap consistency asks."
-    other = shuffle_across([f"{questions[s.question].id}/{s.target}" for s in swaps], seed)
+    "What swap consistency asks; no floor where all rationales are about one question."
     arms = {f"swap_{p}": [Request(s.question, s.rationale, p) for s in swaps] for p in prefixes}
+    if len({normalized(questions[s.question].question) for s in swaps}) < 2: return arms
+    other = shuffle_across([f"{questions[s.question].id}/{s.target}" for s in swaps], seed)
     return arms | {"swap_shuffled": [Request(s.question, swaps[j].rationale, prefix) for s, j in zip(swaps, other)]}
 
 
@@ -378,13 +411,16 @@ def measure(
     "Everything in METHOD section 4 that is found out by intervening on rationales. Batched; each distinct request is asked once."
     questions = _checked(questions, metrics, draws, rho)
     ask, prefix = asking(student, batch_size, max_new_tokens), prefix or getattr(student, "prefix", "factual")
+    records = list(records)
+    swaps = match_records(questions, records)
     written = ask(questions, _own_or_none(student, len(questions)), prefix, False)
-    own, swaps = [strip_answer(a.rationale) for a in written], match_records(questions, records)
+    own = [strip_answer(a.rationale) for a in written]
     damage = Damage(getattr(student, "tokenizer", None) if tokenizer is None else tokenizer, [*own, *(s.rationale for s in swaps)])
     plan = _plan(questions, own, swaps, metrics, prefix, prefixes, damage, seed, draws, rho, steps, most_steps, fill, paraphrase)
     answers = ask_all(ask, questions, plan.requests())
     m = Measurement({}, questions, {"written": [list(written)]} | {name: [[answers.get(r) for r in rows] for rows in drawn] for name, drawn in plan.arms.items()})
     _score_all(m, plan, swaps, answers, metrics, interval or {})
+    if records and not swaps: _say_none_matched(m, len(records))
     return m
 
 # %% ../nbs/75_interventions.ipynb #aab2902b
@@ -414,17 +450,27 @@ def _score_all(m: Measurement, plan: _Plan, swaps: list[Swap], answers: dict, me
     if "refine" in metrics:
         s |= _both_versions("refine", lambda p: _effect(m, "oracle", -1, p, **interval))
         s |= _both_versions("refine_stripped", lambda p: _effect(m, "oracle_stripped", -1, p, **interval))
+    if "controls" in metrics and "shuffled" not in m.arms: s["shuffled"] = Score(None, n=len(gold), reason="all rows ask one question: there is no other's rationale to hand over")
     for arm in ("post_answer", "filler", "permuted", "shuffled", "paraphrased"):
         if arm not in m.arms: continue
         s |= _both_versions(arm, lambda p: _effect(m, arm, 1, p, **interval))
         s |= {f"{arm}_same": _stays(m, arm, False, **interval), f"{arm}_shift": _stays(m, arm, True, **interval)}
     if "controls" in metrics and "paraphrased" not in m.arms: s["paraphrased"] = Score(None, n=0, reason="no paraphraser was given (paraphrase=)")
     if "swap" in metrics and not swaps: s["swap"] = Score(None, n=0, reason="no teacher rationales were given")
+    elif "swap" in metrics and "swap_shuffled" not in plan.swaps: s["swap_shuffled"] = Score(None, n=len(swaps), reason="all records are about one question: there is no other's rationale to hand over")
     for name, rows in plan.swaps.items():
         s |= _both_versions(name, lambda p: _swap_score(m.questions, swaps, [answers[r] for r in rows], p, **interval))
     for name, (table, steps) in plan.tables.items():
         said = [[answers.get(r) for r in rows] for rows in table]
         s |= _both_versions(name, lambda p: _aoc_score(own, said, steps, p, **interval))
+
+
+def _say_none_matched(m: Measurement, given: int) -> None:
+    "Records came, and none is about these questions: that is the reason, and not that there were none."
+    why = f"none of the {given:,} teacher rationales given is about one of these questions: no id is the same"
+    for name, score in m.scores.items():
+        if score.value is None and (name == "swap" or name.startswith("refine")): m.scores[name] = replace(score, reason=why)
+
 
 # %% ../nbs/75_interventions.ipynb #3eac4ce4
 def insert_word(
@@ -474,7 +520,7 @@ class Reader:
     lr: float | None = None  # None: by model size
     batch_size: int = 64
     held_out: float = 0.1  # share of the training rows that decides when to stop
-    max_length: int = 256  # tokens of the text; the beginning is kept
+    max_length: int = 256  # tokens of the text; of a longer one the question loses its end, never the rationale: see `fitting`
     weight_decay: float = 0.01
     device: str | None = None  # None: a GPU if there is one
 
@@ -696,6 +742,49 @@ def simulator_texts(q: Question, rationale: str) -> tuple[str, str, str]:
     choices = " ".join(f"{letter(i)} {c}" for i, c in enumerate(q.choices))
     return f"{choices} {q.question} {rationale}", f"{choices} {q.question}", f"{choices} {rationale}"
 
+# %% ../nbs/75_interventions.ipynb #6c1b90e3
+def _around(q: Question, text: str) -> tuple[str, str]:
+    "What stands before and after the question in a text that begins with its choices; all and nothing where the question is not in it."
+    at = text.find(q.question, len(simulator_texts(q, "")[2]))
+    return (text, "") if at < 0 else (text[:at], text[at + len(q.question):])
+
+
+def _whole_tail(tail: str, rationale: str) -> str:
+    "The longest end among the texts of an example: what follows the question, then the rationale, which may be there whole, without some words, or not at all."
+    words = iter(rationale.split())
+    if all(w in words for w in tail.split()): return f" {rationale}"
+    return tail if tail.endswith(rationale) else f"{tail} {rationale}"
+
+
+def fitting(
+    reader: "ChoiceReader",
+    explained: "Explained",
+    texts: Sequence[str],  # one per example: choices, question, and what may follow
+) -> tuple[list[str], int, int]:  # the texts, how many questions lost words, how many rationales do not fit all the same
+    "The texts, each question shortened from its end where its longest text would not fit the reader."
+    most, fitted, cut, beyond = reader.settings.max_length, list(texts), 0, 0
+    count = lambda some: [len(ids) for ids in reader.tokenizer(some, add_special_tokens=False)["input_ids"]] if some else []
+    around = [_around(q, t) for q, t in zip(explained.questions, texts)]
+    longest = [(head, _whole_tail(tail, r)) for (head, tail), r in zip(around, explained.rationales)]
+    for i, length in enumerate(count([f"{head}{q.question}{tail}" for q, (head, tail) in zip(explained.questions, longest)])):
+        (head, tail), (_, end), words = around[i], longest[i], explained.questions[i].question.split()
+        if length <= most: continue
+        if head == texts[i]:
+            beyond += 1
+            continue
+        tokens = lambda k: count([f"{head}{' '.join(words[:k])}{end}"])[0]
+        kept = max(1, bisect_left(range(1, len(words)), True, key=lambda k: tokens(k) > most))
+        fitted[i], cut, beyond = f"{head}{' '.join(words[:kept])}{tail}", cut + 1, beyond + (tokens(kept) > most)
+    return fitted, cut, beyond
+
+
+def _fitting_told(reader, explained, texts) -> list[str]:
+    "The texts of `fitting`; what was cut is logged."
+    fitted, cut, beyond = fitting(reader, explained, texts)
+    if cut or beyond: logging.getLogger("faithful_distill").warning("%d of %d questions are cut: with choices and rationale they have more than the %d tokens a reader takes (max_length)%s", cut, len(fitted),
+                                                                    reader.settings.max_length, f"; {beyond} texts are too long all the same and lose their end" if beyond else "")
+    return fitted
+
 # %% ../nbs/75_interventions.ipynb #deb148d5
 @dataclass
 class Simulation:
@@ -737,13 +826,21 @@ def simulate(
     "Train simulators on an explained model's behaviour and let them predict it elsewhere."
     train, read, histories = train.predicted(), [], []
     labels = list(train.predictions)
-    texts, modes = [simulator_texts(q, r) for q, r in zip(train.questions, train.rationales)], [simulator_texts(q, r) for q, r in zip(test.questions, test.rationales)]
+    texts = modes = None
     for seed in seeds:
         if permute_labels: labels = _permuted(train, seed)
-        reader = fit_reader(ChoiceReader(base, seed, settings), train.questions, texts, labels)
+        reader = ChoiceReader(base, seed, settings)
+        if texts is None: texts, modes = _three_texts(reader, train, fitting), _three_texts(reader, test, lambda *given: (_fitting_told(*given),))
+        fit_reader(reader, train.questions, texts, labels)
         read.append({mode: read_choices(reader, test.questions, [m[j] for m in modes]) for j, mode in enumerate(("xr", "x", "r"))})
         histories.append(reader.history)
     return Simulation([-1 if y is None else y for y in test.predictions], read, histories)
+
+
+def _three_texts(reader, explained: Explained, fit: Callable) -> list[tuple[str, str, str]]:
+    "(x and r, x, r) of each example, fitted to the reader."
+    xr, x, r = zip(*(simulator_texts(q, r) for q, r in zip(explained.questions, explained.rationales))) if explained.questions else ((), (), ())
+    return list(zip(fit(reader, explained, xr)[0], fitting(reader, explained, x)[0], r))
 
 
 def _permuted(train: Explained, seed: int) -> list[int]:
@@ -760,10 +857,11 @@ def folds(
     parts: int,  # how many
     seed: int = 0,
 ) -> list[int]:  # the part of each question
-    "Parts of about equal size; equal question texts fall into the same part."
-    texts = sorted({q.question for q in questions}, key=lambda t: stable_seed(seed, t))
-    part = {t: i % parts for i, t in enumerate(texts)}
-    return [part[q.question] for q in questions]
+    "Parts of about equal size; questions that read the same, case and blanks aside, fall into the same part: that of the first of them."
+    first: dict[str, str] = {}
+    own = [first.setdefault(normalized(q.question), q.question) for q in questions]
+    part = {t: i % parts for i, t in enumerate(sorted(first.values(), key=lambda t: stable_seed(seed, t)))}
+    return [part[t] for t in own]
 
 
 def simulate_folds(
@@ -790,6 +888,23 @@ def simulate_folds(
                 for i, r in zip(rows, found): mine[mode][i] = r
     return Simulation([-1 if y is None else y for y in explained.predictions], read, histories)
 
+# %% ../nbs/75_interventions.ipynb #6c1b90e7
+def las_or_why(
+    base: Any,  # what simulators start from: see `load_base`
+    explained: Explained,
+    *,
+    least: int = 20,  # answers below which no simulator is trained
+    **settings,  # parts, seeds, settings: see `simulate_folds`
+) -> dict[str, Score]:  # 'las' and 'las_probability'
+    "LAS by cross-fitting, or why there is none."
+    answered = sum(y is not None for y in explained.predictions)
+    why = "" if any(explained.rationales) else "the student writes no rationale"
+    if not why and answered < least: why = f"too few answers to train a simulator on: {answered}, at least {least} are needed"
+    try:
+        if not why: return simulate_folds(base, explained, **settings).scores()
+    except BadInput as error: why = f"no simulator could be trained: {error}"
+    return {name: Score(None, n=len(explained.questions), reason=why) for name in ("las", "las_probability")}
+
 # %% ../nbs/75_interventions.ipynb #8f3260d3
 def restatement(q: Question, i: int) -> str:
     "A vacuous rationale: the question and the answer said once more."
@@ -798,9 +913,11 @@ def restatement(q: Question, i: int) -> str:
 
 def _evaluate(base, train_texts, test_texts, train: Explained, test: Explained, seeds, settings) -> np.ndarray:
     "(S, n) log-probability of y by evaluators trained on one text per example."
-    logs = []
+    logs, fitted = [], False
     for seed in seeds:
-        reader = fit_reader(ChoiceReader(base, seed, settings), train.questions, [[t] for t in train_texts], train.predictions)
+        reader = ChoiceReader(base, seed, settings)
+        if not fitted: train_texts, test_texts, fitted = fitting(reader, train, train_texts)[0], _fitting_told(reader, test, test_texts), True
+        fit_reader(reader, train.questions, [[t] for t in train_texts], train.predictions)
         logs.append([float(r[y]) for r, y in zip(read_choices(reader, test.questions, test_texts), test.predictions)])
     return np.array(logs)
 

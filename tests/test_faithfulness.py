@@ -389,3 +389,230 @@ def test_what_a_metric_mistakes_for_the_dial_is_the_ratio_of_its_slopes_in_any_u
     scaled = F.mistaken_for(100 * values - 3, dial, nuisance / 10, draws=500)
     assert abs(scaled.value - 10 * score.value) < 1e-6
     assert F.mistaken_for([None] * 60, dial, nuisance).value is None and F.mistaken_for(values, np.ones(60), nuisance).value is None
+
+
+# ---- readers and students, where the arrays come from ---------------------------------------------------------------------------------
+
+def long_questions(words, n=80):
+    "n questions of so many words; the rationale names the prediction and the question says nothing of it."
+    import random
+
+    from faithful_distill.interventions import Explained
+    from faithful_distill.questions import Question
+    draw = random.Random(1)
+    names, talk = "dog cat cow owl bee ant fox pig hen rat".split(), "the passage tells of a long day in some far town where many people went out".split()
+    questions = [Question(str(i), " ".join(draw.choices(talk, k=words)) + f" {i}?", tuple(draw.sample(names, 3)), None) for i in range(n)]
+    y = [draw.randrange(3) for _ in questions]
+    return Explained(questions, [f"Clearly the word {q.choices[k]} fits." for q, k in zip(questions, y)], y)
+
+
+def test_a_long_question_gives_way_to_the_rationale_and_says_so(caplog):
+    from faithful_distill.interventions import Reader, rora_lite, simulate_folds
+    from faithful_distill.scoring import scratch_base
+    e = long_questions(300)
+    base, quick = scratch_base([f"{q.question} {r}" for q, r in zip(e.questions, e.rationales)]), Reader(epochs=8, batch_size=16, lr=1e-2, device="cpu")
+    las = simulate_folds(base, e, parts=2, seeds=(0,), settings=quick).scores(draws=200)["las"]
+    assert las.details["acc_xr"] > las.details["acc_x"] + 0.3, las.details
+    assert "questions are cut: " in caplog.text
+    half = [type(e)(e.questions[a:b], e.rationales[a:b], e.predictions[a:b]) for a, b in ((0, 40), (40, 80))]
+    assert rora_lite(base, *half, seeds=(0,), settings=quick, rounds=0, draws=200).value > 0.3
+
+
+@pytest.mark.parametrize("kind", ["las", "rev", "rora"])
+@pytest.mark.parametrize("most", [80, 256])
+def test_both_texts_of_a_pair_keep_as_much_of_the_question_and_short_ones_all_of_it(kind, most):
+    from faithful_distill.interventions import ChoiceReader, Reader, fitting, restatement, simulator_texts
+    from faithful_distill.scoring import scratch_base
+    for words in (5, 45, 300):
+        e = long_questions(words, 12)
+        reader = ChoiceReader(scratch_base([q.question for q in e.questions], vocabulary=300, width=16), settings=Reader(max_length=most, device="cpu"))
+        vacuous = [simulator_texts(q, "")[2] + restatement(q, y) for q, y in zip(e.questions, e.predictions)]
+        less = [" ".join(r.split()[::2]) for r in e.rationales]  # what a detector of leaks leaves
+        pairs = {"las": [(simulator_texts(q, r)[0], simulator_texts(q, r)[1]) for q, r in zip(e.questions, e.rationales)],
+                 "rev": [(f"{b} {r}", b) for b, r in zip(vacuous, e.rationales)], "rora": [(simulator_texts(q, r)[0], simulator_texts(q, r)[1]) for q, r in zip(e.questions, less)]}[kind]
+        (long, cut, beyond), (short, other, _) = (fitting(reader, e, list(side)) for side in zip(*pairs))
+        ends = [a[len(b):] for a, b in pairs]
+        assert all(a == b + end for a, b, end in zip(long, short, ends)) and cut == other and beyond == 0
+        assert [len(ids) for ids in reader.tokenizer(long, add_special_tokens=False)["input_ids"]] == [len(ids) for ids in reader.texts(long)], "nothing is cut after that"
+        for (a, b), x, z in zip(pairs, long, short):
+            if len(reader.tokenizer(a + " " + " ".join(e.rationales[0].split()), add_special_tokens=False)["input_ids"]) <= most: assert (a, b) == (x, z)
+        if words == 300: assert cut == 12
+        if words == 5 and most == 256: assert cut == 0
+
+
+def test_variants_of_a_question_share_a_fold_and_others_keep_theirs():
+    from faithful_distill.files import stable_seed
+    from faithful_distill.interventions import folds
+    from faithful_distill.questions import Question
+    make = lambda text: Question(text, text, ("a", "b"), 0)
+    plain = [make(f"What thing number {i}?") for i in range(60)]
+    variants = [make(f"what thing  number {i}?") for i in range(60)]
+    order = sorted((q.question for q in plain), key=lambda t: stable_seed(0, t))
+    assert folds(plain, 3) == [order.index(q.question) % 3 for q in plain]
+    assert folds([*plain, *variants], 3) == folds(plain, 3) * 2
+
+
+def asked_student(questions, rationales, prefix, begun=False):
+    "Answers 'cat' where its rationale says so."
+    from types import SimpleNamespace
+    texts = ["The cat sat." if r is None else r for r in rationales]
+    return [SimpleNamespace(id=q.id, choice=int("cat" in t), rationale=t, text="", scores=[0.2, 0.8] if "cat" in t else [0.8, 0.2]) for q, t in zip(questions, texts)]
+
+
+def two_choices(n, text="Which one is number {}?"):
+    from faithful_distill.questions import Question
+    return [Question(str(i), text.format(i), ("dog", "cat"), 1) for i in range(n)]
+
+
+def record_of(q, target=1, **other):
+    return dict(id=q.id, question=q.question, choices=list(q.choices), answer=q.answer, target=target, role="gold" if target == q.answer else "counterfactual", rationale="The cat sat.") | other
+
+
+@pytest.mark.parametrize("change, field", [
+    (dict(choices=["cat", "dog"]), "choices"), (dict(choices="dog"), "choices"), (dict(choices=[["dog"], 3]), "choices"), (dict(question="Something else?"), "question"), (dict(question=3), "question"),
+    (dict(target="a"), "target"), (dict(target=None), "target"), (dict(target=True), "target"), (dict(target=0.0), "target"), (dict(target=2), "target"),
+    (dict(rationale=None), "rationale"), (dict(rationale=3), "rationale"), (dict(id=[1]), "id")])
+def test_a_record_that_does_not_fit_its_question_is_one_clear_error(change, field):
+    from faithful_distill.interventions import match_records
+    questions = two_choices(3)
+    assert len(match_records(questions, [record_of(q) for q in questions])) == 3 and match_records(questions, [dict(id="1", target=1, rationale="x")])
+    with pytest.raises(BadInput) as error: match_records(questions, [record_of(questions[0], **change)])
+    assert error.value.field == field
+
+
+def test_records_of_other_questions_are_named_as_the_reason():
+    from faithful_distill.interventions import measure
+    questions = two_choices(4)
+    scores = measure(asked_student, questions, [record_of(q, id=f"other-{q.id}") for q in questions[:3]], metrics=("swap", "refine")).scores
+    for name in ("swap", "refine", "refine_stripped_probability"): assert scores[name].value is None and "none of the 3 teacher rationales" in scores[name].reason, name
+    assert measure(asked_student, questions, metrics=("swap",)).scores["swap"].reason == "no teacher rationales were given"
+
+
+@few
+@given(st.lists(st.integers(0, 5), min_size=2, max_size=25), st.integers(0, 3))
+def test_rationales_are_dealt_to_other_groups_only(groups, seed):
+    from faithful_distill.files import stable_seed
+    from faithful_distill.interventions import shuffle_across
+    ids = list(map(str, range(len(groups))))
+    given_to = shuffle_across(ids, seed, groups)
+    if len(set(groups)) < 2: assert given_to is None
+    else:
+        assert all(groups[i] != groups[g] for i, g in enumerate(given_to))
+        if 2 * max(map(groups.count, groups)) <= len(groups): assert sorted(given_to) == list(range(len(groups)))
+    order = sorted(range(len(ids)), key=lambda i: (stable_seed(seed, ids[i], "shuffle"), i))
+    cycle = dict(zip(order, order[1:] + order[:1]))
+    assert shuffle_across(ids, seed) == shuffle_across(ids, seed, ids) == [cycle[i] for i in range(len(ids))], "as it always was where each is a group of its own"
+
+
+def test_with_a_single_question_nothing_is_shuffled_and_the_reason_says_so():
+    from faithful_distill.interventions import measure
+    for questions in (two_choices(1), two_choices(3, "Which?")):
+        m = measure(asked_student, questions, [record_of(q, t) for q in questions for t in (0, 1)], metrics=("controls", "swap"))
+        for name in ("shuffled", "swap_shuffled"): assert m.scores[name].value is None and "one question" in m.scores[name].reason
+        assert "shuffled_same" not in m.scores and m.scores["swap_factual"].value is not None
+    assert measure(asked_student, two_choices(3), metrics=("controls",)).scores["shuffled"].value is not None
+
+
+# ---- the command -----------------------------------------------------------------------------------------------------------------------
+
+@pytest.fixture(scope="module")
+def embedded(tmp_path_factory):
+    "A copy of the embedded student, which answers nothing yet, so that no card of the repository is written."
+    import shutil
+
+    from faithful_distill.files import shipped
+    return shutil.copytree(shipped("data", "models", "student"), tmp_path_factory.mktemp("embedded")/"student")
+
+
+def evaluate(student, out, *more):
+    from click.testing import CliRunner
+
+    from faithful_distill.cli import main
+    done = CliRunner().invoke(main, ["evaluate", "--data", "world", "--limit", "24", "--student", str(student), "--metrics", "perturb,swap,refine", "--draws", "1", "--max-new-tokens", "8", "--out", str(out), *more])
+    assert done.exception is None or isinstance(done.exception, SystemExit), repr(done.exception)
+    return done, {p.name: json.loads(p.read_text()) for p in out.glob("*.json")}
+
+
+def test_a_simulator_that_cannot_be_had_is_told_before_anything_is_measured(embedded, tmp_path, monkeypatch):
+    import faithful_distill.interventions as room
+    monkeypatch.setattr(room, "measure", lambda *a, **k: pytest.fail("measured first"))
+    done, _ = evaluate(embedded, tmp_path, "--simulator", str(tmp_path/"nowhere"))
+    assert done.exit_code and "cannot be loaded as a reader" in done.output
+
+
+def test_what_was_measured_is_kept_whatever_becomes_of_the_simulators(embedded, tmp_path, monkeypatch):
+    import faithful_distill.interventions as room
+    done, files = evaluate(embedded, tmp_path/"few", "--simulator", str(embedded))  # an untrained student: no parsable answer
+    assert done.exit_code == 0 and files["metrics.json"]["accuracy"]["n"] == 24 and len(files["answers.json"]) == 24
+    assert files["metrics.json"]["las"]["value"] is None and "too few answers" in files["metrics.json"]["las"]["reason"] and files["metrics.json"]["las_probability"]["value"] is None
+
+    def dies(*a, **k): raise RuntimeError("out of memory")
+    monkeypatch.setattr(room, "las_or_why", dies)
+    with pytest.raises(AssertionError, match="out of memory"): evaluate(embedded, tmp_path/"dies", "--simulator", str(embedded))
+    assert json.loads((tmp_path/"dies"/"metrics.json").read_text())["accuracy"]["n"] == 24 and (tmp_path/"dies"/"answers.json").exists()
+
+
+def test_a_student_without_rationales_has_no_las():
+    from faithful_distill.interventions import las_or_why
+    e = long_questions(5, 60)
+    for name, score in las_or_why(None, type(e)(e.questions, ["So the answer is dog."] * 60, e.predictions)).items():
+        assert (score.value, score.reason) == (None, "the student writes no rationale"), name
+    few = type(e)(e.questions, e.rationales, [*e.predictions[:19], *[None] * 41])
+    assert "too few answers" in las_or_why(None, few)["las"].reason
+    same = type(e)([e.questions[0]] * 40, e.rationales[:40], [0] * 40)  # all in one fold: nothing to learn from
+    assert "no simulator could be trained" in las_or_why(None, same, parts=2)["las"].reason
+
+
+@pytest.mark.parametrize("change, field", [(dict(target="a"), "target"), (dict(target=None), "target"), (dict(target=True), "target"), (dict(target=0.0), "target"), (dict(rationale=None), "rationale"),
+                                           (dict(rationale=3), "rationale"), (dict(id=[1]), "id"), (dict(choices=["x", "y"]), "choices")])
+def test_a_bad_record_is_one_line_with_its_place(embedded, tmp_path, change, field):
+    from faithful_distill.cli import read_questions
+    rows = [record_of(q) for q in read_questions("world", limit=4)]
+    rows[2] |= change
+    (tmp_path/"records.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    done, _ = evaluate(embedded, tmp_path, "--rationales", str(tmp_path/"records.jsonl"))
+    assert done.exit_code and f"records.jsonl:3: field '{field}'" in done.output and "Traceback" not in done.output
+
+
+# ---- intervals that would claim too much ---------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("score, why", [
+    (lambda: F.rank_correlation([1, 2, 3], [1, 2, 3]), "no interval"), (lambda: F.rank_correlation(range(200), range(200)), "same correlation"), (lambda: F.rank_correlation(range(9), [8, *range(8)], cluster=["q"] * 9), "one cluster"),
+    (lambda: F.rank_correlation(range(6), [0, 0, 0, 0, 0, 1]), "does not vary"), (lambda: F.across_seeds([0.5, 0.5]), "same value"), (lambda: F.across_seeds([0.1] * 3), "same value")])
+def test_no_interval_rather_than_one_of_no_width(score, why):
+    score = score()
+    assert score.value is not None and (score.low, score.high) == (None, None) and why in score.reason
+
+
+def test_resamples_without_a_correlation_are_counted():
+    a, b = np.arange(30.0), np.array([0.0] * 26 + [1.0] * 4)
+    score = F.rank_correlation(a, b)
+    share = (1 - 4 / 30) ** 30
+    assert score.low is not None and 0 < score.details["undefined_draws"] < 2000 * 0.05 and abs(score.details["undefined_draws"] / 2000 - share) < 0.012
+    assert "undefined_draws" not in F.rank_correlation(a, a % 7).details
+
+
+def test_the_part_of_an_interval_that_is_due_to_few_seeds_covers_as_it_says():
+    rng, covered = np.random.default_rng(8), 0
+    for _ in range(200):  # examples alike, simulators differ: what the interval must cover is the mean over all simulators
+        rates = np.clip(0.5 + rng.normal(0, 0.08, 3), 0, 1)
+        score = F.mean_score((rng.random((3, 400)) < rates[:, None]).astype(float), draws=300)
+        covered += score.low <= 0.5 <= score.high
+    assert covered >= 180  # 190 expected; with the normal quantile about 165
+
+
+def test_the_seed_part_is_students_and_one_seed_has_none():
+    values = np.random.default_rng(9).random((4, 50))
+    score, alone = F.mean_score(values), F.mean_score(values[0])
+    error = stats.t.ppf(0.975, 3) * score.details["seed_sd"] / 2
+    assert score.high == pytest.approx(score.value + math.hypot(score.details["examples_high"] - score.value, error)) and "per_seed" not in alone.details
+    y, xr, x, r = np.random.default_rng(10).integers(0, 2, (4, 3, 300))
+    for s in (F.las(y[0], xr, x, r), F.rev(-values, -values[::-1])):
+        assert s.high == pytest.approx(s.value + math.hypot(s.details["examples_high"] - s.value, stats.t.ppf(0.975, len(s.details["per_seed"]) - 1) * s.details["seed_sd"] / len(s.details["per_seed"]) ** 0.5))
+
+
+def test_draws_of_an_intervention_are_not_taken_for_seeds():
+    after = np.random.default_rng(11).integers(0, 3, (2, 80))
+    score = F.same_answer_rate(after[0], [after[0], after[1]])
+    error = stats.norm.ppf(0.975) * score.details["seed_sd"] / 2**0.5
+    assert score.low == pytest.approx(max(0, score.value - math.hypot(score.value - score.details["examples_low"], error)))
