@@ -107,10 +107,10 @@ def _small_png(data: bytes, limit: int) -> bytes:
 
 # %% ../nbs/90_figures.ipynb #f6fddc43
 def t_interval(values: Sequence[float], level: float = 0.95) -> tuple[float, float | None, float | None]:
-    "Mean and Student's t interval of a few values; no interval for one value."
+    "Mean and Student's t interval of a few values; no interval for one value, or for values that are all the same."
     from scipy.stats import t
     k, mean = len(values), sum(values) / len(values)
-    if k < 2: return mean, None, None
+    if k < 2 or min(values) == max(values): return mean, None, None
     half = t.ppf((1 + level) / 2, k - 1) * math.sqrt(sum((v - mean) ** 2 for v in values) / (k - 1) / k)
     return mean, mean - half, mean + half
 

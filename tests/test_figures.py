@@ -279,7 +279,8 @@ def test_figures_of_the_study_draw_whatever_seeds_and_levels_are_there(path, mad
     cells = [c for name, _ in section.tables for row in (tmp_path/f"{name}.md").read_text().splitlines()[2:] for c in row.split(" | ")[1:]]
     if path.stem != "fig12_cost":
         assert all("2 seeds" in caption and "n = " in caption for name, caption in section.figures if name != "fig01_tokens")
-        assert all("[" in c and "n = " in c or "empty bin" in c or c.strip(" |") in ("–", "") for c in cells), cells
+        assert any("[" in c for c in cells)                                              # all but those of seeds that agree
+        assert all("n = " in c or "empty bin" in c or c.strip(" |") in ("–", "") for c in cells), cells
 
 
 def _figure(name: str) -> Path: return next(p for p in FIGURES if p.stem.split("_")[0] == name)
@@ -317,7 +318,7 @@ def test_claims_and_figures_tell_the_loss_from_the_rationales(tmp_path, monkeypa
 def test_weights_are_compared_with_no_counterfactual_loss_if_that_was_run(weights, against, tmp_path, monkeypatch):
     "The students without the loss were trained once, under per_part, and are what per_token is compared with too."
     level = lambda w, r: {"accuracy": 0.6 - 0.2 * w * (r == "per_part"), "swap_factual.wrong": 0.3 + 0.5 * min(w, 0.5), "las": 0.1, "own_supports_own": 0.5}
-    tables = _one_table(tmp_path, "weight", [{"reduction": r, "weight": w, "seed": s, "metric": m, "value": v + 0.001 * (s - 1) * (w > 0)} for r in ("per_part", "per_token") for w in weights if w > 0 or r == "per_part" for m, v in level(w, r).items() for s in range(3)])
+    tables = _one_table(tmp_path, "weight", [{"reduction": r, "weight": w, "seed": s, "metric": m, "value": v + 0.001 * (s - 1) * (1 + w) * (w > 0)} for r in ("per_part", "per_token") for w in weights if w > 0 or r == "per_part" for m, v in level(w, r).items() for s in range(3)])
     _run_again(_figure("fig09"), tmp_path/"out", monkeypatch, tables)
     section = F.read_section(tmp_path/"out")
     assert {(c["text"].split(",")[0], "costs" in c["text"]): c["holds"] for c in section.claims} == {("Averaged per part", False): True, ("Averaged per part", True): False, ("Averaged per token", False): True, ("Averaged per token", True): True}
