@@ -755,7 +755,7 @@ def _whole_tail(tail: str, rationale: str) -> str:
     if all(w in words for w in tail.split()): return f" {rationale}"
     return tail if tail.endswith(rationale) else f"{tail} {rationale}"
 
-
+# %% ../nbs/75_interventions.ipynb #e59b6c12
 def fitting(
     reader: "ChoiceReader",
     explained: "Explained",

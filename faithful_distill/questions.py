@@ -235,6 +235,7 @@ def load_questions(name_or_file: str,      # 'csqa', 'strategyqa', 'creak', 'qas
         raise BadInput("there are no questions", file=where, remedy=f"Why its {len(bad)} records were left out is in {skip_bad}." if bad else "The file is empty: fetch or write it again.")
     return as_dataset(questions)
 
+# %% ../nbs/00_questions.ipynb #f6a2d703
 def _placed(e: Exception, where, line: int) -> BadInput:
     "An error in a record, with the file and line it stands in."
     if not isinstance(e, BadInput): return BadInput(f"cannot be read as a question: {type(e).__name__}: {e}", file=where, line=line, remedy="Compare it with the file's other records.")

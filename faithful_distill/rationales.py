@@ -230,6 +230,7 @@ def _checked(records, file, provenance, jobs, scores):
             if r.get(name) != value: raise BadInput(f"was written for another question of this id (now {value!r})", file=file, line=line, field=name, value=r.get(name), remedy="Write to another file, or remove this one.")
     return {f"{r['id']}/{r['role']}": r for r in records if not scores or "growth" in r}
 
+# %% ../nbs/40_rationales.ipynb #d84e20b5
 def _from_other_parts(out, provenance, jobs, scores):
     "What a call with another number of processes has finished of these jobs."
     base, found = re.sub(r"\.\d+-of-\d+$", "", Path(out).stem), {}

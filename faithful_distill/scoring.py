@@ -102,7 +102,7 @@ def _whole(text: Any, name: str) -> Any:
     if isinstance(text, str) and not text.isascii() and re.search("[\ud800-\udfff]", text): raise BadInput("holds half a character (a lone surrogate), which no UTF-8 file can", field=name, value=text, remedy="Mend the text, or put U+FFFD in its place.")
     return text
 
-
+# %% ../nbs/92_scoring.ipynb #c3f1a97e
 def _brought(row: dict, number: int, cut_at: Sequence[str]) -> Brought:
     "One line of the file."
     if {"role", "target"} <= row.keys() and not {"gold", "prediction"} & row.keys():
