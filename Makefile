@@ -28,7 +28,7 @@ results: .venv/.ready ## the study's small tables into data/results (what is the
 test: .venv/.ready drift notebooks ## everything that must hold
 	$(BIN)/python -m pytest tests -q
 
-slow: .venv/.ready ## the tests that `make test` leaves out: kills at random, launchers, long comparisons (half an hour)
+slow: .venv/.ready ## the tests that `make test` leaves out: kills at random, launchers, long comparisons
 	FAITHFUL_DISTILL_SLOW=1 $(BIN)/python -m pytest tests -q
 
 drift: .venv/.ready ## notebooks and modules say the same

@@ -12,7 +12,7 @@ __all__ = ['tags', 'answer_sentence', 'Student', 'check_student', 'check_tags', 
            'choice_tails', 'answer']
 
 # %% ../nbs/50_student.ipynb #8bf613ac
-import copy, random, re
+import random, re
 from dataclasses import dataclass, field
 from functools import cache, cached_property
 from pathlib import Path
