@@ -8,7 +8,7 @@ __all__ = ['bench_model', 'Task', 'bench_task', 'loop', 'generate', 'ours', 'une
            'record', 'report', 'target_table']
 
 # %% ../nbs/34_bench.ipynb #7ab5becc
-import gc, io, platform, random, statistics, time
+import gc, platform, random, statistics, time
 from dataclasses import dataclass, replace
 from datetime import date
 from pathlib import Path

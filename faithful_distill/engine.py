@@ -9,7 +9,6 @@ __all__ = ['log', 'common_prefix', 'Group', 'group_rows', 'partial_attention', '
 
 # %% ../nbs/28_engine.ipynb #b2ef060d
 import logging, weakref
-from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from functools import cache, partial

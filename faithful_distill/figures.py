@@ -14,7 +14,6 @@ __all__ = ['palette', 'ink', 'faint', 'rule', 'methods', 'strategies', 'kinds', 
 # %% ../nbs/90_figures.ipynb #41d54b18
 import base64, html, json, math, re
 from dataclasses import asdict, dataclass, field, replace
-from functools import lru_cache
 from pathlib import Path
 from typing import Any, Iterable, Sequence
 

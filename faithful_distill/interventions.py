@@ -12,7 +12,6 @@ __all__ = ['families', 'strip_answer', 'strip_words', 'split_steps', 'perturb_to
 
 # %% ../nbs/75_interventions.ipynb #18d6d69d
 import copy
-import inspect
 import logging
 import math
 import random
@@ -26,7 +25,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from .faithfulness import (Score, _plain, accuracy, choice_probability, counterfactual_insertion, early_answering_aoc, hits,
+from .faithfulness import (Score, accuracy, choice_probability, counterfactual_insertion, early_answering_aoc,
                                            insertion_correlation, las, las_from_credit, mean_score, perturbation_drop, refinement_gain, rev,
                                            same_answer_rate, swap_consistency, total_variation)
 from .files import BadInput, progress, stable_seed

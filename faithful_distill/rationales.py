@@ -18,7 +18,7 @@ from typing import Any, Iterable, Sequence
 import faithful_distill
 from .files import BadInput, Journal, content_key, progress, read_jsonl, sha256_file, sole_writer, write_text
 from .prompts import contrast_ids, few_shot, perturbed_answers, prompt_hash
-from .questions import Question, as_questions, perturbed_index, require_answers
+from .questions import Question, perturbed_index, require_answers
 
 # %% ../nbs/40_rationales.ipynb #7c2587a3
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from typing import Sequence
 from .files import BadInput, shows_progress, write_json
 from .questions import as_questions
 from .student import Student, answer, load_student
-from .training import Settings, TrainingResult, add_adapters, deepspeed_config, make_settings, model_card, read_records, train_student, zero_stage
+from .training import TrainingResult, add_adapters, deepspeed_config, make_settings, model_card, read_records, train_student, zero_stage
 
 # %% ../nbs/65_recipes.ipynb #cc6e35f2
 recipes = {

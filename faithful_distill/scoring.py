@@ -20,9 +20,9 @@ from typing import Any
 import numpy as np
 
 from .faithfulness import (Score, accuracy, las_from_credit, mean_score, rank_correlation, rank_correlation_within, rev, same_answer_rate)
-from .files import BadInput, progress, read_jsonl, write_json, write_text
+from .files import BadInput, read_jsonl, write_json, write_text
 from .figures import Section, build_report, cell_text, dots, save_figure, save_rows
-from .interventions import (ChoiceReader, Explained, Reader, Simulation, _evaluate, asking, folds, measure, restatement, shuffle_across, simulate,
+from .interventions import (ChoiceReader, Explained, Reader, _evaluate, asking, folds, measure, restatement, shuffle_across, simulate,
                                             simulator_texts, strip_answer, without_leaks)
 from .questions import Question, normalized
 from .student import _plain, match_choice

@@ -16,7 +16,7 @@ import torch
 from transformers import EarlyStoppingCallback, Trainer, TrainerCallback
 
 from .files import BadInput, progress, stable_seed, write_json, write_text
-from .student import Row, Student, collate, combine, distillation_loss, learned_logits
+from .student import Row, Student, collate, distillation_loss, learned_logits
 
 # %% ../nbs/55_trainer.ipynb #718f8aaa
 class StepBatches(torch.utils.data.Sampler):
