@@ -1,6 +1,8 @@
 """Everything about the package stands in settings.ini; this file only hands it to setuptools.
 
-`data/` and `nbs/` travel inside the wheel as `faithful_distill/shipped/...`, so that an installed package can do all a checkout can."""
+`data/` and `nbs/` travel inside the wheel as `faithful_distill/shipped/...`, so that an installed package can do all a checkout can.
+"""
+
 from configparser import ConfigParser
 from pathlib import Path
 
@@ -11,17 +13,49 @@ config.read("settings.ini", encoding="utf-8")
 c = config["DEFAULT"]
 lib = c["lib_name"]
 shipped = {f"{lib}.shipped.data": "data", f"{lib}.shipped.nbs": "nbs"}
-status = {"1": "1 - Planning", "2": "2 - Pre-Alpha", "3": "3 - Alpha", "4": "4 - Beta", "5": "5 - Production/Stable"}[c["status"]]
+status = {
+    "1": "1 - Planning",
+    "2": "2 - Pre-Alpha",
+    "3": "3 - Alpha",
+    "4": "4 - Beta",
+    "5": "5 - Production/Stable",
+}[c["status"]]
 
 setup(
-    name=lib, version=c["version"], description=c["description"], long_description=Path("README.md").read_text(encoding="utf-8"),
-    long_description_content_type="text/markdown", author=c["author"], author_email=c["author_email"], url=c["git_url"], keywords=c["keywords"],
-    license_expression=c["license"], python_requires=f">={c['min_python']}",
-    classifiers=[f"Development Status :: {status}", f"Intended Audience :: {c['audience']}", f"Natural Language :: {c['language']}",
-                 "Programming Language :: Python :: 3.11", "Programming Language :: Python :: 3.12"],
-    packages=find_packages(include=[lib, f"{lib}.*"]) + list(shipped), package_dir=shipped,
-    package_data={f"{lib}.shipped.data": ["README.md", "world/*", "prompts/*", "grids/*", "deepspeed/*", "models/*/*", "results/*"],
-                  f"{lib}.shipped.nbs": ["*.ipynb", "experiments/*.ipynb", "figures/*.ipynb"]},
-    install_requires=c["requirements"].split(), extras_require={"dev": c["dev_requirements"].split(), "lora": ["peft"]},
+    name=lib,
+    version=c["version"],
+    description=c["description"],
+    long_description=Path("README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    author=c["author"],
+    author_email=c["author_email"],
+    url=c["git_url"],
+    keywords=c["keywords"],
+    license_expression=c["license"],
+    python_requires=f">={c['min_python']}",
+    classifiers=[
+        f"Development Status :: {status}",
+        f"Intended Audience :: {c['audience']}",
+        f"Natural Language :: {c['language']}",
+        "Programming Language :: Python :: 3.11",
+        "Programming Language :: Python :: 3.12",
+    ],
+    packages=find_packages(include=[lib, f"{lib}.*"]) + list(shipped),
+    package_dir=shipped,
+    package_data={
+        "": ["py.typed", "*.pyi"],
+        f"{lib}.shipped.data": [
+            "README.md",
+            "world/*",
+            "prompts/*",
+            "grids/*",
+            "deepspeed/*",
+            "models/*/*",
+            "results/*",
+        ],
+        f"{lib}.shipped.nbs": ["*.ipynb", "experiments/*.ipynb", "figures/*.ipynb"],
+    },
+    install_requires=c["requirements"].split(),
+    extras_require={"dev": c["dev_requirements"].split(), "lora": ["peft"]},
     entry_points={"console_scripts": c["console_scripts"].split()},
 )

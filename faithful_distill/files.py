@@ -4,101 +4,188 @@
 
 # %% auto #0
 __all__ = ['BadInput', 'read_jsonl', 'write_text', 'write_json', 'Journal', 'sha256_file', 'content_key', 'tree_hash',
-           'stable_seed', 'shipped', 'progress', 'shows_progress', 'writable_folder', 'sole_writer']
+           'stable_seed', 'shipped', 'progress', 'shows_progress', 'writable_folder', 'sole_writer', 'did_you_mean']
 
-# %% ../nbs/00_files.ipynb #69acf6ab
-import hashlib, json, os, socket, sys, tempfile
+# %% ../nbs/00_files.ipynb #c03706f9
+import difflib
+import fcntl
+import hashlib
+import json
+import os
+import socket
+import sys
+import tempfile
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Iterable, Iterator
 
-# %% ../nbs/00_files.ipynb #b41e5188
+# %% ../nbs/00_files.ipynb #10d648ff
 _unset = object()
 
+# %% ../nbs/00_files.ipynb #4fe9c89a
 class BadInput(ValueError):
     "Input that cannot be used. The message names file, line, field and value where they are known, and the remedy."
-    def __init__(self,
-                 problem: str, # what is wrong, as a clause: 'is not one of the choices'
-                 *, file=None, # the file it stands in
-                 line: int | None = None, # line number, from 1
-                 field: str | None = None, # the field or parameter
-                 value: Any = _unset, # what was found there
-                 remedy: str | None = None): # what would be right
-        self.problem, self.file, self.line, self.field, self.value, self.remedy = problem, file, line, field, value, remedy
-        where = f"{file}:{line}: " if file is not None and line is not None else f"{file}: " if file is not None else f"line {line}: " if line is not None else ""
+
+    def __init__(
+        self,
+        problem: str,  # what is wrong, as a clause: 'is not one of the choices'
+        *,
+        file=None,  # the file it stands in
+        line: int | None = None,  # line number, from 1
+        field: str | None = None,  # the field or parameter
+        value: Any = _unset,  # what was found there
+        remedy: str | None = None,
+    ):  # what would be right
+        self.problem, self.file, self.line, self.field, self.value, self.remedy = (
+            problem,
+            file,
+            line,
+            field,
+            value,
+            remedy,
+        )
+        where = (
+            f"{file}:{line}: "
+            if file is not None and line is not None
+            else f"{file}: "
+            if file is not None
+            else f"line {line}: "
+            if line is not None
+            else ""
+        )
         what = f"field {field!r}: " if field is not None else ""
         got = "" if value is _unset else f" (got {_short(value)})"
         super().__init__(f"{where}{what}{problem}{got}." + (f" {remedy}" if remedy else ""))
 
+# %% ../nbs/00_files.ipynb #0c75c98d
 def _short(value, width=80):
     text = repr(value)
-    return text if len(text) <= width else text[:width - 3] + "..."
+    return text if len(text) <= width else text[: width - 3] + "..."
 
-# %% ../nbs/00_files.ipynb #102ea209
-def read_jsonl(path,                          # the file, UTF-8, one object a line
-               bad: list | None = None        # given a list, broken lines are put there as errors and passed over
-              ) -> Iterator[tuple[int, dict]]:
+# %% ../nbs/00_files.ipynb #9a621290
+def read_jsonl(
+    path,  # the file, UTF-8, one object a line
+    bad: list | None = None,  # given a list, broken lines are put there as errors and passed over
+) -> Iterator[tuple[int, dict]]:
     "Each object of a JSON-lines file with its line number (from 1). Raises `BadInput` that names the line, unless `bad` collects."
-    try: text = Path(path).read_text(encoding="utf-8-sig")
-    except FileNotFoundError: raise BadInput("there is no such file", file=path, remedy="Check the path.") from None
-    except UnicodeDecodeError as e: raise BadInput(f"is not UTF-8 text: {e.reason} at byte {e.start}", file=path, remedy="Convert the file to UTF-8.") from None
-    except IsADirectoryError: raise BadInput("is a folder, not a file", file=path, remedy="Name one file in it.") from None
-    except OSError as e: raise BadInput(f"cannot be read: {e.strerror or e}", file=path, remedy="Check the path.") from None
+    try:
+        text = Path(path).read_text(encoding="utf-8-sig")
+    except FileNotFoundError:
+        raise BadInput("there is no such file", file=path, remedy="Check the path.") from None
+    except UnicodeDecodeError as e:
+        raise BadInput(
+            f"is not UTF-8 text: {e.reason} at byte {e.start}", file=path, remedy="Convert the file to UTF-8."
+        ) from None
+    except IsADirectoryError:
+        raise BadInput("is a folder, not a file", file=path, remedy="Name one file in it.") from None
+    except OSError as e:
+        raise BadInput(f"cannot be read: {e.strerror or e}", file=path, remedy="Check the path.") from None
     for number, line in enumerate(text.split("\n"), 1):
-        if not line.strip(): continue
-        try: row = _parse_line(line, path, number)
+        if not line.strip():
+            continue
+        try:
+            row = _parse_line(line, path, number)
         except BadInput as e:
-            if bad is None: raise
+            if bad is None:
+                raise
             bad.append(e)
-        else: yield number, row
+        else:
+            yield number, row
 
+# %% ../nbs/00_files.ipynb #fb3ad2ef
 def _parse_line(line, path, number):
-    try: row = json.loads(line)
+    try:
+        row = json.loads(line)
     except json.JSONDecodeError as e:
-        if line.strip() in ("[", "{") or (number == 1 and line.lstrip().startswith("[")): problem, remedy = "is one JSON document, not one JSON object a line", "Write each record on a line of its own (`jq -c '.[]'` does it)."
-        else: problem, remedy = f"broken JSON: {e.msg} at column {e.colno}", "Mend or remove the line."
+        if line.strip() in ("[", "{") or (number == 1 and line.lstrip().startswith("[")):
+            problem, remedy = (
+                "is one JSON document, not one JSON object a line",
+                "Write each record on a line of its own (`jq -c '.[]'` does it).",
+            )
+        else:
+            problem, remedy = f"broken JSON: {e.msg} at column {e.colno}", "Mend or remove the line."
         raise BadInput(problem, file=path, line=number, remedy=remedy) from None
-    except (ValueError, RecursionError) as e:  # a number of thousands of digits, a list in a list in a list ...
-        raise BadInput("is nested too deeply to be read" if isinstance(e, RecursionError) else f"cannot be read: {str(e).split(';')[0]}", file=path, line=number, remedy="Mend or remove the line.") from None
-    if isinstance(row, list) and number == 1: raise BadInput("is one JSON array, not one JSON object a line", file=path, line=1, remedy="Write each record on a line of its own (`jq -c '.[]'` does it).")
-    if not isinstance(row, dict): raise BadInput("is not a JSON object", file=path, line=number, value=row, remedy="Write one {...} object a line.")
+    except (
+        ValueError,
+        RecursionError,
+    ) as e:  # a number of thousands of digits, a list in a list in a list ...
+        raise BadInput(
+            (
+                "is nested too deeply to be read"
+                if isinstance(e, RecursionError)
+                else f"cannot be read: {str(e).split(';')[0]}"
+            ),
+            file=path,
+            line=number,
+            remedy="Mend or remove the line.",
+        ) from None
+    if isinstance(row, list) and number == 1:
+        raise BadInput(
+            "is one JSON array, not one JSON object a line",
+            file=path,
+            line=1,
+            remedy="Write each record on a line of its own (`jq -c '.[]'` does it).",
+        )
+    if not isinstance(row, dict):
+        raise BadInput(
+            "is not a JSON object", file=path, line=number, value=row, remedy="Write one {...} object a line."
+        )
     return row
 
-# %% ../nbs/00_files.ipynb #22a5ae24
+# %% ../nbs/00_files.ipynb #f22ec256
 def write_text(path, text: str | bytes) -> Path:
     "Write text (or bytes) to a temporary file beside `path`, then rename it there. Makes the folder if needed."
     path = Path(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    except OSError as e: raise BadInput(f"cannot be written: {e.strerror}", file=path, remedy="Choose a folder you may write to.") from None
+    except OSError as e:
+        raise BadInput(
+            f"cannot be written: {e.strerror}", file=path, remedy="Choose a folder you may write to."
+        ) from None
     try:
-        with os.fdopen(handle, "wb") as f: f.write(text.encode() if isinstance(text, str) else text)
+        with os.fdopen(handle, "wb") as f:
+            f.write(text.encode() if isinstance(text, str) else text)
         os.chmod(name, 0o666 & ~_umask())
-        try: os.replace(name, path)
-        except OSError as e: raise BadInput(f"cannot be written: {e.strerror}", file=path, remedy="Choose a name that is no folder, in a folder you may write to.") from None
+        try:
+            os.replace(name, path)
+        except OSError as e:
+            raise BadInput(
+                f"cannot be written: {e.strerror}",
+                file=path,
+                remedy="Choose a name that is no folder, in a folder you may write to.",
+            ) from None
     except BaseException:
         Path(name).unlink(missing_ok=True)
         raise
     return path
 
+# %% ../nbs/00_files.ipynb #86da7d27
 def _umask():
-    old = os.umask(0); os.umask(old)
+    old = os.umask(0)
+    os.umask(old)
     return old
 
+# %% ../nbs/00_files.ipynb #b8b63cb5
 def write_json(path, obj) -> Path:
     "Write `obj` as JSON: sorted keys, one-space indent, no NaN; equal objects give equal bytes."
-    return write_text(path, json.dumps(obj, sort_keys=True, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
+    return write_text(
+        path, json.dumps(obj, sort_keys=True, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
+    )
 
-# %% ../nbs/00_files.ipynb #95d541e7
+# %% ../nbs/00_files.ipynb #3c893a0c
 class Journal:
     "An append-only JSON-lines file. `records` holds what is already there; a torn last line is dropped on opening."
-    def __init__(self, path): # the file, made if it is not there
+
+    def __init__(self, path):  # the file, made if it is not there
         self.path = Path(path)
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             self.file = open(self.path, "ab+")
-        except OSError as e: raise BadInput(f"cannot be written: {e.strerror}", file=path, remedy="Choose a folder you may write to.") from None
+        except OSError as e:
+            raise BadInput(
+                f"cannot be written: {e.strerror}", file=path, remedy="Choose a folder you may write to."
+            ) from None
         self._drop_torn_line()
         self.records = [row for _, row in read_jsonl(self.path)]
 
@@ -106,83 +193,164 @@ class Journal:
         self.file.seek(0)
         whole = self.file.read()
         keep = whole.rfind(b"\n") + 1
-        if keep < len(whole): self.file.truncate(keep)
+        if keep < len(whole):
+            self.file.truncate(keep)
 
     def append(self, *records: dict) -> None:
         "Write records, then flush and fsync once: what `append` returned from is on the disk."
-        lines = "".join(json.dumps(r, sort_keys=True, ensure_ascii=False, allow_nan=False) + "\n" for r in records)
-        self.file.write(lines.encode()); self.file.flush(); os.fsync(self.file.fileno())
+        lines = "".join(
+            json.dumps(r, sort_keys=True, ensure_ascii=False, allow_nan=False) + "\n" for r in records
+        )
+        self.file.write(lines.encode())
+        self.file.flush()
+        os.fsync(self.file.fileno())
         self.records += records
 
-    def close(self): self.file.close()
-    def __enter__(self): return self
-    def __exit__(self, *_): self.close()
+    def close(self):
+        self.file.close()
 
-# %% ../nbs/00_files.ipynb #769937ec
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.close()
+
+# %% ../nbs/00_files.ipynb #26ef8e5c
 def sha256_file(path) -> str:
     "SHA-256 of a file's bytes, in hex."
-    with open(path, "rb") as f: return hashlib.file_digest(f, "sha256").hexdigest()
+    with open(path, "rb") as f:
+        return hashlib.file_digest(f, "sha256").hexdigest()
 
+# %% ../nbs/00_files.ipynb #2a41c836
 def content_key(obj, n: int = 12) -> str:
     "The first `n` hex digits of the SHA-256 of `obj` as canonical JSON."
-    return hashlib.sha256(json.dumps(obj, sort_keys=True, ensure_ascii=False, allow_nan=False, separators=(",", ":")).encode()).hexdigest()[:n]
+    return hashlib.sha256(
+        json.dumps(obj, sort_keys=True, ensure_ascii=False, allow_nan=False, separators=(",", ":")).encode()
+    ).hexdigest()[:n]
 
+# %% ../nbs/00_files.ipynb #36a21cb9
 def tree_hash(folder, n: int = 12) -> str:
     "One key for a folder: names and bytes of all files in it, hidden ones aside."
     files = sorted(p for p in Path(folder).rglob("*") if p.is_file() and not p.name.startswith("."))
     return content_key([[str(p.relative_to(folder)), sha256_file(p)] for p in files], n)
 
+# %% ../nbs/00_files.ipynb #c7548ad7
 def stable_seed(seed: int, *names) -> int:
     "A seed in [0, 2**63) from a seed and names (ids, purposes); the same on every platform and in every process."
-    return int.from_bytes(hashlib.sha256(json.dumps([seed, *map(str, names)]).encode()).digest()[:8], "big") >> 1
+    return (
+        int.from_bytes(hashlib.sha256(json.dumps([seed, *map(str, names)]).encode()).digest()[:8], "big") >> 1
+    )
 
-# %% ../nbs/00_files.ipynb #ac5a4fa3
+# %% ../nbs/00_files.ipynb #b57b6fa8
 def shipped(*parts: str) -> Path:
     "Path of a file or folder that travels with the package: `shipped('data', 'prompts', 'csqa.jsonl')`."
     here = Path(__file__).resolve().parent
-    root = here/"shipped" if (here/"shipped").is_dir() else here.parent
+    root = here / "shipped" if (here / "shipped").is_dir() else here.parent
     path = root.joinpath(*parts)
-    if not path.exists(): raise BadInput("is not part of this installation", file=path, remedy="Reinstall the package, or run from a whole checkout.")
+    if not path.exists():
+        raise BadInput(
+            "is not part of this installation",
+            file=path,
+            remedy="Reinstall the package, or run from a whole checkout.",
+        )
     return path
 
-# %% ../nbs/00_files.ipynb #c6ef8321
+# %% ../nbs/00_files.ipynb #fe36cdc9
 def progress(iterable: Iterable | None = None, *, total: int | None = None, desc: str = "", unit: str = "it"):
     "A `tqdm` bar over `iterable` (or to be moved by hand with `.update`), shown in terminal and notebook, silent when piped."
     from tqdm import tqdm
-    return tqdm(iterable, total=total, desc=desc, unit=unit, disable=not shows_progress(), mininterval=0.5, leave=False, dynamic_ncols=sys.stderr.isatty())
 
+    return tqdm(
+        iterable,
+        total=total,
+        desc=desc,
+        unit=unit,
+        disable=not shows_progress(),
+        mininterval=0.5,
+        leave=False,
+        dynamic_ncols=sys.stderr.isatty(),
+    )
+
+# %% ../nbs/00_files.ipynb #958fa589
 def shows_progress() -> bool:
     "Are bars shown here?"
     asked = os.environ.get("FAITHFUL_DISTILL_PROGRESS")
     return asked != "0" if asked else sys.stderr.isatty() or "ipykernel" in sys.modules
 
-# %% ../nbs/00_files.ipynb #644c7fe8
+# %% ../nbs/00_files.ipynb #60e7117b
 def writable_folder(path) -> Path:
     "`path` as a folder that exists and can be written to; made if needed. Raises `BadInput` at once if it cannot."
     path = Path(path)
-    if path.exists() and not path.is_dir(): raise BadInput("is a file, not a folder", file=path, remedy="Name a folder.")
+    if path.exists() and not path.is_dir():
+        raise BadInput("is a file, not a folder", file=path, remedy="Name a folder.")
     try:
         path.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=path, prefix=".writable."): pass      # a name of its own: several ranks ask at once
-    except OSError as e: raise BadInput(f"cannot be written: {e.strerror}", file=path, remedy="Choose a folder you may write to.") from None
+        with tempfile.NamedTemporaryFile(dir=path, prefix=".writable."):
+            pass  # a name of its own: several ranks ask at once
+    except OSError as e:
+        raise BadInput(
+            f"cannot be written: {e.strerror}", file=path, remedy="Choose a folder you may write to."
+        ) from None
     return path
 
-# %% ../nbs/00_files.ipynb #d2b7f935
+# %% ../nbs/00_files.ipynb #d695070d
 @contextmanager
-def sole_writer(path,          # the file or folder that is written
-                lock=None      # the lock; default: a hidden file beside `path`. It is removed in the end
-               ):
+def sole_writer(
+    path,  # the file or folder that is written
+    lock=None,  # the lock; default: a hidden file beside `path`. It is removed in the end
+):
     "Within, no other process is a `sole_writer` of the same; `BadInput` at once where one is."
     import fcntl
+
     lock = Path(lock or Path(path).with_name(f".{Path(path).name}.lock"))
-    handle = os.open(writable_folder(lock.parent)/lock.name, os.O_RDWR | os.O_CREAT)
+    handle = os.open(writable_folder(lock.parent) / lock.name, os.O_RDWR | os.O_CREAT)
     try:
-        try: fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError: raise BadInput("is being written by another process", file=path, value=os.read(handle, 200).decode(), remedy="Wait for it or stop it, or write somewhere else.") from None
-        except OSError: pass                # a file system without locks
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise BadInput(
+                "is being written by another process",
+                file=path,
+                value=os.read(handle, 200).decode(),
+                remedy="Wait for it or stop it, or write somewhere else.",
+            ) from None
+        except OSError:
+            pass  # a file system without locks
         else:
-            if not lock.exists() or not os.path.samestat(os.fstat(handle), lock.stat()): raise BadInput("was finished by another process a moment ago", file=path, remedy="Call again.")  # its lock was opened before it was removed
-        os.ftruncate(handle, 0); os.write(handle, f"process {os.getpid()} on {socket.gethostname()}".encode())
-        try: yield
-        finally: lock.unlink(missing_ok=True)
-    finally: os.close(handle)
+            if not lock.exists() or not os.path.samestat(os.fstat(handle), lock.stat()):
+                raise BadInput(
+                    "was finished by another process a moment ago", file=path, remedy="Call again."
+                )  # its lock was opened before it was removed
+        os.ftruncate(handle, 0)
+        os.write(handle, f"process {os.getpid()} on {socket.gethostname()}".encode())
+        try:
+            yield
+        finally:
+            lock.unlink(missing_ok=True)
+    finally:
+        os.close(handle)
+
+# %% ../nbs/00_files.ipynb #017a495d
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    "A remedy for a name that is not known: the nearest that is, else all of them."
+    near = difflib.get_close_matches(str(name), [str(k) for k in known], n=1)
+    return f"Did you mean {near[0]!r}?" if near else f"Known: {', '.join(map(str, known))}."
+
+# %% ../nbs/00_files.ipynb #a35be915
+def _locked(handle) -> bool:
+    "Holds the lock from now on; False if somebody else does."
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:
+        pass  # a file system without locks: then nobody is kept out
+    return True
+
+# %% ../nbs/00_files.ipynb #91df261a
+def _is_free(path) -> bool:
+    handle = os.open(path, os.O_RDWR | os.O_CREAT)
+    try:
+        return _locked(handle)
+    finally:
+        os.close(handle)

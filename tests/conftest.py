@@ -1,4 +1,5 @@
 """What several tests need: where the real data lies, and one thread."""
+
 import os
 from pathlib import Path
 
@@ -13,5 +14,6 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 def real_data() -> Path:
     "Folder of the public datasets: `shared/data` beside the checkout, or inside $FAITHFUL_DISTILL_SHARED."
     shared = Path(os.environ.get("FAITHFUL_DISTILL_SHARED", Path(__file__).resolve().parents[2] / "shared"))
-    if not (shared / "data" / "csqa").is_dir(): pytest.skip(f"the public datasets are not in {shared / 'data'}")
+    if not (shared / "data" / "csqa").is_dir():
+        pytest.skip(f"the public datasets are not in {shared / 'data'}")
     return shared / "data"

@@ -1,12 +1,14 @@
 "Run under torch.distributed.run by test_training.py: trains the same tiny student under every ZeRO stage and accumulation, and writes down what each rank held."
+
 import json, sys
 from pathlib import Path
 
 import torch
 from transformers import TrainerCallback
 
-from faithful_distill.student import tiny_student
-from faithful_distill.training import deepspeed_config, train_student
+from faithful_distill.student.model import tiny_student
+from faithful_distill.training.zero import deepspeed_config
+from faithful_distill.training.train import train_student
 
 builds = {"beaver": "wood", "bird": "straw", "bee": "wax", "ant": "sand", "mole": "earth"}
 choices = ["a dam", "a nest", "a hive", "a hill", "a tunnel"]
@@ -16,56 +18,106 @@ def records():
     "Five animals, reasons of unequal length, a wrong reason for all but one."
     made = []
     for i, (animal, stuff) in enumerate(builds.items()):
-        about = dict(id=animal, question=f"What does a {animal} build ?", choices=choices, answer=i, kind="choice")
+        about = dict(
+            id=animal, question=f"What does a {animal} build ?", choices=choices, answer=i, kind="choice"
+        )
         made.append(dict(about, target=i, role="gold", rationale=f"it gathers {stuff} " * (i + 1)))
-        if i: made.append(dict(about, target=i - 1, role="counterfactual", rationale=f"some {stuff} is far " * (6 - i)))
+        if i:
+            made.append(
+                dict(about, target=i - 1, role="counterfactual", rationale=f"some {stuff} is far " * (6 - i))
+            )
     return made
 
 
 def base(kind="t5", **config):
-    return tiny_student([r["question"] + " " + r["rationale"] for r in records()] + choices, kind, width=16, **config)
+    return tiny_student(
+        [r["question"] + " " + r["rationale"] for r in records()] + choices, kind, width=16, **config
+    )
 
 
 def stage_config(stage):
     config = deepspeed_config("cpu")
     config["zero_optimization"] = dict(config["zero_optimization"], stage=stage)
-    if stage == 3: config["zero_optimization"] |= dict(stage3_param_persistence_threshold=0, stage3_gather_16bit_weights_on_model_save=True)
+    if stage == 3:
+        config["zero_optimization"] |= dict(
+            stage3_param_persistence_threshold=0, stage3_gather_16bit_weights_on_model_save=True
+        )
     return config
 
 
 class Held(TrainerCallback):
     "What this rank holds at the end: bytes of optimizer state, parameters that are resident."
+
     def on_train_end(self, args, state, control, model=None, optimizer=None, **_):
         inner = optimizer.optimizer
-        while hasattr(inner, "optimizer"): inner = inner.optimizer
-        self.state = sum(t.numel()*t.element_size() for s in inner.state.values() for t in s.values() if torch.is_tensor(t) and t.dim())
+        while hasattr(inner, "optimizer"):
+            inner = inner.optimizer
+        self.state = sum(
+            t.numel() * t.element_size()
+            for s in inner.state.values()
+            for t in s.values()
+            if torch.is_tensor(t) and t.dim()
+        )
         self.resident = sum(p.numel() for p in model.parameters())
 
 
-def units(accumulation): return 8 if accumulation == 4 else 4    # per step; of five units, so that there are empty ones, and with four pieces on two ranks a piece that is all empty
+def units(accumulation):
+    return (
+        8 if accumulation == 4 else 4
+    )  # per step; of five units, so that there are empty ones, and with four pieces on two ranks a piece that is all empty
 
 
-alike = [("t5", stage, accumulation) for stage in (0, 1, 2, 3) for accumulation in (1, 2, 4)] + [("llama", stage, accumulation) for stage in (2, 3) for accumulation in (1, 2, 4)]
+alike = [("t5", stage, accumulation) for stage in (0, 1, 2, 3) for accumulation in (1, 2, 4)] + [
+    ("llama", stage, accumulation) for stage in (2, 3) for accumulation in (1, 2, 4)
+]
 
 
 def run(out, stage, accumulation, kind="t5", **more):
     held = Held()
-    given = dict(max_steps=4, batch_size=units(accumulation), accumulation=accumulation, lr=1e-2, log_every=1, warmup=0, deepspeed=stage_config(stage), callbacks=[held])
+    given = dict(
+        max_steps=4,
+        batch_size=units(accumulation),
+        accumulation=accumulation,
+        lr=1e-2,
+        log_every=1,
+        warmup=0,
+        deepspeed=stage_config(stage),
+        callbacks=[held],
+    )
     return held, train_student(base(kind), records(), out=out, **{**given, **more})
 
 
 def chosen(folder, metric, *callbacks):
     "Evaluates on dev, stops early, goes back to its best step: under stage 3 by the answers it writes, under stage 2 by a loss that must rise once the answers are known by heart (dev has others)."
-    given = dict(accuracy=dict(stage=3, dev=records(), evaluate_every=10), loss_counterfactual=dict(stage=2, dev=[dict(r, answer=(r["answer"] + 1) % 5, target=(r["target"] + 1) % 5) for r in records()], evaluate_every=2))
-    return run(folder/f"best-{metric}", accumulation=1, metric=metric, patience=2, max_steps=60, lr=0.02, callbacks=callbacks, **given[metric])[1]
+    given = dict(
+        accuracy=dict(stage=3, dev=records(), evaluate_every=10),
+        loss_counterfactual=dict(
+            stage=2,
+            dev=[dict(r, answer=(r["answer"] + 1) % 5, target=(r["target"] + 1) % 5) for r in records()],
+            evaluate_every=2,
+        ),
+    )
+    return run(
+        folder / f"best-{metric}",
+        accumulation=1,
+        metric=metric,
+        patience=2,
+        max_steps=60,
+        lr=0.02,
+        callbacks=callbacks,
+        **given[metric],
+    )[1]
 
 
 if __name__ == "__main__":
     folder = Path(sys.argv[1])
     for kind, stage, accumulation in alike:
-        held, _ = run(folder/f"{kind}-stage{stage}x{accumulation}", stage, accumulation, kind)
+        held, _ = run(folder / f"{kind}-stage{stage}x{accumulation}", stage, accumulation, kind)
         rank = torch.distributed.get_rank()
-        (folder/f"held-{kind}-{stage}x{accumulation}-{rank}.json").write_text(json.dumps(dict(state=held.state, resident=held.resident)))
-    for metric in ("accuracy", "loss_counterfactual"): chosen(folder, metric)
+        (folder / f"held-{kind}-{stage}x{accumulation}-{rank}.json").write_text(
+            json.dumps(dict(state=held.state, resident=held.resident))
+        )
+    for metric in ("accuracy", "loss_counterfactual"):
+        chosen(folder, metric)
     torch.distributed.barrier()
     torch.distributed.destroy_process_group()

@@ -1,4 +1,5 @@
 """The metrics as functions of arrays: against independent computations, and properties that must hold on any input."""
+
 import json
 import math
 
@@ -8,12 +9,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
-from faithful_distill import faithfulness as F
+from faithful_distill.faithfulness import calibration
+from faithful_distill.faithfulness import intervals
+from faithful_distill.faithfulness import metrics
 from faithful_distill.files import BadInput
 
 few = settings(max_examples=60, deadline=None)
 label = st.integers(0, 2)
-tables = st.integers(1, 40).flatmap(lambda n: st.tuples(*[st.lists(label, min_size=n, max_size=n) for _ in range(4)]))
+tables = st.integers(1, 40).flatmap(
+    lambda n: st.tuples(*[st.lists(label, min_size=n, max_size=n) for _ in range(4)])
+)
 fast = dict(draws=200)
 
 
@@ -31,18 +36,24 @@ def las_in_ten_lines(y, xr, x, r):
 @few
 @given(tables)
 def test_las_equals_the_definition_on_random_tables(table):
-    score, (whole, las_0, las_1, n_0, n_1) = F.las(*table, min_bin=1, **fast), las_in_ten_lines(*table)
+    score, (whole, las_0, las_1, n_0, n_1) = metrics.las(*table, min_bin=1, **fast), las_in_ten_lines(*table)
     assert (score.details["n_0"], score.details["n_1"]) == (n_0, n_1)
     for got, expected in ((score, whole), (score.details["las_0"], las_0), (score.details["las_1"], las_1)):
-        assert (got.value is None and got.reason) if expected is None else got.value == pytest.approx(expected, abs=1e-12)
+        assert (
+            (got.value is None and got.reason)
+            if expected is None
+            else got.value == pytest.approx(expected, abs=1e-12)
+        )
     y, xr, x, _ = table
-    assert score.details["unadjusted"].value == pytest.approx(np.mean(np.equal(xr, y)) - np.mean(np.equal(x, y)), abs=1e-12)
+    assert score.details["unadjusted"].value == pytest.approx(
+        np.mean(np.equal(xr, y)) - np.mean(np.equal(x, y)), abs=1e-12
+    )
 
 
 @pytest.mark.parametrize("leak", [0, 1])
 def test_las_with_a_single_bin_is_none_and_its_parts_are_not(leak):
     y, xr, x = [0] * 30, [0] * 30, [1] * 30
-    score = F.las(y, xr, x, [1 - leak] * 30)
+    score = metrics.las(y, xr, x, [1 - leak] * 30)
     assert score.value is None and "0 of 30" in score.reason and score.details[f"las_{leak}"].value == 1.0
     assert score.details[f"las_{1 - leak}"].value is None and score.details["acc_xr"] == 1.0
     json.dumps(score.to_dict(), allow_nan=False)
@@ -50,60 +61,75 @@ def test_las_with_a_single_bin_is_none_and_its_parts_are_not(leak):
 
 def test_las_tiny_bin_and_its_threshold():
     y, xr, x, r = [0] * 40, [0] * 40, [1] * 40, [0] * 31 + [1] * 9
-    assert F.las(y, xr, x, r).value is None and F.las(y, xr, x, r, min_bin=9).value == 1.0
+    assert metrics.las(y, xr, x, r).value is None and metrics.las(y, xr, x, r, min_bin=9).value == 1.0
 
 
 def test_las_leaves_out_examples_without_a_prediction_and_counts_them():
     y = [0, 1, None, 1, -1]
-    score = F.las(y, [0, 1, 0, 0, 0], [0] * 5, [0, 0, 0, 1, 0], min_bin=1, cluster=list("aabbb"))
+    score = metrics.las(y, [0, 1, 0, 0, 0], [0] * 5, [0, 0, 0, 1, 0], min_bin=1, cluster=list("aabbb"))
     assert score.n == 3 and score.details["unpredicted"] == 2
     assert score.value == pytest.approx(las_in_ten_lines([0, 1, 1], [0, 1, 0], [0, 0, 0], [0, 0, 1])[0])
 
 
 def test_las_over_simulators_is_the_mean_of_each():
     rng = np.random.default_rng(3)
-    y, seeds = rng.integers(0, 3, 200), [[np.where(rng.random(200) < share, 0, rng.integers(0, 3, 200)) for share in (0.5, 0.3, 0.4)] for _ in range(3)]
+    y, seeds = (
+        rng.integers(0, 3, 200),
+        [
+            [np.where(rng.random(200) < share, 0, rng.integers(0, 3, 200)) for share in (0.5, 0.3, 0.4)]
+            for _ in range(3)
+        ],
+    )
     each = [las_in_ten_lines(y, *s)[0] for s in seeds]
-    score = F.las(y, *(np.stack([s[j] for s in seeds]) for j in range(3)))
+    score = metrics.las(y, *(np.stack([s[j] for s in seeds]) for j in range(3)))
     assert score.value == pytest.approx(np.mean(each)) and score.details["per_seed"] == pytest.approx(each)
     assert score.details["seed_sd"] == pytest.approx(np.std(each, ddof=1))
-    assert score.low <= score.details["examples_low"] <= score.value <= score.details["examples_high"] <= score.high
+    assert (
+        score.low
+        <= score.details["examples_low"]
+        <= score.value
+        <= score.details["examples_high"]
+        <= score.high
+    )
     assert [s["las"] for s in score.details["simulators"]] == pytest.approx(each)
 
 
 def test_probability_las_is_flip_las_on_hits():
     rng = np.random.default_rng(5)
     y, xr, x, r = rng.integers(0, 2, (4, 100))
-    assert F.las(y, xr, x, r).value == F.las_from_credit(y == r, y == xr, y == x).value
+    assert metrics.las(y, xr, x, r).value == metrics.las_from_credit(y == r, y == xr, y == x).value
 
 
 def test_permuted_label_simulators_give_las_about_zero_with_the_stated_coverage():
     covered = 0
     for seed in range(60):
         y, xr, x, r = np.random.default_rng(seed).integers(0, 4, (4, 400))
-        score = F.las(y, xr, x, r, draws=1000)
+        score = metrics.las(y, xr, x, r, draws=1000)
         covered += score.low <= 0 <= score.high
     assert covered >= 52  # 95 % of 60 is 57; below 52 has probability 0.6 %
 
 
 # ---- every metric on random input, for the properties that all share
 
+
 def metrics(y, a, b, c, extra):
     gold = np.equal(y, a)
     same = np.stack([np.equal(y, a), np.equal(y, b), np.ones(len(y))], 1)
     return {
-        "accuracy": F.accuracy(y, a, **extra),
-        "las": F.las(y, a, b, c, min_bin=1, **extra),
-        "perturb": F.perturbation_drop(F.hits(y, a), F.hits(y, [b, c]), **extra),
-        "refine": F.refinement_gain(F.hits(y, a), F.hits(y, b), **extra),
-        "swap": F.swap_consistency(F.hits(y, b), gold, **extra),
-        "same": F.same_answer_rate(a, b, **extra),
-        "aoc": F.early_answering_aoc(same, [1 + v % 2 for v in a], **extra),
-        "insertion": F.counterfactual_insertion(F.hits(y, a), F.hits(y, b), **extra),
-        "insertion correlation": F.insertion_correlation(F.hits(y, a), F.hits(y, b), **extra),
-        "rank": F.rank_correlation(np.array(a, float), np.array(b, float), **extra),
-        "within": F.rank_correlation_within(np.array(a, float), np.array(b, float), c, **extra),
-        "paired": F.paired_difference(F.hits(y, a), F.hits(y, b), **extra),
+        "accuracy": metrics.accuracy(y, a, **extra),
+        "las": metrics.las(y, a, b, c, min_bin=1, **extra),
+        "perturb": metrics.perturbation_drop(metrics.hits(y, a), metrics.hits(y, [b, c]), **extra),
+        "refine": metrics.refinement_gain(metrics.hits(y, a), metrics.hits(y, b), **extra),
+        "swap": metrics.swap_consistency(metrics.hits(y, b), gold, **extra),
+        "same": metrics.same_answer_rate(a, b, **extra),
+        "aoc": metrics.early_answering_aoc(same, [1 + v % 2 for v in a], **extra),
+        "insertion": metrics.counterfactual_insertion(metrics.hits(y, a), metrics.hits(y, b), **extra),
+        "insertion correlation": metrics.insertion_correlation(
+            metrics.hits(y, a), metrics.hits(y, b), **extra
+        ),
+        "rank": calibration.rank_correlation(np.array(a, float), np.array(b, float), **extra),
+        "within": calibration.rank_correlation_within(np.array(a, float), np.array(b, float), c, **extra),
+        "paired": intervals.paired_difference(metrics.hits(y, a), metrics.hits(y, b), **extra),
     }
 
 
@@ -116,9 +142,12 @@ def test_scores_stay_in_range_and_never_are_nan(table):
     for name, score in metrics(*table, fast).items():
         low, high = ranges.get(name, (-1, 1))
         json.dumps(score.to_dict(), allow_nan=False)
-        if score.value is None: assert score.reason, name
-        else: assert low <= score.value <= high, name
-        if score.low is not None: assert low <= score.low <= score.value + 1e-9 and score.value - 1e-9 <= score.high <= high, name
+        if score.value is None:
+            assert score.reason, name
+        else:
+            assert low <= score.value <= high, name
+        if score.low is not None:
+            assert low <= score.low <= score.value + 1e-9 and score.value - 1e-9 <= score.high <= high, name
 
 
 @few
@@ -137,10 +166,17 @@ def test_row_order_does_not_matter(table, random):
 @given(tables)
 def test_intervals_shrink_with_n(table):
     many = [column * 16 for column in table]
-    for (name, a), b in zip(metrics(*table, dict(draws=500)).items(), metrics(*many, dict(draws=500)).values(), strict=True):
-        if a.value is None or a.low is None or name == "within": continue  # `within` has groups, not rows: their number stays
+    for (name, a), b in zip(
+        metrics(*table, dict(draws=500)).items(), metrics(*many, dict(draws=500)).values(), strict=True
+    ):
+        if a.value is None or a.low is None or name == "within":
+            continue  # `within` has groups, not rows: their number stays
         assert b.value == pytest.approx(a.value, abs=1e-9), name
-        if not a.details.get("undefined_draws") and a.n >= 4 and name not in ("las", "swap", "rank", "insertion correlation"):
+        if (
+            not a.details.get("undefined_draws")
+            and a.n >= 4
+            and name not in ("las", "swap", "rank", "insertion correlation")
+        ):
             assert b.high - b.low <= 0.6 * (a.high - a.low) + 1e-9, name
 
 
@@ -148,31 +184,40 @@ def test_intervals_of_ratio_metrics_shrink_with_n():
     rng = np.random.default_rng(0)
     y, a, b, c = rng.integers(0, 3, (4, 60))
     for name in ("las", "swap", "rank", "insertion correlation"):
-        small, large = metrics(y, a, b, c, {})[name], metrics(*(np.tile(v, 16) for v in (y, a, b, c)), {})[name]
+        small, large = (
+            metrics(y, a, b, c, {})[name],
+            metrics(*(np.tile(v, 16) for v in (y, a, b, c)), {})[name],
+        )
         assert (large.high - large.low) / (small.high - small.low) == pytest.approx(0.25, abs=0.05), name
 
 
 # ---- the bootstrap
 
+
 def test_the_three_routes_agree(monkeypatch):
     rng = np.random.default_rng(1)
     values = rng.integers(0, 2, (3000, 2)).astype(float) @ np.array([[1, 0.5], [0, 1]])
-    ratio = lambda m: (m[..., :1] / m[..., 1:])
-    by_counts = F.bootstrap(values, ratio)
+    ratio = lambda m: m[..., :1] / m[..., 1:]
+    by_counts = intervals.bootstrap(values, ratio)
     jitter = values + rng.normal(0, 1e-9, values.shape)
-    row_by_row = F.bootstrap(jitter, ratio)
-    monkeypatch.setattr(F, "_budget", 1000)
-    limit = F.bootstrap(jitter, ratio)
-    assert [r[3]["interval"] for r in (by_counts, row_by_row, limit)] == ["multinomial", "resampled", "normal limit"]
+    row_by_row = intervals.bootstrap(jitter, ratio)
+    monkeypatch.setattr(intervals, "resample_budget", 1000)
+    limit = intervals.bootstrap(jitter, ratio)
+    assert [r[3]["interval"] for r in (by_counts, row_by_row, limit)] == [
+        "multinomial",
+        "resampled",
+        "normal limit",
+    ]
     width = by_counts[2] - by_counts[1]
     for other in (row_by_row, limit):
-        for j in range(3): assert abs(other[j] - by_counts[j]) < 0.06 * width
+        for j in range(3):
+            assert abs(other[j] - by_counts[j]) < 0.06 * width
 
 
 def test_percentile_interval_of_a_share_covers_it():
     rng, covered = np.random.default_rng(2), 0
     for _ in range(200):
-        score = F.mean_score((rng.random(150) < 0.3).astype(float), draws=1000)
+        score = intervals.mean_score((rng.random(150) < 0.3).astype(float), draws=1000)
         covered += score.low <= 0.3 <= score.high
     assert 180 <= covered <= 199  # 190 expected
 
@@ -186,31 +231,45 @@ def test_clusters_match_a_plain_cluster_bootstrap():
         rows = np.concatenate([np.flatnonzero(groups == g) for g in rng.integers(0, 40, 40)])
         drawn.append(values[rows].mean())
     low, high = np.quantile(drawn, [0.025, 0.975])
-    score = F.mean_score(values, cluster=groups)
-    assert score.value == pytest.approx(values.mean()) and score.low == pytest.approx(low, abs=0.02) and score.high == pytest.approx(high, abs=0.02)
+    score = intervals.mean_score(values, cluster=groups)
+    assert (
+        score.value == pytest.approx(values.mean())
+        and score.low == pytest.approx(low, abs=0.02)
+        and score.high == pytest.approx(high, abs=0.02)
+    )
 
 
 def test_a_million_rows_of_each_kind_with_ten_thousand_draws():
     rng = np.random.default_rng(0)
     n = 1_000_000
     y, xr, x, r = rng.integers(0, 3, (4, n))
-    score = F.las(y, np.stack([xr, x, xr]), np.stack([x, r, r]), np.stack([r, xr, x]))  # three simulators
+    score = metrics.las(
+        y, np.stack([xr, x, xr]), np.stack([x, r, r]), np.stack([r, xr, x])
+    )  # three simulators
     assert score.details["interval"] == "multinomial" and score.high - score.low < 0.05
     prob = rng.random((2, n))
-    assert F.refinement_gain(prob[0], prob[1]).details["interval"] == "normal limit"
-    assert F.rank_correlation(prob[0], prob[0] + prob[1], draws=10_000).details["interval"] == "normal limit"
+    assert metrics.refinement_gain(prob[0], prob[1]).details["interval"] == "normal limit"
+    assert (
+        calibration.rank_correlation(prob[0], prob[0] + prob[1], draws=10_000).details["interval"]
+        == "normal limit"
+    )
     three = rng.integers(0, n // 3, n)
-    assert F.rank_correlation(prob[0], prob[1], cluster=three, draws=10_000).n == n and F.rank_correlation_within(prob[0], prob[1], three).n > n // 5
-    assert F.probability_shift(rng.normal(size=(n, 3)), np.zeros((n, 3))).n == n and F.choice_probability(y, rng.normal(size=(n, 3))).shape == (n,)
+    assert (
+        calibration.rank_correlation(prob[0], prob[1], cluster=three, draws=10_000).n == n
+        and calibration.rank_correlation_within(prob[0], prob[1], three).n > n // 5
+    )
+    assert metrics.probability_shift(
+        rng.normal(size=(n, 3)), np.zeros((n, 3))
+    ).n == n and metrics.choice_probability(y, rng.normal(size=(n, 3))).shape == (n,)
     steps = rng.integers(1, 6, n)
-    assert F.early_answering_aoc(rng.integers(0, 2, (n, 6)), steps).n == n
+    assert metrics.early_answering_aoc(rng.integers(0, 2, (n, 6)), steps).n == n
 
 
 def test_rank_correlation_equals_scipy_and_its_interval_a_plain_bootstrap():
     rng = np.random.default_rng(6)
     a, b = rng.normal(size=120), rng.integers(0, 4, 120)
     b = b + (a > 0.5)
-    score = F.rank_correlation(a, b)
+    score = calibration.rank_correlation(a, b)
     assert score.value == pytest.approx(stats.spearmanr(a, b).statistic)
     drawn = []
     for _ in range(800):
@@ -226,76 +285,141 @@ def test_the_limit_of_rank_correlation_agrees_with_its_bootstrap_ties_and_cluste
     a = rng.normal(size=1200) + rng.normal(size=300)[groups]
     b = (rng.normal(size=1200) + 0.7 * a + rng.normal(size=300)[groups] > 0).astype(float)  # ratings tie
     for cluster in (None, groups):
-        drawn = F.rank_correlation(a, b, cluster=cluster)
+        drawn = calibration.rank_correlation(a, b, cluster=cluster)
         with monkeypatch.context() as m:
-            m.setattr(F, "_budget", 1000)
-            limit = F.rank_correlation(a, b, cluster=cluster)
-        assert (drawn.details["interval"], limit.details["interval"]) == ("resampled", "normal limit") and drawn.value == limit.value
-        for end in ("low", "high"): assert abs(getattr(limit, end) - getattr(drawn, end)) < 0.08 * (drawn.high - drawn.low), (end, cluster is None)
+            m.setattr(intervals, "resample_budget", 1000)
+            limit = calibration.rank_correlation(a, b, cluster=cluster)
+        assert (drawn.details["interval"], limit.details["interval"]) == (
+            "resampled",
+            "normal limit",
+        ) and drawn.value == limit.value
+        for end in ("low", "high"):
+            assert abs(getattr(limit, end) - getattr(drawn, end)) < 0.08 * (drawn.high - drawn.low), (
+                end,
+                cluster is None,
+            )
 
 
 @few
 @given(st.lists(st.tuples(st.integers(0, 4), st.integers(0, 3), st.integers(0, 3)), min_size=1, max_size=40))
 def test_within_question_correlation_is_scipy_group_by_group(rows):
     groups, a, b = (np.array(column, float) for column in zip(*rows))
-    each = [stats.spearmanr(a[groups == g], b[groups == g]).statistic for g in np.unique(groups) if np.ptp(a[groups == g]) > 0 and np.ptp(b[groups == g]) > 0]
-    score = F.rank_correlation_within(a, b, groups, draws=50)
-    assert score.value == (pytest.approx(np.mean(each), abs=1e-9) if each else None) and score.details["constant"] == len(np.unique(groups)) - len(each)
+    each = [
+        stats.spearmanr(a[groups == g], b[groups == g]).statistic
+        for g in np.unique(groups)
+        if np.ptp(a[groups == g]) > 0 and np.ptp(b[groups == g]) > 0
+    ]
+    score = calibration.rank_correlation_within(a, b, groups, draws=50)
+    assert score.value == (pytest.approx(np.mean(each), abs=1e-9) if each else None) and score.details[
+        "constant"
+    ] == len(np.unique(groups)) - len(each)
 
 
 def test_within_question_correlation_ignores_how_easy_the_question_is():
     a = np.array([0, 1, 10, 11, 20, 21.0])
     b = np.array([1, 0, 11, 10, 21, 20.0])  # within each pair they disagree, pooled they agree
     groups = [0, 0, 1, 1, 2, 2]
-    assert F.rank_correlation_within(a, b, groups).value == pytest.approx(-1) and F.rank_correlation(a, b, cluster=groups).value > 0.5
+    assert (
+        calibration.rank_correlation_within(a, b, groups).value == pytest.approx(-1)
+        and calibration.rank_correlation(a, b, cluster=groups).value > 0.5
+    )
 
 
 # ---- bad and edge input
 
-@pytest.mark.parametrize("call", [
-    lambda: F.accuracy([0, 1], [0]), lambda: F.accuracy([0.5], [0]), lambda: F.accuracy([None], [0]), lambda: F.hits(["a"], [0]),
-    lambda: F.perturbation_drop([0.5, 1.5], [0, 0]), lambda: F.perturbation_drop([math.nan], [0]), lambda: F.refinement_gain([1], [1, 0]),
-    lambda: F.las([0], [0], [0], [0, 1]), lambda: F.rev([-math.inf], [0]), lambda: F.early_answering_aoc([[0, 1]], [2]),
-    lambda: F.early_answering_aoc([0, 1], [1, 1]), lambda: F.choice_probability([0], [[math.nan, 0]]), lambda: F.paired_difference([1], [[1], [1]]),
-    lambda: F.mean_score([1, 0], draws=0), lambda: F.mean_score([1, 0], level=1.0), lambda: F.mean_score([1, 0], cluster=[1]),
-    lambda: F.early_answering_aoc([[0, math.nan]], [1]), lambda: F.choice_probability([3], [[0, 0, 0]]), lambda: F.choice_probability([0], [[]]),
-    lambda: F.total_variation([[0, 0]], [[0, 0, 0]]), lambda: F.probability_shift([[0, 0]], []),
-])
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda: metrics.accuracy([0, 1], [0]),
+        lambda: metrics.accuracy([0.5], [0]),
+        lambda: metrics.accuracy([None], [0]),
+        lambda: metrics.hits(["a"], [0]),
+        lambda: metrics.perturbation_drop([0.5, 1.5], [0, 0]),
+        lambda: metrics.perturbation_drop([math.nan], [0]),
+        lambda: metrics.refinement_gain([1], [1, 0]),
+        lambda: metrics.las([0], [0], [0], [0, 1]),
+        lambda: metrics.rev([-math.inf], [0]),
+        lambda: metrics.early_answering_aoc([[0, 1]], [2]),
+        lambda: metrics.early_answering_aoc([0, 1], [1, 1]),
+        lambda: metrics.choice_probability([0], [[math.nan, 0]]),
+        lambda: intervals.paired_difference([1], [[1], [1]]),
+        lambda: intervals.mean_score([1, 0], draws=0),
+        lambda: intervals.mean_score([1, 0], level=1.0),
+        lambda: intervals.mean_score([1, 0], cluster=[1]),
+        lambda: metrics.early_answering_aoc([[0, math.nan]], [1]),
+        lambda: metrics.choice_probability([3], [[0, 0, 0]]),
+        lambda: metrics.choice_probability([0], [[]]),
+        lambda: metrics.total_variation([[0, 0]], [[0, 0, 0]]),
+        lambda: metrics.probability_shift([[0, 0]], []),
+    ],
+)
 def test_bad_input_is_one_clear_error(call):
-    with pytest.raises(BadInput): call()
+    with pytest.raises(BadInput):
+        call()
 
 
 def test_unknown_parameters_raise():
-    with pytest.raises(TypeError): F.accuracy([0], [0], drawz=3)
+    with pytest.raises(TypeError):
+        metrics.accuracy([0], [0], drawz=3)
 
 
-@pytest.mark.parametrize("score", [
-    F.accuracy([], []), F.las([], [], [], []), F.perturbation_drop([], []), F.refinement_gain([], []), F.swap_consistency([], []), F.same_answer_rate([], []),
-    F.early_answering_aoc(np.zeros((0, 2)), []), F.counterfactual_insertion([0], [0]), F.insertion_correlation([], []), F.rev([], []), F.rev([-1, -1], [-1, -2], y=[0, 0]),
-    F.across_seeds([]), F.across_seeds([None]), F.rank_correlation([], []), F.rank_correlation_within([1, 1], [1, 2], [0, 0]), F.rank_correlation_within([1, 2], [1, 2], [0, 0], min_groups=2), F.las([None] * 3, [0] * 3, [0] * 3, [0] * 3),
-])
+@pytest.mark.parametrize(
+    "score",
+    [
+        metrics.accuracy([], []),
+        metrics.las([], [], [], []),
+        metrics.perturbation_drop([], []),
+        metrics.refinement_gain([], []),
+        metrics.swap_consistency([], []),
+        metrics.same_answer_rate([], []),
+        metrics.early_answering_aoc(np.zeros((0, 2)), []),
+        metrics.counterfactual_insertion([0], [0]),
+        metrics.insertion_correlation([], []),
+        metrics.rev([], []),
+        metrics.rev([-1, -1], [-1, -2], y=[0, 0]),
+        intervals.across_seeds([]),
+        intervals.across_seeds([None]),
+        calibration.rank_correlation([], []),
+        calibration.rank_correlation_within([1, 1], [1, 2], [0, 0]),
+        calibration.rank_correlation_within([1, 2], [1, 2], [0, 0], min_groups=2),
+        metrics.las([None] * 3, [0] * 3, [0] * 3, [0] * 3),
+    ],
+)
 def test_undefined_is_none_with_a_reason(score):
     assert score.value is None and score.low is None and score.reason
 
 
 def test_a_constant_without_bounds_has_a_value_and_no_interval():
-    score = F.rev([-1.0] * 5, [-2.0] * 5)
+    score = metrics.rev([-1.0] * 5, [-2.0] * 5)
     assert score.value == 1.0 and score.low is None and "no variation" in score.reason
 
 
 @settings(max_examples=40, deadline=None)
-@given(st.lists(st.tuples(st.integers(-1, 2), st.lists(st.floats(-50, 50), min_size=3, max_size=5)), min_size=1, max_size=20))
+@given(
+    st.lists(
+        st.tuples(st.integers(-1, 2), st.lists(st.floats(-50, 50), min_size=3, max_size=5)),
+        min_size=1,
+        max_size=20,
+    )
+)
 def test_probabilities_of_choices_are_the_softmax_row_by_row(rows):
     y, scores = [label for label, _ in rows], [row for _, row in rows]
     expected = [0.0 if label < 0 else math.exp(row[label]) / sum(map(math.exp, row)) for label, row in rows]
-    assert F.choice_probability(y, scores) == pytest.approx(expected, abs=1e-9)
-    assert F.total_variation(scores, scores).tolist() == [0.0] * len(rows)  # self-splice, exactly
-    moved = F.total_variation(scores, [row[::-1] for row in scores])
+    assert metrics.choice_probability(y, scores) == pytest.approx(expected, abs=1e-9)
+    assert metrics.total_variation(scores, scores).tolist() == [0.0] * len(rows)  # self-splice, exactly
+    moved = metrics.total_variation(scores, [row[::-1] for row in scores])
     assert ((moved >= 0) & (moved <= 1)).all()
 
 
 def test_one_example_has_a_value_and_no_interval():
-    for score in (F.accuracy([1], [1]), F.perturbation_drop([1], [0]), F.refinement_gain([0], [1]), F.same_answer_rate([0], [0]), F.rev([-1.0], [-2.0])):
+    for score in (
+        metrics.accuracy([1], [1]),
+        metrics.perturbation_drop([1], [0]),
+        metrics.refinement_gain([0], [1]),
+        metrics.same_answer_rate([0], [0]),
+        metrics.rev([-1.0], [-2.0]),
+    ):
         assert score.value is not None and score.low is None and score.reason
 
 
@@ -303,12 +427,17 @@ def test_self_splice_changes_exactly_zero_and_control_arms_of_planted_students()
     rng = np.random.default_rng(0)
     gold, wrong = rng.integers(0, 4, 500), None
     wrong = (gold + rng.integers(1, 4, 500)) % 4
-    own = F.hits(gold, gold)
-    assert F.perturbation_drop(own, own).value == 0.0 and F.same_answer_rate(gold, gold).value == 1.0
+    own = metrics.hits(gold, gold)
+    assert (
+        metrics.perturbation_drop(own, own).value == 0.0 and metrics.same_answer_rate(gold, gold).value == 1.0
+    )
     target, is_gold = np.concatenate([gold, wrong]), np.repeat([1, 0], 500)
-    copies, ignores = F.swap_consistency(F.hits(target, target), is_gold), F.swap_consistency(F.hits(target, np.tile(gold, 2)), is_gold)
+    copies, ignores = (
+        metrics.swap_consistency(metrics.hits(target, target), is_gold),
+        metrics.swap_consistency(metrics.hits(target, np.tile(gold, 2)), is_gold),
+    )
     assert copies.value == 1.0 and ignores.value == 0.5 and ignores.details["wrong"].value == 0.0
-    shuffled = F.swap_consistency(F.hits(target, rng.permutation(target)), is_gold)
+    shuffled = metrics.swap_consistency(metrics.hits(target, rng.permutation(target)), is_gold)
     assert abs(shuffled.value - 0.25) < 0.05  # chance among four
 
 
@@ -319,18 +448,33 @@ def test_null_checks_of_every_metric():
     y, p = rng.integers(0, four, n), rng.random(n)
     logs, steps = rng.normal(size=(n, four)), rng.integers(1, 5, n)
     leaks = rng.integers(0, 2, n)
-    nothing = {"las": F.las(y, y, y, np.where(leaks, y, (y + 1) % four)), "las probability": F.las_from_credit(leaks, p, p), "perturb": F.perturbation_drop(p, [p, p]), "refine": F.refinement_gain(p, p),
-               "rev": F.rev(np.log(p + 0.1), np.log(p + 0.1)), "aoc": F.early_answering_aoc(np.ones((n, 5)), steps), "shift": F.probability_shift(logs, logs), "paired": F.paired_difference(p, p)}
-    for name, score in nothing.items(): assert score.value == 0.0, name  # self-splice, and a model that ignores the rationale
-    assert F.same_answer_rate(y, y).value == 1.0
+    nothing = {
+        "las": metrics.las(y, y, y, np.where(leaks, y, (y + 1) % four)),
+        "las probability": metrics.las_from_credit(leaks, p, p),
+        "perturb": metrics.perturbation_drop(p, [p, p]),
+        "refine": metrics.refinement_gain(p, p),
+        "rev": metrics.rev(np.log(p + 0.1), np.log(p + 0.1)),
+        "aoc": metrics.early_answering_aoc(np.ones((n, 5)), steps),
+        "shift": metrics.probability_shift(logs, logs),
+        "paired": intervals.paired_difference(p, p),
+    }
+    for name, score in nothing.items():
+        assert score.value == 0.0, name  # self-splice, and a model that ignores the rationale
+    assert metrics.same_answer_rate(y, y).value == 1.0
 
     x, told, shuffled = rng.integers(0, four, n), np.where(leaks, y, x_free(y, rng, four)), rng.permutation(y)
-    copies, robbed, permuted = F.las(y, y, x, told), F.las(y, x, x, shuffled), F.las(y, rng.permutation(y), x, rng.permutation(told))
+    copies, robbed, permuted = (
+        metrics.las(y, y, x, told),
+        metrics.las(y, x, x, shuffled),
+        metrics.las(y, rng.permutation(y), x, rng.permutation(told)),
+    )
     assert copies.value > 0.7 and copies.details["acc_xr"] == 1.0 and robbed.value == 0.0
     assert permuted.low <= 0 <= permuted.high and abs(permuted.value) < 0.05
     late = (np.arange(5) >= steps[:, None]).astype(float)  # settles with the last step, and not before
-    assert F.early_answering_aoc(late, steps).value == pytest.approx(np.mean(1 - 1 / (2 * steps)))
-    assert F.perturbation_drop(F.hits(y, y), F.hits(y, [rng.permutation(y)] * 2)).value == pytest.approx(0.75, abs=0.04)  # all of it but chance
+    assert metrics.early_answering_aoc(late, steps).value == pytest.approx(np.mean(1 - 1 / (2 * steps)))
+    assert metrics.perturbation_drop(
+        metrics.hits(y, y), metrics.hits(y, [rng.permutation(y)] * 2)
+    ).value == pytest.approx(0.75, abs=0.04)  # all of it but chance
 
 
 def test_las_rewards_a_simulator_that_follows_noise_and_the_unadjusted_difference_does_not():
@@ -338,8 +482,11 @@ def test_las_rewards_a_simulator_that_follows_noise_and_the_unadjusted_differenc
     rng, n = np.random.default_rng(2), 20_000
     y, x = rng.integers(0, 4, (2, n))
     r = rng.permutation(y)
-    score = F.las(y, np.where(rng.random(n) < 0.5, r, x), x, r)
-    assert score.value == pytest.approx(((0.5 + 0.5 * 0.25 - 0.25) + (0.5 * 0.25 - 0.25)) / 2, abs=0.02) and score.low > 0.1
+    score = metrics.las(y, np.where(rng.random(n) < 0.5, r, x), x, r)
+    assert (
+        score.value == pytest.approx(((0.5 + 0.5 * 0.25 - 0.25) + (0.5 * 0.25 - 0.25)) / 2, abs=0.02)
+        and score.low > 0.1
+    )
     assert score.details["unadjusted"].value == pytest.approx(0, abs=0.02)
 
 
@@ -351,28 +498,47 @@ def x_free(y, rng, choices):
 def test_across_seeds_is_the_student_interval():
     values = [0.1, 0.4, 0.35, 0.3, 0.5]
     low, high = stats.t.interval(0.95, 4, np.mean(values), stats.sem(values))
-    score = F.across_seeds([F.Score(v, n=9) for v in values])
+    score = intervals.across_seeds([intervals.Score(v, n=9) for v in values])
     assert (score.low, score.high, score.n) == (pytest.approx(low), pytest.approx(high), 5)
 
 
 # ---- how good a metric is -----------------------------------------------------------------------------------------------------------
 
-students = st.lists(st.tuples(st.one_of(st.none(), st.integers(0, 5)), st.sampled_from([0.0, 0.5, 1.0]), st.sampled_from("ab")), min_size=1, max_size=14)
+students = st.lists(
+    st.tuples(
+        st.one_of(st.none(), st.integers(0, 5)), st.sampled_from([0.0, 0.5, 1.0]), st.sampled_from("ab")
+    ),
+    min_size=1,
+    max_size=14,
+)
 
 
 @settings(max_examples=60, deadline=None)
 @given(students, st.randoms())
 def test_neighbours_ordered_counts_pairs_and_knows_no_order_of_rows(rows, random):
-    def ours(rows): return F.neighbours_ordered(*map(list, zip(*rows)), draws=50)
+    def ours(rows):
+        return calibration.adjacent_concordance(*map(list, zip(*rows)), draws=50)
+
     credit = []
     for group in "ab":
         there = sorted({d for v, d, g in rows if g == group and v is not None})
         for low, high in zip(there, there[1:]):
-            credit += [(b > a) + 0.5 * (a == b) for a, d, g in rows for b, e, h in rows if None not in (a, b) and g == h == group and (d, e) == (low, high)]
+            credit += [
+                (b > a) + 0.5 * (a == b)
+                for a, d, g in rows
+                for b, e, h in rows
+                if None not in (a, b) and g == h == group and (d, e) == (low, high)
+            ]
     score = ours(rows)
-    if not credit: assert score.value is None and score.reason
+    if not credit:
+        assert score.value is None and score.reason
     else:
-        assert abs(score.value - np.mean(credit)) < 1e-12 and score.details["pairs"] == len(credit) and 0 <= score.low <= score.value + 1e-9 and score.value - 1e-9 <= score.high <= 1
+        assert (
+            abs(score.value - np.mean(credit)) < 1e-12
+            and score.details["pairs"] == len(credit)
+            and 0 <= score.low <= score.value + 1e-9
+            and score.value - 1e-9 <= score.high <= 1
+        )
         shuffled = random.sample(rows, len(rows))
         assert abs(ours(shuffled).value - score.value) < 1e-12
         turned = ours([(None if v is None else -v, d, g) for v, d, g in rows])
@@ -384,33 +550,51 @@ def test_what_a_metric_mistakes_for_the_dial_is_the_ratio_of_its_slopes_in_any_u
     rng = np.random.default_rng(1)
     dial, nuisance = np.tile([0.0, 0.3, 1.0], 20), rng.uniform(0.4, 0.9, 60)
     values = 7 + per_dial * dial + per_nuisance * nuisance + rng.normal(0, 0.01, 60)
-    score = F.mistaken_for(values, dial, nuisance, draws=500)
+    score = calibration.confounding(values, dial, nuisance, draws=500)
     assert score.low < per_nuisance / per_dial < score.high and score.high - score.low < 0.1
-    scaled = F.mistaken_for(100 * values - 3, dial, nuisance / 10, draws=500)
+    scaled = calibration.confounding(100 * values - 3, dial, nuisance / 10, draws=500)
     assert abs(scaled.value - 10 * score.value) < 1e-6
-    assert F.mistaken_for([None] * 60, dial, nuisance).value is None and F.mistaken_for(values, np.ones(60), nuisance).value is None
+    assert (
+        calibration.confounding([None] * 60, dial, nuisance).value is None
+        and calibration.confounding(values, np.ones(60), nuisance).value is None
+    )
 
 
 # ---- readers and students, where the arrays come from ---------------------------------------------------------------------------------
+
 
 def long_questions(words, n=80):
     "n questions of so many words; the rationale names the prediction and the question says nothing of it."
     import random
 
-    from faithful_distill.interventions import Explained
+    from faithful_distill.faithfulness.simulators import ModelBehaviour
     from faithful_distill.questions import Question
+
     draw = random.Random(1)
-    names, talk = "dog cat cow owl bee ant fox pig hen rat".split(), "the passage tells of a long day in some far town where many people went out".split()
-    questions = [Question(str(i), " ".join(draw.choices(talk, k=words)) + f" {i}?", tuple(draw.sample(names, 3)), None) for i in range(n)]
+    names, talk = (
+        "dog cat cow owl bee ant fox pig hen rat".split(),
+        "the passage tells of a long day in some far town where many people went out".split(),
+    )
+    questions = [
+        Question(str(i), " ".join(draw.choices(talk, k=words)) + f" {i}?", tuple(draw.sample(names, 3)), None)
+        for i in range(n)
+    ]
     y = [draw.randrange(3) for _ in questions]
-    return Explained(questions, [f"Clearly the word {q.choices[k]} fits." for q, k in zip(questions, y)], y)
+    return ModelBehaviour(
+        questions, [f"Clearly the word {q.choices[k]} fits." for q, k in zip(questions, y)], y
+    )
 
 
 def test_a_long_question_gives_way_to_the_rationale_and_says_so(caplog):
-    from faithful_distill.interventions import Reader, rora_lite, simulate_folds
-    from faithful_distill.scoring import scratch_base
+    from faithful_distill.faithfulness.readers import Reader
+    from faithful_distill.faithfulness.simulators import rora_lite, simulate_folds
+    from faithful_distill.faithfulness.readers import scratch_base
+
     e = long_questions(300)
-    base, quick = scratch_base([f"{q.question} {r}" for q, r in zip(e.questions, e.rationales)]), Reader(epochs=8, batch_size=16, lr=1e-2, device="cpu")
+    base, quick = (
+        scratch_base([f"{q.question} {r}" for q, r in zip(e.questions, e.rationales)]),
+        Reader(epochs=8, batch_size=16, lr=1e-2, device="cpu"),
+    )
     las = simulate_folds(base, e, parts=2, seeds=(0,), settings=quick).scores(draws=200)["las"]
     assert las.details["acc_xr"] > las.details["acc_x"] + 0.3, las.details
     assert "questions are cut: " in caplog.text
@@ -421,29 +605,53 @@ def test_a_long_question_gives_way_to_the_rationale_and_says_so(caplog):
 @pytest.mark.parametrize("kind", ["las", "rev", "rora"])
 @pytest.mark.parametrize("most", [80, 256])
 def test_both_texts_of_a_pair_keep_as_much_of_the_question_and_short_ones_all_of_it(kind, most):
-    from faithful_distill.interventions import ChoiceReader, Reader, fitting, restatement, simulator_texts
-    from faithful_distill.scoring import scratch_base
+    from faithful_distill.faithfulness.readers import ChoiceReader, Reader
+    from faithful_distill.faithfulness.simulators import fitting, restatement, simulator_texts
+    from faithful_distill.faithfulness.readers import scratch_base
+
     for words in (5, 45, 300):
         e = long_questions(words, 12)
-        reader = ChoiceReader(scratch_base([q.question for q in e.questions], vocabulary=300, width=16), settings=Reader(max_length=most, device="cpu"))
+        reader = ChoiceReader(
+            scratch_base([q.question for q in e.questions], vocabulary=300, width=16),
+            settings=Reader(max_length=most, device="cpu"),
+        )
         vacuous = [simulator_texts(q, "")[2] + restatement(q, y) for q, y in zip(e.questions, e.predictions)]
         less = [" ".join(r.split()[::2]) for r in e.rationales]  # what a detector of leaks leaves
-        pairs = {"las": [(simulator_texts(q, r)[0], simulator_texts(q, r)[1]) for q, r in zip(e.questions, e.rationales)],
-                 "rev": [(f"{b} {r}", b) for b, r in zip(vacuous, e.rationales)], "rora": [(simulator_texts(q, r)[0], simulator_texts(q, r)[1]) for q, r in zip(e.questions, less)]}[kind]
+        pairs = {
+            "las": [
+                (simulator_texts(q, r)[0], simulator_texts(q, r)[1])
+                for q, r in zip(e.questions, e.rationales)
+            ],
+            "rev": [(f"{b} {r}", b) for b, r in zip(vacuous, e.rationales)],
+            "rora": [(simulator_texts(q, r)[0], simulator_texts(q, r)[1]) for q, r in zip(e.questions, less)],
+        }[kind]
         (long, cut, beyond), (short, other, _) = (fitting(reader, e, list(side)) for side in zip(*pairs))
-        ends = [a[len(b):] for a, b in pairs]
+        ends = [a[len(b) :] for a, b in pairs]
         assert all(a == b + end for a, b, end in zip(long, short, ends)) and cut == other and beyond == 0
-        assert [len(ids) for ids in reader.tokenizer(long, add_special_tokens=False)["input_ids"]] == [len(ids) for ids in reader.texts(long)], "nothing is cut after that"
+        assert [len(ids) for ids in reader.tokenizer(long, add_special_tokens=False)["input_ids"]] == [
+            len(ids) for ids in reader.texts(long)
+        ], "nothing is cut after that"
         for (a, b), x, z in zip(pairs, long, short):
-            if len(reader.tokenizer(a + " " + " ".join(e.rationales[0].split()), add_special_tokens=False)["input_ids"]) <= most: assert (a, b) == (x, z)
-        if words == 300: assert cut == 12
-        if words == 5 and most == 256: assert cut == 0
+            if (
+                len(
+                    reader.tokenizer(a + " " + " ".join(e.rationales[0].split()), add_special_tokens=False)[
+                        "input_ids"
+                    ]
+                )
+                <= most
+            ):
+                assert (a, b) == (x, z)
+        if words == 300:
+            assert cut == 12
+        if words == 5 and most == 256:
+            assert cut == 0
 
 
 def test_variants_of_a_question_share_a_fold_and_others_keep_theirs():
     from faithful_distill.files import stable_seed
-    from faithful_distill.interventions import folds
+    from faithful_distill.faithfulness.simulators import folds
     from faithful_distill.questions import Question
+
     make = lambda text: Question(text, text, ("a", "b"), 0)
     plain = [make(f"What thing number {i}?") for i in range(60)]
     variants = [make(f"what thing  number {i}?") for i in range(60)]
@@ -452,68 +660,131 @@ def test_variants_of_a_question_share_a_fold_and_others_keep_theirs():
     assert folds([*plain, *variants], 3) == folds(plain, 3) * 2
 
 
-def asked_student(questions, rationales, prefix, begun=False):
+def asked_student(questions, rationales, prefix, continue_from=False):
     "Answers 'cat' where its rationale says so."
     from types import SimpleNamespace
+
     texts = ["The cat sat." if r is None else r for r in rationales]
-    return [SimpleNamespace(id=q.id, choice=int("cat" in t), rationale=t, text="", scores=[0.2, 0.8] if "cat" in t else [0.8, 0.2]) for q, t in zip(questions, texts)]
+    return [
+        SimpleNamespace(
+            id=q.id,
+            choice=int("cat" in t),
+            rationale=t,
+            text="",
+            scores=[0.2, 0.8] if "cat" in t else [0.8, 0.2],
+        )
+        for q, t in zip(questions, texts)
+    ]
 
 
 def two_choices(n, text="Which one is number {}?"):
     from faithful_distill.questions import Question
+
     return [Question(str(i), text.format(i), ("dog", "cat"), 1) for i in range(n)]
 
 
 def record_of(q, target=1, **other):
-    return dict(id=q.id, question=q.question, choices=list(q.choices), answer=q.answer, target=target, role="gold" if target == q.answer else "counterfactual", rationale="The cat sat.") | other
+    return (
+        dict(
+            id=q.id,
+            question=q.question,
+            choices=list(q.choices),
+            answer=q.answer,
+            target=target,
+            role="gold" if target == q.answer else "counterfactual",
+            rationale="The cat sat.",
+        )
+        | other
+    )
 
 
-@pytest.mark.parametrize("change, field", [
-    (dict(choices=["cat", "dog"]), "choices"), (dict(choices="dog"), "choices"), (dict(choices=[["dog"], 3]), "choices"), (dict(question="Something else?"), "question"), (dict(question=3), "question"),
-    (dict(target="a"), "target"), (dict(target=None), "target"), (dict(target=True), "target"), (dict(target=0.0), "target"), (dict(target=2), "target"),
-    (dict(rationale=None), "rationale"), (dict(rationale=3), "rationale"), (dict(id=[1]), "id")])
+@pytest.mark.parametrize(
+    "change, field",
+    [
+        (dict(choices=["cat", "dog"]), "choices"),
+        (dict(choices="dog"), "choices"),
+        (dict(choices=[["dog"], 3]), "choices"),
+        (dict(question="Something else?"), "question"),
+        (dict(question=3), "question"),
+        (dict(target="a"), "target"),
+        (dict(target=None), "target"),
+        (dict(target=True), "target"),
+        (dict(target=0.0), "target"),
+        (dict(target=2), "target"),
+        (dict(rationale=None), "rationale"),
+        (dict(rationale=3), "rationale"),
+        (dict(id=[1]), "id"),
+    ],
+)
 def test_a_record_that_does_not_fit_its_question_is_one_clear_error(change, field):
-    from faithful_distill.interventions import match_records
+    from faithful_distill.faithfulness.interventions import match_records
+
     questions = two_choices(3)
-    assert len(match_records(questions, [record_of(q) for q in questions])) == 3 and match_records(questions, [dict(id="1", target=1, rationale="x")])
-    with pytest.raises(BadInput) as error: match_records(questions, [record_of(questions[0], **change)])
+    assert len(match_records(questions, [record_of(q) for q in questions])) == 3 and match_records(
+        questions, [dict(id="1", target=1, rationale="x")]
+    )
+    with pytest.raises(BadInput) as error:
+        match_records(questions, [record_of(questions[0], **change)])
     assert error.value.field == field
 
 
 def test_records_of_other_questions_are_named_as_the_reason():
-    from faithful_distill.interventions import measure
+    from faithful_distill.faithfulness.interventions import measure
+
     questions = two_choices(4)
-    scores = measure(asked_student, questions, [record_of(q, id=f"other-{q.id}") for q in questions[:3]], metrics=("swap", "refine")).scores
-    for name in ("swap", "refine", "refine_stripped_probability"): assert scores[name].value is None and "none of the 3 teacher rationales" in scores[name].reason, name
-    assert measure(asked_student, questions, metrics=("swap",)).scores["swap"].reason == "no teacher rationales were given"
+    scores = measure(
+        asked_student,
+        questions,
+        [record_of(q, id=f"other-{q.id}") for q in questions[:3]],
+        metrics=("swap", "refine"),
+    ).scores
+    for name in ("swap", "refine", "refine_stripped_probability"):
+        assert scores[name].value is None and "none of the 3 teacher rationales" in scores[name].reason, name
+    assert (
+        measure(asked_student, questions, metrics=("swap",)).scores["swap"].reason
+        == "no teacher rationales were given"
+    )
 
 
 @few
 @given(st.lists(st.integers(0, 5), min_size=2, max_size=25), st.integers(0, 3))
 def test_rationales_are_dealt_to_other_groups_only(groups, seed):
     from faithful_distill.files import stable_seed
-    from faithful_distill.interventions import shuffle_across
+    from faithful_distill.faithfulness.perturb import shuffle_across
+
     ids = list(map(str, range(len(groups))))
     given_to = shuffle_across(ids, seed, groups)
-    if len(set(groups)) < 2: assert given_to is None
+    if len(set(groups)) < 2:
+        assert given_to is None
     else:
         assert all(groups[i] != groups[g] for i, g in enumerate(given_to))
-        if 2 * max(map(groups.count, groups)) <= len(groups): assert sorted(given_to) == list(range(len(groups)))
+        if 2 * max(map(groups.count, groups)) <= len(groups):
+            assert sorted(given_to) == list(range(len(groups)))
     order = sorted(range(len(ids)), key=lambda i: (stable_seed(seed, ids[i], "shuffle"), i))
     cycle = dict(zip(order, order[1:] + order[:1]))
-    assert shuffle_across(ids, seed) == shuffle_across(ids, seed, ids) == [cycle[i] for i in range(len(ids))], "as it always was where each is a group of its own"
+    assert (
+        shuffle_across(ids, seed) == shuffle_across(ids, seed, ids) == [cycle[i] for i in range(len(ids))]
+    ), "as it always was where each is a group of its own"
 
 
 def test_with_a_single_question_nothing_is_shuffled_and_the_reason_says_so():
-    from faithful_distill.interventions import measure
+    from faithful_distill.faithfulness.interventions import measure
+
     for questions in (two_choices(1), two_choices(3, "Which?")):
-        m = measure(asked_student, questions, [record_of(q, t) for q in questions for t in (0, 1)], metrics=("controls", "swap"))
-        for name in ("shuffled", "swap_shuffled"): assert m.scores[name].value is None and "one question" in m.scores[name].reason
+        m = measure(
+            asked_student,
+            questions,
+            [record_of(q, t) for q in questions for t in (0, 1)],
+            metrics=("controls", "swap"),
+        )
+        for name in ("shuffled", "swap_shuffled"):
+            assert m.scores[name].value is None and "one question" in m.scores[name].reason
         assert "shuffled_same" not in m.scores and m.scores["swap_factual"].value is not None
     assert measure(asked_student, two_choices(3), metrics=("controls",)).scores["shuffled"].value is not None
 
 
 # ---- the command -----------------------------------------------------------------------------------------------------------------------
+
 
 @pytest.fixture(scope="module")
 def embedded(tmp_path_factory):
@@ -521,64 +792,135 @@ def embedded(tmp_path_factory):
     import shutil
 
     from faithful_distill.files import shipped
-    return shutil.copytree(shipped("data", "models", "student"), tmp_path_factory.mktemp("embedded")/"student")
+
+    return shutil.copytree(
+        shipped("data", "models", "student"), tmp_path_factory.mktemp("embedded") / "student"
+    )
 
 
 def evaluate(student, out, *more):
     from click.testing import CliRunner
 
     from faithful_distill.cli import main
-    done = CliRunner().invoke(main, ["evaluate", "--data", "world", "--limit", "24", "--student", str(student), "--metrics", "perturb,swap,refine", "--draws", "1", "--max-new-tokens", "8", "--out", str(out), *more])
+
+    done = CliRunner().invoke(
+        main,
+        [
+            "evaluate",
+            "--data",
+            "world",
+            "--limit",
+            "24",
+            "--student",
+            str(student),
+            "--metrics",
+            "perturb,swap,refine",
+            "--draws",
+            "1",
+            "--max-new-tokens",
+            "8",
+            "--out",
+            str(out),
+            *more,
+        ],
+    )
     assert done.exception is None or isinstance(done.exception, SystemExit), repr(done.exception)
     return done, {p.name: json.loads(p.read_text()) for p in out.glob("*.json")}
 
 
 def test_a_simulator_that_cannot_be_had_is_told_before_anything_is_measured(embedded, tmp_path, monkeypatch):
-    import faithful_distill.interventions as room
-    monkeypatch.setattr(room, "measure", lambda *a, **k: pytest.fail("measured first"))
-    done, _ = evaluate(embedded, tmp_path, "--simulator", str(tmp_path/"nowhere"))
+    from faithful_distill.faithfulness import interventions
+
+    monkeypatch.setattr(interventions, "measure", lambda *a, **k: pytest.fail("measured first"))
+    done, _ = evaluate(embedded, tmp_path, "--simulator", str(tmp_path / "nowhere"))
     assert done.exit_code and "cannot be loaded as a reader" in done.output
 
 
 def test_what_was_measured_is_kept_whatever_becomes_of_the_simulators(embedded, tmp_path, monkeypatch):
-    import faithful_distill.interventions as room
-    done, files = evaluate(embedded, tmp_path/"few", "--simulator", str(embedded))  # an untrained student: no parsable answer
-    assert done.exit_code == 0 and files["metrics.json"]["accuracy"]["n"] == 24 and len(files["answers.json"]) == 24
-    assert files["metrics.json"]["las"]["value"] is None and "too few answers" in files["metrics.json"]["las"]["reason"] and files["metrics.json"]["las_probability"]["value"] is None
 
-    def dies(*a, **k): raise RuntimeError("out of memory")
-    monkeypatch.setattr(room, "las_or_why", dies)
-    with pytest.raises(AssertionError, match="out of memory"): evaluate(embedded, tmp_path/"dies", "--simulator", str(embedded))
-    assert json.loads((tmp_path/"dies"/"metrics.json").read_text())["accuracy"]["n"] == 24 and (tmp_path/"dies"/"answers.json").exists()
+    done, files = evaluate(
+        embedded, tmp_path / "few", "--simulator", str(embedded)
+    )  # an untrained student: no parsable answer
+    assert (
+        done.exit_code == 0
+        and files["metrics.json"]["accuracy"]["n"] == 24
+        and len(files["answers.json"]) == 24
+    )
+    assert (
+        files["metrics.json"]["las"]["value"] is None
+        and "too few answers" in files["metrics.json"]["las"]["reason"]
+        and files["metrics.json"]["las_probability"]["value"] is None
+    )
+
+    def dies(*a, **k):
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(simulators, "las_or_why", dies)
+    with pytest.raises(AssertionError, match="out of memory"):
+        evaluate(embedded, tmp_path / "dies", "--simulator", str(embedded))
+    assert (
+        json.loads((tmp_path / "dies" / "metrics.json").read_text())["accuracy"]["n"] == 24
+        and (tmp_path / "dies" / "answers.json").exists()
+    )
 
 
 def test_a_student_without_rationales_has_no_las():
-    from faithful_distill.interventions import las_or_why
+    from faithful_distill.faithfulness.simulators import try_las
+
     e = long_questions(5, 60)
-    for name, score in las_or_why(None, type(e)(e.questions, ["So the answer is dog."] * 60, e.predictions)).items():
+    for name, score in try_las(
+        None, type(e)(e.questions, ["So the answer is dog."] * 60, e.predictions)
+    ).items():
         assert (score.value, score.reason) == (None, "the student writes no rationale"), name
     few = type(e)(e.questions, e.rationales, [*e.predictions[:19], *[None] * 41])
-    assert "too few answers" in las_or_why(None, few)["las"].reason
-    same = type(e)([e.questions[0]] * 40, e.rationales[:40], [0] * 40)  # all in one fold: nothing to learn from
-    assert "no simulator could be trained" in las_or_why(None, same, parts=2)["las"].reason
+    assert "too few answers" in try_las(None, few)["las"].reason
+    same = type(e)(
+        [e.questions[0]] * 40, e.rationales[:40], [0] * 40
+    )  # all in one fold: nothing to learn from
+    assert "no simulator could be trained" in try_las(None, same, parts=2)["las"].reason
 
 
-@pytest.mark.parametrize("change, field", [(dict(target="a"), "target"), (dict(target=None), "target"), (dict(target=True), "target"), (dict(target=0.0), "target"), (dict(rationale=None), "rationale"),
-                                           (dict(rationale=3), "rationale"), (dict(id=[1]), "id"), (dict(choices=["x", "y"]), "choices")])
+@pytest.mark.parametrize(
+    "change, field",
+    [
+        (dict(target="a"), "target"),
+        (dict(target=None), "target"),
+        (dict(target=True), "target"),
+        (dict(target=0.0), "target"),
+        (dict(rationale=None), "rationale"),
+        (dict(rationale=3), "rationale"),
+        (dict(id=[1]), "id"),
+        (dict(choices=["x", "y"]), "choices"),
+    ],
+)
 def test_a_bad_record_is_one_line_with_its_place(embedded, tmp_path, change, field):
     from faithful_distill.cli import read_questions
+
     rows = [record_of(q) for q in read_questions("world", limit=4)]
     rows[2] |= change
-    (tmp_path/"records.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    done, _ = evaluate(embedded, tmp_path, "--rationales", str(tmp_path/"records.jsonl"))
-    assert done.exit_code and f"records.jsonl:3: field '{field}'" in done.output and "Traceback" not in done.output
+    (tmp_path / "records.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    done, _ = evaluate(embedded, tmp_path, "--rationales", str(tmp_path / "records.jsonl"))
+    assert (
+        done.exit_code
+        and f"records.jsonl:3: field '{field}'" in done.output
+        and "Traceback" not in done.output
+    )
 
 
 # ---- intervals that would claim too much ---------------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize("score, why", [
-    (lambda: F.rank_correlation([1, 2, 3], [1, 2, 3]), "no interval"), (lambda: F.rank_correlation(range(200), range(200)), "same correlation"), (lambda: F.rank_correlation(range(9), [8, *range(8)], cluster=["q"] * 9), "one cluster"),
-    (lambda: F.rank_correlation(range(6), [0, 0, 0, 0, 0, 1]), "does not vary"), (lambda: F.across_seeds([0.5, 0.5]), "same value"), (lambda: F.across_seeds([0.1] * 3), "same value")])
+
+@pytest.mark.parametrize(
+    "score, why",
+    [
+        (lambda: calibration.rank_correlation([1, 2, 3], [1, 2, 3]), "no interval"),
+        (lambda: calibration.rank_correlation(range(200), range(200)), "same correlation"),
+        (lambda: calibration.rank_correlation(range(9), [8, *range(8)], cluster=["q"] * 9), "one cluster"),
+        (lambda: calibration.rank_correlation(range(6), [0, 0, 0, 0, 0, 1]), "does not vary"),
+        (lambda: intervals.across_seeds([0.5, 0.5]), "same value"),
+        (lambda: intervals.across_seeds([0.1] * 3), "same value"),
+    ],
+)
 def test_no_interval_rather_than_one_of_no_width(score, why):
     score = score()
     assert score.value is not None and (score.low, score.high) == (None, None) and why in score.reason
@@ -586,33 +928,53 @@ def test_no_interval_rather_than_one_of_no_width(score, why):
 
 def test_resamples_without_a_correlation_are_counted():
     a, b = np.arange(30.0), np.array([0.0] * 26 + [1.0] * 4)
-    score = F.rank_correlation(a, b)
+    score = calibration.rank_correlation(a, b)
     share = (1 - 4 / 30) ** 30
-    assert score.low is not None and 0 < score.details["undefined_draws"] < 2000 * 0.05 and abs(score.details["undefined_draws"] / 2000 - share) < 0.012
-    assert "undefined_draws" not in F.rank_correlation(a, a % 7).details
+    assert (
+        score.low is not None
+        and 0 < score.details["undefined_draws"] < 2000 * 0.05
+        and abs(score.details["undefined_draws"] / 2000 - share) < 0.012
+    )
+    assert "undefined_draws" not in calibration.rank_correlation(a, a % 7).details
 
 
 def test_the_part_of_an_interval_that_is_due_to_few_seeds_covers_as_it_says():
     rng, covered = np.random.default_rng(8), 0
-    for _ in range(200):  # examples alike, simulators differ: what the interval must cover is the mean over all simulators
+    for _ in range(
+        200
+    ):  # examples alike, simulators differ: what the interval must cover is the mean over all simulators
         rates = np.clip(0.5 + rng.normal(0, 0.08, 3), 0, 1)
-        score = F.mean_score((rng.random((3, 400)) < rates[:, None]).astype(float), draws=300)
+        score = intervals.mean_score((rng.random((3, 400)) < rates[:, None]).astype(float), draws=300)
         covered += score.low <= 0.5 <= score.high
     assert covered >= 180  # 190 expected; with the normal quantile about 165
 
 
 def test_the_seed_part_is_students_and_one_seed_has_none():
     values = np.random.default_rng(9).random((4, 50))
-    score, alone = F.mean_score(values), F.mean_score(values[0])
+    score, alone = intervals.mean_score(values), intervals.mean_score(values[0])
     error = stats.t.ppf(0.975, 3) * score.details["seed_sd"] / 2
-    assert score.high == pytest.approx(score.value + math.hypot(score.details["examples_high"] - score.value, error)) and "per_seed" not in alone.details
+    assert (
+        score.high
+        == pytest.approx(score.value + math.hypot(score.details["examples_high"] - score.value, error))
+        and "per_seed" not in alone.details
+    )
     y, xr, x, r = np.random.default_rng(10).integers(0, 2, (4, 3, 300))
-    for s in (F.las(y[0], xr, x, r), F.rev(-values, -values[::-1])):
-        assert s.high == pytest.approx(s.value + math.hypot(s.details["examples_high"] - s.value, stats.t.ppf(0.975, len(s.details["per_seed"]) - 1) * s.details["seed_sd"] / len(s.details["per_seed"]) ** 0.5))
+    for s in (metrics.las(y[0], xr, x, r), metrics.rev(-values, -values[::-1])):
+        assert s.high == pytest.approx(
+            s.value
+            + math.hypot(
+                s.details["examples_high"] - s.value,
+                stats.t.ppf(0.975, len(s.details["per_seed"]) - 1)
+                * s.details["seed_sd"]
+                / len(s.details["per_seed"]) ** 0.5,
+            )
+        )
 
 
 def test_draws_of_an_intervention_are_not_taken_for_seeds():
     after = np.random.default_rng(11).integers(0, 3, (2, 80))
-    score = F.same_answer_rate(after[0], [after[0], after[1]])
+    score = metrics.same_answer_rate(after[0], [after[0], after[1]])
     error = stats.norm.ppf(0.975) * score.details["seed_sd"] / 2**0.5
-    assert score.low == pytest.approx(max(0, score.value - math.hypot(score.value - score.details["examples_low"], error)))
+    assert score.low == pytest.approx(
+        max(0, score.value - math.hypot(score.value - score.details["examples_low"], error))
+    )

@@ -1,14 +1,35 @@
 """The four public datasets load whole, with their irregularities; bad records are named."""
+
 import json
 from collections import Counter
 
 import pytest
 
 from faithful_distill.files import BadInput
-from faithful_distill.questions import as_dataset, as_questions, choice_text, load_questions, normalized, perturbed_index, require_answers, sources
+from faithful_distill.questions import (
+    as_dataset,
+    as_questions,
+    choice_text,
+    load_questions,
+    normalized,
+    perturbed_index,
+    require_answers,
+    sources,
+)
 
-counts = [("csqa", "train", 9741), ("csqa", "dev", 1221), ("csqa", "test", 1140), ("strategyqa", "train", 2061), ("strategyqa", "dev", 229),
-          ("creak", "train", 10176), ("creak", "dev", 1371), ("creak", "test", 1371), ("qasc", "train", 8134), ("qasc", "dev", 926), ("qasc", "test", 920)]
+counts = [
+    ("csqa", "train", 9741),
+    ("csqa", "dev", 1221),
+    ("csqa", "test", 1140),
+    ("strategyqa", "train", 2061),
+    ("strategyqa", "dev", 229),
+    ("creak", "train", 10176),
+    ("creak", "dev", 1371),
+    ("creak", "test", 1371),
+    ("qasc", "train", 8134),
+    ("qasc", "dev", 926),
+    ("qasc", "test", 920),
+]
 
 
 @pytest.mark.parametrize("name,split,n", counts)
@@ -18,13 +39,16 @@ def test_real_files_load_whole(real_data, name, split, n):
     assert all((q.answer is None) == (split == "test") for q in questions)
     assert all(q.question == q.question.strip() for q in questions)
     if split == "test":
-        with pytest.raises(BadInput, match="labelled split"): require_answers(questions)
+        with pytest.raises(BadInput, match="labelled split"):
+            require_answers(questions)
 
 
 def test_real_files_irregularities(real_data):
     csqa = as_questions(load_questions("csqa", "train", path=real_data / "csqa"))
     twins = [q for q in csqa if len(set(map(normalized, q.choices))) < len(q.choices)]
-    gold_twins = [q for q in twins if sum(normalized(c) == normalized(q.choices[q.answer]) for c in q.choices) > 1]
+    gold_twins = [
+        q for q in twins if sum(normalized(c) == normalized(q.choices[q.answer]) for c in q.choices) > 1
+    ]
     assert len(twins) == 122 and len(gold_twins) == 42
     for q in twins:
         assert len({normalized(choice_text(q, i)) for i in range(len(q.choices))}) == len(q.choices)
@@ -47,12 +71,18 @@ def test_wrong_answers_depend_on_nothing_but_seed_and_id(real_data):
 
 
 bad_rows = [
-    ({"choices": ["a", "b"], "answer": 0}, "question"), ({"question": " ", "choices": ["a", "b"], "answer": 0}, "question"),
-    ({"question": "Q", "choices": ["a"], "answer": 0}, "choices"), ({"question": "Q", "choices": ["a", ""], "answer": 0}, "choices"),
-    ({"question": "Q", "choices": ["a", "b"], "answer": 2}, "answer"), ({"question": "Q", "choices": ["a", "b"], "answer": -1}, "answer"),
-    ({"question": "Q", "choices": ["a", "b"], "answer": "c"}, "answer"), ({"question": "Q", "choices": ["a", "A "], "answer": "a"}, "answer"),
-    ({"question": "Q", "choices": ["a", "b"], "answer": True}, "answer"), ({"question": "Q", "choices": ["a", "b"], "answer": 0.5}, "answer"),
-    ({"question": "Q", "choices": ["a", "b"], "answer": 0, "kind": "essay"}, "kind"), ({"question": "Q", "choices": "ab", "answer": 0}, "choices"),
+    ({"choices": ["a", "b"], "answer": 0}, "question"),
+    ({"question": " ", "choices": ["a", "b"], "answer": 0}, "question"),
+    ({"question": "Q", "choices": ["a"], "answer": 0}, "choices"),
+    ({"question": "Q", "choices": ["a", ""], "answer": 0}, "choices"),
+    ({"question": "Q", "choices": ["a", "b"], "answer": 2}, "answer"),
+    ({"question": "Q", "choices": ["a", "b"], "answer": -1}, "answer"),
+    ({"question": "Q", "choices": ["a", "b"], "answer": "c"}, "answer"),
+    ({"question": "Q", "choices": ["a", "A "], "answer": "a"}, "answer"),
+    ({"question": "Q", "choices": ["a", "b"], "answer": True}, "answer"),
+    ({"question": "Q", "choices": ["a", "b"], "answer": 0.5}, "answer"),
+    ({"question": "Q", "choices": ["a", "b"], "answer": 0, "kind": "essay"}, "kind"),
+    ({"question": "Q", "choices": "ab", "answer": 0}, "choices"),
 ]
 
 
@@ -61,7 +91,8 @@ def test_bad_records_name_file_line_and_field(tmp_path, row, field):
     good = {"question": "Q", "choices": ["a", "b"], "answer": "b"}
     path = tmp_path / "own.jsonl"
     path.write_text(f"{json.dumps(good)}\n\n{json.dumps(row)}\n{json.dumps(good)}\n")
-    with pytest.raises(BadInput) as error: load_questions(path)
+    with pytest.raises(BadInput) as error:
+        load_questions(path)
     assert (error.value.field, error.value.line) == (field, 3) and str(error.value).startswith(f"{path}:3: ")
     assert len(load_questions(path, skip_bad=tmp_path / "rejected.jsonl")) == 2
     rejected = [json.loads(line) for line in (tmp_path / "rejected.jsonl").read_text().splitlines()]
@@ -71,67 +102,117 @@ def test_bad_records_name_file_line_and_field(tmp_path, row, field):
 def test_broken_lines_and_wrong_kinds_of_file(tmp_path, real_data):
     path = tmp_path / "own.jsonl"
     path.write_text('{"question": "Q", "choices": ["a", "b"], "answer": 0}\n{"question": \n')
-    with pytest.raises(BadInput, match="own.jsonl:2: broken JSON"): load_questions(path)
-    with pytest.raises(BadInput, match="load it as 'creak'"): load_questions(real_data / "creak" / "dev.json")
-    with pytest.raises(BadInput, match="load it as 'strategyqa'"): load_questions(real_data / "strategyqa" / "dev.json")
-    with pytest.raises(BadInput, match="load it as 'csqa' or 'qasc'"): load_questions(real_data / "qasc" / "dev.jsonl")
-    with pytest.raises(BadInput, match="dev.json:2: field 'ex_id'"): load_questions("creak", "dev", path=real_data / "strategyqa" / "dev.json")
-    with pytest.raises(BadInput, match="neither a known dataset nor a file"): load_questions("cqsa")
-    with pytest.raises(BadInput, match="not a split"): load_questions("strategyqa", "validation", path=tmp_path)
+    with pytest.raises(BadInput, match="own.jsonl:2: broken JSON"):
+        load_questions(path)
+    with pytest.raises(BadInput, match="load it as 'creak'"):
+        load_questions(real_data / "creak" / "dev.json")
+    with pytest.raises(BadInput, match="load it as 'strategyqa'"):
+        load_questions(real_data / "strategyqa" / "dev.json")
+    with pytest.raises(BadInput, match="load it as 'csqa' or 'qasc'"):
+        load_questions(real_data / "qasc" / "dev.jsonl")
+    with pytest.raises(BadInput, match="dev.json:2: field 'ex_id'"):
+        load_questions("creak", "dev", path=real_data / "strategyqa" / "dev.json")
+    with pytest.raises(BadInput, match="neither a known dataset nor a file"):
+        load_questions("cqsa")
+    with pytest.raises(BadInput, match="not a split"):
+        load_questions("strategyqa", "validation", path=tmp_path)
 
 
 def test_duplicate_ids(tmp_path):
     path = tmp_path / "own.jsonl"
     path.write_text('{"id": "1", "question": "Q", "choices": ["a", "b"], "answer": 0}\n' * 2)
-    with pytest.raises(BadInput, match="own.jsonl:2: field 'id': was already used in line 1"): load_questions(path)
+    with pytest.raises(BadInput, match="own.jsonl:2: field 'id': was already used in line 1"):
+        load_questions(path)
 
 
 def test_through_datasets_on_disk(tmp_path, real_data):
     "A folder written by `datasets` goes through the code of the hub."
     import datasets
+
     rows = [json.loads(line) for line in (real_data / "qasc" / "dev.jsonl").read_text().splitlines()[:50]]
-    flat = [dict(id=r["id"], question=r["question"]["stem"], answerKey=r["answerKey"], combinedfact=r["combinedfact"],
-                 choices={k: [c[k] for c in r["question"]["choices"]] for k in ("text", "label")}) for r in rows]
+    flat = [
+        dict(
+            id=r["id"],
+            question=r["question"]["stem"],
+            answerKey=r["answerKey"],
+            combinedfact=r["combinedfact"],
+            choices={k: [c[k] for c in r["question"]["choices"]] for k in ("text", "label")},
+        )
+        for r in rows
+    ]
     datasets.DatasetDict({"validation": datasets.Dataset.from_list(flat)}).save_to_disk(tmp_path / "qasc")
     local = as_questions(load_questions("qasc", "dev", path=real_data / "qasc", limit=50))
     assert as_questions(load_questions("qasc", "dev", path=tmp_path / "qasc")) == local
 
 
 def test_every_source_has_all_its_names():
-    for name, source in sources.items(): assert set(source.files) == set(source.hub_splits), name
+    for name, source in sources.items():
+        assert set(source.files) == set(source.hub_splits), name
 
 
 @pytest.mark.parametrize("choices", [None, ["yes", "no"], ["no", "yes"], ["No", "Yes."]])
-@pytest.mark.parametrize("answer, word", [(True, "yes"), (False, "no"), ("true", "yes"), ("no", "no"), ("yes", "yes"), ("False", "no")])
+@pytest.mark.parametrize(
+    "answer, word",
+    [(True, "yes"), (False, "no"), ("true", "yes"), ("no", "no"), ("yes", "yes"), ("False", "no")],
+)
 def test_yes_and_no_go_by_their_words_not_by_their_order(tmp_path, choices, answer, word):
     path = tmp_path / "own.jsonl"
-    path.write_text(json.dumps({"question": "Q", "kind": "boolean", "choices": choices, "answer": answer}) + "\n")
+    path.write_text(
+        json.dumps({"question": "Q", "kind": "boolean", "choices": choices, "answer": answer}) + "\n"
+    )
     [q] = as_questions(load_questions(path))
     assert normalized(q.choices[q.answer]) == word
 
 
-@pytest.mark.parametrize("kind, choices", [("boolean", ["false", "true"]), ("boolean", ["yes", "no", "maybe"]), ("boolean", ["yes", "yes"]), ("statement", ["yes", "no"]), ("statement", ["a", "b"])])
+@pytest.mark.parametrize(
+    "kind, choices",
+    [
+        ("boolean", ["false", "true"]),
+        ("boolean", ["yes", "no", "maybe"]),
+        ("boolean", ["yes", "yes"]),
+        ("statement", ["yes", "no"]),
+        ("statement", ["a", "b"]),
+    ],
+)
 @pytest.mark.parametrize("answer", [True, "yes", 0])
 def test_choices_that_are_not_those_of_the_kind_are_refused(tmp_path, kind, choices, answer):
     path = tmp_path / "own.jsonl"
     path.write_text(json.dumps({"question": "Q", "kind": kind, "choices": choices, "answer": answer}) + "\n")
-    with pytest.raises(BadInput, match="own.jsonl:1: field 'choices': are not "): load_questions(path)
-    with pytest.raises(BadInput, match="as those of a"): as_questions([{"id": "1", "question": "Q", "kind": kind, "choices": choices, "answer": 0}])
+    with pytest.raises(BadInput, match="own.jsonl:1: field 'choices': are not "):
+        load_questions(path)
+    with pytest.raises(BadInput, match="as those of a"):
+        as_questions([{"id": "1", "question": "Q", "kind": kind, "choices": choices, "answer": 0}])
 
 
-csqa = {"id": "1", "answerKey": "A", "question": {"stem": "s", "choices": [{"label": "A", "text": "x"}, {"label": "B", "text": "y"}]}}
+csqa = {
+    "id": "1",
+    "answerKey": "A",
+    "question": {"stem": "s", "choices": [{"label": "A", "text": "x"}, {"label": "B", "text": "y"}]},
+}
 flat = {"id": "1", "answerKey": "A", "question": "s", "choices": {"label": ["A", "B"], "text": ["x", "y"]}}
 asked = {"question": "Q", "choices": ["a", "b"], "answer": 0}
 odd_rows = [
-    ("csqa", csqa | {"question": {"stem": "s", "choices": [1, 2]}}, "label"), ("csqa", csqa | {"question": {"stem": "s", "choices": ["a", "b"]}}, "label"),
-    ("csqa", csqa | {"combinedfact": 5}, "combinedfact"), ("csqa", csqa | {"answerKey": ["A"]}, "answerKey"),
-    ("csqa", flat | {"choices": {"label": ["A", "B"], "text": ["x", None]}}, "choices"), ("csqa", flat | {"choices": {"label": [["A"], ["B"]], "text": ["x", "y"]}}, "choices"),
+    ("csqa", csqa | {"question": {"stem": "s", "choices": [1, 2]}}, "label"),
+    ("csqa", csqa | {"question": {"stem": "s", "choices": ["a", "b"]}}, "label"),
+    ("csqa", csqa | {"combinedfact": 5}, "combinedfact"),
+    ("csqa", csqa | {"answerKey": ["A"]}, "answerKey"),
+    ("csqa", flat | {"choices": {"label": ["A", "B"], "text": ["x", None]}}, "choices"),
+    ("csqa", flat | {"choices": {"label": [["A"], ["B"]], "text": ["x", "y"]}}, "choices"),
     ("csqa", flat | {"choices": {"label": ["A", "B", "C"], "text": ["x", "y"]}}, "choices"),
-    ("strategyqa", {"qid": "1", "question": "s", "answer": True, "facts": [5]}, "facts"), ("strategyqa", {"qid": "1", "question": "s", "answer": True, "facts": 5}, "facts"),
-    ("creak", {"ex_id": "1", "sentence": "s", "label": "true", "explanation": 5}, "explanation"), ("creak", {"ex_id": "1", "sentence": "s", "label": 0}, "label"),
+    ("strategyqa", {"qid": "1", "question": "s", "answer": True, "facts": [5]}, "facts"),
+    ("strategyqa", {"qid": "1", "question": "s", "answer": True, "facts": 5}, "facts"),
+    ("creak", {"ex_id": "1", "sentence": "s", "label": "true", "explanation": 5}, "explanation"),
+    ("creak", {"ex_id": "1", "sentence": "s", "label": 0}, "label"),
     ("creak", {"ex_id": "1", "sentence": "s", "label": ["true"]}, "label"),
-    (None, asked | {"kind": ["x"]}, "kind"), (None, asked | {"kind": []}, "kind"), (None, asked | {"id": ["x"]}, "id"), (None, asked | {"id": 0.5}, "id"), (None, asked | {"id": True}, "id"),
-    (None, asked | {"explanation": 5}, "explanation"), (None, asked | {"split": 5}, "split"), (None, asked | {"choices": [["a"], ["b"]]}, "choices"), (None, asked | {"question": 5}, "question"),
+    (None, asked | {"kind": ["x"]}, "kind"),
+    (None, asked | {"kind": []}, "kind"),
+    (None, asked | {"id": ["x"]}, "id"),
+    (None, asked | {"id": 0.5}, "id"),
+    (None, asked | {"id": True}, "id"),
+    (None, asked | {"explanation": 5}, "explanation"),
+    (None, asked | {"split": 5}, "split"),
+    (None, asked | {"choices": [["a"], ["b"]]}, "choices"),
+    (None, asked | {"question": 5}, "question"),
 ]
 
 
@@ -140,28 +221,41 @@ def test_fields_of_another_type_are_named_and_can_be_left_out(tmp_path, name, ro
     path, rejected = tmp_path / "own.jsonl", tmp_path / "rejected.jsonl"
     path.write_text(json.dumps(row) + "\n")
     load = lambda **more: load_questions(name, path=path, **more) if name else load_questions(path, **more)
-    with pytest.raises(BadInput) as error: load()
-    assert (error.value.field, error.value.line) == (field, 1) and str(error.value).startswith(f"{path}:1: ") and "<class" not in str(error.value)
-    with pytest.raises(BadInput, match="there are no questions.*left out is in .*rejected.jsonl"): load(skip_bad=rejected)
+    with pytest.raises(BadInput) as error:
+        load()
+    assert (
+        (error.value.field, error.value.line) == (field, 1)
+        and str(error.value).startswith(f"{path}:1: ")
+        and "<class" not in str(error.value)
+    )
+    with pytest.raises(BadInput, match="there are no questions.*left out is in .*rejected.jsonl"):
+        load(skip_bad=rejected)
     assert json.loads(rejected.read_text())["field"] == field
 
 
 def test_what_no_check_foresaw_is_named_by_file_and_line(tmp_path, monkeypatch):
     from faithful_distill import questions
-    monkeypatch.setattr(questions, "_plain", lambda row: row["question"].strip() and None | row)
+
+    monkeypatch.setattr(questions, "plain_fields", lambda row: row["question"].strip() and None | row)
     path = tmp_path / "own.jsonl"
     path.write_text(json.dumps(asked) + "\n")
-    with pytest.raises(BadInput, match="own.jsonl:1: cannot be read as a question: TypeError"): load_questions(path)
+    with pytest.raises(BadInput, match="own.jsonl:1: cannot be read as a question: TypeError"):
+        load_questions(path)
 
 
 def test_files_without_questions_and_sets_without_any(tmp_path):
     path = tmp_path / "own.jsonl"
     for text in ("", "[]", "\n\n"):
         path.write_text(text)
-        with pytest.raises(BadInput, match="own.jsonl: there are no questions"): load_questions(path)
+        with pytest.raises(BadInput, match="own.jsonl: there are no questions"):
+            load_questions(path)
     path.write_bytes(b"[" + b" " * 70 + b"\xff]")
-    with pytest.raises(BadInput, match="is not UTF-8"): load_questions(path)
-    assert as_dataset([]).column_names == list(as_dataset(as_questions([asked | {"id": "1"}])).column_names) and as_questions(as_dataset([])) == []
+    with pytest.raises(BadInput, match="is not UTF-8"):
+        load_questions(path)
+    assert (
+        as_dataset([]).column_names == list(as_dataset(as_questions([asked | {"id": "1"}])).column_names)
+        and as_questions(as_dataset([])) == []
+    )
 
 
 def test_a_missing_id_is_made_whether_it_is_left_out_or_null(tmp_path):
@@ -173,6 +267,21 @@ def test_a_missing_id_is_made_whether_it_is_left_out_or_null(tmp_path):
 def test_a_folder_for_the_list_of_bad_records_is_refused_before_anything_is_read(tmp_path):
     from click.testing import CliRunner
     from faithful_distill.cli import main
-    with pytest.raises(BadInput, match="is a folder, not a file"): load_questions("csqa", path=tmp_path / "nowhere", skip_bad=tmp_path)
-    done = CliRunner().invoke(main, ["rationales", "--data", "world", "--limit", "1", "--skip-bad", str(tmp_path), "--out", str(tmp_path / "r.jsonl")])
+
+    with pytest.raises(BadInput, match="is a folder, not a file"):
+        load_questions("csqa", path=tmp_path / "nowhere", skip_bad=tmp_path)
+    done = CliRunner().invoke(
+        main,
+        [
+            "rationales",
+            "--data",
+            "world",
+            "--limit",
+            "1",
+            "--skip-bad",
+            str(tmp_path),
+            "--out",
+            str(tmp_path / "r.jsonl"),
+        ],
+    )
     assert done.exit_code == 2 and "is a directory" in done.output and not (tmp_path / "r.jsonl").exists()

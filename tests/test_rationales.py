@@ -1,4 +1,5 @@
 """A teacher over a dataset: killed, resumed, in parts, through the command line, on real questions."""
+
 import json
 import os
 import shutil
@@ -17,12 +18,14 @@ from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
 from decoding_models import launched
 from faithful_distill.cli import main
 from faithful_distill.files import BadInput, Journal, read_jsonl, shipped, sole_writer
-from faithful_distill.prompts import block
-from faithful_distill.rationales import Teacher, argument, load_teacher, rationalize
-from faithful_distill.world import build_tokenizer, judge, world_questions
+from faithful_distill.teacher.prompts import block
+from faithful_distill.teacher.rationales import argument, load_teacher, rationalize
+from faithful_distill.lab.corpus import build_tokenizer
+from faithful_distill.lab.world import judge, world_questions
 
-
-slow = pytest.mark.skipif(not os.environ.get("FAITHFUL_DISTILL_SLOW"), reason="takes long; set FAITHFUL_DISTILL_SLOW=1")
+slow = pytest.mark.skipif(
+    not os.environ.get("FAITHFUL_DISTILL_SLOW"), reason="takes long; set FAITHFUL_DISTILL_SLOW=1"
+)
 
 
 @pytest.fixture(scope="module")
@@ -41,184 +44,276 @@ def test_the_flip_undoes_itself_nowhere():
 
 def test_embedded_teacher_argues_for_what_it_is_told(teacher):
     "Contrast makes the embedded teacher support the answer it is given more often, gold or not; the reason the package exists."
-    questions = {q.id: q for k in ("choice", "boolean", "statement") for q in world_questions(k, "test", 2, limit=60)}
+    questions = {
+        q.id: q for k in ("choice", "boolean", "statement") for q in world_questions(k, "test", 2, limit=60)
+    }
     share = {}
     for strategy in ("greedy", "contrastive-wrong"):
         for r in rationalize(teacher, questions.values(), strategy, max_new_tokens=24):
-            share.setdefault((strategy, r["role"]), []).append(judge(questions[r["id"]], r["rationale"]).supports == r["target"])
+            share.setdefault((strategy, r["role"]), []).append(
+                judge(questions[r["id"]], r["rationale"]).supports == r["target"]
+            )
     mean = {k: sum(v) / len(v) for k, v in share.items()}
-    for role in ("gold", "counterfactual"): assert mean["contrastive-wrong", role] > mean["greedy", role] + 0.1, mean
+    for role in ("gold", "counterfactual"):
+        assert mean["contrastive-wrong", role] > mean["greedy", role] + 0.1, mean
 
 
 def test_a_file_that_another_process_writes_is_left_alone(teacher, tmp_path):
-    out, questions = tmp_path/"out.jsonl", world_questions("choice", "test", limit=2)
+    out, questions = tmp_path / "out.jsonl", world_questions("choice", "test", limit=2)
     with sole_writer(out):
-        with pytest.raises(BadInput, match="is being written by another process"): rationalize(teacher, questions, max_new_tokens=4, out=out)
+        with pytest.raises(BadInput, match="is being written by another process"):
+            rationalize(teacher, questions, max_new_tokens=4, out=out)
     assert not list(tmp_path.iterdir())
-    assert len(rationalize(teacher, questions, max_new_tokens=4, out=out)) == 4 and list(tmp_path.iterdir()) == [out]
+    assert len(rationalize(teacher, questions, max_new_tokens=4, out=out)) == 4 and list(
+        tmp_path.iterdir()
+    ) == [out]
 
 
 @pytest.fixture
 def finished(teacher, tmp_path):
     "A file of eight records, the call that wrote it, and its bytes."
-    questions, out = world_questions("choice", "test", limit=4), tmp_path/"out.jsonl"
-    call = lambda questions=questions, **more: rationalize(teacher, questions, **{**dict(max_new_tokens=4, out=out), **more})
+    questions, out = world_questions("choice", "test", limit=4), tmp_path / "out.jsonl"
+    call = lambda questions=questions, **more: rationalize(
+        teacher, questions, **{**dict(max_new_tokens=4, out=out), **more}
+    )
     call()
     return questions, call, out, out.read_bytes()
 
 
-@pytest.mark.parametrize("fewer", [dict(questions=slice(0, 2)), dict(questions=slice(0, 0)), dict(roles=("gold",)), dict(split="dev")])
+@pytest.mark.parametrize(
+    "fewer",
+    [dict(questions=slice(0, 2)), dict(questions=slice(0, 0)), dict(roles=("gold",)), dict(split="dev")],
+)
 def test_a_call_that_asks_for_less_or_other_loses_nothing(finished, fewer):
     questions, call, out, before = finished
-    asked = world_questions("choice", "dev", limit=4) if "split" in fewer else questions[fewer.get("questions", slice(None))]
-    with pytest.raises(BadInput, match="is not among the questions and roles asked for now"): call(asked, roles=fewer.get("roles", ("gold", "counterfactual")))
+    asked = (
+        world_questions("choice", "dev", limit=4)
+        if "split" in fewer
+        else questions[fewer.get("questions", slice(None))]
+    )
+    with pytest.raises(BadInput, match="is not among the questions and roles asked for now"):
+        call(asked, roles=fewer.get("roles", ("gold", "counterfactual")))
     assert out.read_bytes() == before
-    assert len(call([*questions, *world_questions("choice", "dev", limit=1)])) == 10           # more may be asked for
+    assert len(call([*questions, *world_questions("choice", "dev", limit=1)])) == 10  # more may be asked for
 
 
-@pytest.mark.parametrize("change", [dict(question="Another ?"), dict(choices=("a", "b", "c", "d", "e")), "answer"])
+@pytest.mark.parametrize(
+    "change", [dict(question="Another ?"), dict(choices=("a", "b", "c", "d", "e")), "answer"]
+)
 def test_a_record_of_another_question_of_that_id_is_not_taken(finished, change):
     questions, call, out, before = finished
-    other = replace(questions[0], **(dict(answer=(questions[0].answer + 1) % 2) if change == "answer" else change))
-    with pytest.raises(BadInput, match="was written for another question of this id"): call([other, *questions[1:]])
+    other = replace(
+        questions[0], **(dict(answer=(questions[0].answer + 1) % 2) if change == "answer" else change)
+    )
+    with pytest.raises(BadInput, match="was written for another question of this id"):
+        call([other, *questions[1:]])
     assert out.read_bytes() == before
 
 
 def test_every_question_has_an_id_of_its_own(teacher, tmp_path):
     questions = world_questions("choice", "test", limit=2)
-    with pytest.raises(BadInput, match="stands there more than once"): rationalize(teacher, [questions[0], replace(questions[1], id=questions[0].id)], max_new_tokens=4, out=tmp_path/"out.jsonl")
+    with pytest.raises(BadInput, match="stands there more than once"):
+        rationalize(
+            teacher,
+            [questions[0], replace(questions[1], id=questions[0].id)],
+            max_new_tokens=4,
+            out=tmp_path / "out.jsonl",
+        )
     once = rationalize(teacher, questions, max_new_tokens=4, roles=("gold", "gold"))
     assert [r["role"] for r in once] == ["gold", "gold"] and len({r["id"] for r in once}) == 2
 
 
 def test_a_folder_or_nothing_to_write_is_refused_at_once(teacher, tmp_path):
     questions = world_questions("choice", "test", limit=1)
-    with pytest.raises(BadInput, match="is a folder"): rationalize(teacher, questions, out=tmp_path)
-    with pytest.raises(BadInput, match="field 'max_new_tokens'"): rationalize(teacher, questions, out=tmp_path/"out.jsonl", max_new_tokens=0)
+    with pytest.raises(BadInput, match="is a folder"):
+        rationalize(teacher, questions, out=tmp_path)
+    with pytest.raises(BadInput, match="field 'max_new_tokens'"):
+        rationalize(teacher, questions, out=tmp_path / "out.jsonl", max_new_tokens=0)
     assert not list(tmp_path.iterdir())
 
 
 def decoded(monkeypatch):
     "Counts the jobs that are really decoded."
-    from faithful_distill import rationales as room
-    counts, decode = [], room._decode
-    monkeypatch.setattr(room, "_decode", lambda teacher, jobs, *args, **more: counts.append(len(jobs)) or decode(teacher, jobs, *args, **more))
+    from faithful_distill.teacher import rationales
+
+    counts, decode = [], rationales._decode
+    monkeypatch.setattr(
+        rationales,
+        "_decode",
+        lambda teacher, jobs, *args, **more: counts.append(len(jobs)) or decode(teacher, jobs, *args, **more),
+    )
     return counts
 
 
 def test_a_whole_file_beside_a_journal_that_was_just_begun_is_read(finished, monkeypatch):
     _, call, out, before = finished
     first = before.split(b"\n")[0] + b"\n"
-    for begun in (b"", first):
-        out.with_name(f"{out.name}.partial").write_bytes(begun)
+    for continue_from in (b"", first):
+        out.with_name(f"{out.name}.partial").write_bytes(continue_from)
         counts = decoded(monkeypatch)
         call()
         assert counts == [0] and out.read_bytes() == before and list(out.parent.iterdir()) == [out]
 
 
 def test_another_number_of_processes_goes_on_from_what_all_had_done(finished, teacher, monkeypatch):
-    from faithful_distill.rationales import shard_path
+    from faithful_distill.ranks import shard_path
+
     questions, call, out, before = finished
     records = [json.loads(line) for line in before.splitlines()]
     out.unlink()
     Journal(f"{shard_path(out, 0, 2)}.partial").append(*records[:3])
-    with open(f"{shard_path(out, 0, 2)}.partial", "a") as f: f.write('{"id": "torn')
+    with open(f"{shard_path(out, 0, 2)}.partial", "a") as f:
+        f.write('{"id": "torn')
     shard_path(out, 1, 2).write_text("".join(json.dumps(r) + "\n" for r in records[4:]))
     counts = decoded(monkeypatch)
     call()
     assert counts == [1] and out.read_bytes() == before
     for path in out.parent.iterdir():
-        if path != out: path.unlink()
+        if path != out:
+            path.unlink()
     rationalize(teacher, questions, max_new_tokens=4, out=shard_path(out, 2, 3), shard=(2, 3))
     assert counts == [1, 0]
 
 
 def test_parts_of_another_list_are_not_joined(teacher, tmp_path, monkeypatch):
-    from faithful_distill.rationales import merge_shards, rationalize_in_parts, shard_path
-    mine, others, out = world_questions("choice", "test", limit=4), world_questions("choice", "dev", limit=4), tmp_path/"out.jsonl"
+    from faithful_distill.teacher.rationales import merge_shards, rationalize_in_parts
+    from faithful_distill.ranks import shard_path
+
+    mine, others, out = (
+        world_questions("choice", "test", limit=4),
+        world_questions("choice", "dev", limit=4),
+        tmp_path / "out.jsonl",
+    )
     rationalize(teacher, others, max_new_tokens=4, out=shard_path(out, 1, 2), shard=(1, 2))
-    for name, value in dict(RANK="0", WORLD_SIZE="2").items(): monkeypatch.setenv(name, value)
-    assert len(rationalize_in_parts(teacher, mine, max_new_tokens=4, out=out)) == 4 and not out.exists()      # the second has not begun
+    for name, value in dict(RANK="0", WORLD_SIZE="2").items():
+        monkeypatch.setenv(name, value)
+    assert (
+        len(rationalize_in_parts(teacher, mine, max_new_tokens=4, out=out)) == 4 and not out.exists()
+    )  # the second has not begun
     shutil.copy(shard_path(out, 0, 2), shard_path(out, 1, 2))
-    with pytest.raises(BadInput, match="stands in the parts more than once"): merge_shards(out, 2)
+    with pytest.raises(BadInput, match="stands in the parts more than once"):
+        merge_shards(out, 2)
 
 
 def test_a_teacher_is_known_by_its_tokenizer_and_precision_too(teacher, finished, tmp_path):
     questions, call, out, before = finished
-    folder = tmp_path/"teacher"
+    folder = tmp_path / "teacher"
     shutil.copytree(shipped("data", "models", "teacher"), folder)
     same = load_teacher(folder)
-    text = (folder/"tokenizer.json").read_text()
-    (folder/"tokenizer.json").write_text(text + " ")
+    text = (folder / "tokenizer.json").read_text()
+    (folder / "tokenizer.json").write_text(text + " ")
     assert same.weights == teacher.weights != load_teacher(folder).weights
     half = load_teacher(shipped("data", "models", "teacher"), dtype="bfloat16")
-    with pytest.raises(BadInput, match="field 'dtype'"): rationalize(half, questions, max_new_tokens=4, out=out)
+    with pytest.raises(BadInput, match="field 'dtype'"):
+        rationalize(half, questions, max_new_tokens=4, out=out)
 
 
 def test_a_checkpoint_that_lacks_weights_is_refused(tmp_path):
     from safetensors.torch import load_file, save_file
-    from faithful_distill.student import load_student
+    from faithful_distill.student.model import load_student
+
     for kind, load in (("teacher", load_teacher), ("student", load_student)):
-        folder = tmp_path/kind
+        folder = tmp_path / kind
         shutil.copytree(shipped("data", "models", kind), folder)
-        weights = load_file(folder/"model.safetensors")
+        weights = load_file(folder / "model.safetensors")
         del weights[next(name for name in sorted(weights) if "layer" in name or "block" in name)]
-        save_file(weights, folder/"model.safetensors", metadata={"format": "pt"})
-        with pytest.raises(BadInput, match="lacks weights"): load(folder)
+        save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+        with pytest.raises(BadInput, match="lacks weights"):
+            load(folder)
 
 
 def test_every_end_of_text_that_a_model_knows_ends_a_rationale(teacher):
-    from faithful_distill.rationales import _ends
+    from faithful_distill.teacher.rationales import _ends
+
     before = teacher.model.generation_config.eos_token_id
     try:
         teacher.model.generation_config.eos_token_id = [5, 7]
         assert _ends(teacher) == {teacher.tokenizer.eos_token_id, 5, 7}
-    finally: teacher.model.generation_config.eos_token_id = before
+    finally:
+        teacher.model.generation_config.eos_token_id = before
 
 
 def test_a_sampled_rationale_ends_where_it_is_drawn_to(teacher, monkeypatch):
-    from faithful_distill import decoding
-    rules, stop_rule = [], decoding.stop_rule
-    monkeypatch.setattr(decoding, "stop_rule", lambda *args, **more: rules.append(more["rule"]) or stop_rule(*args, **more))
-    for strategy in ("sampled", "greedy"): rationalize(teacher, world_questions("choice", "test", limit=1), strategy, max_new_tokens=4)
+    from faithful_distill.teacher import contrast
+
+    rules, stop_rule = [], contrast.stop_rule
+    monkeypatch.setattr(
+        contrast, "stop_rule", lambda *args, **more: rules.append(more["rule"]) or stop_rule(*args, **more)
+    )
+    for strategy in ("sampled", "greedy"):
+        rationalize(teacher, world_questions("choice", "test", limit=1), strategy, max_new_tokens=4)
     assert rules == ["contrast", "either"]
 
 
 def test_a_question_that_spells_a_special_token_is_text(teacher):
-    from faithful_distill.prompts import contrast_ids
-    q = replace(world_questions("choice", "test", limit=1)[0], question=f"Is {teacher.tokenizer.eos_token} a bird ?")
+    from faithful_distill.teacher.prompts import contrast_ids
+
+    q = replace(
+        world_questions("choice", "test", limit=1)[0], question=f"Is {teacher.tokenizer.eos_token} a bird ?"
+    )
     gold, [other] = contrast_ids(teacher.tokenizer, q, 0, [1])
     assert teacher.tokenizer.eos_token_id not in gold + other
 
 
 def test_small_things_in_prompts(tmp_path):
-    from faithful_distill.prompts import context, few_shot
-    from faithful_distill.rationales import without_answer_sentence
+    from faithful_distill.teacher.prompts import context, few_shot
+    from faithful_distill.records import without_answer_sentence
+
     assert without_answer_sentence("A bird is also the answer is odd.") == "A bird is also the answer is odd."
-    assert without_answer_sentence("Birds fly. So the answer is bird.") == "Birds fly." and without_answer_sentence("So the answer is bird.") == ""
+    assert (
+        without_answer_sentence("Birds fly. So the answer is bird.") == "Birds fly."
+        and without_answer_sentence("So the answer is bird.") == ""
+    )
     q = replace(world_questions("choice", "test", limit=1)[0], choices=("Mosses.", "ferns", "a", "b", "c"))
     assert context(q, 0).endswith("The answer is Mosses.") and context(q, 1).endswith("The answer is ferns.")
-    with pytest.raises(BadInput, match="field 'shots'"): few_shot("csqa", -1)
-    own = tmp_path/"own.jsonl"
+    with pytest.raises(BadInput, match="field 'shots'"):
+        few_shot("csqa", -1)
+    own = tmp_path / "own.jsonl"
     for rationale in ("One.", "Another, longer one."):
-        own.write_text(json.dumps(dict(question="Why ?", choices=["a", "b"], answer=0, rationale=rationale)) + "\n")
+        own.write_text(
+            json.dumps(dict(question="Why ?", choices=["a", "b"], answer=0, rationale=rationale)) + "\n"
+        )
         os.utime(own, ns=(len(rationale), len(rationale)))
         assert rationale in few_shot(str(own))
 
 
 def test_killed_and_resumed_gives_the_same_bytes(tmp_path):
     "`kill -9` while rationales are being written; a second call ends with the bytes of an undisturbed run."
-    command = [sys.executable, "-m", "faithful_distill.cli", "rationales", "--data", "world", "--limit", "90", "--strategy", "contrastive-empty"]
-    code = f"import sys; from faithful_distill.rationales import rationalize; import faithful_distill.rationales as r; r.rationalize.__kwdefaults__['chunk'] = 16; from faithful_distill.cli import main; main(sys.argv[1:])"
+    command = [
+        sys.executable,
+        "-m",
+        "faithful_distill.cli",
+        "rationales",
+        "--data",
+        "world",
+        "--limit",
+        "90",
+        "--strategy",
+        "contrastive-empty",
+    ]
+    code = (
+        "import sys; from faithful_distill.rationales import rationalize; import faithful_distill.rationales"
+        " as r; r.rationalize.__kwdefaults__['chunk'] = 16; from faithful_distill.cli import main;"
+        " main(sys.argv[1:])"
+    )
     call = lambda out: [sys.executable, "-c", code, *command[3:], "--out", str(out)]
     subprocess.run(call(tmp_path / "whole.jsonl"), check=True, capture_output=True)
-    process = subprocess.Popen(call(tmp_path / "killed.jsonl"), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
+    process = subprocess.Popen(
+        call(tmp_path / "killed.jsonl"),
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    )
     journal = tmp_path / "killed.jsonl.partial"
-    while process.poll() is None and not (journal.exists() and journal.stat().st_size > 0): time.sleep(0.005)
-    if process.poll() is None: os.killpg(process.pid, signal.SIGKILL)
+    while process.poll() is None and not (journal.exists() and journal.stat().st_size > 0):
+        time.sleep(0.005)
+    if process.poll() is None:
+        os.killpg(process.pid, signal.SIGKILL)
     process.wait()
     subprocess.run(call(tmp_path / "killed.jsonl"), check=True, capture_output=True)
-    assert (tmp_path / "killed.jsonl").read_bytes() == (tmp_path / "whole.jsonl").read_bytes() and not journal.exists()
+    assert (tmp_path / "killed.jsonl").read_bytes() == (
+        tmp_path / "whole.jsonl"
+    ).read_bytes() and not journal.exists()
 
 
 CLI = "from faithful_distill.cli import main; main()"
@@ -230,86 +325,221 @@ def test_two_processes_share_a_dataset(tmp_path, launcher):
     (tmp_path / "cli.py").write_text(CLI)
     options = ["rationales", "--data", "world", "--limit", "5", "--max-new-tokens", "8", "--scores"]
     assert CliRunner().invoke(main, [*options, "--out", str(tmp_path / "one.jsonl")]).exit_code == 0
-    first = [r for _, r in read_jsonl(tmp_path / "one.jsonl")][:3]                          # as if the first process had been killed after three records
-    with Journal(tmp_path / "two.0-of-2.jsonl.partial") as journal: journal.append(*first)
-    start = dict(torchrun=["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"],
-                 deepspeed=["-m", "deepspeed.launcher.runner", "--num_accelerators", "2", "--no_local_rank"])[launcher]
+    first = [r for _, r in read_jsonl(tmp_path / "one.jsonl")][
+        :3
+    ]  # as if the first process had been killed after three records
+    with Journal(tmp_path / "two.0-of-2.jsonl.partial") as journal:
+        journal.append(*first)
+    start = dict(
+        torchrun=["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"],
+        deepspeed=["-m", "deepspeed.launcher.runner", "--num_accelerators", "2", "--no_local_rank"],
+    )[launcher]
     launched(*start, tmp_path / "cli.py", *options, "--out", tmp_path / "two.jsonl", DS_ACCELERATOR="cpu")
-    assert (tmp_path / "two.jsonl").read_bytes() == (tmp_path / "one.jsonl").read_bytes() and not list(tmp_path.glob("*.partial"))
+    assert (tmp_path / "two.jsonl").read_bytes() == (tmp_path / "one.jsonl").read_bytes() and not list(
+        tmp_path.glob("*.partial")
+    )
     sizes = [(tmp_path / f"two.{k}-of-2.jsonl").read_text().count("\n") for k in (0, 1)]
     assert sorted(sizes) == [4, 6]
 
 
 def test_each_process_of_a_machine_has_its_own_cards(monkeypatch):
     "Without accelerators nothing is asked for; with some, every process gets its share, and no two of them the same while there are enough."
-    from faithful_distill.rationales import placement
+    from faithful_distill.ranks import placement
+
     assert placement() == {}
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda card: SimpleNamespace(total_memory=1000))
     assert placement() == dict(device_map="auto")
-    def under(rank, size): monkeypatch.setenv("LOCAL_RANK", str(rank)); monkeypatch.setenv("LOCAL_WORLD_SIZE", str(size)); return placement()
+
+    def under(rank, size):
+        monkeypatch.setenv("LOCAL_RANK", str(rank))
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", str(size))
+        return placement()
+
     assert under(1, 2) == dict(device_map="auto", max_memory={2: 900, 3: 900})
     assert [under(r, 4) for r in range(4)] == [dict(device_map={"": r}) for r in range(4)]
     monkeypatch.delenv("WORLD_SIZE", raising=False)
-    with pytest.raises(BadInput, match="torchrun"): placement(tensor_parallel=True)
+    with pytest.raises(BadInput, match="torchrun"):
+        placement(tensor_parallel=True)
 
 
 def test_the_worked_examples_are_computed_once(monkeypatch, teacher):
     "However many rationales there are between two writes, the shared prompt goes through the model in one run."
-    from faithful_distill.engine import refused
+    from faithful_distill.teacher.engine import refused
+
     questions = world_questions("choice", "dev", limit=12)
     assert refused(teacher.model) == ""
     forward, seen = type(teacher.model).forward, []
+
     def count(self, input_ids=None, **kwargs):
         seen.append(input_ids[0].tolist())
         return forward(self, input_ids, **kwargs)
+
     monkeypatch.setattr(type(teacher.model), "forward", count)
     records = rationalize(teacher, questions, max_new_tokens=4, chunk=2)
     first = teacher.tokenizer("Q").input_ids[0]
-    assert len(records) == 24 and sum(ids[0] == first and len(ids) > 1 for ids in seen) == 1, "one pass begins at the beginning of the prompt"
+    assert len(records) == 24 and sum(ids[0] == first and len(ids) > 1 for ids in seen) == 1, (
+        "one pass begins at the beginning of the prompt"
+    )
 
 
 def test_bad_rows_stop_one_command_with_one_line(tmp_path):
     path = tmp_path / "own.jsonl"
     path.write_text('{"question": "Who?", "choices": ["me", "you"]}\n')
-    for arguments, said in [(["--data", str(path)], "--teacher"), (["--data", "world", "--strategy", "beam"], "is not a strategy"), (["--data", "world", "--teacher", str(tmp_path)], "cannot be loaded as a teacher"),
-                            (["--data", str(path), "--teacher", str(shipped("data", "models", "teacher"))], "no answer"), (["--data", "world", "--shots", "2", "--prompt", "triviaqa"], "no worked examples")]:
+    for arguments, said in [
+        (["--data", str(path)], "--teacher"),
+        (["--data", "world", "--strategy", "beam"], "is not a strategy"),
+        (["--data", "world", "--teacher", str(tmp_path)], "cannot be loaded as a teacher"),
+        (["--data", str(path), "--teacher", str(shipped("data", "models", "teacher"))], "no answer"),
+        (["--data", "world", "--shots", "2", "--prompt", "triviaqa"], "no worked examples"),
+    ]:
         done = CliRunner().invoke(main, ["rationales", *arguments, "--out", str(tmp_path / "out.jsonl")])
         assert done.exit_code == 2 and said in done.output and "Traceback" not in done.output, done.output
-    done = CliRunner().invoke(main, ["rationales", "--data", "world", "--limit", "1", "--out", "/proc/nowhere/out.jsonl"])
+    done = CliRunner().invoke(
+        main, ["rationales", "--data", "world", "--limit", "1", "--out", "/proc/nowhere/out.jsonl"]
+    )
     assert done.exit_code == 2 and "cannot be written" in done.output
 
 
 def test_prompt_longer_than_the_context(teacher):
     from dataclasses import replace
+
     q = world_questions("choice")[0]
-    with pytest.raises(BadInput, match=f"{q.id}/gold.*context"): rationalize(teacher, [replace(q, question=q.question + " robin" * 600)], "greedy")
+    with pytest.raises(BadInput, match=f"{q.id}/gold.*context"):
+        rationalize(teacher, [replace(q, question=q.question + " robin" * 600)], "greedy")
 
 
-@pytest.mark.parametrize("name,split", [("csqa", "dev"), ("strategyqa", "dev"), ("creak", "dev"), ("qasc", "dev")])
+@pytest.mark.parametrize(
+    "name,split", [("csqa", "dev"), ("strategyqa", "dev"), ("creak", "dev"), ("qasc", "dev")]
+)
 def test_the_road_on_real_questions(tmp_path, real_data, name, split):
     "A tiny random teacher with a real few-shot prompt over each real dataset, gold and counterfactual, through the command line."
-    from faithful_distill.prompts import few_shot
+    from faithful_distill.teacher.prompts import few_shot
     from faithful_distill.questions import as_questions, load_questions
+
     questions = as_questions(load_questions(name, split, path=real_data / name, limit=6))
-    tokenizer = build_tokenizer([few_shot(name), *(block(q, i, q.explanation) for q in questions for i in range(len(q.choices)))])
+    tokenizer = build_tokenizer(
+        [few_shot(name), *(block(q, i, q.explanation) for q in questions for i in range(len(q.choices)))]
+    )
     torch.manual_seed(0)
-    model = GPTNeoXForCausalLM(GPTNeoXConfig(vocab_size=len(tokenizer), hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=64, max_position_embeddings=2048, eos_token_id=1, bos_token_id=None))
-    model.save_pretrained(tmp_path / "teacher"); tokenizer.save_pretrained(tmp_path / "teacher")
-    done = CliRunner().invoke(main, ["rationales", "--data", name, "--path", str(real_data / name), "--split", split, "--limit", "6", "--teacher", str(tmp_path / "teacher"), "--max-new-tokens", "8", "--out", str(tmp_path / "r.jsonl")])
+    model = GPTNeoXForCausalLM(
+        GPTNeoXConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=32,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            intermediate_size=64,
+            max_position_embeddings=2048,
+            eos_token_id=1,
+            bos_token_id=None,
+        )
+    )
+    model.save_pretrained(tmp_path / "teacher")
+    tokenizer.save_pretrained(tmp_path / "teacher")
+    done = CliRunner().invoke(
+        main,
+        [
+            "rationales",
+            "--data",
+            name,
+            "--path",
+            str(real_data / name),
+            "--split",
+            split,
+            "--limit",
+            "6",
+            "--teacher",
+            str(tmp_path / "teacher"),
+            "--max-new-tokens",
+            "8",
+            "--out",
+            str(tmp_path / "r.jsonl"),
+        ],
+    )
     assert done.exit_code == 0, done.output
     records = [r for _, r in read_jsonl(tmp_path / "r.jsonl")]
-    assert len(records) == 12 and [r["id"] for r in records[::2]] == [q.id for q in questions] and all(r["tokens"] > 0 or r["stop"] == "stop" for r in records)
-    assert {"id", "split", "question", "choices", "answer", "target", "perturbed", "role", "rationale", "tokens", "stop", "alpha", "seed", "teacher", "prompt", "version"} <= set(records[0])
+    assert (
+        len(records) == 12
+        and [r["id"] for r in records[::2]] == [q.id for q in questions]
+        and all(r["tokens"] > 0 or r["stop"] == "stop" for r in records)
+    )
+    assert {
+        "id",
+        "split",
+        "question",
+        "choices",
+        "answer",
+        "target",
+        "perturbed",
+        "role",
+        "rationale",
+        "tokens",
+        "stop",
+        "alpha",
+        "seed",
+        "teacher",
+        "prompt",
+        "version",
+    } <= set(records[0])
 
-    from faithful_distill.student import source_text, target_text, tiny_student
-    student = tiny_student([t for q in questions for i in range(len(q.choices)) for r in [""] + [r["rationale"] for r in records] for t in (source_text(q), target_text(q, i, r))])
-    student.model.save_pretrained(tmp_path / "base"); student.tokenizer.save_pretrained(tmp_path / "base")
-    done = CliRunner().invoke(main, ["train", "--rationales", str(tmp_path / "r.jsonl"), "--student", str(tmp_path / "base"), "--out", str(tmp_path / "student"), "--max-steps", "2", "--batch-size", "4", "--lr", "1e-3"])
+    from faithful_distill.student.rows import source_text, target_text
+    from faithful_distill.student.model import tiny_student
+
+    student = tiny_student(
+        [
+            t
+            for q in questions
+            for i in range(len(q.choices))
+            for r in [""] + [r["rationale"] for r in records]
+            for t in (source_text(q), target_text(q, i, r))
+        ]
+    )
+    student.model.save_pretrained(tmp_path / "base")
+    student.tokenizer.save_pretrained(tmp_path / "base")
+    done = CliRunner().invoke(
+        main,
+        [
+            "train",
+            "--rationales",
+            str(tmp_path / "r.jsonl"),
+            "--student",
+            str(tmp_path / "base"),
+            "--out",
+            str(tmp_path / "student"),
+            "--max-steps",
+            "2",
+            "--batch-size",
+            "4",
+            "--lr",
+            "1e-3",
+        ],
+    )
     assert done.exit_code == 0, (done.output, done.exception)
-    done = CliRunner().invoke(main, ["evaluate", "--data", name, "--path", str(real_data / name), "--split", split, "--limit", "6", "--student", str(tmp_path / "student"), "--rationales", str(tmp_path / "r.jsonl"),
-                                     "--draws", "1", "--max-new-tokens", "8", "--out", str(tmp_path / "evaluation")])
+    done = CliRunner().invoke(
+        main,
+        [
+            "evaluate",
+            "--data",
+            name,
+            "--path",
+            str(real_data / name),
+            "--split",
+            split,
+            "--limit",
+            "6",
+            "--student",
+            str(tmp_path / "student"),
+            "--rationales",
+            str(tmp_path / "r.jsonl"),
+            "--draws",
+            "1",
+            "--max-new-tokens",
+            "8",
+            "--out",
+            str(tmp_path / "evaluation"),
+        ],
+    )
     assert done.exit_code == 0, (done.output, done.exception)
     metrics = json.loads((tmp_path / "evaluation" / "metrics.json").read_text())
     assert metrics["accuracy"]["n"] == 6 and {"perturb", "refine", "swap_factual"} <= set(metrics)

@@ -1,11 +1,12 @@
 """The whole road at a size of seconds: rationales, students, evaluation, figures, report; the second time nothing is computed."""
+
 import json
 import re
 
 from click.testing import CliRunner
 
 from faithful_distill.cli import main
-from faithful_distill.runs import reproduce
+from faithful_distill.lab.study import reproduce
 
 
 def test_the_road_end_to_end(tmp_path):
@@ -18,7 +19,8 @@ def test_the_road_end_to_end(tmp_path):
     assert len(evaluated) == 3
     for m in evaluated.values():
         for name, score in m.items():
-            if isinstance(score, dict) and "value" in score: assert score["value"] is not None or score["reason"], name
+            if isinstance(score, dict) and "value" in score:
+                assert score["value"] is not None or score["reason"], name
         assert m["n"] == 16
     again = reproduce("smoke", runs=tmp_path)
     assert again.ok and {o.state for o in again.outcomes} == {"there"}

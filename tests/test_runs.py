@@ -1,4 +1,5 @@
 """The driver under real conditions: processes that are killed, two drivers at once, changed code, a warm kernel against a cold one."""
+
 import json, os, shutil, signal, subprocess, sys, time
 from pathlib import Path
 
@@ -8,16 +9,29 @@ from hypothesis import given, settings, strategies as st
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 
 import faithful_distill
-from faithful_distill import runs as R
+from faithful_distill.lab import grid
+from faithful_distill.lab import kernel
+from faithful_distill.lab import keys
+from faithful_distill.lab import plan
+from faithful_distill.lab import runs
+from faithful_distill.lab import study
+from faithful_distill.lab import tables
 from faithful_distill.files import BadInput
 
 PACKAGE = Path(faithful_distill.__file__).parent
 
 
 def write_notebook(path: Path, parameters: str, *cells: str, prose="prose") -> Path:
-    nb = new_notebook(cells=[new_markdown_cell(prose), new_code_cell(parameters, metadata={"tags": ["parameters"]}), *map(new_code_cell, cells)])
+    nb = new_notebook(
+        cells=[
+            new_markdown_cell(prose),
+            new_code_cell(parameters, metadata={"tags": ["parameters"]}),
+            *map(new_code_cell, cells),
+        ]
+    )
     nb.metadata.kernelspec = {"name": "python3", "display_name": "python3", "language": "python"}
-    for i, cell in enumerate(nb.cells): cell.id = f"c{i}"
+    for i, cell in enumerate(nb.cells):
+        cell.id = f"c{i}"
     path.parent.mkdir(parents=True, exist_ok=True)
     nbformat.write(nb, path)
     return path
@@ -28,192 +42,339 @@ METRICS = "import json; from pathlib import Path\nPath(out, 'metrics.json').writ
 
 @pytest.fixture(scope="module")
 def kernel():
-    with R.WarmKernel() as k: yield k
+    with kernel.WarmKernel() as k:
+        yield k
 
 
 @pytest.fixture
 def simple(tmp_path):
-    return write_notebook(tmp_path/"simple.ipynb", "n: int = 1\nname: str = 'a'\nout: str = 'out'", METRICS % "n")
+    return write_notebook(
+        tmp_path / "simple.ipynb", "n: int = 1\nname: str = 'a'\nout: str = 'out'", METRICS % "n"
+    )
 
 
 def result_bytes(runs: Path) -> dict[str, bytes]:
     "All that has to be equal between two executions: everything but times, locks and memory of durations."
-    return {str(p.relative_to(runs)): p.read_bytes() for p in sorted(runs.rglob("*"))
-            if p.is_file() and p.name != "times.json" and not any(part.startswith(".") or part == "times" for part in p.relative_to(runs).parts)}
+    return {
+        str(p.relative_to(runs)): p.read_bytes()
+        for p in sorted(runs.rglob("*"))
+        if p.is_file()
+        and p.name != "times.json"
+        and not any(part.startswith(".") or part == "times" for part in p.relative_to(runs).parts)
+    }
 
 
 # --- keys ---------------------------------------------------------------------------------------------------------------------------
 
+
 def test_prose_outputs_and_comments_do_not_change_the_key_but_code_does(tmp_path):
     def key(**changes):
         spec = {"parameters": "n: int = 1\nout: str = 'out'", "code": "x = n + 1", "prose": "words"} | changes
-        return R.planned_run(write_notebook(tmp_path/"nb.ipynb", spec["parameters"], spec["code"], prose=spec["prose"]), {"n": 5}, tmp_path).name
+        return keys.planned_run(
+            write_notebook(tmp_path / "nb.ipynb", spec["parameters"], spec["code"], prose=spec["prose"]),
+            {"n": 5},
+            tmp_path,
+        ).name
+
     base = key()
-    assert key(prose="other words") == key(code="x = n+1  # add") == key(parameters="n: int = 2   # how many\nout: str = 'else'") == base
+    assert (
+        key(prose="other words")
+        == key(code="x = n+1  # add")
+        == key(parameters="n: int = 2   # how many\nout: str = 'else'")
+        == base
+    )
     assert key(code="x = n + 2") != base
     assert key(parameters="n: int = 1\nm: int = 0\nout: str = 'out'") != base
 
 
 def test_outputs_in_the_notebook_do_not_change_the_key(simple, tmp_path):
-    base = R.planned_run(simple, {}, tmp_path).name
+    base = keys.planned_run(simple, {}, tmp_path).name
     nb = nbformat.read(simple, 4)
     nb.cells[-1].outputs = [nbformat.v4.new_output("stream", text="old")]
     nbformat.write(nb, simple)
-    assert R.planned_run(simple, {}, tmp_path).name == base
+    assert keys.planned_run(simple, {}, tmp_path).name == base
 
 
 @settings(max_examples=50, deadline=None)
-@given(st.dictionaries(st.sampled_from("abcd"), st.one_of(st.integers(), st.booleans(), st.text(max_size=5), st.none(), st.lists(st.integers(), max_size=3)), max_size=4))
+@given(
+    st.dictionaries(
+        st.sampled_from("abcd"),
+        st.one_of(
+            st.integers(), st.booleans(), st.text(max_size=5), st.none(), st.lists(st.integers(), max_size=3)
+        ),
+        max_size=4,
+    )
+)
 def test_equal_keys_exactly_for_equal_parameters(tmp_path_factory, params):
     folder = tmp_path_factory.getbasetemp()
-    nb = folder/"any.ipynb"
-    if not nb.exists(): write_notebook(nb, "a = None\nb = None\nc = None\nd = None\nout: str = ''", "1")
+    nb = folder / "any.ipynb"
+    if not nb.exists():
+        write_notebook(nb, "a = None\nb = None\nc = None\nd = None\nout: str = ''", "1")
     full = lambda p: [p.get(k) for k in "abcd"]
-    same = R.planned_run(nb, dict(reversed(params.items())), folder).name == R.planned_run(nb, params, folder).name
+    same = (
+        keys.planned_run(nb, dict(reversed(params.items())), folder).name
+        == keys.planned_run(nb, params, folder).name
+    )
     assert same
     other = {**params, "a": "changed"}
-    assert (R.planned_run(nb, other, folder).name == R.planned_run(nb, params, folder).name) == (json.dumps(full(other)) == json.dumps(full(params)))
+    assert (keys.planned_run(nb, other, folder).name == keys.planned_run(nb, params, folder).name) == (
+        json.dumps(full(other)) == json.dumps(full(params))
+    )
 
 
 def test_files_count_by_content_wherever_they_lie(tmp_path):
-    nb = write_notebook(tmp_path/"reads.ipynb", "data: str = ''\nmodel_dir: str = ''\nfiles: list[str] = []\nout: str = 'out'", "1")
-    for place in "xy": (tmp_path/place/"model").mkdir(parents=True); (tmp_path/place/"d.txt").write_text("same"); (tmp_path/place/"model"/"w").write_text("w")
-    plan = lambda place: R.planned_run(nb, {"data": f"{tmp_path}/{place}/d.txt", "model_dir": f"{tmp_path}/{place}/model", "files": [f"{tmp_path}/{place}/d.txt"]}, tmp_path)
+    nb = write_notebook(
+        tmp_path / "reads.ipynb",
+        "data: str = ''\nmodel_dir: str = ''\nfiles: list[str] = []\nout: str = 'out'",
+        "1",
+    )
+    for place in "xy":
+        (tmp_path / place / "model").mkdir(parents=True)
+        (tmp_path / place / "d.txt").write_text("same")
+        (tmp_path / place / "model" / "w").write_text("w")
+    plan = lambda place: keys.planned_run(
+        nb,
+        {
+            "data": f"{tmp_path}/{place}/d.txt",
+            "model_dir": f"{tmp_path}/{place}/model",
+            "files": [f"{tmp_path}/{place}/d.txt"],
+        },
+        tmp_path,
+    )
     assert plan("x").name == plan("y").name
-    (tmp_path/"y"/"model"/"w").write_text("other")
+    (tmp_path / "y" / "model" / "w").write_text("other")
     assert plan("x").name != plan("y").name
-    with pytest.raises(BadInput, match="model_dir.*not there"): R.planned_run(nb, {"model_dir": "nowhere"}, tmp_path)
-    words = R.planned_run(nb, {"data": "csqa", "files": [".", "/", "a/b", "google/t5", "x" * 5000 + "/y"]}, tmp_path)
+    with pytest.raises(BadInput, match="model_dir.*not there"):
+        keys.planned_run(nb, {"model_dir": "nowhere"}, tmp_path)
+    words = keys.planned_run(
+        nb, {"data": "csqa", "files": [".", "/", "a/b", "google/t5", "x" * 5000 + "/y"]}, tmp_path
+    )
     assert words.values["data"] == "csqa" and words.record["inputs"] == {}, "words are words"
 
 
 def test_relative_paths_are_the_callers_and_defaults_the_notebooks(tmp_path, monkeypatch):
-    nb = write_notebook(tmp_path/"nbs"/"reads.ipynb", "data_path: str = 'd.txt'\nout: str = 'out'", "1")
-    (tmp_path/"nbs"/"d.txt").write_text("beside the notebook")
-    (tmp_path/"d.txt").write_text("where the caller is")
+    nb = write_notebook(tmp_path / "nbs" / "reads.ipynb", "data_path: str = 'd.txt'\nout: str = 'out'", "1")
+    (tmp_path / "nbs" / "d.txt").write_text("beside the notebook")
+    (tmp_path / "d.txt").write_text("where the caller is")
     monkeypatch.chdir(tmp_path)
-    assert R.planned_run(nb, {}, tmp_path).values["data_path"] == f"{tmp_path}/nbs/d.txt"
-    assert R.planned_run(nb, {"data_path": "d.txt"}, tmp_path).values["data_path"] == f"{tmp_path}/d.txt"
+    assert keys.planned_run(nb, {}, tmp_path).values["data_path"] == f"{tmp_path}/nbs/d.txt"
+    assert keys.planned_run(nb, {"data_path": "d.txt"}, tmp_path).values["data_path"] == f"{tmp_path}/d.txt"
 
 
 def test_a_path_inside_a_finished_run_counts_as_that_run(simple, tmp_path, kernel):
-    nb = write_notebook(tmp_path/"reads.ipynb", "source: str = ''\nout: str = 'out'", "print(sorted(__import__('os').listdir(source)))", METRICS % "1")
-    first = R.run_notebook(simple, {}, tmp_path/"runs", kernel=kernel)
-    second = R.run_notebook(nb, {"source": str(first)}, tmp_path/"runs", kernel=kernel)
-    record = json.loads((second/"params.json").read_text())
-    assert record["params"]["source"] == f"../{first.name}" and record["inputs"]["source"] == {"run": first.name, "file": ""}
-    assert R.planned_run(nb, {"source": str(first/"metrics.json")}, tmp_path/"runs").values["source"] == f"../{first.name}/metrics.json"
+    nb = write_notebook(
+        tmp_path / "reads.ipynb",
+        "source: str = ''\nout: str = 'out'",
+        "print(sorted(__import__('os').listdir(source)))",
+        METRICS % "1",
+    )
+    first = runs.run_notebook(simple, {}, tmp_path / "runs", kernel=kernel)
+    second = runs.run_notebook(nb, {"source": str(first)}, tmp_path / "runs", kernel=kernel)
+    record = json.loads((second / "params.json").read_text())
+    assert record["params"]["source"] == f"../{first.name}" and record["inputs"]["source"] == {
+        "run": first.name,
+        "file": "",
+    }
+    assert (
+        keys.planned_run(nb, {"source": str(first / "metrics.json")}, tmp_path / "runs").values["source"]
+        == f"../{first.name}/metrics.json"
+    )
 
 
 @pytest.fixture
 def copied_package(tmp_path):
     "The package's files room and a few toy rooms, as a package of the same name elsewhere."
-    package = tmp_path/"lib"/"faithful_distill"
+    package = tmp_path / "lib" / "faithful_distill"
     package.mkdir(parents=True)
-    for name in ("__init__.py", "files.py", "runs.py"): shutil.copy(PACKAGE/name, package)
-    (package/"student.py").write_text("def answer():\n    from faithful_distill.decoding import speak\n    return speak()\n")
-    (package/"decoding.py").write_text("def speak(): return 1\n")
-    (package/"figures.py").write_text("colour = 'red'\n")
+    for name in ("__init__.py", "files.py", "runs.py"):
+        shutil.copy(PACKAGE / name, package)
+    (package / "student.py").write_text(
+        "def answer():\n    from faithful_distill.decoding import speak\n    return speak()\n"
+    )
+    (package / "decoding.py").write_text("def speak(): return 1\n")
+    (package / "figures.py").write_text("colour = 'red'\n")
     return package
 
 
 def python(package: Path, code: str, cwd: Path) -> str:
     env = {**os.environ, "PYTHONPATH": str(package.parent)}
-    done = subprocess.run([sys.executable, "-c", code], env=env, cwd=cwd, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=env, cwd=cwd, capture_output=True, text=True, timeout=120
+    )
     assert done.returncode == 0, done.stderr
     return done.stdout.strip()
 
 
 def test_changed_code_of_an_imported_room_recomputes_and_of_others_does_not(copied_package, tmp_path):
-    nb = write_notebook(tmp_path/"uses.ipynb", "out: str = 'out'", "from faithful_distill import answer", METRICS % "answer()")
-    code = f"from faithful_distill.runs import planned_run; r = planned_run({str(nb)!r}, {{}}, 'runs'); print(r.name, *r.record['rooms'])"
+    nb = write_notebook(
+        tmp_path / "uses.ipynb",
+        "out: str = 'out'",
+        "from faithful_distill import answer",
+        METRICS % "answer()",
+    )
+    code = (
+        f"from faithful_distill.runs import planned_run; r = planned_run({str(nb)!r}, {{}}, 'runs');"
+        " print(r.name, *r.record['rooms'])"
+    )
     name, *rooms = python(copied_package, code, tmp_path).split()
     assert rooms == ["decoding", "student"]
-    (copied_package/"figures.py").write_text("colour = 'blue'\n")
-    (copied_package/"decoding.py").write_text("def speak():\n    'Says it.'\n    return 1    # one\n")
+    (copied_package / "figures.py").write_text("colour = 'blue'\n")
+    (copied_package / "decoding.py").write_text("def speak():\n    'Says it.'\n    return 1    # one\n")
     assert python(copied_package, code, tmp_path).split()[0] == name
-    (copied_package/"decoding.py").write_text("def speak(): return 2\n")
+    (copied_package / "decoding.py").write_text("def speak(): return 2\n")
     assert python(copied_package, code, tmp_path).split()[0] != name
 
 
 def test_a_warm_kernel_is_replaced_when_the_package_changes(copied_package, tmp_path):
-    nb = write_notebook(tmp_path/"uses.ipynb", "n: int = 0\nout: str = 'out'", "from faithful_distill import answer", METRICS % "answer()")
+    nb = write_notebook(
+        tmp_path / "uses.ipynb",
+        "n: int = 0\nout: str = 'out'",
+        "from faithful_distill import answer",
+        METRICS % "answer()",
+    )
     code = f"""
 import json
 from pathlib import Path
-from faithful_distill.runs import WarmKernel, run_notebook
+from faithful_distill.lab.kernel import WarmKernel
+from faithful_distill.lab.runs import run_notebook
 with WarmKernel() as kernel:
     for n in (0, 1):
         print(json.loads((run_notebook({str(nb)!r}, {{'n': n}}, 'runs', kernel=kernel)/'metrics.json').read_text())['x'])
-        Path({str(copied_package/'decoding.py')!r}).write_text('def speak(): return 22\\n')
+        Path({str(copied_package / "decoding.py")!r}).write_text('def speak(): return 22\\n')
 """
     assert python(copied_package, code, tmp_path).split() == ["1", "22"]
 
 
 def test_data_that_travels_with_the_package_is_part_of_the_key(copied_package, tmp_path):
-    (copied_package/"prompts.py").write_text("from faithful_distill.files import shipped\ndef prompt(name): return shipped('data', 'prompts', name).read_text()\n")
-    (tmp_path/"lib"/"data"/"prompts").mkdir(parents=True)
-    (tmp_path/"lib"/"data"/"prompts"/"csqa.txt").write_text("Q: one")
-    nb = write_notebook(tmp_path/"uses.ipynb", "out: str = 'out'", "from faithful_distill.prompts import prompt", METRICS % "1")
-    code = f"from faithful_distill.runs import planned_run; r = planned_run({str(nb)!r}, {{}}, 'runs'); print(r.name, *r.record['shipped'])"
+    (copied_package / "prompts.py").write_text(
+        "from faithful_distill.files import shipped\ndef prompt(name): return shipped('data', 'prompts',"
+        " name).read_text()\n"
+    )
+    (tmp_path / "lib" / "data" / "prompts").mkdir(parents=True)
+    (tmp_path / "lib" / "data" / "prompts" / "csqa.txt").write_text("Q: one")
+    nb = write_notebook(
+        tmp_path / "uses.ipynb",
+        "out: str = 'out'",
+        "from faithful_distill.prompts import prompt",
+        METRICS % "1",
+    )
+    code = (
+        f"from faithful_distill.runs import planned_run; r = planned_run({str(nb)!r}, {{}}, 'runs');"
+        " print(r.name, *r.record['shipped'])"
+    )
     name, *data = python(copied_package, code, tmp_path).split()
     assert data == ["data/prompts"]
-    (tmp_path/"lib"/"data"/"prompts"/"csqa.txt").write_text("Q: two")
+    (tmp_path / "lib" / "data" / "prompts" / "csqa.txt").write_text("Q: two")
     assert python(copied_package, code, tmp_path).split()[0] != name
 
 
 # --- one run ------------------------------------------------------------------------------------------------------------------------
 
+
 def test_a_warm_kernel_is_like_a_new_one(tmp_path, kernel):
-    spoil = write_notebook(tmp_path/"spoil.ipynb", "out: str = 'out'", "import os, sys, random\nos.environ['SPOILT'] = '1'; sys.path.insert(0, '/spoilt'); left = 1",
-                           "import matplotlib; import matplotlib.pyplot as plt; plt.figure(); plt.rcParams['font.size'] = 33; os.chdir('/')", METRICS.replace("out,", "__import__('os').environ['PWD_'] if 0 else _d,") % "1")
+    spoil = write_notebook(
+        tmp_path / "spoil.ipynb",
+        "out: str = 'out'",
+        "import os, sys, random\nos.environ['SPOILT'] = '1'; sys.path.insert(0, '/spoilt'); left = 1",
+        "import matplotlib; import matplotlib.pyplot as plt; plt.figure(); plt.rcParams['font.size'] = 33;"
+        " os.chdir('/')",
+        METRICS.replace("out,", "__import__('os').environ['PWD_'] if 0 else _d,") % "1",
+    )
     text = spoil.read_text().replace("os.chdir('/')", "_d = os.getcwd(); os.chdir('/')")
     spoil.write_text(text)
-    look = write_notebook(tmp_path/"look.ipynb", "out: str = 'out'", "import os, sys, random\nimport numpy as np\nimport matplotlib.pyplot as plt", METRICS %
-                          "[os.environ.get('SPOILT'), '/spoilt' in sys.path, 'left' in globals(), random.random(), np.random.rand(), plt.get_fignums(), plt.rcParams['font.size'], os.environ['OMP_NUM_THREADS'], hash('x')]", "object()")
-    R.run_notebook(spoil, {}, tmp_path/"warm", kernel=kernel)
-    R.run_notebook(look, {}, tmp_path/"warm", kernel=kernel)
-    R.run_notebook(look, {}, tmp_path/"cold")
-    warm, cold = result_bytes(tmp_path/"warm"), result_bytes(tmp_path/"cold")
+    look = write_notebook(
+        tmp_path / "look.ipynb",
+        "out: str = 'out'",
+        "import os, sys, random\nimport numpy as np\nimport matplotlib.pyplot as plt",
+        METRICS % "[os.environ.get('SPOILT'), '/spoilt' in sys.path, 'left' in globals(), random.random(),"
+        " np.random.rand(), plt.get_fignums(), plt.rcParams['font.size'], os.environ['OMP_NUM_THREADS'],"
+        " hash('x')]",
+        "object()",
+    )
+    runs.run_notebook(spoil, {}, tmp_path / "warm", kernel=kernel)
+    runs.run_notebook(look, {}, tmp_path / "warm", kernel=kernel)
+    runs.run_notebook(look, {}, tmp_path / "cold")
+    warm, cold = result_bytes(tmp_path / "warm"), result_bytes(tmp_path / "cold")
     assert {k: warm[k] for k in cold} == cold and len(cold) == 3
 
 
 def test_executed_notebooks_hold_no_times_and_no_warnings(tmp_path, kernel):
-    nb = write_notebook(tmp_path/"talks.ipynb", "out: str = 'out'", "import sys, datetime\nprint('kept'); print(f'[{datetime.datetime.now()}] [INFO] started'); print('warned', file=sys.stderr)",
-                        "object()", METRICS % "1")
-    folder = R.run_notebook(nb, {}, tmp_path/"runs", kernel=kernel)
-    text, times = (folder/"talks.ipynb").read_text(), json.loads((folder/"times.json").read_text())
+    nb = write_notebook(
+        tmp_path / "talks.ipynb",
+        "out: str = 'out'",
+        "import sys, datetime\nprint('kept'); print(f'[{datetime.datetime.now()}] [INFO] started');"
+        " print('warned', file=sys.stderr)",
+        "object()",
+        METRICS % "1",
+    )
+    folder = runs.run_notebook(nb, {}, tmp_path / "runs", kernel=kernel)
+    text, times = (folder / "talks.ipynb").read_text(), json.loads((folder / "times.json").read_text())
     said = json.dumps([c.outputs for c in nbformat.reads(text, 4).cells if c.cell_type == "code"])
-    assert "kept" in said and "INFO" not in said and "warned" not in said and "object at 0x..." in said and "duration" not in text
-    assert any("INFO" in m for m in times["messages"]) and "warned\n" in times["messages"] and len(times["cells"]) == 5
-    assert str(tmp_path) not in text + (folder/"params.json").read_text(), "nothing depends on the place"
+    assert (
+        "kept" in said
+        and "INFO" not in said
+        and "warned" not in said
+        and "object at 0x..." in said
+        and "duration" not in text
+    )
+    assert (
+        any("INFO" in m for m in times["messages"])
+        and "warned\n" in times["messages"]
+        and len(times["cells"]) == 5
+    )
+    assert str(tmp_path) not in text + (folder / "params.json").read_text(), "nothing depends on the place"
 
 
 def test_progress_inside_a_notebook_reaches_the_caller(tmp_path, kernel):
-    nb = write_notebook(tmp_path/"loops.ipynb", "out: str = 'out'", "import time\nfrom faithful_distill.files import progress\nfor _ in progress(range(4), desc='throwing'): time.sleep(0.4)", METRICS % "1")
+    nb = write_notebook(
+        tmp_path / "loops.ipynb",
+        "out: str = 'out'",
+        "import time\nfrom faithful_distill.files import progress\nfor _ in progress(range(4),"
+        " desc='throwing'): time.sleep(0.4)",
+        METRICS % "1",
+    )
     heard = []
-    folder = R.run_notebook(nb, {}, tmp_path/"runs", kernel=kernel, on_progress=heard.append)
+    folder = runs.run_notebook(nb, {}, tmp_path / "runs", kernel=kernel, on_progress=heard.append)
     assert any(line.startswith("throwing") and "%" in line for line in heard)
-    assert "throwing:" not in (folder/"loops.ipynb").read_text() and json.loads((folder/"times.json").read_text())["messages"] == []
+    assert (
+        "throwing:" not in (folder / "loops.ipynb").read_text()
+        and json.loads((folder / "times.json").read_text())["messages"] == []
+    )
 
 
-@pytest.mark.parametrize("code, problem", [("raise ValueError('no such answer')", "ValueError: no such answer"), ("import os; os.kill(os.getpid(), 9)", "kernel died"),
-                                           ("import time; time.sleep(60)", "longer than allowed"), ("x = ", "SyntaxError")])
-def test_a_failing_cell_is_named_and_its_notebook_left_and_the_kernel_goes_on(tmp_path, simple, kernel, code, problem):
-    nb = write_notebook(tmp_path/"fails.ipynb", "out: str = 'out'", "print('before')", code, METRICS % "1")
-    with pytest.raises(R.NotebookFailed, match=problem) as caught: R.run_notebook(nb, {}, tmp_path/"runs", kernel=kernel, timeout=2)
-    assert caught.value.cell == 4 and "before" in caught.value.notebook.read_text() and caught.value.notebook.parent.name.endswith(".partial")
-    assert R.run_notebook(simple, {}, tmp_path/"runs", kernel=kernel).is_dir()
+@pytest.mark.parametrize(
+    "code, problem",
+    [
+        ("raise ValueError('no such answer')", "ValueError: no such answer"),
+        ("import os; os.kill(os.getpid(), 9)", "kernel died"),
+        ("import time; time.sleep(60)", "longer than allowed"),
+        ("x = ", "SyntaxError"),
+    ],
+)
+def test_a_failing_cell_is_named_and_its_notebook_left_and_the_kernel_goes_on(
+    tmp_path, simple, kernel, code, problem
+):
+    nb = write_notebook(tmp_path / "fails.ipynb", "out: str = 'out'", "print('before')", code, METRICS % "1")
+    with pytest.raises(runs.NotebookFailed, match=problem) as caught:
+        runs.run_notebook(nb, {}, tmp_path / "runs", kernel=kernel, timeout=2)
+    assert (
+        caught.value.cell == 4
+        and "before" in caught.value.notebook.read_text()
+        and caught.value.notebook.parent.name.endswith(".partial")
+    )
+    assert runs.run_notebook(simple, {}, tmp_path / "runs", kernel=kernel).is_dir()
 
 
 def test_a_run_without_metrics_is_refused(tmp_path, kernel):
-    nb = write_notebook(tmp_path/"forgets.ipynb", "out: str = 'out'", "x = 1")
-    with pytest.raises(R.NotebookFailed, match="without writing metrics.json"): R.run_notebook(nb, {}, tmp_path/"runs", kernel=kernel)
+    nb = write_notebook(tmp_path / "forgets.ipynb", "out: str = 'out'", "x = 1")
+    with pytest.raises(runs.NotebookFailed, match="without writing metrics.json"):
+        runs.run_notebook(nb, {}, tmp_path / "runs", kernel=kernel)
 
 
 def test_shipped_notebooks_are_found_and_others_named(tmp_path):
-    with pytest.raises(BadInput, match="no such notebook"): R.found_notebook("experiments/nowhere.ipynb")
-    assert R.found_notebook("00_files.ipynb").is_file()
+    with pytest.raises(BadInput, match="no such notebook"):
+        keys.found_notebook("experiments/nowhere.ipynb")
+    assert keys.found_notebook("00_files.ipynb").is_file()
 
 
 # --- many runs ----------------------------------------------------------------------------------------------------------------------
@@ -234,20 +395,51 @@ Path(out, 'metrics.json').write_text(json.dumps({'n': len(journal.records)}))
 @pytest.fixture
 def study(tmp_path):
     "A grid of four slow cells with journals, one that reads them, and a figure."
-    write_notebook(tmp_path/"journal.ipynb", "pause: float = 0.05\nseed: int = 0\nout: str = 'out'", JOURNAL)
-    write_notebook(tmp_path/"join.ipynb", "folders: list[str] = []\nout: str = 'out'", "from pathlib import Path", METRICS % "sum(len(Path(f, 'records.jsonl').read_text()) for f in folders)")
-    write_notebook(tmp_path/"draw.ipynb", "results: str = ''\nout: str = 'out'", "import csv\nfrom pathlib import Path\nrows = list(csv.DictReader(open(results)))\nPath(out, 'fig.png').write_bytes(repr(len(rows)).encode())")
-    write_notebook(tmp_path/"report.ipynb", "sections: list[str] = []\nout: str = 'out'", "from pathlib import Path\nPath(out, 'report.html').write_text(f'{len(sections)} figures')")
-    (tmp_path/"toy.yaml").write_text("title: Toy\nseeds: 4\ngroups:\n  slow: {notebook: journal.ipynb}\n  joined:\n    notebook: join.ipynb\n    params: {folders: {each: slow}}\n"
-                                     "figures:\n  fig01:\n    notebook: draw.ipynb\n    params: {results: {table: [slow, joined]}}\nreport:\n  notebook: report.ipynb\n  params: {sections: {each: figures}}\n")
+    write_notebook(
+        tmp_path / "journal.ipynb", "pause: float = 0.05\nseed: int = 0\nout: str = 'out'", JOURNAL
+    )
+    write_notebook(
+        tmp_path / "join.ipynb",
+        "folders: list[str] = []\nout: str = 'out'",
+        "from pathlib import Path",
+        METRICS % "sum(len(Path(f, 'records.jsonl').read_text()) for f in folders)",
+    )
+    write_notebook(
+        tmp_path / "draw.ipynb",
+        "results: str = ''\nout: str = 'out'",
+        "import csv\nfrom pathlib import Path\nrows = list(csv.DictReader(open(results)))\nPath(out,"
+        " 'fig.png').write_bytes(repr(len(rows)).encode())",
+    )
+    write_notebook(
+        tmp_path / "report.ipynb",
+        "sections: list[str] = []\nout: str = 'out'",
+        "from pathlib import Path\nPath(out, 'report.html').write_text(f'{len(sections)} figures')",
+    )
+    (tmp_path / "toy.yaml").write_text(
+        "title: Toy\nseeds: 4\ngroups:\n  slow: {notebook: journal.ipynb}\n  joined:\n    notebook:"
+        " join.ipynb\n    params: {folders: {each: slow}}\nfigures:\n  fig01:\n    notebook: draw.ipynb\n   "
+        " params: {results: {table: [slow, joined]}}\nreport:\n  notebook: report.ipynb\n  params: {sections:"
+        " {each: figures}}\n"
+    )
     return tmp_path
 
 
 def driver(study: Path, runs: str, *extra: str) -> subprocess.Popen:
-    code = f"import sys; from faithful_distill.runs import reproduce; r = reproduce('toy.yaml', runs={runs!r}); print(r.summary()); sys.exit(not r.ok)"
+    code = (
+        f"import sys; from faithful_distill.runs import reproduce; r = reproduce('toy.yaml', runs={runs!r});"
+        " print(r.summary()); sys.exit(not r.ok)"
+    )
     env = {**os.environ, "PYTHONPATH": str(PACKAGE.parent), "FAITHFUL_DISTILL_PROGRESS": "0"}
-    return subprocess.Popen([sys.executable, "-c", code], cwd=study, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
-                            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))     # whoever runs the tests in the background may have it ignored
+    return subprocess.Popen(
+        [sys.executable, "-c", code],
+        cwd=study,
+        env=env,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )  # whoever runs the tests in the background may have it ignored
 
 
 def ends_well(process) -> str:
@@ -257,63 +449,101 @@ def ends_well(process) -> str:
 
 
 def test_seconds_and_memory_can_be_read_and_what_comes_of_them_is_kept_apart(tmp_path):
-    write_notebook(tmp_path/"work.ipynb", "seed: int = 0\nout: str = 'out'", METRICS % "seed")
-    write_notebook(tmp_path/"cost.ipynb", "times_path: str = ''\nout: str = 'out'", "from faithful_distill.runs import read_table\ntable = read_table(times_path)",
-                   "from pathlib import Path\nPath(out, 'cost.md').write_text(' '.join(sorted(set(table.metric))) + ' ' + str(sorted(set(table.seed))))")
-    (tmp_path/"toy.yaml").write_text("seeds: 2\ngroups:\n  work: {notebook: work.ipynb}\nfigures:\n  cost: {notebook: cost.ipynb, params: {times_path: {times: work}}}\n"
-                                     "  plain: {notebook: cost.ipynb, params: {times_path: {table: work}}}\n")
-    folder = R.reproduce(tmp_path/"toy.yaml", runs=tmp_path/"runs", workers=1).folder
-    told = (folder/"times"/"tables"/"cost.md").read_text()
-    assert told in ("peak_mib resumed seconds [0, 1]", "resumed seconds [0, 1]"), "memory only where the system tells it"
-    assert (folder/"tables"/"cost.md").read_text() == "x [0, 1]"
-    times = R.read_table(folder/"times"/"times.csv")
-    assert len(times) in (4, 6) and (times[times.metric == "seconds"].value > 0).all() and (times[times.metric == "resumed"].value == 0).all()
-    assert set(times.run) == {o.name for o in (tmp_path/"runs").glob("work-*")} and not (folder/"times"/"report.html").exists(), "this figure left no section"
-    assert "times" not in {p.relative_to(folder).parts[0] for p in folder.rglob("*") if p.name in ("results.csv", "metrics.json")}
+    write_notebook(tmp_path / "work.ipynb", "seed: int = 0\nout: str = 'out'", METRICS % "seed")
+    write_notebook(
+        tmp_path / "cost.ipynb",
+        "times_path: str = ''\nout: str = 'out'",
+        "from faithful_distill.runs import read_table\ntable = read_table(times_path)",
+        "from pathlib import Path\nPath(out, 'cost.md').write_text(' '.join(sorted(set(table.metric))) + ' '"
+        " + str(sorted(set(table.seed))))",
+    )
+    (tmp_path / "toy.yaml").write_text(
+        "seeds: 2\ngroups:\n  work: {notebook: work.ipynb}\nfigures:\n  cost: {notebook: cost.ipynb, params:"
+        " {times_path: {times: work}}}\n  plain: {notebook: cost.ipynb, params: {times_path: {table:"
+        " work}}}\n"
+    )
+    folder = study.reproduce(tmp_path / "toy.yaml", runs=tmp_path / "runs", workers=1).folder
+    told = (folder / "times" / "tables" / "cost.md").read_text()
+    assert told in (
+        "peak_mib resumed seconds [0, 1]",
+        "resumed seconds [0, 1]",
+    ), "memory only where the system tells it"
+    assert (folder / "tables" / "cost.md").read_text() == "x [0, 1]"
+    times = tables.read_table(folder / "times" / "times.csv")
+    assert (
+        len(times) in (4, 6)
+        and (times[times.metric == "seconds"].value > 0).all()
+        and (times[times.metric == "resumed"].value == 0).all()
+    )
+    assert (
+        set(times.run) == {o.name for o in (tmp_path / "runs").glob("work-*")}
+        and not (folder / "times" / "report.html").exists()
+    ), "this figure left no section"
+    assert "times" not in {
+        p.relative_to(folder).parts[0] for p in folder.rglob("*") if p.name in ("results.csv", "metrics.json")
+    }
 
 
 def test_shared_runs_are_named_and_figures_of_times_have_a_page_beside_the_report(tmp_path):
-    write_notebook(tmp_path/"work.ipynb", "seed: int = 0\nout: str = 'out'", METRICS % "seed")
-    write_notebook(tmp_path/"cost.ipynb", "times_path: str = ''\nout: str = 'out'", "from faithful_distill.figures import Draft\ndraft = Draft(out, 'Costs of it')\ntable = draft.read(times_path, group='')",
-                   "draft.table('cost', [['group', 'run'], *sorted(map(list, {(r.group, r.run) for r in table.itertuples()}))], 'Runs')\ndraft.finish('Words.')")
-    (tmp_path/"toy.yaml").write_text("title: Toy\nseeds: 1\ngroups:\n  work: {notebook: work.ipynb}\n  again: {notebook: work.ipynb}\nfigures:\n  cost: {notebook: cost.ipynb, params: {times_path: {times: [work, again]}}}\n")
-    folder = R.reproduce(tmp_path/"toy.yaml", runs=tmp_path/"runs", workers=1).folder
-    [run] = [p.name for p in (tmp_path/"runs").glob("work-*")]
-    page = (folder/"times"/"report.html").read_text()
+    write_notebook(tmp_path / "work.ipynb", "seed: int = 0\nout: str = 'out'", METRICS % "seed")
+    write_notebook(
+        tmp_path / "cost.ipynb",
+        "times_path: str = ''\nout: str = 'out'",
+        "from faithful_distill.figures import Draft\ndraft = Draft(out, 'Costs of it')\ntable ="
+        " draft.read(times_path, group='')",
+        "draft.table('cost', [['group', 'run'], *sorted(map(list, {(r.group, r.run) for r in"
+        " table.itertuples()}))], 'Runs')\ndraft.finish('Words.')",
+    )
+    (tmp_path / "toy.yaml").write_text(
+        "title: Toy\nseeds: 1\ngroups:\n  work: {notebook: work.ipynb}\n  again: {notebook:"
+        " work.ipynb}\nfigures:\n  cost: {notebook: cost.ipynb, params: {times_path: {times: [work,"
+        " again]}}}\n"
+    )
+    folder = study.reproduce(tmp_path / "toy.yaml", runs=tmp_path / "runs", workers=1).folder
+    [run] = [p.name for p in (tmp_path / "runs").glob("work-*")]
+    page = (folder / "times" / "report.html").read_text()
     assert "<h1>Toy: what it cost</h1>" in page and "Costs of it" in page and page.count(run) == 2
-    assert not (folder/"report.html").exists() and (folder/"times"/"tables"/"cost.md").exists()
+    assert not (folder / "report.html").exists() and (folder / "times" / "tables" / "cost.md").exists()
 
 
 def test_killed_at_any_moment_it_resumes_to_the_same_bytes(study):
     assert "7 computed" in ends_well(driver(study, "calm"))
-    for i in range(12):                                          # killed ever later, until it comes through
+    for i in range(12):  # killed ever later, until it comes through
         process = driver(study, "stormy")
-        try: process.wait(0.9 + 0.5 * i)
-        except subprocess.TimeoutExpired: os.kill(process.pid, signal.SIGKILL)
+        try:
+            process.wait(0.9 + 0.5 * i)
+        except subprocess.TimeoutExpired:
+            os.kill(process.pid, signal.SIGKILL)
         code = process.wait()
         process.communicate()
-        if code == 0: break
+        if code == 0:
+            break
     assert i > 0, "it was never killed"
     ends_well(driver(study, "stormy"))
-    assert result_bytes(study/"calm") == result_bytes(study/"stormy")
-    assert (study/"stormy"/"toy"/"report.html").read_text() == "1 figures"
-    assert not list((study/"stormy").glob("*.partial"))
+    assert result_bytes(study / "calm") == result_bytes(study / "stormy")
+    assert (study / "stormy" / "toy" / "report.html").read_text() == "1 figures"
+    assert not list((study / "stormy").glob("*.partial"))
 
 
 def test_a_second_run_computes_nothing_and_a_deleted_cell_only_itself(study):
-    reproduce = lambda **asked: R.reproduce(study/"toy.yaml", runs=study/"runs", workers=1, **asked)
+    reproduce = lambda **asked: study.reproduce(study / "toy.yaml", runs=study / "runs", workers=1, **asked)
     first = reproduce()
     assert first.ok and {o.state for o in first.outcomes} == {"computed"}
     states = lambda result: {o.cell: o.state for o in result.outcomes if o.state != "there"}
-    before = {p: p.stat().st_mtime_ns for p in (study/"runs").glob("*-*/*")}
+    before = {p: p.stat().st_mtime_ns for p in (study / "runs").glob("*-*/*")}
     assert states(reproduce()) == {}
-    assert {p: p.stat().st_mtime_ns for p in (study/"runs").glob("*-*/*")} == before
-    kept = result_bytes(study/"runs")
+    assert {p: p.stat().st_mtime_ns for p in (study / "runs").glob("*-*/*")} == before
+    kept = result_bytes(study / "runs")
     shutil.rmtree(next(o.folder for o in first.outcomes if o.cell == "slow seed=2"))
     assert states(reproduce()) == {"slow seed=2": "computed"}
-    assert result_bytes(study/"runs") == kept
-    assert states(reproduce(seeds=5)) == {"slow seed=4": "computed", "joined": "computed", "fig01": "computed", "report": "computed"}
-    draw = study/"draw.ipynb"
+    assert result_bytes(study / "runs") == kept
+    assert states(reproduce(seeds=5)) == {
+        "slow seed=4": "computed",
+        "joined": "computed",
+        "fig01": "computed",
+        "report": "computed",
+    }
+    draw = study / "draw.ipynb"
     draw.write_text(draw.read_text().replace("len(rows)", "len(rows) + 1"))
     assert states(reproduce()) == {"fig01": "computed", "report": "computed"}, "a changed plot only the plot"
 
@@ -322,16 +552,24 @@ def test_two_drivers_at_once_share_the_work(study):
     one, two = driver(study, "runs"), driver(study, "runs")
     said = ends_well(one) + ends_well(two)
     ends_well(driver(study, "alone"))
-    assert said.count("computed ") >= 7 and sum(line.startswith("[") and "computed" in line for line in said.splitlines()) == 7, said
-    assert result_bytes(study/"runs") == result_bytes(study/"alone")
+    assert (
+        said.count("computed ") >= 7
+        and sum(line.startswith("[") and "computed" in line for line in said.splitlines()) == 7
+    ), said
+    assert result_bytes(study / "runs") == result_bytes(study / "alone")
 
 
 def test_ctrl_c_stops_the_kernels_and_keeps_what_was_finished(study):
-    text = (study/"toy.yaml").read_text().replace("{notebook: journal.ipynb}", "{notebook: journal.ipynb, params: {pause: 30.0}}")
-    (study/"toy.yaml").write_text(text)
+    text = (
+        (study / "toy.yaml")
+        .read_text()
+        .replace("{notebook: journal.ipynb}", "{notebook: journal.ipynb, params: {pause: 30.0}}")
+    )
+    (study / "toy.yaml").write_text(text)
     process = driver(study, "runs")
     deadline = time.time() + 60
-    while len(list((study/"runs").glob("*.partial/journal.ipynb"))) < 2 and time.time() < deadline: time.sleep(0.1)
+    while len(list((study / "runs").glob("*.partial/journal.ipynb"))) < 2 and time.time() < deadline:
+        time.sleep(0.1)
     os.kill(process.pid, signal.SIGINT)
     out, err = process.communicate(timeout=60)
     assert process.returncode != 0 and "KeyboardInterrupt" in err
@@ -340,161 +578,325 @@ def test_ctrl_c_stops_the_kernels_and_keeps_what_was_finished(study):
 
 
 def _target(link):
-    try: return os.readlink(link)
-    except OSError: return ""
+    try:
+        return os.readlink(link)
+    except OSError:
+        return ""
 
 
 def test_failures_stop_only_what_reads_them(study, tmp_path):
-    nb = study/"journal.ipynb"
+    nb = study / "journal.ipynb"
     nb.write_text(nb.read_text().replace("time.sleep(pause)", "assert seed != 1"))
-    result = R.reproduce(study/"toy.yaml", runs=study/"runs")
-    assert not result.ok and {o.cell: o.state for o in result.broken} == {"slow seed=1": "failed", "joined": "skipped", "fig01": "skipped", "report": "skipped"}
+    result = study.reproduce(study / "toy.yaml", runs=study / "runs")
+    assert not result.ok and {o.cell: o.state for o in result.broken} == {
+        "slow seed=1": "failed",
+        "joined": "skipped",
+        "fig01": "skipped",
+        "report": "skipped",
+    }
     assert "slow seed=1" in result.summary() and "AssertionError" in result.summary()
-    assert set(json.loads((result.folder/"metrics.json").read_text())) == {"slow seed=0", "slow seed=2", "slow seed=3"}
+    assert set(json.loads((result.folder / "metrics.json").read_text())) == {
+        "slow seed=0",
+        "slow seed=2",
+        "slow seed=3",
+    }
 
 
 def test_only_runs_what_it_needs_and_the_forecast_says_what_and_how_long(study, capsys):
-    result = R.reproduce(study/"toy.yaml", runs=study/"runs", only="slow*seed=0")
+    result = study.reproduce(study / "toy.yaml", runs=study / "runs", only="slow*seed=0")
     assert [o.cell for o in result.outcomes] == ["slow seed=0"]
-    R.reproduce(study/"toy.yaml", runs=study/"runs", dry_run=True)
+    study.reproduce(study / "toy.yaml", runs=study / "runs", dry_run=True)
     said = capsys.readouterr().out
     assert "there" in said and "6 of 7 to compute" in said and " s  slow seed=0" in said
     shutil.rmtree(result.outcomes[0].folder)
-    assert "about" in R.forecast(R.load_grid(study/"toy.yaml"), study/"runs")
-    assert [o.cell for o in R.reproduce(study/"toy.yaml", runs=study/"runs", only="fig01").outcomes][-1] == "fig01"
-    with pytest.raises(BadInput, match="Did you mean 'fig01'"): R.reproduce(study/"toy.yaml", runs=study/"runs", only="fog01")
-    with pytest.raises(BadInput, match="workers"): R.reproduce(study/"toy.yaml", runs=study/"runs", workers=0)
+    assert "about" in study.forecast(grid.load_grid(study / "toy.yaml"), study / "runs")
+    assert [o.cell for o in study.reproduce(study / "toy.yaml", runs=study / "runs", only="fig01").outcomes][
+        -1
+    ] == "fig01"
+    with pytest.raises(BadInput, match="Did you mean 'fig01'"):
+        study.reproduce(study / "toy.yaml", runs=study / "runs", only="fog01")
+    with pytest.raises(BadInput, match="workers"):
+        study.reproduce(study / "toy.yaml", runs=study / "runs", workers=0)
 
 
 def test_the_forecast_counts_a_shared_run_once(tmp_path, simple, capsys):
-    (tmp_path/"toy.yaml").write_text("groups:\n  main: {notebook: simple.ipynb, for: {n: [1, 2]}}\n  ablation: {notebook: simple.ipynb, for: {n: [2, 3]}}\n")
-    ask = lambda **asked: (R.reproduce(tmp_path/"toy.yaml", runs=tmp_path/"runs", workers=1, **asked), capsys.readouterr().out)[1].splitlines()
+    (tmp_path / "toy.yaml").write_text(
+        "groups:\n  main: {notebook: simple.ipynb, for: {n: [1, 2]}}\n  ablation: {notebook: simple.ipynb,"
+        " for: {n: [2, 3]}}\n"
+    )
+    ask = lambda **asked: (
+        study.reproduce(tmp_path / "toy.yaml", runs=tmp_path / "runs", workers=1, **asked),
+        capsys.readouterr().out,
+    )[1].splitlines()
     said = ask(dry_run=True)
-    assert said[-1] == "3 of 3 to compute, 3 of unknown length, 1 cell shares a run with another" and [line.split()[0] for line in said[:-1]].count("shared") == 1
+    assert (
+        said[-1] == "3 of 3 to compute, 3 of unknown length, 1 cell shares a run with another"
+        and [line.split()[0] for line in said[:-1]].count("shared") == 1
+    )
     ask(only="ablation")
-    for folder in (tmp_path/"runs").glob("simple-*"): shutil.rmtree(folder)
-    R._remember_seconds(tmp_path/"runs", "ablation n=2", 60.0); R._remember_seconds(tmp_path/"runs", "ablation n=3", 60.0)
+    for folder in (tmp_path / "runs").glob("simple-*"):
+        shutil.rmtree(folder)
+    plan._remember_seconds(tmp_path / "runs", "ablation n=2", 60.0)
+    plan._remember_seconds(tmp_path / "runs", "ablation n=3", 60.0)
     said = ask(dry_run=True)
-    assert said[-1] == "3 of 3 to compute, about 2.0 min with 1 workers, 1 of unknown length, 1 cell shares a run with another", "known by whichever name it was computed under"
+    assert (
+        said[-1]
+        == "3 of 3 to compute, about 2.0 min with 1 workers, 1 of unknown length, 1 cell shares a run with"
+        " another"
+    ), "known by whichever name it was computed under"
 
 
 def test_one_call_keeps_all_that_the_figures_of_a_profile_read(tmp_path, monkeypatch):
     "Groups that a figure reads together become one table, a file of a run is kept, and a figure drawn from what was kept is the same."
     from click.testing import CliRunner
     from faithful_distill.cli import main
-    from faithful_distill.figures import keep_results
-    write_notebook(tmp_path/"judge.ipynb", "strategy: str = ''\nseed: int = 0\nout: str = 'out'", "import json; from pathlib import Path\nPath(out, 'examples.json').write_text(json.dumps([strategy, seed]))\n"
-                   "Path(out, 'metrics.json').write_text(json.dumps({'supports': {'value': 0.5 + 0.1 * seed, 'low': 0.4, 'high': 0.7, 'n': 9}, 'detail': 1}))")
-    write_notebook(tmp_path/"draw.ipynb", "results: str = ''\nexamples: str = ''\nout: str = 'out'", "from pathlib import Path\nfrom faithful_distill.runs import read_table\ntable = read_table(results)\n"
-                   "Path(out, 'fig.md').write_text(str(table[table.metric == 'supports'][['group', 'strategy', 'seed', 'value']].values.tolist()) + (open(examples).read() if examples else ''))")
-    (tmp_path/"toy.yaml").write_text("seeds: 2\ngroups:\n  rationales: {notebook: judge.ipynb, for: {strategy: [greedy, contrast]}}\n  strategies: {notebook: judge.ipynb, for: {strategy: [sampled]}}\n  unread: {notebook: judge.ipynb}\nfigures:\n"
-                                     "  fig01: {notebook: draw.ipynb, params: {results: {table: [rationales, strategies]}, examples: {from: rationales, strategy: contrast, seed: 1, file: examples.json}}}\n"
-                                     "  fig02: {notebook: draw.ipynb, params: {results: {table: strategies}}}\n")
+    from faithful_distill.lab.study import keep_results
+
+    write_notebook(
+        tmp_path / "judge.ipynb",
+        "strategy: str = ''\nseed: int = 0\nout: str = 'out'",
+        "import json; from pathlib import Path\nPath(out, 'examples.json').write_text(json.dumps([strategy,"
+        " seed]))\nPath(out, 'metrics.json').write_text(json.dumps({'supports': {'value': 0.5 + 0.1 * seed,"
+        " 'low': 0.4, 'high': 0.7, 'n': 9}, 'detail': 1}))",
+    )
+    write_notebook(
+        tmp_path / "draw.ipynb",
+        "results: str = ''\nexamples: str = ''\nout: str = 'out'",
+        "from pathlib import Path\nfrom faithful_distill.runs import read_table\ntable ="
+        " read_table(results)\nPath(out, 'fig.md').write_text(str(table[table.metric == 'supports'][['group',"
+        " 'strategy', 'seed', 'value']].values.tolist()) + (open(examples).read() if examples else ''))",
+    )
+    (tmp_path / "toy.yaml").write_text(
+        "seeds: 2\ngroups:\n  rationales: {notebook: judge.ipynb, for: {strategy: [greedy, contrast]}}\n "
+        " strategies: {notebook: judge.ipynb, for: {strategy: [sampled]}}\n  unread: {notebook:"
+        " judge.ipynb}\nfigures:\n  fig01: {notebook: draw.ipynb, params: {results: {table: [rationales,"
+        " strategies]}, examples: {from: rationales, strategy: contrast, seed: 1, file: examples.json}}}\n "
+        " fig02: {notebook: draw.ipynb, params: {results: {table: strategies}}}\n"
+    )
     monkeypatch.chdir(tmp_path)
-    done = CliRunner().invoke(main, ["reproduce", "--profile", "toy.yaml", "--workers", "1", "--keep", "kept"])
+    done = CliRunner().invoke(
+        main, ["reproduce", "--profile", "toy.yaml", "--workers", "1", "--keep", "kept"]
+    )
     assert done.exit_code == 0 and done.output.count("Kept: ") == 4, done.output
-    assert {p.name for p in (tmp_path/"kept").iterdir()} == {"toy_rationales.csv", "toy_strategies.csv", "toy_times.csv", "toy_examples.json"}
-    both = R.read_table(tmp_path/"kept"/"toy_rationales.csv")
-    assert set(zip(both.group, both.strategy)) == {("rationales", "greedy"), ("rationales", "contrast"), ("strategies", "sampled")} and set(both.metric) == {"supports"}
-    assert json.loads((tmp_path/"kept"/"toy_examples.json").read_text()) == ["contrast", 1]
-    drawn = R.run_notebook(tmp_path/"draw.ipynb", {"results": str(tmp_path/"kept"/"toy_rationales.csv"), "examples": str(tmp_path/"kept"/"toy_examples.json")}, tmp_path/"again", needs=())
-    assert (drawn/"fig.md").read_text() == (tmp_path/"runs"/"toy"/"tables"/"fig.md").read_text()
-    with pytest.raises(BadInput, match="is not a group"): keep_results(tmp_path/"runs"/"toy", tmp_path/"kept", {"rationales": ["rationale"]})
-    with pytest.raises(BadInput, match="is not there"): keep_results(tmp_path/"runs"/"toy", tmp_path/"kept", ["strategies"], [("unread seed=0", "nothing.json")])
+    assert {p.name for p in (tmp_path / "kept").iterdir()} == {
+        "toy_rationales.csv",
+        "toy_strategies.csv",
+        "toy_times.csv",
+        "toy_examples.json",
+    }
+    both = tables.read_table(tmp_path / "kept" / "toy_rationales.csv")
+    assert set(zip(both.group, both.strategy)) == {
+        ("rationales", "greedy"),
+        ("rationales", "contrast"),
+        ("strategies", "sampled"),
+    } and set(both.metric) == {"supports"}
+    assert json.loads((tmp_path / "kept" / "toy_examples.json").read_text()) == ["contrast", 1]
+    drawn = runs.run_notebook(
+        tmp_path / "draw.ipynb",
+        {
+            "results": str(tmp_path / "kept" / "toy_rationales.csv"),
+            "examples": str(tmp_path / "kept" / "toy_examples.json"),
+        },
+        tmp_path / "again",
+        needs=(),
+    )
+    assert (drawn / "fig.md").read_text() == (tmp_path / "runs" / "toy" / "tables" / "fig.md").read_text()
+    with pytest.raises(BadInput, match="is not a group"):
+        keep_results(tmp_path / "runs" / "toy", tmp_path / "kept", {"rationales": ["rationale"]})
+    with pytest.raises(BadInput, match="is not there"):
+        keep_results(
+            tmp_path / "runs" / "toy", tmp_path / "kept", ["strategies"], [("unread seed=0", "nothing.json")]
+        )
 
 
 def test_two_names_for_one_run_compute_it_once(simple, tmp_path):
-    outcomes = R.run_plan(R.Plan([R.Cell("a", simple), R.Cell("b", simple, {"n": 1})]), tmp_path/"runs")
-    assert sorted(o.state for o in outcomes) == ["computed", "there"] and outcomes[0].folder == outcomes[1].folder
+    outcomes = plan.run_plan(
+        plan.Plan([plan.Cell("a", simple), plan.Cell("b", simple, {"n": 1})]), tmp_path / "runs"
+    )
+    assert (
+        sorted(o.state for o in outcomes) == ["computed", "there"]
+        and outcomes[0].folder == outcomes[1].folder
+    )
 
 
 def test_code_changed_while_the_plan_runs_is_noticed(tmp_path):
-    victim = write_notebook(tmp_path/"victim.ipynb", "folder: str = ''\nout: str = 'out'", METRICS % "1")
-    change = write_notebook(tmp_path/"change.ipynb", "out: str = 'out'", f"p = __import__('pathlib').Path({str(victim)!r}); p.write_text(p.read_text().replace(\"'x': 1\", \"'x': 2\"))", METRICS % "1")
-    outcomes = R.run_plan(R.Plan([R.Cell("change", change), R.Cell("victim", victim, {"folder": R.From("change")})]), tmp_path/"runs")
-    assert [o.state for o in outcomes] == ["computed", "failed"] and "changed while the plan was running" in outcomes[1].problem
+    victim = write_notebook(tmp_path / "victim.ipynb", "folder: str = ''\nout: str = 'out'", METRICS % "1")
+    change = write_notebook(
+        tmp_path / "change.ipynb",
+        "out: str = 'out'",
+        f"p = __import__('pathlib').Path({str(victim)!r}); p.write_text(p.read_text().replace(\"'x': 1\","
+        " \"'x': 2\"))",
+        METRICS % "1",
+    )
+    outcomes = plan.run_plan(
+        plan.Plan(
+            [plan.Cell("change", change), plan.Cell("victim", victim, {"folder": plan.From("change")})]
+        ),
+        tmp_path / "runs",
+    )
+    assert [o.state for o in outcomes] == [
+        "computed",
+        "failed",
+    ] and "changed while the plan was running" in outcomes[1].problem
 
 
 def test_a_plan_of_hundreds_is_laid_out_once_per_cell(simple, tmp_path):
-    grid = tmp_path/"wide.yaml"
-    grid.write_text("seeds: 300\ngroups:\n  wide:\n    notebook: simple.ipynb\n    for: {n: [" + ", ".join(map(str, range(300))) + "]}\n")
-    plan = R.load_grid(grid).plan
-    names = {run.name for run in plan.runs(tmp_path/"runs").values()}
+    grid = tmp_path / "wide.yaml"
+    grid.write_text(
+        "seeds: 300\ngroups:\n  wide:\n    notebook: simple.ipynb\n    for: {n: ["
+        + ", ".join(map(str, range(300)))
+        + "]}\n"
+    )
+    plan = grid.load_grid(grid).plan
+    names = {run.name for run in plan.runs(tmp_path / "runs").values()}
     assert len(plan.cells) == len(names) == 300
 
 
 def test_grid_numbers_are_read_as_written(tmp_path):
-    (tmp_path/"g.yaml").write_text("a: [1e-3, 3E5, 1.5, .5, -2, 2026-01-01, no, yes, 'true', true, null, 1e, e1, 0x1]")
-    assert R._read_yaml(tmp_path/"g.yaml")["a"][:5] == [1e-3, 3e5, 1.5, 0.5, -2]
-    assert R._read_yaml(tmp_path/"g.yaml")["a"][5:13] == ["2026-01-01", "no", "yes", "true", True, None, "1e", "e1"]
+    (tmp_path / "g.yaml").write_text(
+        "a: [1e-3, 3E5, 1.5, .5, -2, 2026-01-01, no, yes, 'true', true, null, 1e, e1, 0x1]"
+    )
+    assert grid._read_yaml(tmp_path / "g.yaml")["a"][:5] == [1e-3, 3e5, 1.5, 0.5, -2]
+    assert grid._read_yaml(tmp_path / "g.yaml")["a"][5:13] == [
+        "2026-01-01",
+        "no",
+        "yes",
+        "true",
+        True,
+        None,
+        "1e",
+        "e1",
+    ]
 
 
 def test_tidy_bytes_do_not_depend_on_the_order_of_runs(simple, tmp_path, kernel):
-    folders = [R.run_notebook(simple, {"n": n, "name": name}, tmp_path/"runs", kernel=kernel) for n in (2, 10) for name in ("None", "NA")]
-    one, other = R.write_table(tmp_path/"1.csv", R.tidy(folders)), R.write_table(tmp_path/"2.csv", R.tidy(folders[::-1]))
+    folders = [
+        runs.run_notebook(simple, {"n": n, "name": name}, tmp_path / "runs", kernel=kernel)
+        for n in (2, 10)
+        for name in ("None", "NA")
+    ]
+    one, other = (
+        tables.write_table(tmp_path / "1.csv", tables.tidy(folders)),
+        tables.write_table(tmp_path / "2.csv", tables.tidy(folders[::-1])),
+    )
     assert one.read_bytes() == other.read_bytes()
-    table = R.read_table(one)
-    assert list(table.columns) == ["n_", "name", "metric", "value", "low", "high", "n", "reason"], "a parameter called n does not hide the n of a score"
-    assert table["n_"].tolist() == [2, 2, 10, 10] and table["name"].tolist() == ["NA", "None"] * 2 and table["n"].isna().all()
+    table = tables.read_table(one)
+    assert list(table.columns) == [
+        "n_",
+        "name",
+        "metric",
+        "value",
+        "low",
+        "high",
+        "n",
+        "reason",
+    ], "a parameter called n does not hide the n of a score"
+    assert (
+        table["n_"].tolist() == [2, 2, 10, 10]
+        and table["name"].tolist() == ["NA", "None"] * 2
+        and table["n"].isna().all()
+    )
 
 
 # --- what is already there -----------------------------------------------------------------------------------------------------------
 
+
 def test_a_folder_that_gather_did_not_make_is_refused_before_anything_runs(simple, tmp_path):
-    grid, runs = tmp_path/"precious.yaml", tmp_path/"runs"
+    grid, runs = tmp_path / "precious.yaml", tmp_path / "runs"
     grid.write_text("groups:\n  a: {notebook: simple.ipynb}\n")
-    (runs/"precious").mkdir(parents=True)
-    (runs/"precious"/"thesis.txt").write_text("years of work")
+    (runs / "precious").mkdir(parents=True)
+    (runs / "precious" / "thesis.txt").write_text("years of work")
     refused = lambda: pytest.raises(BadInput, match="precious.*something else than the results of a grid")
-    with refused(): R.reproduce(grid, runs=runs, workers=1)
-    with refused(): R.gather(R.load_grid(grid), runs)
-    (runs/"precious"/"runs.json").write_text("[]")
-    with refused(): R.reproduce(grid, runs=runs, workers=1)
-    assert (runs/"precious"/"thesis.txt").read_text() == "years of work" and not list(runs.glob("simple-*"))
-    shutil.rmtree(runs/"precious")
-    (runs/"precious").write_text("a file")
-    with refused(): R.reproduce(grid, runs=runs, workers=1)
-    (runs/"precious").unlink(); (runs/"precious").mkdir()
-    assert R.reproduce(grid, runs=runs, workers=1).ok, "an empty folder is nobody's"
+    with refused():
+        study.reproduce(grid, runs=runs, workers=1)
+    with refused():
+        study.gather(grid.load_grid(grid), runs)
+    (runs / "precious" / "runs.json").write_text("[]")
+    with refused():
+        study.reproduce(grid, runs=runs, workers=1)
+    assert (runs / "precious" / "thesis.txt").read_text() == "years of work" and not list(
+        runs.glob("simple-*")
+    )
+    shutil.rmtree(runs / "precious")
+    (runs / "precious").write_text("a file")
+    with refused():
+        study.reproduce(grid, runs=runs, workers=1)
+    (runs / "precious").unlink()
+    (runs / "precious").mkdir()
+    assert study.reproduce(grid, runs=runs, workers=1).ok, "an empty folder is nobody's"
 
 
 def test_two_grids_of_one_name_do_not_replace_each_others_results(simple, tmp_path):
-    runs, here, there = tmp_path/"runs", tmp_path/"toy.yaml", tmp_path/"own"/"toy.yaml"
+    runs, here, there = tmp_path / "runs", tmp_path / "toy.yaml", tmp_path / "own" / "toy.yaml"
     here.write_text("groups:\n  a: {notebook: simple.ipynb}\n")
     there.parent.mkdir()
     there.write_text(f"groups:\n  b: {{notebook: {simple}}}\n")
-    folder = R.reproduce(here, runs=runs, workers=1).folder
-    with pytest.raises(BadInput, match="results of another grid of this name"): R.reproduce(there, runs=runs, workers=1)
-    assert "a" in json.loads((folder/"runs.json").read_text())
-    (folder/".grid").unlink()
-    assert R.reproduce(there, runs=runs, workers=1).ok, "what an earlier version gathered does not say from which grid"
-    there.rename(tmp_path/"own"/"moved.yaml"); there = (tmp_path/"own"/"moved.yaml").rename(tmp_path/"toy.yaml")
-    assert R.reproduce(there, runs=runs, workers=1).ok, "a grid may move"
+    folder = study.reproduce(here, runs=runs, workers=1).folder
+    with pytest.raises(BadInput, match="results of another grid of this name"):
+        study.reproduce(there, runs=runs, workers=1)
+    assert "a" in json.loads((folder / "runs.json").read_text())
+    (folder / ".grid").unlink()
+    assert study.reproduce(there, runs=runs, workers=1).ok, (
+        "what an earlier version gathered does not say from which grid"
+    )
+    there.rename(tmp_path / "own" / "moved.yaml")
+    there = (tmp_path / "own" / "moved.yaml").rename(tmp_path / "toy.yaml")
+    assert study.reproduce(there, runs=runs, workers=1).ok, "a grid may move"
 
 
-@pytest.mark.parametrize("error, held", [(BlockingIOError(11, "held"), True), (OSError(37, "No locks available"), False)])
+@pytest.mark.parametrize(
+    "error, held", [(BlockingIOError(11, "held"), True), (OSError(37, "No locks available"), False)]
+)
 def test_only_a_held_lock_is_waited_for(simple, tmp_path, monkeypatch, error, held):
     "A file system without locks (ENOLCK) is not one where everything is locked."
-    def flock(*_): raise error
+
+    def flock(*_):
+        raise error
+
     monkeypatch.setattr(R.fcntl, "flock", flock)
-    run = R.planned_run(simple, {}, tmp_path/"runs")
+    run = keys.planned_run(simple, {}, tmp_path / "runs")
     if held:
-        with pytest.raises(R.Busy), R._alone(run, wait=False): pass
+        with pytest.raises(runs.Busy), runs.hold_run(run, wait=False):
+            pass
         return
-    with R._alone(run, wait=False) as lock: assert lock.name == f"{run.name}.kernel"
-    with R._lock_of(tmp_path/"runs", "toy"): pass
+    with runs.hold_run(run, wait=False) as lock:
+        assert lock.name == f"{run.name}.kernel"
+    with study._lock_of(tmp_path / "runs", "toy"):
+        pass
 
 
 ONE = "groups:\n  a:\n    notebook: simple.ipynb\n"
 odd_grids = {
-    "for a list": (ONE + "    for: [1, 2]\n", "'a.for': should be a mapping"), "params a list": (ONE + "    params: [1]\n", "'a.params': should be a mapping"),
-    "a scalar axis": (ONE + "    for: {n: 3}\n", "'a.for.n': should be a list"), "a scalar point": (ONE + "    for: {x: {p: 3}}\n", "'a.for.x.p': should be parameters"), "an axis that is a number": (ONE + "    for: {5: [1]}\n", "'a.for': should be a name"),
-    "skip a text": (ONE + "    for: {n: [1]}\n    skip: abc\n", "'a.skip': should be a list"), "notebook a number": ("groups: {a: {notebook: 5}}\n", "'a.notebook': should be the name"), "no notebook": ("groups: {a: {notebook: }}\n", "names no notebook"),
-    "notebook a folder": ("groups: {a: {notebook: '.'}}\n", "is not a notebook that can be read: Is a directory"), "like a list": (ONE + "    like: [a]\n", "'a.like': is not another group"), "like itself": (ONE + "    like: a\n", "There is none"),
-    "from a mapping": (ONE + "    params: {n: {from: {}}}\n", "is not a group"), "from a list of lists": (ONE + "    params: {n: {from: [[a]]}}\n", "is not a group"), "shipped a number": (ONE + "    params: {n: {shipped: 5}}\n", "'a: shipped': should be a path"),
-    "file a number": (ONE + "  b:\n    notebook: simple.ipynb\n    params: {name: {from: a, file: 5}}\n", "'b: file': should be a path"), "report empty": (ONE + "report:\n", "'report': should be a mapping"), "report a text": (ONE + "report: x\n", "'report': should be a mapping"),
-    "a name that is a number": ("groups: {5: {notebook: simple.ipynb}}\n", "should be a name"), "title a list": ("title: [a]\n" + ONE, "'title': should be a text"), "a key that is a list": ("groups: {? [a] : {notebook: simple.ipynb}}\n", "a key is a list"),
-    "a NUL": ("groups: \0\n", "is not YAML: unacceptable character"), "not UTF-8": (b"\xff\xfe\x00g", "is not UTF-8"), "no number": ("seeds: !!int x\n" + ONE, "is not YAML"), "a folder": (None, "cannot be read: Is a directory"),
+    "for a list": (ONE + "    for: [1, 2]\n", "'a.for': should be a mapping"),
+    "params a list": (ONE + "    params: [1]\n", "'a.params': should be a mapping"),
+    "a scalar axis": (ONE + "    for: {n: 3}\n", "'a.for.n': should be a list"),
+    "a scalar point": (ONE + "    for: {x: {p: 3}}\n", "'a.for.x.p': should be parameters"),
+    "an axis that is a number": (ONE + "    for: {5: [1]}\n", "'a.for': should be a name"),
+    "skip a text": (ONE + "    for: {n: [1]}\n    skip: abc\n", "'a.skip': should be a list"),
+    "notebook a number": ("groups: {a: {notebook: 5}}\n", "'a.notebook': should be the name"),
+    "no notebook": ("groups: {a: {notebook: }}\n", "names no notebook"),
+    "notebook a folder": (
+        "groups: {a: {notebook: '.'}}\n",
+        "is not a notebook that can be read: Is a directory",
+    ),
+    "like a list": (ONE + "    like: [a]\n", "'a.like': is not another group"),
+    "like itself": (ONE + "    like: a\n", "There is none"),
+    "from a mapping": (ONE + "    params: {n: {from: {}}}\n", "is not a group"),
+    "from a list of lists": (ONE + "    params: {n: {from: [[a]]}}\n", "is not a group"),
+    "shipped a number": (ONE + "    params: {n: {shipped: 5}}\n", "'a: shipped': should be a path"),
+    "file a number": (
+        ONE + "  b:\n    notebook: simple.ipynb\n    params: {name: {from: a, file: 5}}\n",
+        "'b: file': should be a path",
+    ),
+    "report empty": (ONE + "report:\n", "'report': should be a mapping"),
+    "report a text": (ONE + "report: x\n", "'report': should be a mapping"),
+    "a name that is a number": ("groups: {5: {notebook: simple.ipynb}}\n", "should be a name"),
+    "title a list": ("title: [a]\n" + ONE, "'title': should be a text"),
+    "a key that is a list": ("groups: {? [a] : {notebook: simple.ipynb}}\n", "a key is a list"),
+    "a NUL": ("groups: \0\n", "is not YAML: unacceptable character"),
+    "not UTF-8": (b"\xff\xfe\x00g", "is not UTF-8"),
+    "no number": ("seeds: !!int x\n" + ONE, "is not YAML"),
+    "a folder": (None, "cannot be read: Is a directory"),
 }
 
 
@@ -502,42 +904,86 @@ odd_grids = {
 def test_odd_grids_are_one_line(simple, tmp_path, name):
     from click.testing import CliRunner
     from faithful_distill.cli import main
+
     text, problem = odd_grids[name]
-    grid = tmp_path/"odd.yaml"
+    grid = tmp_path / "odd.yaml"
     grid.mkdir() if text is None else grid.write_bytes(text if isinstance(text, bytes) else text.encode())
-    done = CliRunner().invoke(main, ["reproduce", "--profile", str(grid), "--list", "--runs", str(tmp_path/"runs")])
+    done = CliRunner().invoke(
+        main, ["reproduce", "--profile", str(grid), "--list", "--runs", str(tmp_path / "runs")]
+    )
     assert done.exit_code == 2 and problem in done.output and done.output.count("\n") == 1, done.output
 
 
-@pytest.mark.parametrize("text", ["{}", "[1]", '{"cells": 3}', '{"cells": [{"cell_type": "code"}]}', '{"cells": [{"cell_type": "code", "source": 5}]}', '{"cells": [{"cell_type": "code", "source": "", "metadata": null}]}', b"\xff"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "{}",
+        "[1]",
+        '{"cells": 3}',
+        '{"cells": [{"cell_type": "code"}]}',
+        '{"cells": [{"cell_type": "code", "source": 5}]}',
+        '{"cells": [{"cell_type": "code", "source": "", "metadata": null}]}',
+        b"\xff",
+    ],
+)
 def test_files_that_are_no_notebooks_are_named(tmp_path, text):
-    path = tmp_path/"odd.ipynb"
+    path = tmp_path / "odd.ipynb"
     path.write_bytes(text if isinstance(text, bytes) else text.encode())
-    with pytest.raises(BadInput, match="odd.ipynb: is "): R.notebook_parameters(path)
+    with pytest.raises(BadInput, match="odd.ipynb: is "):
+        keys.notebook_parameters(path)
 
 
-@pytest.mark.parametrize("cell", ["seed: int = (\n", "seed: int = 0 if\n", "  seed: int = 0\nout: str = ''\n", "s: str = '''x\n"])
+@pytest.mark.parametrize(
+    "cell", ["seed: int = (\n", "seed: int = 0 if\n", "  seed: int = 0\nout: str = ''\n", "s: str = '''x\n"]
+)
 def test_a_parameters_cell_that_is_no_python_is_named(tmp_path, cell):
-    with pytest.raises(BadInput, match="the parameters cell is not Python"): R.notebook_parameters(write_notebook(tmp_path/"odd.ipynb", cell))
+    with pytest.raises(BadInput, match="the parameters cell is not Python"):
+        keys.notebook_parameters(write_notebook(tmp_path / "odd.ipynb", cell))
 
 
 def test_each_within_a_list_joins_it(simple, tmp_path):
-    write_notebook(tmp_path/"join.ipynb", "folders: list[str] = []\nout: str = 'out'", METRICS % "len(folders)")
-    (tmp_path/"g.yaml").write_text("groups:\n  a: {notebook: simple.ipynb, for: {n: [1, 2]}}\n  b: {notebook: join.ipynb, params: {folders: [{each: a}, {from: a, n: 1}]}}\n")
-    plan = R.load_grid(tmp_path/"g.yaml").plan
-    assert plan.cells["b"].params["folders"] == [R.From("a n=1"), R.From("a n=2"), R.From("a n=1")] and len(plan.runs(tmp_path/"runs")["b"].values["folders"]) == 3
+    write_notebook(
+        tmp_path / "join.ipynb", "folders: list[str] = []\nout: str = 'out'", METRICS % "len(folders)"
+    )
+    (tmp_path / "g.yaml").write_text(
+        "groups:\n  a: {notebook: simple.ipynb, for: {n: [1, 2]}}\n  b: {notebook: join.ipynb, params:"
+        " {folders: [{each: a}, {from: a, n: 1}]}}\n"
+    )
+    plan = grid.load_grid(tmp_path / "g.yaml").plan
+    assert (
+        plan.cells["b"].params["folders"] == [plan.From("a n=1"), plan.From("a n=2"), plan.From("a n=1")]
+        and len(plan.runs(tmp_path / "runs")["b"].values["folders"]) == 3
+    )
 
 
-@pytest.mark.parametrize("args", [["reproduce", "--list", "--workers", "0"], ["reproduce", "--list", "--seeds", "0"], ["bench", "decode", "--device", "tpu"], ["bench", "decode", "--new", "0"], ["bench", "decode", "--question", "-1"],
-                                  ["bench", "decode", "--prompt", "0"], ["bench", "decode", "--dtype", "float99"], ["bench", "decode", "--out", "."], ["bench", "train", "--out", "."], ["bench", "train", "--steps", "0"],
-                                  ["bench", "train", "--rounds", "0"], ["bench", "train", "--batch-size", "0"], ["bench", "train", "--questions", "0"], ["bench", "train", "--peak", "0"]])
+@pytest.mark.parametrize(
+    "args",
+    [
+        ["reproduce", "--list", "--workers", "0"],
+        ["reproduce", "--list", "--seeds", "0"],
+        ["bench", "decode", "--device", "tpu"],
+        ["bench", "decode", "--new", "0"],
+        ["bench", "decode", "--question", "-1"],
+        ["bench", "decode", "--prompt", "0"],
+        ["bench", "decode", "--dtype", "float99"],
+        ["bench", "decode", "--out", "."],
+        ["bench", "train", "--out", "."],
+        ["bench", "train", "--steps", "0"],
+        ["bench", "train", "--rounds", "0"],
+        ["bench", "train", "--batch-size", "0"],
+        ["bench", "train", "--questions", "0"],
+        ["bench", "train", "--peak", "0"],
+    ],
+)
 def test_options_out_of_range_are_refused_before_anything_is_done(args):
     from click.testing import CliRunner
     from faithful_distill.cli import main
+
     done = CliRunner().invoke(main, args)
     assert done.exit_code == 2 and f"Invalid value for '{args[-2]}'" in done.output, done.output
 
 
 def test_a_forecast_needs_a_worker(simple, tmp_path):
-    (tmp_path/"g.yaml").write_text(ONE)
-    with pytest.raises(BadInput, match="workers"): R.forecast(R.load_grid(tmp_path/"g.yaml"), tmp_path/"runs", workers=0)
+    (tmp_path / "g.yaml").write_text(ONE)
+    with pytest.raises(BadInput, match="workers"):
+        study.forecast(grid.load_grid(tmp_path / "g.yaml"), tmp_path / "runs", workers=0)

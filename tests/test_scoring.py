@@ -1,4 +1,5 @@
 """Trained readers against plain ones, and rationales of any origin through `score_rationales`."""
+
 import json
 from pathlib import Path
 from types import SimpleNamespace
@@ -8,27 +9,52 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from faithful_distill.faithfulness import Score
+from faithful_distill.faithfulness.intervals import Score
 from faithful_distill.files import BadInput
-from faithful_distill.interventions import ChoiceReader, Explained, Reader, reading_scores
+from faithful_distill.faithfulness.readers import ChoiceReader, Reader, reading_scores
+from faithful_distill.faithfulness.simulators import ModelBehaviour
 from faithful_distill.questions import Question
-from faithful_distill.scoring import _control_text, _some_groups, cross_fitted, read_rationales, score_rationales, scratch_base, stated_choice, write_scored
-from faithful_distill.student import tiny_student
+from faithful_distill.lab.score_report import _control_text, write_scored
+from faithful_distill.faithfulness.scoring import _some_groups, cross_fitted, score_rationales
+from faithful_distill.faithfulness.external import read_rationales, stated_choice
+from faithful_distill.faithfulness.readers import scratch_base
+from faithful_distill.student.model import tiny_student
 
 words = ["what is it", "a red cow said so", "the sky", "cow", "two cows of the sky", "sky", "red"]
-asked = [Question("a", "what is it", ("cow", "two cows of the sky", "sky"), 0), Question("b", "the sky said", ("red", "cow"), 1), Question("c", "it", ("sky", "cow", "red"), 1)]
+asked = [
+    Question("a", "what is it", ("cow", "two cows of the sky", "sky"), 0),
+    Question("b", "the sky said", ("red", "cow"), 1),
+    Question("c", "it", ("sky", "cow", "red"), 1),
+]
 texts = ["what is it a red cow", "the sky", "a red cow said so the sky is two cows of it"]
 
 
 class Base:
     "An encoder-decoder of another family than T5."
+
     def __init__(self):
         import torch
         import transformers
+
         self.tokenizer = tiny_student(words).tokenizer
-        config = transformers.BartConfig(vocab_size=len(self.tokenizer), d_model=16, encoder_layers=1, decoder_layers=2, encoder_attention_heads=2, decoder_attention_heads=2,
-                                         encoder_ffn_dim=32, decoder_ffn_dim=32, max_position_embeddings=64, pad_token_id=0, eos_token_id=1, bos_token_id=1,
-                                         decoder_start_token_id=1, dropout=0.0, attention_dropout=0.0, forced_eos_token_id=None)
+        config = transformers.BartConfig(
+            vocab_size=len(self.tokenizer),
+            d_model=16,
+            encoder_layers=1,
+            decoder_layers=2,
+            encoder_attention_heads=2,
+            decoder_attention_heads=2,
+            encoder_ffn_dim=32,
+            decoder_ffn_dim=32,
+            max_position_embeddings=64,
+            pad_token_id=0,
+            eos_token_id=1,
+            bos_token_id=1,
+            decoder_start_token_id=1,
+            dropout=0.0,
+            attention_dropout=0.0,
+            forced_eos_token_id=None,
+        )
         with torch.random.fork_rng():
             torch.manual_seed(0)
             self.model = transformers.BartForConditionalGeneration(config)
@@ -37,17 +63,23 @@ class Base:
 def plain_scores(reader, text, tail):
     "One text, one choice, no padding, no cache."
     import torch
+
     source = torch.tensor([[*reader.before, *text, *reader.after]])
     target = [*tail, reader.tokenizer.eos_token_id]
     decoder = torch.tensor([[reader.model.config.decoder_start_token_id, *target[:-1]]])
-    logp = reader.model(input_ids=source, decoder_input_ids=decoder, use_cache=False).logits.log_softmax(-1)[0]
+    logp = reader.model(input_ids=source, decoder_input_ids=decoder, use_cache=False).logits.log_softmax(-1)[
+        0
+    ]
     return sum(logp[i, t] for i, t in enumerate(target))
 
 
 @pytest.mark.parametrize("family", ["t5", "bart"])
 def test_choices_that_share_a_cache_score_and_learn_like_choices_read_one_by_one(family):
     import torch
-    reader = ChoiceReader(tiny_student(words, seed=3) if family == "t5" else Base(), settings=Reader(device="cpu"))
+
+    reader = ChoiceReader(
+        tiny_student(words, seed=3) if family == "t5" else Base(), settings=Reader(device="cpu")
+    )
     ids, choices = reader.texts(texts), reader.choices(asked)
 
     def both(scores):
@@ -58,17 +90,32 @@ def test_choices_that_share_a_cache_score_and_learn_like_choices_read_one_by_one
     table = reading_scores(reader, ids, choices)
     slow = [[plain_scores(reader, t, tail) for tail in row] for t, row in zip(ids, choices)]
     for fast_row, slow_row in zip(table, slow):
-        assert fast_row[:len(slow_row)].tolist() == pytest.approx([s.item() for s in slow_row], abs=1e-4)
-        assert (fast_row[len(slow_row):] == -1e9).all()
-    assert torch.allclose(both([row.log_softmax(-1) for row in table]), both([torch.stack(row).log_softmax(-1) for row in slow]), atol=1e-4)
+        assert fast_row[: len(slow_row)].tolist() == pytest.approx([s.item() for s in slow_row], abs=1e-4)
+        assert (fast_row[len(slow_row) :] == -1e9).all()
+    assert torch.allclose(
+        both([row.log_softmax(-1) for row in table]),
+        both([torch.stack(row).log_softmax(-1) for row in slow]),
+        atol=1e-4,
+    )
 
 
 def encoder_folder(folder):
     "A tiny BERT with random weights, as a folder of `transformers`."
     import transformers
-    tokenizer = tiny_student([*words, *(r["question"] + " " + r["rationale"] for r in rows_of_a_file)]).tokenizer
+
+    tokenizer = tiny_student(
+        [*words, *(r["question"] + " " + r["rationale"] for r in rows_of_a_file)]
+    ).tokenizer
     tokenizer.add_special_tokens({"sep_token": "[SEP]"})
-    config = transformers.BertConfig(vocab_size=len(tokenizer), hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32, max_position_embeddings=128, pad_token_id=0)
+    config = transformers.BertConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        intermediate_size=32,
+        max_position_embeddings=128,
+        pad_token_id=0,
+    )
     transformers.BertModel(config).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return str(folder)
@@ -77,13 +124,22 @@ def encoder_folder(folder):
 @pytest.mark.parametrize("kind", ["encoder", "from scratch"])
 def test_readers_that_join_or_match_do_not_see_their_neighbours(kind, tmp_path):
     import torch
-    reader = ChoiceReader(encoder_folder(tmp_path) if kind == "encoder" else scratch_base(words, vocabulary=300, width=16), settings=Reader(device="cpu"))
+
+    reader = ChoiceReader(
+        encoder_folder(tmp_path) if kind == "encoder" else scratch_base(words, vocabulary=300, width=16),
+        settings=Reader(device="cpu"),
+    )
     reader.model.eval()
     ids, choices = reader.texts(texts), reader.choices(asked)
     with torch.inference_mode():
         together = reading_scores(reader, ids, choices)
-        alone = [[reading_scores(reader, [t], [[tail]]).item() for tail in row] for t, row in zip(ids, choices)]
-    for row, expected in zip(together.tolist(), alone): assert row[:len(expected)] == pytest.approx(expected, abs=1e-4) and set(row[len(expected):]) <= {-1e9}
+        alone = [
+            [reading_scores(reader, [t], [[tail]]).item() for tail in row] for t, row in zip(ids, choices)
+        ]
+    for row, expected in zip(together.tolist(), alone):
+        assert row[: len(expected)] == pytest.approx(expected, abs=1e-4) and set(row[len(expected) :]) <= {
+            -1e9
+        }
 
 
 def test_simulators_from_an_encoder_checkpoint(tmp_path):
@@ -93,70 +149,160 @@ def test_simulators_from_an_encoder_checkpoint(tmp_path):
 
 # ---- a file of rationales: bad input, undefined scores, order
 
-rows_of_a_file = [dict(id=f"q{i}", question=f"Which of the things is number {i}?", choices=["lamp", "spoon", "turtle"], gold=i % 3, prediction=(i + (i % 5 == 0)) % 3,
-                       rationale=f"it is the {['lamp', 'spoon', 'turtle'][(i + (i % 5 == 0)) % 3]} of the house") for i in range(60)]
+rows_of_a_file = [
+    dict(
+        id=f"q{i}",
+        question=f"Which of the things is number {i}?",
+        choices=["lamp", "spoon", "turtle"],
+        gold=i % 3,
+        prediction=(i + (i % 5 == 0)) % 3,
+        rationale=f"it is the {['lamp', 'spoon', 'turtle'][(i + (i % 5 == 0)) % 3]} of the house",
+    )
+    for i in range(60)
+]
 cheap = dict(parts=2, seeds=(0,), settings=Reader(epochs=2, batch_size=16), interval=dict(draws=200))
 
 
-def changed(**fields): return dict(rows_of_a_file[1], **fields)
+def changed(**fields):
+    return dict(rows_of_a_file[1], **fields)
 
 
-def without(field): return {k: v for k, v in rows_of_a_file[1].items() if k != field}
+def without(field):
+    return {k: v for k, v in rows_of_a_file[1].items() if k != field}
 
 
-@pytest.mark.parametrize("row, field, said", [
-    (changed(prediction="sea"), "prediction", "null where the answer could not be parsed"), (changed(prediction=3), "prediction", "not one of the choices"),
-    (changed(prediction=-1), "prediction", "not one of the choices"), (changed(prediction=True), "prediction", "not one of the choices"), (changed(gold="(d)"), "gold", "not one of the choices"),
-    (without("rationale"), "rationale", "is missing"), (without("question"), "question", "is missing"), (changed(rationale=7), "rationale", "is not a text"), (changed(choices="lamp"), "choices", "is not a list"),
-    (changed(choices=["lamp"]), "choices", "at least two"), (changed(question=" "), "question", "empty"), (changed(rating="good"), "rating", "neither a number"),
-    (changed(rating=[1, float("nan")]), "rating", "neither a number"), (changed(id="q0"), "id", "already used in line 1"),
-    (changed(model=["a"]), "model", "is not a text"), (changed(model={"a": 1}), "model", "is not a text"), (changed(model=5), "model", "is not a text"), (changed(rating=10**400), "rating", "neither a number"),
-    (changed(rationale="x \ud83d"), "rationale", "half a character"), (changed(choices=["a", "\ud83d"], gold=0, prediction=0), "choices", "half a character"), (changed(id="\ud83d"), "id", "half a character"),
-])
+@pytest.mark.parametrize(
+    "row, field, said",
+    [
+        (changed(prediction="sea"), "prediction", "null where the answer could not be parsed"),
+        (changed(prediction=3), "prediction", "not one of the choices"),
+        (changed(prediction=-1), "prediction", "not one of the choices"),
+        (changed(prediction=True), "prediction", "not one of the choices"),
+        (changed(gold="(d)"), "gold", "not one of the choices"),
+        (without("rationale"), "rationale", "is missing"),
+        (without("question"), "question", "is missing"),
+        (changed(rationale=7), "rationale", "is not a text"),
+        (changed(choices="lamp"), "choices", "is not a list"),
+        (changed(choices=["lamp"]), "choices", "at least two"),
+        (changed(question=" "), "question", "empty"),
+        (changed(rating="good"), "rating", "neither a number"),
+        (changed(rating=[1, float("nan")]), "rating", "neither a number"),
+        (changed(id="q0"), "id", "already used in line 1"),
+        (changed(model=["a"]), "model", "is not a text"),
+        (changed(model={"a": 1}), "model", "is not a text"),
+        (changed(model=5), "model", "is not a text"),
+        (changed(rating=10**400), "rating", "neither a number"),
+        (changed(rationale="x \ud83d"), "rationale", "half a character"),
+        (changed(choices=["a", "\ud83d"], gold=0, prediction=0), "choices", "half a character"),
+        (changed(id="\ud83d"), "id", "half a character"),
+    ],
+)
 def test_bad_rows_name_file_line_field_and_remedy(tmp_path, row, field, said):
     file = tmp_path / "own.jsonl"
     file.write_text("\n".join(map(json.dumps, (rows_of_a_file[0], row))))
-    with pytest.raises(BadInput) as caught: read_rationales(file)
+    with pytest.raises(BadInput) as caught:
+        read_rationales(file)
     assert f"own.jsonl:2: field '{field}'" in str(caught.value) and said in str(caught.value)
 
 
-@pytest.mark.parametrize("said, choice", [
-    ("(a) or (b).", None), ("(a) cat.", None), ("(b) cat", 1), ("(b) the cat because it purrs", 1), ("(b).", 1), ("(B), as cats purr.", 1), ("(b)", 1), ("cat", 1), ("(d) cat", None), ("(a) dog, not (b) cat.", None),
-    ("(a) dog house", None), ("(c) dog house (its own)", 2), ("(c) dog house, which is (c)", 2), ("(b) or the dog", None), ("(b) kitty", 1), ("(b) orchid", 1), ("either (a) or (b)", None), ("dog or cat", None), ("(a) dog (s)", 0),
-])
+@pytest.mark.parametrize(
+    "said, choice",
+    [
+        ("(a) or (b).", None),
+        ("(a) cat.", None),
+        ("(b) cat", 1),
+        ("(b) the cat because it purrs", 1),
+        ("(b).", 1),
+        ("(B), as cats purr.", 1),
+        ("(b)", 1),
+        ("cat", 1),
+        ("(d) cat", None),
+        ("(a) dog, not (b) cat.", None),
+        ("(a) dog house", None),
+        ("(c) dog house (its own)", 2),
+        ("(c) dog house, which is (c)", 2),
+        ("(b) or the dog", None),
+        ("(b) kitty", 1),
+        ("(b) orchid", 1),
+        ("either (a) or (b)", None),
+        ("dog or cat", None),
+        ("(a) dog (s)", 0),
+    ],
+)
 def test_a_letter_is_an_answer_where_nothing_after_it_says_another(said, choice):
     q = Question("q", "Which?", ("dog", "cat", "dog house"), None)
     assert stated_choice(q, f"It barks. So the answer is {said}") == choice
-    assert stated_choice(Question("q", "Which?", ("vitamin (b)", "iron"), None), "The answer is (a) vitamin (b).") == 0
-    assert stated_choice(Question("q", "What is missing in twist?", ("bend", "and shout"), None), "The answer is (b) and shout.") == 1
+    assert (
+        stated_choice(
+            Question("q", "Which?", ("vitamin (b)", "iron"), None), "The answer is (a) vitamin (b)."
+        )
+        == 0
+    )
+    assert (
+        stated_choice(
+            Question("q", "What is missing in twist?", ("bend", "and shout"), None),
+            "The answer is (b) and shout.",
+        )
+        == 1
+    )
 
 
 def test_fields_that_are_not_read_are_named_with_the_one_that_was_meant(caplog):
     read_rationales([dict(without("gold"), answer=1, ratings=[1, 2], source="web")])
-    assert caplog.messages == ["the rationales: not read: the fields 'answer' (is it 'gold'?), 'ratings' (is it 'rating'?), 'source'"]
+    assert caplog.messages == [
+        "the rationales: not read: the fields 'answer' (is it 'gold'?), 'ratings' (is it 'rating'?), 'source'"
+    ]
     caplog.clear()
     read_rationales([dict(without("prediction"), predicted=1, answer=1, Rating=2)])
-    assert caplog.messages == ["the rationales: not read: the fields 'predicted' (is it 'prediction'?), 'answer' (is it 'prediction'?), 'Rating' (is it 'rating'?)"]
+    assert caplog.messages == [
+        "the rationales: not read: the fields 'predicted' (is it 'prediction'?), 'answer' (is it"
+        " 'prediction'?), 'Rating' (is it 'rating'?)"
+    ]
     caplog.clear()
     read_rationales([dict(r, answer=1) for r in rows_of_a_file])
     assert caplog.messages == ["the rationales: not read: the fields 'answer'"]
     caplog.clear()
-    assert [b.question.id for b in read_rationales([dict(r, id=None) for r in rows_of_a_file[:2]])] == ["line 1", "line 2"] and not caplog.messages
+    assert [b.question.id for b in read_rationales([dict(r, id=None) for r in rows_of_a_file[:2]])] == [
+        "line 1",
+        "line 2",
+    ] and not caplog.messages
 
 
 def test_records_of_this_package_and_empty_cut_marks_are_refused():
-    record = dict(id="q", split="dev", question="Which?", choices=["a", "b"], answer=0, target=1, role="counterfactual", rationale="b is it")
-    with pytest.raises(BadInput, match="line 1: field 'target': is a rationale record of this package.* Rename 'answer' to 'gold'"): read_rationales([record])
-    with pytest.raises(BadInput, match="field 'cut_at': is empty"): read_rationales(rows_of_a_file, cut_at=["Q:", ""])
+    record = dict(
+        id="q",
+        split="dev",
+        question="Which?",
+        choices=["a", "b"],
+        answer=0,
+        target=1,
+        role="counterfactual",
+        rationale="b is it",
+    )
+    with pytest.raises(
+        BadInput,
+        match="line 1: field 'target': is a rationale record of this package.* Rename 'answer' to 'gold'",
+    ):
+        read_rationales([record])
+    with pytest.raises(BadInput, match="field 'cut_at': is empty"):
+        read_rationales(rows_of_a_file, cut_at=["Q:", ""])
 
 
 def test_bad_files_and_calls(tmp_path):
     (tmp_path / "empty.jsonl").write_text("\n")
-    for call in (lambda: read_rationales(tmp_path / "empty.jsonl"), lambda: read_rationales(tmp_path / "none.jsonl"), lambda: score_rationales(rows_of_a_file, metrics=["lass"]),
-                 lambda: score_rationales(rows_of_a_file, parts=1), lambda: score_rationales(rows_of_a_file, seeds=()),
-                 lambda: score_rationales([changed(model="a"), dict(rows_of_a_file[2], model="b")], metrics=["interventions"]),
-                 lambda: score_rationales(rows_of_a_file, simulator=str(tmp_path), **cheap)):
-        with pytest.raises(BadInput): call()
+    for call in (
+        lambda: read_rationales(tmp_path / "empty.jsonl"),
+        lambda: read_rationales(tmp_path / "none.jsonl"),
+        lambda: score_rationales(rows_of_a_file, metrics=["lass"]),
+        lambda: score_rationales(rows_of_a_file, parts=1),
+        lambda: score_rationales(rows_of_a_file, seeds=()),
+        lambda: score_rationales(
+            [changed(model="a"), dict(rows_of_a_file[2], model="b")], metrics=["interventions"]
+        ),
+        lambda: score_rationales(rows_of_a_file, simulator=str(tmp_path), **cheap),
+    ):
+        with pytest.raises(BadInput):
+            call()
 
 
 def sound(scored):
@@ -165,18 +311,38 @@ def sound(scored):
     json.dumps(scored.rows, allow_nan=False)
     for name, s in scored.scores.items():
         assert s.value is not None or s.reason, name
-        if s.low is not None: assert s.low - 1e-9 <= s.value <= s.high + 1e-9, name
+        if s.low is not None:
+            assert s.low - 1e-9 <= s.value <= s.high + 1e-9, name
     return scored.scores
 
 
 edge_cases = {
     "one example": (rows_of_a_file[:1], {"las": "too few", "rating": "no human ratings"}),
-    "no rationale has a word": ([dict(r, rationale="So the answer is lamp.") for r in rows_of_a_file], {"las": "no rationale has a word", "rev": "no rationale has a word", "vacuousness": "no rationale has a word"}),
-    "empty rationales": ([dict(r, rationale="") for r in rows_of_a_file], {"rora_lite": "no rationale has a word", "question_overlap": "no rationale"}),
-    "nothing parsed": ([dict(r, prediction=None) for r in rows_of_a_file], {"las": "0 examples with a prediction", "names_prediction": "no prediction"}),
-    "no gold": ([{k: v for k, v in r.items() if k != "gold"} for r in rows_of_a_file[:5]], {"accuracy": "no gold answers", "perturb": "needs the model", "swap": "needs the model"}),
+    "no rationale has a word": (
+        [dict(r, rationale="So the answer is lamp.") for r in rows_of_a_file],
+        {
+            "las": "no rationale has a word",
+            "rev": "no rationale has a word",
+            "vacuousness": "no rationale has a word",
+        },
+    ),
+    "empty rationales": (
+        [dict(r, rationale="") for r in rows_of_a_file],
+        {"rora_lite": "no rationale has a word", "question_overlap": "no rationale"},
+    ),
+    "nothing parsed": (
+        [dict(r, prediction=None) for r in rows_of_a_file],
+        {"las": "0 examples with a prediction", "names_prediction": "no prediction"},
+    ),
+    "no gold": (
+        [{k: v for k, v in r.items() if k != "gold"} for r in rows_of_a_file[:5]],
+        {"accuracy": "no gold answers", "perturb": "needs the model", "swap": "needs the model"},
+    ),
     "one question": ([dict(r, question="Which?") for r in rows_of_a_file], {"las": "on 1 questions"}),
-    "ratings all the same": ([dict(r, rating=[1, 1]) for r in rows_of_a_file[:6]], {"rating_length": "the same in every row", "rater_agreement": "the same in every row"}),
+    "ratings all the same": (
+        [dict(r, rating=[1, 1]) for r in rows_of_a_file[:6]],
+        {"rating_length": "the same in every row", "rater_agreement": "the same in every row"},
+    ),
 }
 
 
@@ -184,12 +350,19 @@ edge_cases = {
 def test_what_does_not_apply_is_none_with_the_reason(case):
     rows, reasons = edge_cases[case]
     scores = sound(score_rationales(rows, **cheap))
-    for name, said in reasons.items(): assert scores[name].value is None and said in scores[name].reason, (name, scores[name])
+    for name, said in reasons.items():
+        assert scores[name].value is None and said in scores[name].reason, (name, scores[name])
 
 
 def test_every_interval_and_every_head_is_of_the_level_that_was_asked_for(tmp_path):
-    rated = [dict(r, rating=[(i * 3) % 7, i % 5], rationale=r["rationale"] + " so" * (i % 7)) for i, r in enumerate(rows_of_a_file)]
-    half, usual = (score_rationales(rated, metrics=("ratings",), interval=dict(draws=400, level=level)) for level in (0.5, 0.95))
+    rated = [
+        dict(r, rating=[(i * 3) % 7, i % 5], rationale=r["rationale"] + " so" * (i % 7))
+        for i, r in enumerate(rows_of_a_file)
+    ]
+    half, usual = (
+        score_rationales(rated, metrics=("ratings",), interval=dict(draws=400, level=level))
+        for level in (0.5, 0.95)
+    )
     for name in ("rating_length", "rater_agreement", "rating", "length"):
         a, b = half.scores[name], usual.scores[name]
         assert a.details["level"] == 0.5 and a.high - a.low < 0.6 * (b.high - b.low), name
@@ -197,7 +370,15 @@ def test_every_interval_and_every_head_is_of_the_level_that_was_asked_for(tmp_pa
     assert "50 % interval" in page.replace("\xa0", " ") and "95 %" not in page.replace("\xa0", " ")
 
 
-@pytest.mark.parametrize("other, said", [((0.02, 0.3), "does not hold"), ((-0.3, -0.1), "holds, they mislead"), ((-0.1, 0.1), "holds, it is not told from 0"), ((-0.3, 0.4), "cannot be told")])
+@pytest.mark.parametrize(
+    "other, said",
+    [
+        ((0.02, 0.3), "does not hold"),
+        ((-0.3, -0.1), "holds, they mislead"),
+        ((-0.1, 0.1), "holds, it is not told from 0"),
+        ((-0.3, 0.4), "cannot be told"),
+    ],
+)
 def test_a_wide_interval_is_no_control_that_holds(other, said):
     assert said in _control_text(Score(sum(other) / 2, *other, 60), Score(0.4, 0.3, 0.5, 60))
 
@@ -207,22 +388,46 @@ def test_one_class_and_bins_that_all_leak_and_restated_questions():
     scores = sound(score_rationales(same, metrics=("las", "rev", "rora"), **cheap))
     assert "one class only" in scores["rev"].reason and "one class only" in scores["rora_lite"].reason
     assert scores["restates_question"].value == scores["question_overlap"].value == 1.0
-    leaks = [dict(r, prediction=r["gold"], rationale=" ".join([r["choices"][r["gold"]]] * 9)) for r in rows_of_a_file]
-    las = sound(score_rationales(leaks, metrics=("las",), **{**cheap, "settings": Reader(epochs=6, batch_size=8, lr=1e-2)}))["las"]
-    assert las.value is None and "does not leak" in las.reason and las.details["n_1"] > 50 and las.details["las_1"].value is not None
+    leaks = [
+        dict(r, prediction=r["gold"], rationale=" ".join([r["choices"][r["gold"]]] * 9))
+        for r in rows_of_a_file
+    ]
+    las = sound(
+        score_rationales(
+            leaks, metrics=("las",), **{**cheap, "settings": Reader(epochs=6, batch_size=8, lr=1e-2)}
+        )
+    )["las"]
+    assert (
+        las.value is None
+        and "does not leak" in las.reason
+        and las.details["n_1"] > 50
+        and las.details["las_1"].value is not None
+    )
 
 
 def test_scores_of_trained_simulators_do_not_depend_on_the_order_of_the_file():
     some = [dict(r, rating=[i % 3]) for i, r in enumerate(rows_of_a_file)]
-    one, other = (score_rationales(order, metrics=("las", "controls", "rev", "ratings"), **cheap) for order in (some, some[::-1]))
+    one, other = (
+        score_rationales(order, metrics=("las", "controls", "rev", "ratings"), **cheap)
+        for order in (some, some[::-1])
+    )
     for name, s in one.scores.items():
-        if s.value is not None: assert other.scores[name].value == pytest.approx(s.value, abs=1e-6), name
+        if s.value is not None:
+            assert other.scores[name].value == pytest.approx(s.value, abs=1e-6), name
     assert [r["gain"] for r in one.rows] == pytest.approx([r["gain"] for r in other.rows[::-1]], abs=1e-5)
 
 
 words_of_text = st.text("abc .", max_size=12)
-a_row = st.fixed_dictionaries({"question": st.sampled_from(["what is a", "is b c", "c"]), "choices": st.just(["a b", "b", "c"]), "prediction": st.sampled_from([0, 1, 2, None]),
-                               "gold": st.sampled_from([0, 1, None]), "rationale": st.one_of(words_of_text, st.none()), "rating": st.one_of(st.none(), st.lists(st.integers(0, 1), max_size=3))})
+a_row = st.fixed_dictionaries(
+    {
+        "question": st.sampled_from(["what is a", "is b c", "c"]),
+        "choices": st.just(["a b", "b", "c"]),
+        "prediction": st.sampled_from([0, 1, 2, None]),
+        "gold": st.sampled_from([0, 1, None]),
+        "rationale": st.one_of(words_of_text, st.none()),
+        "rating": st.one_of(st.none(), st.lists(st.integers(0, 1), max_size=3)),
+    }
+)
 
 
 @settings(max_examples=40, deadline=None)
@@ -230,16 +435,28 @@ a_row = st.fixed_dictionaries({"question": st.sampled_from(["what is a", "is b c
 def test_any_small_file_is_scored_whatever_its_order(rows, random):
     rows = [dict(r, id=str(i)) for i, r in enumerate(rows)]
     shuffled = random.sample(rows, len(rows))
-    one, other = (sound(score_rationales(some, metrics=("ratings",), interval=dict(draws=50))) for some in (rows, shuffled))
+    one, other = (
+        sound(score_rationales(some, metrics=("ratings",), interval=dict(draws=50)))
+        for some in (rows, shuffled)
+    )
     for name, s in one.items():
-        if name == "rater_agreement": continue  # the first rater is compared with the others: which one is first is the file's affair
+        if name == "rater_agreement":
+            continue  # the first rater is compared with the others: which one is first is the file's affair
         assert s.value == other[name].value or s.value == pytest.approx(other[name].value, abs=1e-9), name
 
 
 def test_everyone_is_scored_by_simulators_that_never_saw_the_question():
     twice = read_rationales([dict(r, id=f"{r['id']}/{k}") for r in rows_of_a_file for k in range(2)])
-    e = Explained([b.question for b in twice], [b.rationale for b in twice], [b.prediction for b in twice])
-    seen = cross_fitted(e, lambda train, test: np.array([q.question in {t.question for t in train.questions} for q in test.questions]), 3)
+    e = ModelBehaviour(
+        [b.question for b in twice], [b.rationale for b in twice], [b.prediction for b in twice]
+    )
+    seen = cross_fitted(
+        e,
+        lambda train, test: np.array(
+            [q.question in {t.question for t in train.questions} for q in test.questions]
+        ),
+        3,
+    )
     sizes = cross_fitted(e, lambda train, test: np.full(len(test.questions), len(train.questions)), 3)
     assert seen.sum() == 0 and set(sizes) == {80.0}
 
@@ -248,51 +465,88 @@ def test_everyone_is_scored_by_simulators_that_never_saw_the_question():
 def test_a_part_of_the_file_is_whole_questions_spread_evenly(n, most):
     groups = [f"{i // 5:04}" for i in range(n)]
     chosen = _some_groups(groups, most)
-    assert all(groups.count(g) == [groups[i] for i in chosen].count(g) for g in {groups[i] for i in chosen}) and min(n, most) - 5 <= len(chosen) <= min(n, most) + 5
+    assert (
+        all(groups.count(g) == [groups[i] for i in chosen].count(g) for g in {groups[i] for i in chosen})
+        and min(n, most) - 5 <= len(chosen) <= min(n, most) + 5
+    )
 
 
 def test_what_fails_late_is_said_early_or_takes_nothing_with_it(tmp_path, monkeypatch):
-    from faithful_distill import scoring
+    from faithful_distill.faithfulness import scoring
+
     named = [dict(r, model=str(tmp_path / "gpt-4o")) for r in rows_of_a_file]
     scores = sound(score_rationales(named, metrics=("las", "interventions"), **cheap))
-    assert scores["gain"].n == 60 and "cannot be loaded" in scores["perturb"].reason and "gpt-4o" in scores["perturb"].reason
+    assert (
+        scores["gain"].n == 60
+        and "cannot be loaded" in scores["perturb"].reason
+        and "gpt-4o" in scores["perturb"].reason
+    )
     trained = []
     monkeypatch.setattr(scoring, "_simulated", lambda *_: lambda train, test: trained.append(train))
     for asked in (dict(model=str(tmp_path / "gpt-4o")), dict(simulator=str(tmp_path / "gpt-4o"))):
-        with pytest.raises(BadInput, match="cannot be loaded"): score_rationales(rows_of_a_file, **asked, **cheap)
+        with pytest.raises(BadInput, match="cannot be loaded"):
+            score_rationales(rows_of_a_file, **asked, **cheap)
     assert not trained
 
     def broken(*_):
-        def evaluate(train, test): raise BadInput("is out of luck today")
+        def evaluate(train, test):
+            raise BadInput("is out of luck today")
+
         return evaluate
+
     monkeypatch.setattr(scoring, "_simulated", broken)
     scores = sound(score_rationales(rows_of_a_file, metrics=("las", "controls", "rev"), **cheap))
-    assert scores["las"].reason == scores["gain_shuffled"].reason == "is out of luck today" and scores["rev"].value is not None
+    assert (
+        scores["las"].reason == scores["gain_shuffled"].reason == "is out of luck today"
+        and scores["rev"].value is not None
+    )
 
 
 def test_a_question_with_most_of_the_rows_leaves_nothing_to_train_on():
     skewed = [dict(r, question="Which?") for r in rows_of_a_file[:30]] + rows_of_a_file[30:36]
     scores = sound(score_rationales(skewed, **cheap))
-    assert all("one question has most of the rows" in scores[name].reason for name in ("las", "las_shuffled", "rev", "rora_lite")) and scores["length"].n == 36
+    assert (
+        all(
+            "one question has most of the rows" in scores[name].reason
+            for name in ("las", "las_shuffled", "rev", "rora_lite")
+        )
+        and scores["length"].n == 36
+    )
 
 
 def test_a_part_of_few_questions_still_has_questions_to_train_and_to_test_on(monkeypatch):
-    from faithful_distill import scoring
+    from faithful_distill.faithfulness import scoring
+
     groups = [str(i // 1000) for i in range(6000)]
     chosen = _some_groups(groups, 600, 6)
-    assert len(chosen) == 600 and {g: [groups[i] for i in chosen].count(g) for g in set(groups)} == {str(g): 100 for g in range(6)}
+    assert len(chosen) == 600 and {g: [groups[i] for i in chosen].count(g) for g in set(groups)} == {
+        str(g): 100 for g in range(6)
+    }
     assert _some_groups(["a", "b", *["c"] * 9000], 600, 6)[:2] == [0, 1]
     monkeypatch.setattr(scoring, "_most_rora", 60)
     few = [dict(r, id=f"{i}", question=f"Which is it, {i % 6}?") for i, r in enumerate(rows_of_a_file * 10)]
-    monkeypatch.setattr(scoring, "_rora_logs", lambda *_: lambda train, test: np.full((3, 1, len(test.questions)), -1.0) if len(train.questions) >= 20 else 1 / 0)
+    monkeypatch.setattr(
+        scoring,
+        "_rora_logs",
+        lambda *_: (
+            lambda train, test: (
+                np.full((3, 1, len(test.questions)), -1.0) if len(train.questions) >= 20 else 1 / 0
+            )
+        ),
+    )
     assert sound(score_rationales(few, metrics=("rora",), **cheap))["rora_lite"].n == 60
 
 
 def test_with_the_model_at_hand_interventions_join_in(tmp_path):
     rows = [dict(r, model=student_folder(tmp_path)) for r in rows_of_a_file[:8]]
     scores = sound(score_rationales(rows, metrics=("interventions",), interval=dict(draws=100)))
-    assert scores["self_splice"].value == 1.0 and scores["perturb"].n == scores["reproduced"].n == scores["early_answering"].n == 8
-    assert "no teacher rationales" in scores["swap"].reason and scores["las"].reason.startswith("not asked for")
+    assert (
+        scores["self_splice"].value == 1.0
+        and scores["perturb"].n == scores["reproduced"].n == scores["early_answering"].n == 8
+    )
+    assert "no teacher rationales" in scores["swap"].reason and scores["las"].reason.startswith(
+        "not asked for"
+    )
 
 
 def student_folder(folder):
@@ -307,12 +561,28 @@ def test_interventions_resample_questions_and_their_accuracy_is_of_gold_answers_
     asked = dict(metrics=("interventions",), model=model, interval=dict(draws=400))
     once = [{k: v for k, v in dict(r, prediction=0).items() if k != "id"} for r in rows_of_a_file[:12]]
     one, ten = (score_rationales(once * k, **asked).scores for k in (1, 10))
-    for name in ("model_accuracy", "model_accuracy_post_answer", "reproduced", "filler_same", "early_answering"):
-        assert ten[name].n == 10 * one[name].n and ten[name].high - ten[name].low > 0.7 * (one[name].high - one[name].low) > 0, name
-    missing = score_rationales([{k: v for k, v in r.items() if k != "gold" or i} for i, r in enumerate(once)], **asked).scores
+    for name in (
+        "model_accuracy",
+        "model_accuracy_post_answer",
+        "reproduced",
+        "filler_same",
+        "early_answering",
+    ):
+        assert (
+            ten[name].n == 10 * one[name].n
+            and ten[name].high - ten[name].low > 0.7 * (one[name].high - one[name].low) > 0
+        ), name
+    missing = score_rationales(
+        [{k: v for k, v in r.items() if k != "gold" or i} for i, r in enumerate(once)], **asked
+    ).scores
     rest = score_rationales(once[1:], **asked).scores
-    for name in ("model_accuracy", "model_accuracy_post_answer"): assert missing[name].value == rest[name].value and missing[name].n == 11
-    assert missing["perturb"].details["credit of"].startswith("prediction") and one["perturb"].details["credit of"] == "gold answer" and missing["perturb"].n == 12
+    for name in ("model_accuracy", "model_accuracy_post_answer"):
+        assert missing[name].value == rest[name].value and missing[name].n == 11
+    assert (
+        missing["perturb"].details["credit of"].startswith("prediction")
+        and one["perturb"].details["credit of"] == "gold answer"
+        and missing["perturb"].n == 12
+    )
     none = sound(score_rationales([{k: v for k, v in r.items() if k != "gold"} for r in once], **asked))
     assert none["model_accuracy"].reason == "no gold answers are given" and none["perturb"].n == 12
 
@@ -320,11 +590,15 @@ def test_interventions_resample_questions_and_their_accuracy_is_of_gold_answers_
 def test_results_are_written_before_they_are_said(tmp_path, monkeypatch):
     import click
     from faithful_distill.cli import score
-    def closed(*_, **__): raise BrokenPipeError  # `score ... | head -1`
+
+    def closed(*_, **__):
+        raise BrokenPipeError  # `score ... | head -1`
+
     monkeypatch.setattr(click, "echo", closed)
     file, out = tmp_path / "own.jsonl", tmp_path / "scored"
     file.write_text("\n".join(map(json.dumps, rows_of_a_file[:4])))
-    with pytest.raises(BrokenPipeError): score.callback(str(file), str(out), (), None, None, "ratings", 3, 1, None)
+    with pytest.raises(BrokenPipeError):
+        score.callback(str(file), str(out), (), None, None, "ratings", 3, 1, None)
     assert {p.name for p in out.iterdir()} >= {"metrics.json", "scores.jsonl", "report.html"}
 
 
@@ -339,7 +613,10 @@ def converters():
     space = {}
     for cell in json.loads(NOTEBOOK.read_text(encoding="utf-8"))["cells"]:
         source = "".join(cell["source"])
-        if cell["cell_type"] == "code" and source.startswith(("import csv", "out: str", "def only", "def gpt3_rows")): exec(source, space)
+        if cell["cell_type"] == "code" and source.startswith(
+            ("import csv", "out: str", "def only", "def gpt3_rows")
+        ):
+            exec(source, space)
     return SimpleNamespace(**space)
 
 
@@ -347,13 +624,27 @@ def test_palm_is_cut_and_what_cannot_be_parsed_is_counted(real_data, converters)
     rows = converters.palm_rows(real_data / "palm_cqa", "train")
     read = read_rationales(rows, cut_at=["\n\nQ:"])
     unparsed = [b for b in read if b.prediction is None]
-    assert len(read) == len(rows) == 9741 and len(unparsed) == 288 and not any("Q:" in b.rationale for b in read)
+    assert (
+        len(read) == len(rows) == 9741 and len(unparsed) == 288 and not any("Q:" in b.rationale for b in read)
+    )
     right = sum(b.prediction == b.question.answer for b in read if b.question.answer is not None) / len(read)
-    assert 0.74 < right < 0.77 and all("either" in b.rationale or "answer is" in b.rationale for b in unparsed[:20])
+    assert 0.74 < right < 0.77 and all(
+        "either" in b.rationale or "answer is" in b.rationale for b in unparsed[:20]
+    )
 
 
 def test_gpt3_has_five_explanations_with_three_ratings_each(real_data, converters):
     read = read_rationales(converters.gpt3_rows(real_data / "gpt3_csqa", "train"))
     assert len(read) == 4955 and len({b.group for b in read}) == 991 and {len(b.ratings) for b in read} == {3}
     first = next(b for b in read if b.question.question.startswith("Where can you likely buy many poems"))
-    assert first.question.choices == ("literature book", "bookshelf", "poetry book", "book of poetry", "book store") and first.prediction == 4
+    assert (
+        first.question.choices
+        == (
+            "literature book",
+            "bookshelf",
+            "poetry book",
+            "book of poetry",
+            "book store",
+        )
+        and first.prediction == 4
+    )

@@ -1,4 +1,5 @@
 "The student room against slow and independent ways of doing the same."
+
 import copy, random
 from dataclasses import replace
 
@@ -7,27 +8,59 @@ import torch
 from hypothesis import given, settings, strategies as st
 
 from faithful_distill.files import BadInput, shipped
-from faithful_distill.questions import Question, as_questions, load_questions
-from faithful_distill.student import (Row, Student, add_tags, answer, collate, combine, distillation_loss, encode_sources, encode_targets, expresses, load_student, match_choice, row_prefix,
-                                      source_text, student_logits, target_text, tiny_student, token_pieces, training_rows, units)
+from faithful_distill.questions import Question, load_questions
+from faithful_distill.student.rows import (
+    Row,
+    collate,
+    encode_sources,
+    encode_targets,
+    row_prefix,
+    source_text,
+    target_text,
+    token_pieces,
+    training_rows,
+    units,
+)
+from faithful_distill.student.model import Student, add_tags, expresses, load_student, tiny_student
+from faithful_distill.student.answers import answer
+from faithful_distill.student.loss import combine, distillation_loss, student_logits
+from faithful_distill.questions import match_choice
 
-questions = [Question("1", "What does a beaver build ?", ("a dam", "a bank", "a nest"), 0), Question("2", "Where is money kept ?", ("bank", "river", "bank", "under the bed"), 2),
-             Question("3", "Can a penguin fly ?", ("yes", "no"), 1, kind="boolean")]
+questions = [
+    Question("1", "What does a beaver build ?", ("a dam", "a bank", "a nest"), 0),
+    Question("2", "Where is money kept ?", ("bank", "river", "bank", "under the bed"), 2),
+    Question("3", "Can a penguin fly ?", ("yes", "no"), 1, kind="boolean"),
+]
 reasons = ["Beavers cut wood and stop rivers with it .", "Safe .", "Its wings are too small to carry it ."]
 vocabulary = [q.question for q in questions] + [c for q in questions for c in q.choices] + reasons
 kinds = ["t5", "llama", "gpt_neox", "qwen2", "gpt2"]
 
 
 def record(q, target, rationale, **more):
-    return dict(id=q.id, question=q.question, choices=list(q.choices), answer=q.answer, kind=q.kind, target=target, role="gold" if target == q.answer else "counterfactual", rationale=rationale, **more)
+    return dict(
+        id=q.id,
+        question=q.question,
+        choices=list(q.choices),
+        answer=q.answer,
+        kind=q.kind,
+        target=target,
+        role="gold" if target == q.answer else "counterfactual",
+        rationale=rationale,
+        **more,
+    )
 
 
 def rows_of(student):
-    return training_rows(student, [record(q, q.answer, r) for q, r in zip(questions, reasons)] + [record(q, (q.answer + 1) % 2, r) for q, r in zip(questions, reasons[::-1])])
+    return training_rows(
+        student,
+        [record(q, q.answer, r) for q, r in zip(questions, reasons)]
+        + [record(q, (q.answer + 1) % 2, r) for q, r in zip(questions, reasons[::-1])],
+    )
 
 
 @pytest.fixture(scope="module", params=kinds)
-def student(request): return tiny_student(vocabulary, request.param)
+def student(request):
+    return tiny_student(vocabulary, request.param)
 
 
 def test_one_forward_equals_one_row_at_a_time(student):
@@ -35,17 +68,22 @@ def test_one_forward_equals_one_row_at_a_time(student):
     rows = rows_of(student)
     batch = collate(rows, student)
     whole = distillation_loss(student_logits(student.model, batch), batch["labels"], batch["counterfactual"])
-    student.model.zero_grad(); whole.total.backward()
+    student.model.zero_grad()
+    whole.total.backward()
     together = [p.grad.clone() for p in student.model.parameters() if p.grad is not None]
     student.model.zero_grad()
     totals = (whole.tokens_factual, whole.tokens_counterfactual)
     alone = 0
     for row in rows:
         one = collate([row], student)
-        loss = distillation_loss(student_logits(student.model, one), one["labels"], one["counterfactual"], totals=totals)
-        loss.total.backward(); alone += float(loss.total.detach())
+        loss = distillation_loss(
+            student_logits(student.model, one), one["labels"], one["counterfactual"], totals=totals
+        )
+        loss.total.backward()
+        alone += float(loss.total.detach())
     assert alone == pytest.approx(float(whole.total.detach()), rel=1e-5)
-    for a, p in zip(together, [p for p in student.model.parameters() if p.grad is not None]): assert torch.allclose(a, p.grad, atol=1e-6)
+    for a, p in zip(together, [p for p in student.model.parameters() if p.grad is not None]):
+        assert torch.allclose(a, p.grad, atol=1e-6)
     student.model.zero_grad()
 
 
@@ -58,30 +96,47 @@ def test_loss_is_the_slow_sum_over_tokens(student):
     for row in rows:
         written = row.context + row.target
         for i in range(len(row.context), len(written)):
-            if student.is_seq2seq: logits = student.model(input_ids=torch.tensor([row.source]), decoder_input_ids=torch.tensor([[student.start, *written[:i]]])).logits
-            else: logits = student.model(input_ids=torch.tensor([row.source + written[:i]])).logits
+            if student.is_seq2seq:
+                logits = student.model(
+                    input_ids=torch.tensor([row.source]),
+                    decoder_input_ids=torch.tensor([[student.start, *written[:i]]]),
+                ).logits
+            else:
+                logits = student.model(input_ids=torch.tensor([row.source + written[:i]])).logits
             sums[row.counterfactual] -= float(logits[0, -1].log_softmax(-1)[written[i]])
-    assert float(loss.factual) == pytest.approx(sums[False], rel=1e-4) and float(loss.counterfactual) == pytest.approx(sums[True], rel=1e-4)
+    assert float(loss.factual) == pytest.approx(sums[False], rel=1e-4) and float(
+        loss.counterfactual
+    ) == pytest.approx(sums[True], rel=1e-4)
     assert int(loss.tokens_factual) == sum(len(r.target) for r in rows if not r.counterfactual)
 
 
 def test_rationales_of_counterfactual_rows_get_exactly_zero_gradient(student):
     batch = collate(rows_of(student), student)
-    logits = student_logits(student.model, batch); logits.retain_grad()
+    logits = student_logits(student.model, batch)
+    logits.retain_grad()
     for reduction in ("per_part", "per_token"):
         logits.grad = None
-        distillation_loss(logits, batch["labels"], batch["counterfactual"], reduction=reduction).total.backward(retain_graph=True)
-        assert (logits.grad[batch["labels"] == -100] == 0).all() and (logits.grad[batch["labels"] != -100] != 0).any(-1).all()
+        distillation_loss(
+            logits, batch["labels"], batch["counterfactual"], reduction=reduction
+        ).total.backward(retain_graph=True)
+        assert (logits.grad[batch["labels"] == -100] == 0).all() and (
+            logits.grad[batch["labels"] != -100] != 0
+        ).any(-1).all()
     student.model.zero_grad()
 
 
 @given(st.floats(0, 0.99), st.lists(st.tuples(st.floats(0, 9), st.booleans()), min_size=1, max_size=9))
 def test_combine_weighs_tokens_as_written(alpha, tokens):
     f, c = [l for l, side in tokens if not side], [l for l, side in tokens if side]
-    mean = lambda x: sum(x)/len(x) if x else 0.0
-    assert combine(sum(f), sum(c), len(f), len(c), alpha, "per_part") == pytest.approx((1 - alpha)*mean(f) + alpha*mean(c))
-    weight = (1 - alpha)*len(f) + alpha*len(c)
-    if weight >= 1: assert combine(sum(f), sum(c), len(f), len(c), alpha, "per_token") == pytest.approx(((1 - alpha)*sum(f) + alpha*sum(c))/weight)
+    mean = lambda x: sum(x) / len(x) if x else 0.0
+    assert combine(sum(f), sum(c), len(f), len(c), alpha, "per_part") == pytest.approx(
+        (1 - alpha) * mean(f) + alpha * mean(c)
+    )
+    weight = (1 - alpha) * len(f) + alpha * len(c)
+    if weight >= 1:
+        assert combine(sum(f), sum(c), len(f), len(c), alpha, "per_token") == pytest.approx(
+            ((1 - alpha) * sum(f) + alpha * sum(c)) / weight
+        )
 
 
 def slow_answer(student, q, rationale, prefix):
@@ -91,17 +146,22 @@ def slow_answer(student, q, rationale, prefix):
     written = t.tag + t.rationale + t.sentence
     begin = len(written)
     for _ in range(12):
-        if student.is_seq2seq: logits = student.model(input_ids=torch.tensor([source]), decoder_input_ids=torch.tensor([[student.start, *written]])).logits
-        else: logits = student.model(input_ids=torch.tensor([source + written])).logits
+        if student.is_seq2seq:
+            logits = student.model(
+                input_ids=torch.tensor([source]), decoder_input_ids=torch.tensor([[student.start, *written]])
+            ).logits
+        else:
+            logits = student.model(input_ids=torch.tensor([source + written])).logits
         token = int(logits[0, -1].argmax())
-        if token == student.eos: break
+        if token == student.eos:
+            break
         written.append(token)
     return student.tokenizer.decode(written[begin:], skip_special_tokens=True)
 
 
 @pytest.mark.parametrize("prefix", ["factual", "counterfactual", "none"])
 def test_batched_answers_are_those_of_a_slow_loop(student, prefix):
-    many, why = questions*3, (reasons + reasons[1:] + reasons[:1] + ["", "", ""])
+    many, why = questions * 3, (reasons + reasons[1:] + reasons[:1] + ["", "", ""])
     said = answer(student, many, why, prefix=prefix, batch_size=5)
     for q, r, a in zip(many, why, said, strict=True):
         slow = slow_answer(student, q, r, prefix)
@@ -111,15 +171,27 @@ def test_batched_answers_are_those_of_a_slow_loop(student, prefix):
 
 def test_own_rationales_are_those_of_generate(student):
     "The greedy loop with its cache and thinning against `transformers.generate`, batch 1."
-    from faithful_distill.student import read_distinct, stacked, write_rationales
-    sources = encode_sources(student, questions, ["factual"]*3)
+    from faithful_distill.student.answers import read_distinct, stacked, write_rationales
+
+    sources = encode_sources(student, questions, ["factual"] * 3)
     with torch.no_grad():
         read = read_distinct(student, sources)
-        found = write_rationales(student, read and stacked([read[tuple(s)] for s in sources]), sources, [None]*3, "factual", 10)
+        found = write_rationales(
+            student, read and stacked([read[tuple(s)] for s in sources]), sources, [None] * 3, "factual", 10
+        )
     tag = student.tokenizer("[factual]", add_special_tokens=False)["input_ids"]
     for source, (text, _, _) in zip(sources, found):
-        if student.is_seq2seq: ids = student.model.generate(torch.tensor([source]), decoder_input_ids=torch.tensor([[student.start, *tag]]), max_new_tokens=10, do_sample=False)[0][1 + len(tag):]
-        else: ids = student.model.generate(torch.tensor([source + tag]), max_new_tokens=10, do_sample=False)[0][len(source) + len(tag):]
+        if student.is_seq2seq:
+            ids = student.model.generate(
+                torch.tensor([source]),
+                decoder_input_ids=torch.tensor([[student.start, *tag]]),
+                max_new_tokens=10,
+                do_sample=False,
+            )[0][1 + len(tag) :]
+        else:
+            ids = student.model.generate(torch.tensor([source + tag]), max_new_tokens=10, do_sample=False)[0][
+                len(source) + len(tag) :
+            ]
         assert student.tokenizer.decode(ids, skip_special_tokens=True).strip().startswith(text)
     assert any(text for text, _, _ in found)
 
@@ -130,35 +202,52 @@ def test_batch_size_and_order_change_nothing(student):
     for size in (1, 2):
         backwards = answer(student, questions[::-1], mixed[::-1], batch_size=size, max_new_tokens=8)[::-1]
         for a, b in zip(reference, backwards):
-            assert (a.id, a.rationale, a.text, a.choice) == (b.id, b.rationale, b.text, b.choice) and a.scores == pytest.approx(b.scores, abs=1e-4)
+            assert (a.id, a.rationale, a.text, a.choice) == (
+                b.id,
+                b.rationale,
+                b.text,
+                b.choice,
+            ) and a.scores == pytest.approx(b.scores, abs=1e-4)
 
 
 def test_a_trained_student_is_read_as_one_question_at_a_time_is(monkeypatch):
     "What a student writes that names choices, and what one writes that does not: words, choice and likelihoods are those of `generate` and a forward pass a choice, and only the latter is written out."
-    from faithful_distill import student as room
+    from faithful_distill.student import answers
     from faithful_distill.train_bench import plain_answer
-    from faithful_distill.world import world_questions
+    from faithful_distill.lab.world import world_questions
+
     trained = load_student(shipped("data", "models", "student"), device="cpu")
     asked = [q for kind in ("choice", "boolean") for q in world_questions(kind, "test", limit=12)]
-    asked += [replace(q, id=f"{q.id}-odd", choices=("the moon", *q.choices[1:]), answer=0) for q in asked[:6]]        # choices that it has never seen
+    asked += [
+        replace(q, id=f"{q.id}-odd", choices=("the moon", *q.choices[1:]), answer=0) for q in asked[:6]
+    ]  # choices that it has never seen
     why = [None if i % 3 else " ".join(reversed(q.question.split())) for i, q in enumerate(asked)]
-    written, write_on = [], room.write_on
-    monkeypatch.setattr(room, "write_on", lambda reading, limits: written.append(limits) or write_on(reading, limits))
+    written, greedy_continue = [], answers.greedy_continue
+    monkeypatch.setattr(
+        answers,
+        "write_on",
+        lambda reading, limits: written.append(limits) or greedy_continue(reading, limits),
+    )
     said = answer(trained, asked, why, batch_size=7, max_new_tokens=40)
     slow = [plain_answer(trained, q, r, 40) for q, r in zip(asked, why)]
     for a, (text, choice, scores) in zip(said, slow, strict=True):
         assert (a.choice, a.scores) == (choice, pytest.approx(scores, abs=1e-4))
-        if choice is not None: assert a.text == text
-    read = sum(len(limits) for limits in written if max(limits) < 40)           # 40: rationales
+        if choice is not None:
+            assert a.text == text
+    read = sum(len(limits) for limits in written if max(limits) < 40)  # 40: rationales
     named = sum(a.choice is not None and a.text == q.choices[a.choice] for q, a in zip(asked, said))
     assert 0 < named <= len(asked) - read < len(asked)
 
 
 @settings(max_examples=40, deadline=None)
-@given(st.lists(st.tuples(st.sampled_from(["read", "back", "keep"]), st.integers(1, 70)), max_size=12), st.integers(0, 100))
+@given(
+    st.lists(st.tuples(st.sampled_from(["read", "back", "keep"]), st.integers(1, 70)), max_size=12),
+    st.integers(0, 100),
+)
 def test_a_memory_with_room_ahead_holds_what_one_without_does(moves, seed):
     from transformers.cache_utils import DynamicLayer
-    from faithful_distill.student import growing_layer
+    from faithful_distill.caches import growing_layer
+
     draw = torch.Generator().manual_seed(seed)
     ours, plain, rows = growing_layer()(), DynamicLayer(), 4
     for what, n in [("read", 3), *moves]:
@@ -167,47 +256,75 @@ def test_a_memory_with_room_ahead_holds_what_one_without_does(moves, seed):
             found = ours.update(*new), plain.update(*new)
         elif what == "back":
             n = min(n, plain.get_seq_length() - 1)
-            if n: ours.crop(-n); plain.crop(-n)
+            if n:
+                ours.crop(-n)
+                plain.crop(-n)
         else:
             stay = torch.arange(rows)[torch.rand(rows, generator=draw) < 0.8]
-            if len(stay): ours.batch_select_indices(stay); plain.batch_select_indices(stay); rows = len(stay)
+            if len(stay):
+                ours.batch_select_indices(stay)
+                plain.batch_select_indices(stay)
+                rows = len(stay)
         assert ours.get_seq_length() == plain.get_seq_length()
-        for a, b in ((ours.keys, plain.keys), (ours.values, plain.values), *(zip(*found) if what == "read" else ())): assert torch.equal(a, b)
+        for a, b in (
+            (ours.keys, plain.keys),
+            (ours.values, plain.values),
+            *(zip(*found) if what == "read" else ()),
+        ):
+            assert torch.equal(a, b)
 
 
 def test_a_student_goes_on_from_a_beginning(student):
-    for a in answer(student, questions, ["Safe", "Its wings", "Beavers cut"], begun=True, max_new_tokens=6): assert a.rationale.startswith(("Safe", "Its wings", "Beavers cut"))
+    for a in answer(
+        student, questions, ["Safe", "Its wings", "Beavers cut"], continue_from=True, max_new_tokens=6
+    ):
+        assert a.rationale.startswith(("Safe", "Its wings", "Beavers cut"))
 
 
 @settings(max_examples=60)
-@given(st.lists(st.sampled_from("the a wood river bank ( ) it . , ? [factual]".split()), min_size=0, max_size=12), st.integers(10, 40))
+@given(
+    st.lists(
+        st.sampled_from("the a wood river bank ( ) it . , ? [factual]".split()), min_size=0, max_size=12
+    ),
+    st.integers(10, 40),
+)
 def test_truncation_never_cuts_the_answer(rationale, room):
     student = tiny_student_once()
     student.max_target = room
     [t] = encode_targets(student, questions[:1], [2], [" ".join(rationale)], ["factual"])
     assert len(t.tag + t.rationale + t.sentence + t.answer) <= room
-    assert student.tokenizer.decode(t.answer, skip_special_tokens=True) == "a nest" and t.answer[-1] == student.eos
-    assert len(t.rationale) + t.cut == len(student.tokenizer(" ".join(rationale), add_special_tokens=False)["input_ids"])
+    assert (
+        student.tokenizer.decode(t.answer, skip_special_tokens=True) == "a nest"
+        and t.answer[-1] == student.eos
+    )
+    assert len(t.rationale) + t.cut == len(
+        student.tokenizer(" ".join(rationale), add_special_tokens=False)["input_ids"]
+    )
 
 
 def tiny_student_once(made=[]):
-    if not made: made.append(tiny_student(vocabulary))
+    if not made:
+        made.append(tiny_student(vocabulary))
     return copy.copy(made[0])
 
 
 def test_too_little_room_is_an_error_with_the_number_needed():
     student = tiny_student_once()
     student.max_target = 5
-    with pytest.raises(BadInput, match="at least 8"): encode_targets(student, questions[:1], [0], ["x"], ["factual"])
+    with pytest.raises(BadInput, match="at least 8"):
+        encode_targets(student, questions[:1], [0], ["x"], ["factual"])
     student.max_target, student.max_source = 99, 6
-    with pytest.raises(BadInput, match="max_source"): encode_sources(student, questions[:1], ["factual"])
+    with pytest.raises(BadInput, match="max_source"):
+        encode_sources(student, questions[:1], ["factual"])
 
 
 def byte_level(texts):
     "A byte-level BPE, as GPT-2 and Llama 3 have."
     from tokenizers import ByteLevelBPETokenizer
     from transformers import PreTrainedTokenizerFast
-    bpe = ByteLevelBPETokenizer(); bpe.train_from_iterator(texts, vocab_size=400, show_progress=False, special_tokens=["<|end|>"])
+
+    bpe = ByteLevelBPETokenizer()
+    bpe.train_from_iterator(texts, vocab_size=400, show_progress=False, special_tokens=["<|end|>"])
     return PreTrainedTokenizerFast(tokenizer_object=bpe._tokenizer, eos_token="<|end|>")
 
 
@@ -215,13 +332,28 @@ def sentence_pieces(texts):
     "A unigram model with metaspaces, as T5 has."
     from tokenizers import SentencePieceUnigramTokenizer
     from transformers import PreTrainedTokenizerFast
-    pieces = SentencePieceUnigramTokenizer(); pieces.train_from_iterator(texts, vocab_size=200, special_tokens=["<pad>", "</s>", "<unk>"], unk_token="<unk>", show_progress=False)
-    return PreTrainedTokenizerFast(tokenizer_object=pieces._tokenizer, eos_token="</s>", pad_token="<pad>", unk_token="<unk>")
+
+    pieces = SentencePieceUnigramTokenizer()
+    pieces.train_from_iterator(
+        texts,
+        vocab_size=200,
+        special_tokens=["<pad>", "</s>", "<unk>"],
+        unk_token="<unk>",
+        show_progress=False,
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=pieces._tokenizer, eos_token="</s>", pad_token="<pad>", unk_token="<unk>"
+    )
 
 
 @pytest.mark.parametrize("make", [byte_level, sentence_pieces])
 def test_pieces_add_up_for_subword_tokenizers(make):
-    texts = [target_text(q, i, r, p) for q, r in zip(questions, reasons) for i in range(2) for p in ("factual", "counterfactual")]*3
+    texts = [
+        target_text(q, i, r, p)
+        for q, r in zip(questions, reasons)
+        for i in range(2)
+        for p in ("factual", "counterfactual")
+    ] * 3
     tokenizer = make(texts)
     for q, r in zip(questions, reasons):
         parts = ["[counterfactual]", r, "So the answer is", q.choices[0]]
@@ -232,18 +364,22 @@ def test_pieces_add_up_for_subword_tokenizers(make):
 
 def test_real_questions_encode_whole(real_data):
     "Every CommonsenseQA dev question: its text, its choices, duplicates told apart."
-    dev = list(load_questions("csqa", "dev", path=real_data/"csqa"))
+    dev = list(load_questions("csqa", "dev", path=real_data / "csqa"))
     qs = [Question(q["id"], q["question"], tuple(q["choices"]), q["answer"], q["kind"]) for q in dev]
     for q in qs:
-        for i in range(len(q.choices)): assert match_choice(q, target_text(q, i, "", "none").removeprefix("So the answer is ")) == i
+        for i in range(len(q.choices)):
+            assert match_choice(q, target_text(q, i, "", "none").removeprefix("So the answer is ")) == i
         assert all(choice in source_text(q) for choice in q.choices)
 
 
 def test_random_prefixes_are_even_and_independent_of_role():
     n = 2000
-    drawn = {role: [row_prefix("random", role, str(i), 0) for i in range(n)] for role in ("gold", "counterfactual")}
-    for role in drawn: assert 0.45 < sum(p == "factual" for p in drawn[role])/n < 0.55
-    assert 0.45 < sum(a == b for a, b in zip(*drawn.values()))/n < 0.55
+    drawn = {
+        role: [row_prefix("random", role, str(i), 0) for i in range(n)] for role in ("gold", "counterfactual")
+    }
+    for role in drawn:
+        assert 0.45 < sum(p == "factual" for p in drawn[role]) / n < 0.55
+    assert 0.45 < sum(a == b for a, b in zip(*drawn.values())) / n < 0.55
 
 
 def test_units_keep_every_row():
@@ -251,56 +387,97 @@ def test_units_keep_every_row():
     ids = [str(rng.randrange(9)) for _ in range(40)]
     rows = [Row([1], [1], [1], rng.random() < 0.6) for _ in ids]
     made = units(rows, ids)
-    assert sum(map(len, made)) == 40 and all(not u[0].counterfactual and all(r.counterfactual for r in u[1:]) for u in made)
-    with pytest.raises(BadInput, match="no gold rationale"): units([r for r in rows if r.counterfactual], [i for i, r in zip(ids, rows) if r.counterfactual])
+    assert sum(map(len, made)) == 40 and all(
+        not u[0].counterfactual and all(r.counterfactual for r in u[1:]) for u in made
+    )
+    with pytest.raises(BadInput, match="no gold rationale"):
+        units([r for r in rows if r.counterfactual], [i for i, r in zip(ids, rows) if r.counterfactual])
 
 
-@pytest.mark.parametrize("field, value", [("role", "silver"), ("target", 7), ("target", None), ("rationale", ...)])
+@pytest.mark.parametrize(
+    "field, value", [("role", "silver"), ("target", 7), ("target", None), ("rationale", ...)]
+)
 def test_bad_records_are_named(field, value):
     bad = record(questions[0], 0, reasons[0])
-    if value is ...: del bad[field]
-    else: bad[field] = value
-    with pytest.raises(BadInput, match=field): training_rows(tiny_student_once(), [bad])
+    if value is ...:
+        del bad[field]
+    else:
+        bad[field] = value
+    with pytest.raises(BadInput, match=field):
+        training_rows(tiny_student_once(), [bad])
 
 
 def test_a_student_without_end_or_padding_is_refused(tmp_path):
     student = tiny_student(vocabulary)
     student.tokenizer.eos_token = None
-    with pytest.raises(BadInput, match="end-of-text"): type(student)(student.model, student.tokenizer)
+    with pytest.raises(BadInput, match="end-of-text"):
+        type(student)(student.model, student.tokenizer)
     student = tiny_student(vocabulary)
     student.tokenizer.pad_token = None
-    with pytest.raises(BadInput, match="padding"): type(student)(student.model, student.tokenizer)
-    (tmp_path/"config.json").write_text("{}")
-    with pytest.raises(BadInput, match="cannot be loaded"): load_student(tmp_path)
+    with pytest.raises(BadInput, match="padding"):
+        type(student)(student.model, student.tokenizer)
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(BadInput, match="cannot be loaded"):
+        load_student(tmp_path)
 
 
 def letters(lowercase=False):
     "Letters and words without an unknown token: brackets are dropped without a word."
     from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
+
     made = Tokenizer(models.BPE())
     made.pre_tokenizer, made.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
-    if lowercase: made.normalizer = normalizers.Lowercase()
-    made.train_from_iterator(["So the answer is factual counterfactual"]*9 + [text.replace("?", "") for text in vocabulary], trainers.BpeTrainer(vocab_size=200, special_tokens=["<pad>", "</s>"], show_progress=False))
+    if lowercase:
+        made.normalizer = normalizers.Lowercase()
+    made.train_from_iterator(
+        ["So the answer is factual counterfactual"] * 9 + [text.replace("?", "") for text in vocabulary],
+        trainers.BpeTrainer(vocab_size=200, special_tokens=["<pad>", "</s>"], show_progress=False),
+    )
     return PreTrainedTokenizerFast(tokenizer_object=made, pad_token="<pad>", eos_token="</s>")
 
 
 def model_for(tokenizer):
     from transformers import T5Config, T5ForConditionalGeneration
-    return T5ForConditionalGeneration(T5Config(vocab_size=len(tokenizer), d_model=16, d_kv=4, d_ff=16, num_layers=1, num_heads=2, decoder_start_token_id=0))
+
+    return T5ForConditionalGeneration(
+        T5Config(
+            vocab_size=len(tokenizer),
+            d_model=16,
+            d_kv=4,
+            d_ff=16,
+            num_layers=1,
+            num_heads=2,
+            decoder_start_token_id=0,
+        )
+    )
 
 
 def test_tags_that_a_tokenizer_loses_are_missed_only_where_they_are_needed():
     "Dropped brackets are as bad as an unknown token: both roles would read alike. Without tags nothing is missed, and `add_tags` mends it, as the error says."
     tokenizer = letters()
-    assert tokenizer.unk_token_id is None and tokenizer.decode(tokenizer("[factual]")["input_ids"]) == "factual"
+    assert (
+        tokenizer.unk_token_id is None and tokenizer.decode(tokenizer("[factual]")["input_ids"]) == "factual"
+    )
     model, rows = model_for(tokenizer), [record(q, q.answer, r) for q, r in zip(questions, reasons)]
     student = Student(model, tokenizer, "letters")
-    for act in (lambda: training_rows(student, rows), lambda: training_rows(student, rows, prefixes="random"), lambda: answer(student, questions)):
-        with pytest.raises(BadInput, match=r"cannot express '\[.*factual\]'.*add_tags\(model, tokenizer\).*prefixes='none'"): act()
-    assert len(training_rows(student, rows, prefixes="none")) == 3 and len(answer(student, questions, reasons, prefix="none")) == 3
+    for act in (
+        lambda: training_rows(student, rows),
+        lambda: training_rows(student, rows, prefixes="random"),
+        lambda: answer(student, questions),
+    ):
+        with pytest.raises(
+            BadInput, match=r"cannot express '\[.*factual\]'.*add_tags\(model, tokenizer\).*prefixes='none'"
+        ):
+            act()
+    assert (
+        len(training_rows(student, rows, prefixes="none")) == 3
+        and len(answer(student, questions, reasons, prefix="none")) == 3
+    )
     add_tags(model, tokenizer)
-    roles = [training_rows(student, [record(questions[0], target, reasons[0])])[0].source for target in (0, 1)]
+    roles = [
+        training_rows(student, [record(questions[0], target, reasons[0])])[0].source for target in (0, 1)
+    ]
     assert roles[0] != roles[1]
 
 
@@ -308,30 +485,50 @@ def test_a_tokenizer_that_changes_the_answer_sentence_is_refused_and_can_be_taug
     "In small letters the sentence would never be found in what the student writes."
     tokenizer = letters(lowercase=True)
     model = model_for(tokenizer)
-    with pytest.raises(BadInput, match=r"'So the answer is'.*add_tags\(model, tokenizer\)"): Student(model, tokenizer)
+    with pytest.raises(BadInput, match=r"'So the answer is'.*add_tags\(model, tokenizer\)"):
+        Student(model, tokenizer)
     add_tags(model, tokenizer)
     Student(model, tokenizer)
 
 
 @pytest.mark.parametrize("make", [byte_level, sentence_pieces])
 def test_subword_tokenizers_express_the_tags(make):
-    tokenizer = make([target_text(q, 0, r, p) for q, r in zip(questions, reasons) for p in ("factual", "counterfactual")]*3)
+    tokenizer = make(
+        [target_text(q, 0, r, p) for q, r in zip(questions, reasons) for p in ("factual", "counterfactual")]
+        * 3
+    )
     assert all(expresses(tokenizer, text) for text in ("[factual]", "[counterfactual]", "So the answer is"))
 
 
 def test_a_tag_in_pieces_is_expressed_and_a_sentence_without_its_spaces_is_not():
     "Word pieces come back apart, '[ factual ]', and still tell the roles apart; an answer sentence that comes back so would not be found."
+
     class Says:
         unk_token_id = 0
-        def __init__(self, back): self.back = back
-        def __call__(self, text, add_special_tokens): return dict(input_ids=[1])
-        def decode(self, ids): return self.back
+
+        def __init__(self, back):
+            self.back = back
+
+        def __call__(self, text, add_special_tokens):
+            return dict(input_ids=[1])
+
+        def decode(self, ids):
+            return self.back
+
     assert expresses(Says("[ factual ]"), "[factual]") and not expresses(Says("factual"), "[factual]")
-    assert expresses(Says(" So the answer is"), "So the answer is") and not expresses(Says("Sothe answer is"), "So the answer is") and not expresses(Says("so the answer is"), "So the answer is")
+    assert (
+        expresses(Says(" So the answer is"), "So the answer is")
+        and not expresses(Says("Sothe answer is"), "So the answer is")
+        and not expresses(Says("so the answer is"), "So the answer is")
+    )
 
 
 def test_a_saved_student_is_loaded_as_it_was(student, tmp_path):
-    if student.name == "tiny-qwen2": pytest.skip("transformers gives Qwen2 its own byte-level tokenizer, whatever the folder holds")
-    student.model.save_pretrained(tmp_path); student.tokenizer.save_pretrained(tmp_path)
+    if student.name == "tiny-qwen2":
+        pytest.skip("transformers gives Qwen2 its own byte-level tokenizer, whatever the folder holds")
+    student.model.save_pretrained(tmp_path)
+    student.tokenizer.save_pretrained(tmp_path)
     loaded = load_student(tmp_path, device="cpu")
-    assert [a.scores for a in answer(loaded, questions, reasons)] == [a.scores for a in answer(student, questions, reasons)]
+    assert [a.scores for a in answer(loaded, questions, reasons)] == [
+        a.scores for a in answer(student, questions, reasons)
+    ]

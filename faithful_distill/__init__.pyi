@@ -1,0 +1,19 @@
+from .faithfulness.interventions import measure as measure
+from .faithfulness.metrics import (
+    early_answering_aoc as early_answering_aoc,
+    las as las,
+    perturbation_drop as perturbation_drop,
+    refinement_gain as refinement_gain,
+    swap_consistency as swap_consistency,
+)
+from .faithfulness.scoring import score_rationales as score_rationales
+from .files import BadInput as BadInput
+from .lab.runs import run_notebook as run_notebook
+from .lab.study import reproduce as reproduce
+from .questions import Question as Question, load_questions as load_questions
+from .student.answers import answer as answer, explain as explain
+from .student.model import load_student as load_student
+from .teacher.generate import contrastive_generate as contrastive_generate
+from .teacher.rationales import load_teacher as load_teacher, rationalize as rationalize
+from .training.settings import Settings as Settings
+from .training.train import train_student as train_student

@@ -1,0 +1,28 @@
+from .intervals import (
+    Score as Score,
+    bootstrap as bootstrap,
+    mean_score as mean_score,
+    paired_difference as paired_difference,
+)
+from .metrics import (
+    accuracy as accuracy,
+    counterfactual_insertion as counterfactual_insertion,
+    early_answering_aoc as early_answering_aoc,
+    las as las,
+    perturbation_drop as perturbation_drop,
+    refinement_gain as refinement_gain,
+    rev as rev,
+    same_answer_rate as same_answer_rate,
+    swap_consistency as swap_consistency,
+)
+from .interventions import measure as measure, measure_insertion as measure_insertion
+from .simulators import (
+    ModelBehaviour as ModelBehaviour,
+    measure_rev as measure_rev,
+    rora_lite as rora_lite,
+    simulate as simulate,
+    simulate_folds as simulate_folds,
+    try_las as try_las,
+)
+from .external import read_rationales as read_rationales
+from .scoring import score_rationales as score_rationales

@@ -1,0 +1,16 @@
+from .model import (
+    Student as Student,
+    load_student as load_student,
+    tiny_student as tiny_student,
+)
+from .rows import (
+    source_text as source_text,
+    target_text as target_text,
+    training_rows as training_rows,
+)
+from .loss import DistillationLoss as DistillationLoss, distillation_loss as distillation_loss
+from .answers import (
+    Answer as Answer,
+    answer as answer,
+    explain as explain,
+)
