@@ -22,7 +22,10 @@ def input_device(model) -> torch.device:
 
 # %% ../nbs/07_caches.ipynb #3425b776
 def forward_arguments(model) -> set[str]:
-    "Names that a model's forward pass takes; a cache is called `cache`, in older releases of `transformers` `past_key_values`."
+    """Names that a model's forward pass takes.
+
+    A cache is called `cache`, in older releases of `transformers` `past_key_values`.
+    """
     import inspect
 
     taken = set(inspect.signature(getattr(model, "get_base_model", lambda: model)().forward).parameters)
@@ -46,7 +49,10 @@ def growing_cache(is_seq2seq):
 # %% ../nbs/07_caches.ipynb #93f9ac43
 @cache
 def growing_layer() -> type:
-    "The class of a `transformers` cache layer with room ahead: a token more is written behind the others, which are not copied."
+    """The class of a `transformers` cache layer with room ahead.
+
+    A token more is written behind the others, which are not copied.
+    """
     from transformers.cache_utils import DynamicLayer
 
     class GrowingLayer(DynamicLayer):

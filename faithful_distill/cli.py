@@ -36,9 +36,12 @@ click.ClickException.exit_code = 2
 @click.group(cls=_Commands, context_settings=dict(help_option_names=["-h", "--help"], max_content_width=110))
 @click.version_option(__version__, prog_name="faithful-distill")
 def main():
-    """Faithful chain-of-thought distillation: teachers that argue for the answer, students that follow their reasons, and measures of it.
+    """Faithful chain-of-thought distillation.
 
-    Start with:  faithful-distill reproduce --profile quickstart"""
+    Teachers that argue for the answer, students that follow their reasons, and measures of it.
+
+    Start with: faithful-distill reproduce --profile quickstart
+    """
 
 # %% ../nbs/95_cli.ipynb #09572a65
 @main.command()
@@ -63,9 +66,12 @@ def main():
     ),
 )
 def reproduce(profile, only, seeds, workers, runs, listing, dry_run, keep):
-    """Compute a profile: every notebook of its grid, the figures, and one report. What is there already is not computed again.
+    """Compute a profile: every notebook of its grid, the figures, and one report.
 
-    Example:  faithful-distill reproduce --profile quickstart --workers 2"""
+    What is there already is not computed again.
+
+    Example: faithful-distill reproduce --profile quickstart --workers 2
+    """
     from faithful_distill.lab.study import reproduce as run
 
     result = run(
@@ -222,7 +228,8 @@ def rationales(
 ):
     """A teacher's rationales for a dataset, gold and counterfactual.
 
-    Example:  faithful-distill rationales --data csqa --split dev --limit 200 --teacher EleutherAI/gpt-neox-20b --out rationales.jsonl
+    Example: faithful-distill rationales --data csqa --split dev --limit 200 --teacher
+    EleutherAI/gpt-neox-20b --out rationales.jsonl
     """
     from dataclasses import replace
 
@@ -486,11 +493,15 @@ def evaluate(
     seed,
     out,
 ):
-    """Accuracy and faithfulness of a student: what its answers do when its rationales are damaged, replaced or swapped.
+    """Accuracy and faithfulness of a student.
 
-    The model card of a student that `train` wrote is written anew, with what was measured and its intervals.
+    What its answers do when its rationales are damaged, replaced or swapped.
 
-    Example:  faithful-distill evaluate --data csqa --split dev --student student --rationales dev-rationales.jsonl --out evaluation
+    The model card of a student that `train` wrote is written anew, with what was measured and its
+    intervals.
+
+    Example: faithful-distill evaluate --data csqa --split dev --student student --rationales
+    dev-rationales.jsonl --out evaluation
     """
     from faithful_distill.files import read_jsonl, writable_folder, write_json
     from faithful_distill.faithfulness.readers import ChoiceReader, read_choices
@@ -564,9 +575,11 @@ def evaluate(
 def score(file, out, cut_at, simulator, model, metrics, parts, simulators, limit):
     """The whole suite, as far as it applies, for rationales that any system wrote.
 
-    FILE is JSON lines: question, choices, prediction (index, letter, text, or null), rationale; optional gold, rating, id, model.
+    FILE is JSON lines: question, choices, prediction (index, letter, text, or null), rationale;
+    optional gold, rating, id, model.
 
-    Example:  faithful-distill score rationales.jsonl --out scored --cut-at '\\n\\nQ:'"""
+    Example: faithful-distill score rationales.jsonl --out scored --cut-at '\n\nQ:'
+    """
     from faithful_distill.files import writable_folder
     from faithful_distill.faithfulness.scoring import score_rationales
     from faithful_distill.lab.score_report import write_scored

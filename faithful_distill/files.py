@@ -24,7 +24,10 @@ _unset = object()
 
 # %% ../nbs/00_files.ipynb #4fe9c89a
 class BadInput(ValueError):
-    "Input that cannot be used. The message names file, line, field and value where they are known, and the remedy."
+    """Input that cannot be used.
+
+    The message names file, line, field and value where they are known, and the remedy.
+    """
 
     def __init__(
         self,
@@ -63,11 +66,18 @@ def _short(value, width=80):
     return text if len(text) <= width else text[: width - 3] + "..."
 
 # %% ../nbs/00_files.ipynb #9a621290
-def read_jsonl(
-    path,  # the file, UTF-8, one object a line
-    bad: list | None = None,  # given a list, broken lines are put there as errors and passed over
-) -> Iterator[tuple[int, dict]]:
-    "Each object of a JSON-lines file with its line number (from 1). Raises `BadInput` that names the line, unless `bad` collects."
+def read_jsonl(path, bad: list | None = None) -> Iterator[tuple[int, dict]]:
+    """Each object of a JSON-lines file with its line number (from 1).
+
+    Raises `BadInput` that names the line, unless `bad` collects.
+
+    Parameters
+    ----------
+    path
+        the file, UTF-8, one object a line
+    bad
+        given a list, broken lines are put there as errors and passed over
+    """
     try:
         text = Path(path).read_text(encoding="utf-8-sig")
     except FileNotFoundError:
@@ -134,7 +144,10 @@ def _parse_line(line, path, number):
 
 # %% ../nbs/00_files.ipynb #f22ec256
 def write_text(path, text: str | bytes) -> Path:
-    "Write text (or bytes) to a temporary file beside `path`, then rename it there. Makes the folder if needed."
+    """Write text (or bytes) to a temporary file beside `path`, then rename it there.
+
+    Makes the folder if needed.
+    """
     path = Path(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -175,9 +188,18 @@ def write_json(path, obj) -> Path:
 
 # %% ../nbs/00_files.ipynb #3c893a0c
 class Journal:
-    "An append-only JSON-lines file. `records` holds what is already there; a torn last line is dropped on opening."
+    """An append-only JSON-lines file. `records` holds what is already there.
 
-    def __init__(self, path):  # the file, made if it is not there
+    A torn last line is dropped on opening.
+    """
+
+    def __init__(self, path):
+        """
+        Parameters
+        ----------
+        path
+            the file, made if it is not there
+        """
         self.path = Path(path)
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -236,7 +258,10 @@ def tree_hash(folder, n: int = 12) -> str:
 
 # %% ../nbs/00_files.ipynb #c7548ad7
 def stable_seed(seed: int, *names) -> int:
-    "A seed in [0, 2**63) from a seed and names (ids, purposes); the same on every platform and in every process."
+    """A seed in [0, 2**63) from a seed and names (ids, purposes).
+
+    The same on every platform and in every process.
+    """
     return (
         int.from_bytes(hashlib.sha256(json.dumps([seed, *map(str, names)]).encode()).digest()[:8], "big") >> 1
     )
@@ -257,7 +282,9 @@ def shipped(*parts: str) -> Path:
 
 # %% ../nbs/00_files.ipynb #fe36cdc9
 def progress(iterable: Iterable | None = None, *, total: int | None = None, desc: str = "", unit: str = "it"):
-    "A `tqdm` bar over `iterable` (or to be moved by hand with `.update`), shown in terminal and notebook, silent when piped."
+    """A `tqdm` bar over `iterable` (or to be moved by hand with `.update`), shown in terminal and
+    notebook, silent when piped.
+    """
     from tqdm import tqdm
 
     return tqdm(
@@ -279,7 +306,10 @@ def shows_progress() -> bool:
 
 # %% ../nbs/00_files.ipynb #60e7117b
 def writable_folder(path) -> Path:
-    "`path` as a folder that exists and can be written to; made if needed. Raises `BadInput` at once if it cannot."
+    """`path` as a folder that exists and can be written to; made if needed.
+
+    Raises `BadInput` at once if it cannot.
+    """
     path = Path(path)
     if path.exists() and not path.is_dir():
         raise BadInput("is a file, not a folder", file=path, remedy="Name a folder.")
@@ -295,11 +325,16 @@ def writable_folder(path) -> Path:
 
 # %% ../nbs/00_files.ipynb #d695070d
 @contextmanager
-def sole_writer(
-    path,  # the file or folder that is written
-    lock=None,  # the lock; default: a hidden file beside `path`. It is removed in the end
-):
-    "Within, no other process is a `sole_writer` of the same; `BadInput` at once where one is."
+def sole_writer(path, lock=None):
+    """Within, no other process is a `sole_writer` of the same; `BadInput` at once where one is.
+
+    Parameters
+    ----------
+    path
+        the file or folder that is written
+    lock
+        the lock; default: a hidden file beside `path`. It is removed in the end
+    """
     import fcntl
 
     lock = Path(lock or Path(path).with_name(f".{Path(path).name}.lock"))

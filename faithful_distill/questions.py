@@ -24,16 +24,36 @@ fixed_choices = {"boolean": ("yes", "no"), "statement": ("true", "false")}
 # %% ../nbs/02_questions.ipynb #cc8b14be
 @dataclass(frozen=True)
 class Question:
-    "A question with its choices and the index of the right one."
+    """A question with its choices and the index of the right one.
 
-    id: str  # unique within its dataset
-    question: str  # the question, or the statement to be judged
-    choices: tuple[str, ...]  # at least two; yes/no for boolean, true/false for statement
-    answer: int | None  # index into choices; None where unlabelled
-    kind: str = "choice"  # 'choice', 'boolean' or 'statement'
-    split: str = ""  # the split it was loaded from
-    dataset: str = ""  # the dataset it was loaded from
-    explanation: str = ""  # a person's reason, '' where there is none
+    Parameters
+    ----------
+    id
+        unique within its dataset
+    question
+        the question, or the statement to be judged
+    choices
+        at least two; yes/no for boolean, true/false for statement
+    answer
+        index into choices; None where unlabelled
+    kind
+        'choice', 'boolean' or 'statement'
+    split
+        the split it was loaded from
+    dataset
+        the dataset it was loaded from
+    explanation
+        a person's reason, '' where there is none
+    """
+
+    id: str
+    question: str
+    choices: tuple[str, ...]
+    answer: int | None
+    kind: str = "choice"
+    split: str = ""
+    dataset: str = ""
+    explanation: str = ""
 
     def __post_init__(self):
         if not isinstance(self.question, str) or not self.question.strip():
@@ -67,7 +87,9 @@ class Question:
 
 # %% ../nbs/02_questions.ipynb #11eef9e5
 def _hold_together(kind: str, choices) -> None:
-    "Raises `BadInput` unless a yes/no question has the choices yes and no, and a statement true and false, in whatever order."
+    """Raises `BadInput` unless a yes/no question has the choices yes and no, and a statement true and
+    false, in whatever order.
+    """
     wanted = fixed_choices.get(kind)
     if wanted and sorted(map(normalized, choices)) != sorted(wanted):
         raise BadInput(
@@ -79,7 +101,10 @@ def _hold_together(kind: str, choices) -> None:
 
 # %% ../nbs/02_questions.ipynb #e5796a7b
 def normalized(text: str) -> str:
-    "Lower case, outer blanks and closing full stop gone, inner blanks single: the form in which texts are compared."
+    """Lower case, outer blanks and closing full stop gone, inner blanks single.
+
+    The form in which texts are compared.
+    """
     return " ".join(text.lower().split()).strip(" .")
 
 # %% ../nbs/02_questions.ipynb #278e2ebb
@@ -88,8 +113,16 @@ def letter(i: int) -> str:
     return f"({chr(ord('a') + i)})"
 
 # %% ../nbs/02_questions.ipynb #b94db639
-def choice_text(q: Question, i: int) -> str:  # the question  # index of the choice
-    "The words that name choice `i` and no other: its text, with its letter where another choice reads the same."
+def choice_text(q: Question, i: int) -> str:
+    """The words that name choice `i` and no other.
+
+    Its text, with its letter where another choice reads the same.
+
+    Returns
+    -------
+    str
+        the question # index of the choice
+    """
     same = sum(normalized(c) == normalized(q.choices[i]) for c in q.choices)
     return f"{q.choices[i]} {letter(i)}" if same > 1 else q.choices[i]
 
@@ -283,12 +316,24 @@ def _plain_answer(answer, choices, kind):
 # %% ../nbs/02_questions.ipynb #7f1df0a1
 @dataclass(frozen=True)
 class Source:
-    "Where a dataset's rows are found and how one becomes a question."
+    """Where a dataset's rows are found and how one becomes a question.
 
-    read: object  # row -> fields of Question
-    hub: str  # dataset name on the Hugging Face hub
-    files: dict[str, str]  # split -> official file name
-    hub_splits: dict[str, str]  # split -> the hub's name for it
+    Parameters
+    ----------
+    read
+        row -> fields of Question
+    hub
+        dataset name on the Hugging Face hub
+    files
+        split -> official file name
+    hub_splits
+        split -> the hub's name for it
+    """
+
+    read: object
+    hub: str
+    files: dict[str, str]
+    hub_splits: dict[str, str]
 
 # %% ../nbs/02_questions.ipynb #db561630
 sources = {
@@ -324,7 +369,10 @@ sources = {
 
 # %% ../nbs/02_questions.ipynb #2b8800ec
 def _read_records(path: Path, bad: list | None) -> Iterator[tuple[int, dict]]:
-    "Rows of a JSON-lines file or of a file that is one JSON array, with their line numbers; broken lines go to `bad` if it is a list."
+    """Rows of a JSON-lines file or of a file that is one JSON array, with their line numbers.
+
+    Broken lines go to `bad` if it is a list.
+    """
     try:
         head = path.open(encoding="utf-8-sig").read(64).lstrip()
     except (OSError, UnicodeDecodeError):

@@ -25,7 +25,10 @@ from .files import BadInput, shows_progress
 
 # %% ../nbs/06_ranks.ipynb #de7e79e7
 def cards_of(process: int, processes: int, cards: int) -> list[int]:
-    "The accelerators of one of several processes on a machine: its share, or one that it shares with others if there are too few."
+    """The accelerators of one of several processes on a machine.
+
+    Its share, or one that it shares with others if there are too few.
+    """
     return (
         list(range(process * cards // processes, (process + 1) * cards // processes))
         if cards >= processes
@@ -119,7 +122,10 @@ def over_ranks(numbers):
 
 # %% ../nbs/06_ranks.ipynb #f8345cfc
 def own_call() -> str | None:
-    "What this process was called with, after `python`; None in a notebook, a console or a process that `launch` started."
+    """What this process was called with, after `python`.
+
+    None in a notebook, a console or a process that `launch` started.
+    """
     spec = getattr(sys.modules.get("__main__"), "__spec__", None)
     module, shell = spec and spec.name.removesuffix(".__main__"), sys.modules.get("IPython")
     if (
@@ -135,7 +141,9 @@ def own_call() -> str | None:
 
 # %% ../nbs/06_ranks.ipynb #2deaaf71
 def resume_command(ranks: int, nodes: int = 1) -> str:
-    "This very call, to be given to so many processes on so many nodes (on each of them, where they are several)."
+    """This very call, to be given to so many processes on so many nodes (on each of them, where they are
+    several).
+    """
     call, python = own_call(), Path(sys.executable).name
     if not call:
         return f"faithful_distill.training.launch.launch({ranks}, ...)" if ranks > 1 else "train_student(...)"
@@ -217,7 +225,10 @@ def stop_ranks(process: subprocess.Popen) -> None:
 
 # %% ../nbs/06_ranks.ipynb #493350ab
 def leave_ranks() -> bool:
-    "An orderly end for a process started by a launcher: wait for the others, leave the group. Is this the first of them (or the only one)?"
+    """An orderly end for a process started by a launcher: wait for the others, leave the group.
+
+    Is this the first of them (or the only one)?
+    """
     import torch
 
     first = int(os.environ.get("RANK", 0)) == 0

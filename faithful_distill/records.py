@@ -23,32 +23,86 @@ roles = ("gold", "counterfactual")
 
 @dataclass(frozen=True)
 class Rationale:
-    "A rationale for one choice of one question, with its provenance. Raises `BadInput` if its fields do not fit together."
+    """A rationale for one choice of one question, with its provenance.
 
-    id: str  # the question's id; its gold and its counterfactual rationale share it
-    question: str  # the question, or the statement to be judged
-    choices: tuple[str, ...]  # at least two
-    answer: int  # index of the right choice
-    rationale: str  # the text, without its answer sentence
-    target: int | None = None  # index of the choice argued for; None: `answer`
-    role: str | None = None  # 'gold' or 'counterfactual'; None: what `target` says
-    kind: str = "choice"  # 'choice', 'boolean' or 'statement'
-    split: str = ""  # the split of the question
-    perturbed: int | tuple[int, ...] | None = None  # the answers it was contrasted with
-    tokens: int | None = None  # its length in the teacher's tokens
-    stop: str | None = None  # 'stop': it ended itself; 'length': it was cut
-    growth: tuple[float, ...] | None = None  # plausibility growth of each token, in nats
-    perturbation: str | None = None  # 'none', 'empty', 'wrong' or 'all_wrong'
-    alpha: float | None = None  # strength of the contrast
-    beta: float | None = None  # plausibility mask
-    temperature: float | None = None  # 0: the best token
-    seed: int | None = None  # decided the wrong answer, and the sample
-    max_new_tokens: int | None = None  # limit on its length
-    teacher: str | None = None  # name@hash of the weights
-    dtype: str | None = None  # precision of the teacher
-    prompt: str | None = None  # hash of the worked examples
-    version: str | None = None  # of this package
-    extra: Mapping[str, Any] = field(default_factory=dict, hash=False)  # other fields of the row
+    Raises `BadInput` if its fields do not fit together.
+
+    Parameters
+    ----------
+    id
+        the question's id; its gold and its counterfactual rationale share it
+    question
+        the question, or the statement to be judged
+    choices
+        at least two
+    answer
+        index of the right choice
+    rationale
+        the text, without its answer sentence
+    target
+        index of the choice argued for; None: `answer`
+    role
+        'gold' or 'counterfactual'; None: what `target` says
+    kind
+        'choice', 'boolean' or 'statement'
+    split
+        the split of the question
+    perturbed
+        the answers it was contrasted with
+    tokens
+        its length in the teacher's tokens
+    stop
+        'stop': it ended itself; 'length': it was cut
+    growth
+        plausibility growth of each token, in nats
+    perturbation
+        'none', 'empty', 'wrong' or 'all_wrong'
+    alpha
+        strength of the contrast
+    beta
+        plausibility mask
+    temperature
+        0: the best token
+    seed
+        decided the wrong answer, and the sample
+    max_new_tokens
+        limit on its length
+    teacher
+        name@hash of the weights
+    dtype
+        precision of the teacher
+    prompt
+        hash of the worked examples
+    version
+        of this package
+    extra
+        other fields of the row
+    """
+
+    id: str
+    question: str
+    choices: tuple[str, ...]
+    answer: int
+    rationale: str
+    target: int | None = None
+    role: str | None = None
+    kind: str = "choice"
+    split: str = ""
+    perturbed: int | tuple[int, ...] | None = None
+    tokens: int | None = None
+    stop: str | None = None
+    growth: tuple[float, ...] | None = None
+    perturbation: str | None = None
+    alpha: float | None = None
+    beta: float | None = None
+    temperature: float | None = None
+    seed: int | None = None
+    max_new_tokens: int | None = None
+    teacher: str | None = None
+    dtype: str | None = None
+    prompt: str | None = None
+    version: str | None = None
+    extra: Mapping[str, Any] = field(default_factory=dict, hash=False)
 
     def __post_init__(self):
         _check_types(self)
@@ -126,12 +180,19 @@ _known = {f.name for f in fields(Rationale)} - {"extra"}
 
 
 def rationale_from_row(
-    row: Mapping,  # one JSON object; `question`, `choices`, `answer` and `rationale` are enough
-    file=None,  # where it stands, for the error
-    line: int | None = None,
-    question: Question | None = None,  # what the row leaves out of the question is taken from here
+    row: Mapping, file=None, line: int | None = None, question: Question | None = None
 ) -> Rationale:
-    "A `Rationale` from a row of a file. Raises `BadInput` that names file, line and field."
+    """A `Rationale` from a row of a file. Raises `BadInput` that names file, line and field.
+
+    Parameters
+    ----------
+    row
+        one JSON object; `question`, `choices`, `answer` and `rationale` are enough
+    file
+        where it stands, for the error
+    question
+        what the row leaves out of the question is taken from here
+    """
     try:
         return _from_row(row, question)
     except BadInput as e:
@@ -189,11 +250,19 @@ def _check_same_question(row: Mapping, question: Question) -> None:
 
 # %% ../nbs/05_records.ipynb #e588acd1
 def read_records(
-    rationales,  # a JSON-lines file; or rows or `Rationale`s in memory
-    name: str = "rationales",  # what errors call them
-    questions: Iterable[Question] | None = None,  # the questions they may be about; None: any
+    rationales, name: str = "rationales", questions: Iterable[Question] | None = None
 ) -> list[Rationale]:
-    "`Rationale`s, all checked. Raises `BadInput` with file and line, and where there is none."
+    """`Rationale`s, all checked. Raises `BadInput` with file and line, and where there is none.
+
+    Parameters
+    ----------
+    rationales
+        a JSON-lines file; or rows or `Rationale`s in memory
+    name
+        what errors call them
+    questions
+        the questions they may be about; None: any
+    """
     by_id = None if questions is None else {q.id: q for q in questions}
     if isinstance(rationales, (str, Path)):
         numbered, file = read_jsonl(rationales), rationales
@@ -236,20 +305,35 @@ _sentence_end = re.compile(r"[.!?]+[\"')\]]*(?=\s+[\"'(\[]?[A-Z])|[.!?]+\s*$|(?=
 
 
 class AnswerSentence(NamedTuple):
-    "Where an answer sentence stands in a text, and what it says."
+    """Where an answer sentence stands in a text, and what it says.
 
-    start: int  # of its first word
-    end: int  # after its full stop
-    said: str  # the words after 'is', without the full stop
+    Parameters
+    ----------
+    start
+        of its first word
+    end
+        after its full stop
+    said
+        the words after 'is', without the full stop
+    """
+
+    start: int
+    end: int
+    said: str
 
 
-def answer_sentences(
-    text: str,  # any text
-    choices: Sequence[
-        str
-    ] = (),  # the question's choices, where they are known: they decide where an answer ends
-) -> list[AnswerSentence]:
-    "All sentences of `text` that state an answer: 'So the answer is ...', 'The correct answer is ...', 'Thus the statement is ...'."
+def answer_sentences(text: str, choices: Sequence[str] = ()) -> list[AnswerSentence]:
+    """All sentences of `text` that state an answer.
+
+    'So the answer is ...', 'The correct answer is ...', 'Thus the statement is ...'.
+
+    Parameters
+    ----------
+    text
+        any text
+    choices
+        the question's choices, where they are known: they decide where an answer ends
+    """
     found, at = [], 0
     while opening := _opening.search(text, at):
         begins = opening.end()
@@ -267,7 +351,9 @@ def answer_sentences(
 
 
 def _choice_at(text: str, at: int, choices: Sequence[str]) -> int | None:
-    "Where the longest choice that stands at `at` ends, a letter in brackets or an article before it allowed; None if none does."
+    """Where the longest choice that stands at `at` ends, a letter in brackets or an article before it
+    allowed; None if none does.
+    """
     lead = re.compile(r"(?:\([a-zA-Z]\)\s*)?(?:(?:a|an|the)\s+)?", re.IGNORECASE).match(text, at)
     ends = [
         begin + len(c)
@@ -280,11 +366,16 @@ def _choice_at(text: str, at: int, choices: Sequence[str]) -> int | None:
     return max(ends, default=None)
 
 # %% ../nbs/05_records.ipynb #0d9ad790
-def strip_answer(
-    text: str,  # any text
-    choices: Sequence[str] = (),  # the question's choices, where they are known
-) -> str:
-    "The text without its answer sentences: what a measure may see of a rationale."
+def strip_answer(text: str, choices: Sequence[str] = ()) -> str:
+    """The text without its answer sentences: what a measure may see of a rationale.
+
+    Parameters
+    ----------
+    text
+        any text
+    choices
+        the question's choices, where they are known
+    """
     kept, at = [], 0
     for a in answer_sentences(text, choices):
         kept.append(text[at : a.start])

@@ -39,7 +39,10 @@ def _weighted_spearman(weights: np.ndarray, a: np.ndarray, b: np.ndarray) -> np.
 
 # %% ../../nbs/72_calibration.ipynb #14bb6edb
 def _spearman_influence(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    "(n,) influence of each row on Spearman's correlation; its sum over a cluster gives the cluster's share of the variance."
+    """(n,) influence of each row on Spearman's correlation.
+
+    Its sum over a cluster gives the cluster's share of the variance.
+    """
 
     def above(column, of):
         code = np.unique(column, return_inverse=True)[1].reshape(-1)
@@ -74,15 +77,31 @@ _undefined = 0.05  # a larger share of resamples without a correlation, and ther
 
 # %% ../../nbs/72_calibration.ipynb #b0729f6b
 def rank_correlation(
-    a: Sequence,  # (n,) numbers, such as a metric per example
-    b: Sequence,  # (n,) numbers, such as human ratings
+    a: Sequence,
+    b: Sequence,
     *,
-    cluster: Sequence | None = None,  # (n,) rows with the same entry are resampled together
-    draws: int = 2_000,  # bootstrap draws
-    level: float = 0.95,  # coverage aimed at
-    seed: int = 0,  # of the draws
+    cluster: Sequence | None = None,
+    draws: int = 2_000,
+    level: float = 0.95,
+    seed: int = 0,
 ) -> Score:
-    "Spearman's rank correlation with a bootstrap interval."
+    """Spearman's rank correlation with a bootstrap interval.
+
+    Parameters
+    ----------
+    a
+        (n,) numbers, such as a metric per example
+    b
+        (n,) numbers, such as human ratings
+    cluster
+        (n,) rows with the same entry are resampled together
+    draws
+        bootstrap draws
+    level
+        coverage aimed at
+    seed
+        of the draws
+    """
     a, b = (as_credits(v, name, -np.inf, np.inf) for v, name in ((a, "a"), (b, "b")))
     n = check_lengths(a=a, b=b)
     if n < 3:
@@ -147,14 +166,28 @@ def rank_correlation(
 
 # %% ../../nbs/72_calibration.ipynb #40bf5184
 def rank_correlation_within(
-    a: Sequence,  # (n,) numbers
-    b: Sequence,  # (n,) numbers
-    groups: Sequence,  # (n,) the question each row belongs to
-    *,
-    min_groups: int = 1,  # fewer groups in which both vary than this make it None
-    **interval,  # draws, level, seed: see `bootstrap`
-) -> Score:  # n counts groups; details: groups, constant
-    "Mean over groups of Spearman's correlation within the group, with an interval over groups."
+    a: Sequence, b: Sequence, groups: Sequence, *, min_groups: int = 1, **interval
+) -> Score:
+    """Mean over groups of Spearman's correlation within the group, with an interval over groups.
+
+    Parameters
+    ----------
+    a
+        (n,) numbers
+    b
+        (n,) numbers
+    groups
+        (n,) the question each row belongs to
+    min_groups
+        fewer groups in which both vary than this make it None
+    **interval
+        draws, level, seed: see `bootstrap`
+
+    Returns
+    -------
+    Score
+        n counts groups; details: groups, constant
+    """
     a, b = (as_credits(v, name, -np.inf, np.inf) for v, name in ((a, "a"), (b, "b")))
     check_lengths(a=a, b=b, groups=np.asarray(groups))
     which = np.unique(np.asarray(groups), return_inverse=True)[1].reshape(-1)
@@ -181,7 +214,9 @@ def rank_correlation_within(
 
 # %% ../../nbs/72_calibration.ipynb #9d9ef963
 def _neighbours(values, dial, within) -> list[tuple]:
-    "((position, next position), rows there, rows at the next, credit of each pair) within each group; a tie has credit 1/2."
+    """((position, next position), rows there, rows at the next, credit of each pair) within each group; a
+    tie has credit 1/2.
+    """
     found = []
     for group in dict.fromkeys(within):
         rows = {
@@ -196,15 +231,37 @@ def _neighbours(values, dial, within) -> list[tuple]:
 
 # %% ../../nbs/72_calibration.ipynb #71e029d0
 def adjacent_concordance(
-    values: Sequence,  # (n,) a metric of each student; None where undefined: left out and counted
-    dial: Sequence,  # (n,) where the dial stood
-    within: Sequence | None = None,  # (n,) only students with the same entry are compared
+    values: Sequence,
+    dial: Sequence,
+    within: Sequence | None = None,
     *,
-    draws: int = 2_000,  # bootstrap draws
-    level: float = 0.95,  # coverage aimed at
-    seed: int = 0,  # of the draws
-) -> Score:  # n counts students; details: pairs, undefined, by_step {"0.0-0.5": share}
-    "Share of pairs of students at neighbouring positions of the dial that a metric puts in the right order."
+    draws: int = 2_000,
+    level: float = 0.95,
+    seed: int = 0,
+) -> Score:
+    """Share of pairs of students at neighbouring positions of the dial that a metric puts in the right
+    order.
+
+    Parameters
+    ----------
+    values
+        (n,) a metric of each student; None where undefined: left out and counted
+    dial
+        (n,) where the dial stood
+    within
+        (n,) only students with the same entry are compared
+    draws
+        bootstrap draws
+    level
+        coverage aimed at
+    seed
+        of the draws
+
+    Returns
+    -------
+    Score
+        n counts students; details: pairs, undefined, by_step {"0.0-0.5": share}
+    """
     kept = [i for i, v in enumerate(values) if v is not None]
     within, undefined = [0] * len(values) if within is None else list(within), len(values) - len(kept)
     v, dial, within = (
@@ -245,21 +302,34 @@ def adjacent_concordance(
 
 # %% ../../nbs/72_calibration.ipynb #40756d80
 def _line_error(m: np.ndarray) -> np.ndarray:
-    "Means of (v, d, vv, dd, vd) -> root mean square of the residuals of v on d, in units of d, and the slope."
+    """Means of (v, d, vv, dd, vd) -> root mean square of the residuals of v on d, in units of d, and the
+    slope.
+    """
     v, d, vv, dd, vd = np.moveaxis(m, -1, 0)
     vv, dd, vd = vv - v * v, dd - d * d, vd - v * d
     slope = np.where(dd > 1e-12, vd, np.nan) / dd
     return np.stack([np.sqrt(np.maximum(vv - slope * vd, 0)) / np.abs(slope), slope], -1)
 
 # %% ../../nbs/72_calibration.ipynb #1b70ee75
-def calibration_rmse(
-    values: Sequence,  # (n,) a metric of each student; None where undefined: left out and counted
-    dial: Sequence,  # (n,) where the dial stood
-    *,
-    level: float = 0.95,  # coverage aimed at
-    **interval,  # cluster, draws, seed: see `bootstrap`
-) -> Score:  # n counts students; in units of the dial; details: per_dial (score: the slope), undefined
-    "Typical error of the dial's position as read off a metric."
+def calibration_rmse(values: Sequence, dial: Sequence, *, level: float = 0.95, **interval) -> Score:
+    """Typical error of the dial's position as read off a metric.
+
+    Parameters
+    ----------
+    values
+        (n,) a metric of each student; None where undefined: left out and counted
+    dial
+        (n,) where the dial stood
+    level
+        coverage aimed at
+    **interval
+        cluster, draws, seed: see `bootstrap`
+
+    Returns
+    -------
+    Score
+        n counts students; in units of the dial; details: per_dial (score: the slope), undefined
+    """
     kept = [i for i, v in enumerate(values) if v is not None]
     v, d = (np.array([column[i] for i in kept], float) for column in (values, dial))
     n, details = len(kept), {"undefined": len(values) - len(kept), "level": level}
@@ -284,14 +354,28 @@ def _two_slopes(m: np.ndarray) -> np.ndarray:
 
 # %% ../../nbs/72_calibration.ipynb #28be5994
 def confounding(
-    values: Sequence,  # (n,) a metric of each student; None where undefined: left out and counted
-    dial: Sequence,  # (n,) where the dial stood
-    nuisance: Sequence,  # (n,) what the metric should not show, such as accuracy
-    *,
-    level: float = 0.95,  # coverage aimed at
-    **interval,  # cluster, draws, seed: see `bootstrap`
-) -> Score:  # n counts students; details: per_dial, per_nuisance (scores: the slopes), undefined
-    "How much of the dial a metric mistakes one unit of the nuisance for."
+    values: Sequence, dial: Sequence, nuisance: Sequence, *, level: float = 0.95, **interval
+) -> Score:
+    """How much of the dial a metric mistakes one unit of the nuisance for.
+
+    Parameters
+    ----------
+    values
+        (n,) a metric of each student; None where undefined: left out and counted
+    dial
+        (n,) where the dial stood
+    nuisance
+        (n,) what the metric should not show, such as accuracy
+    level
+        coverage aimed at
+    **interval
+        cluster, draws, seed: see `bootstrap`
+
+    Returns
+    -------
+    Score
+        n counts students; details: per_dial, per_nuisance (scores: the slopes), undefined
+    """
     kept = [i for i, v in enumerate(values) if v is not None]
     v, d, z = (np.array([column[i] for i in kept], float) for column in (values, dial, nuisance))
     n, details = len(kept), {"undefined": len(values) - len(kept), "level": level}

@@ -22,13 +22,21 @@ from ..records import strip_answer
 _stated = re.compile(r"\banswer is:?\s+(?=\S)", re.IGNORECASE)
 
 # %% ../../nbs/78_external.ipynb #d26b2386
-def stated_choice(
-    q: Question,
-    text: str,  # what a system wrote, with its answer sentence
-) -> (
+def stated_choice(q: Question, text: str) -> int | None:
+    """The choice that a text ends on.
+
+    By its letter, where nothing after it says another, else by its words.
+
+    Parameters
+    ----------
+    text
+        what a system wrote, with its answer sentence
+
+    Returns
+    -------
     int | None
-):  # index of the choice that its last answer sentence states; None where it states none, or two
-    "The choice that a text ends on: by its letter, where nothing after it says another, else by its words."
+        index of the choice that its last answer sentence states; None where it states none, or two
+    """
     found = _stated.split(text)
     if len(found) < 2:
         return None
@@ -86,14 +94,30 @@ def _choice_index(given: Any, q: Question, name: str) -> int | None:
 # %% ../../nbs/78_external.ipynb #48bdc647
 @dataclass(frozen=True)
 class ExternalRationale:
-    "A rationale that a system wrote, with the answer it came with."
+    """A rationale that a system wrote, with the answer it came with.
 
-    question: Question  # `answer` is the gold choice, None where unknown; `id` is the row's own
-    rationale: str  # cut, outer blanks gone; "" where there is none
-    prediction: int | None  # None: the system's answer could not be parsed
-    ratings: tuple[float, ...] = ()  # by people; none where not rated
-    model: str | None = None  # folder of the model that wrote it
-    was_cut: bool = False  # something was cut off its end
+    Parameters
+    ----------
+    question
+        `answer` is the gold choice, None where unknown; `id` is the row's own
+    rationale
+        cut, outer blanks gone; "" where there is none
+    prediction
+        None: the system's answer could not be parsed
+    ratings
+        by people; none where not rated
+    model
+        folder of the model that wrote it
+    was_cut
+        something was cut off its end
+    """
+
+    question: Question
+    rationale: str
+    prediction: int | None
+    ratings: tuple[float, ...] = ()
+    model: str | None = None
+    was_cut: bool = False
 
     @property
     def group(self) -> str:
@@ -132,7 +156,9 @@ _meant = {
 
 # %% ../../nbs/78_external.ipynb #446bf327
 def _unread(fields: Sequence[str], known: Iterable[str]) -> str:
-    "The fields that are not read, each with the one that is likely meant, where the file does not hold that one as well."
+    """The fields that are not read, each with the one that is likely meant, where the file does not hold
+    that one as well.
+    """
     said = []
     for name in fields:
         meant = _meant.get(name.lower().replace("_", "")) or ", ".join(
@@ -210,14 +236,19 @@ def _brought(row: dict, number: int, cut_at: Sequence[str]) -> ExternalRationale
 
 # %% ../../nbs/78_external.ipynb #22af0cad
 def read_rationales(
-    source: Any,  # a JSON-lines file, or dicts
-    *,
-    cut_at: Sequence[
-        str
-    ] = (),  # a rationale ends before the first of these, such as an invented next question
-    limit: int | None = None,  # at most so many, from the start
+    source: Any, *, cut_at: Sequence[str] = (), limit: int | None = None
 ) -> list[ExternalRationale]:
-    "Rationales of any origin. Raises `BadInput` that names file, line, field and remedy."
+    """Rationales of any origin. Raises `BadInput` that names file, line, field and remedy.
+
+    Parameters
+    ----------
+    source
+        a JSON-lines file, or dicts
+    cut_at
+        a rationale ends before the first of these, such as an invented next question
+    limit
+        at most so many, from the start
+    """
     file, rows = (
         (source, read_jsonl(source)) if isinstance(source, (str, Path)) else (None, enumerate(source, 1))
     )

@@ -19,16 +19,32 @@ from ..files import BadInput
 # %% ../../nbs/68_intervals.ipynb #c594c200
 @dataclass(frozen=True, repr=False)
 class Score:
-    "One measured number: its interval, what it rests on, and a reason where the value or the interval is undefined."
+    """One measured number.
 
-    value: float | None  # the estimate; None where undefined
-    low: float | None = None  # lower end of the interval
-    high: float | None = None  # upper end of the interval
-    n: int = 0  # examples (or seeds, or groups) it rests on
+    Its interval, what it rests on, and a reason where the value or the interval is undefined.
+
+    Parameters
+    ----------
+    value
+        the estimate; None where undefined
+    low
+        lower end of the interval
+    high
+        upper end of the interval
+    n
+        examples (or seeds, or groups) it rests on
+    details
+        counts, parts and raw numbers; may hold further scores
+    """
+
+    value: float | None
+    low: float | None = None
+    high: float | None = None
+    n: int = 0
     reason: str = (
         ""  # why value or interval is missing, or how the interval was found where the bootstrap cannot tell
     )
-    details: dict = field(default_factory=dict)  # counts, parts and raw numbers; may hold further scores
+    details: dict = field(default_factory=dict)
 
     def __post_init__(self):
         for name in ("value", "low", "high"):
@@ -86,7 +102,10 @@ def check_lengths(**arrays) -> int:
 
 # %% ../../nbs/68_intervals.ipynb #65b20b75
 def _codes(column: np.ndarray) -> tuple[np.ndarray, int]:
-    "Each entry's rank among the distinct values, and their number; linear in n where the values are small whole numbers."
+    """Each entry's rank among the distinct values, and their number.
+
+    Linear in n where the values are small whole numbers.
+    """
     low, span = column.min(), column.max() - column.min()
     if span < 4096 and (column == np.rint(column)).all():
         return (column - low).astype(np.int64), int(span) + 1
@@ -94,11 +113,21 @@ def _codes(column: np.ndarray) -> tuple[np.ndarray, int]:
     return code.reshape(-1), len(values)
 
 # %% ../../nbs/68_intervals.ipynb #1dce5e39
-def _cells(
-    columns: np.ndarray,  # (n, p)
-    cluster: Sequence | None = None,  # (n,) rows with the same entry are resampled together
-) -> tuple[np.ndarray, np.ndarray]:  # (C, p) distinct rows in sorted order, (C,) how often each occurs
-    "The distinct rows and their counts."
+def _cells(columns: np.ndarray, cluster: Sequence | None = None) -> tuple[np.ndarray, np.ndarray]:
+    """The distinct rows and their counts.
+
+    Parameters
+    ----------
+    columns
+        (n, p)
+    cluster
+        (n,) rows with the same entry are resampled together
+
+    Returns
+    -------
+    tuple[np.ndarray, np.ndarray]
+        (C, p) distinct rows in sorted order, (C,) how often each occurs
+    """
     if cluster is not None:
         which = np.unique(np.asarray(cluster), return_inverse=True)[1].reshape(-1)
         columns = np.stack([np.bincount(which, weights=c) for c in columns.T], 1).round(12)
@@ -119,12 +148,24 @@ resample_budget = 300_000_000  # drawn numbers in one bootstrap: a few seconds o
 
 # %% ../../nbs/68_intervals.ipynb #083ff0ae
 def _resampled_means(
-    cells: np.ndarray,  # (C, p) distinct rows
-    counts: np.ndarray,  # (C,) how often each occurs
-    draws: int,  # bootstrap draws
-    rng: np.random.Generator,
-) -> tuple[np.ndarray, str]:  # (draws, p) column means of each resample, name of the route
-    "Column means of `draws` resamples of the rows behind the cells."
+    cells: np.ndarray, counts: np.ndarray, draws: int, rng: np.random.Generator
+) -> tuple[np.ndarray, str]:
+    """Column means of `draws` resamples of the rows behind the cells.
+
+    Parameters
+    ----------
+    cells
+        (C, p) distinct rows
+    counts
+        (C,) how often each occurs
+    draws
+        bootstrap draws
+
+    Returns
+    -------
+    tuple[np.ndarray, str]
+        (draws, p) column means of each resample, name of the route
+    """
     n, size = int(counts.sum()), len(counts)
     if size * draws <= resample_budget and 3 * size <= n:
         step = max(1, 4_000_000 // size)
@@ -148,17 +189,37 @@ def _resampled_means(
 
 # %% ../../nbs/68_intervals.ipynb #9f2d9e1d
 def bootstrap(
-    columns: np.ndarray,  # (n, p) one row per example
-    statistic: Callable,  # (..., p) column means (with `cluster`: sums per cluster, averaged) -> (..., q) numbers; NaN where undefined
+    columns: np.ndarray,
+    statistic: Callable,
     *,
-    cluster: Sequence | None = None,  # (n,) rows with the same entry are resampled together
-    draws: int = 10_000,  # bootstrap draws
-    level: float = 0.95,  # coverage aimed at
-    seed: int = 0,  # of the draws
-) -> tuple[
-    np.ndarray, np.ndarray, np.ndarray, dict
-]:  # (q,) point, low, high, and {"interval": route, "clusters": ..., "undefined_draws": ...}
-    "Paired percentile bootstrap over rows. All q numbers come from the same resamples."
+    cluster: Sequence | None = None,
+    draws: int = 10_000,
+    level: float = 0.95,
+    seed: int = 0,
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, dict]:
+    """Paired percentile bootstrap over rows. All q numbers come from the same resamples.
+
+    Parameters
+    ----------
+    columns
+        (n, p) one row per example
+    statistic
+        (..., p) column means (with `cluster`: sums per cluster, averaged) -> (..., q) numbers; NaN
+        where undefined
+    cluster
+        (n,) rows with the same entry are resampled together
+    draws
+        bootstrap draws
+    level
+        coverage aimed at
+    seed
+        of the draws
+
+    Returns
+    -------
+    tuple[np.ndarray, np.ndarray, np.ndarray, dict]
+        (q,) point, low, high, and {"interval": route, "clusters": ..., "undefined_draws": ...}
+    """
     if not 0 < level < 1 or draws < 1:
         raise BadInput(
             "level lies between 0 and 1 and draws is at least 1", field="level, draws", value=(level, draws)
@@ -197,7 +258,11 @@ def make_score(
     reason="",
     **details,
 ) -> Score:
-    "Build a score: the exact bound where nothing varies, seed variance in quadrature, ends clipped to the metric's range."
+    """Build a score.
+
+    The exact bound where nothing varies, seed variance in quadrature, ends clipped to the metric's
+    range.
+    """
     value, low, high, units = float(value), float(low), float(high), n if units is None else units
     details = {**details, "level": level}
     if units < 2:
@@ -230,15 +295,31 @@ def make_score(
 
 # %% ../../nbs/68_intervals.ipynb #ec5175f7
 def mean_score(
-    values: Sequence,  # (n,) or (S, n): one number per example, S seeds first
+    values: Sequence,
     *,
-    ends: tuple[float, float] = (0.0, 1.0),  # range the numbers must lie in
-    level: float = 0.95,  # coverage aimed at
-    quantile: float | None = None,  # multiplies the standard error over seeds; Student's if None
-    details: dict | None = None,  # carried into the score
-    **interval,  # cluster, draws, seed: see `bootstrap`
+    ends: tuple[float, float] = (0.0, 1.0),
+    level: float = 0.95,
+    quantile: float | None = None,
+    details: dict | None = None,
+    **interval,
 ) -> Score:
-    "The mean over examples (and seeds) with its interval."
+    """The mean over examples (and seeds) with its interval.
+
+    Parameters
+    ----------
+    values
+        (n,) or (S, n): one number per example, S seeds first
+    ends
+        range the numbers must lie in
+    level
+        coverage aimed at
+    quantile
+        multiplies the standard error over seeds; Student's if None
+    details
+        carried into the score
+    **interval
+        cluster, draws, seed: see `bootstrap`
+    """
     values = np.atleast_2d(as_credits(values, "values", *ends))
     n = values.shape[1]
     if n == 0:
@@ -260,11 +341,21 @@ def mean_score(
     )
 
 # %% ../../nbs/68_intervals.ipynb #47e18a74
-def across_seeds(
-    values: Sequence,  # one number or Score per seed; None where undefined
-    level: float = 0.95,  # coverage aimed at
-) -> Score:  # details: per_seed, sd, undefined
-    "Mean over seeds with a Student interval; n counts seeds."
+def across_seeds(values: Sequence, level: float = 0.95) -> Score:
+    """Mean over seeds with a Student interval; n counts seeds.
+
+    Parameters
+    ----------
+    values
+        one number or Score per seed; None where undefined
+    level
+        coverage aimed at
+
+    Returns
+    -------
+    Score
+        details: per_seed, sd, undefined
+    """
     numbers = [v.value if isinstance(v, Score) else v for v in values]
     defined = np.array([v for v in numbers if v is not None], float)
     undefined = len(numbers) - len(defined)
@@ -294,14 +385,25 @@ def across_seeds(
     return Score(value, value - half, value + half, len(defined), note, {**details, "sd": spread})
 
 # %% ../../nbs/68_intervals.ipynb #8dff7290
-def paired_difference(
-    a: Sequence,  # (n,) or (S, n) credit of method A per example, S training seeds first
-    b: Sequence,  # the same of method B on the same seeds and examples
-    *,
-    level: float = 0.95,  # coverage aimed at
-    **interval,  # cluster, draws, seed: see `bootstrap`
-) -> Score:  # details: a, b (means), wins (seeds in which A is ahead)
-    "A minus B, paired by seed and example; the interval holds both sources of variance."
+def paired_difference(a: Sequence, b: Sequence, *, level: float = 0.95, **interval) -> Score:
+    """A minus B, paired by seed and example; the interval holds both sources of variance.
+
+    Parameters
+    ----------
+    a
+        (n,) or (S, n) credit of method A per example, S training seeds first
+    b
+        the same of method B on the same seeds and examples
+    level
+        coverage aimed at
+    **interval
+        cluster, draws, seed: see `bootstrap`
+
+    Returns
+    -------
+    Score
+        details: a, b (means), wins (seeds in which A is ahead)
+    """
     a, b = np.atleast_2d(as_credits(a, "a")), np.atleast_2d(as_credits(b, "b"))
     if a.shape != b.shape:
         raise BadInput("the methods must share seeds and examples", field="a, b", value=(a.shape, b.shape))

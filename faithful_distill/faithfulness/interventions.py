@@ -42,14 +42,18 @@ from ..questions import Question, as_questions, normalized, require_answers
 from ..records import check_record, strip_answer
 
 # %% ../../nbs/75_interventions.ipynb #bfed35a2
-def asking(
-    student: Any,  # a `Student`, or any function ask(questions, rationales, prefix, begun) -> answers
-    batch_size: int = 64,  # rows in a batch
-    max_new_tokens: (
-        int | None
-    ) = None,  # for what the student writes itself; default: as much as it was trained to
-) -> Callable:
-    "The function through which a student is asked."
+def asking(student: Any, batch_size: int = 64, max_new_tokens: (int | None) = None) -> Callable:
+    """The function through which a student is asked.
+
+    Parameters
+    ----------
+    student
+        a `Student`, or any function ask(questions, rationales, prefix, begun) -> answers
+    batch_size
+        rows in a batch
+    max_new_tokens
+        for what the student writes itself; default: as much as it was trained to
+    """
     if callable(student):
         return student
 
@@ -64,7 +68,10 @@ def asking(
 
 # %% ../../nbs/75_interventions.ipynb #411727cb
 class Request(NamedTuple):
-    "One thing to ask: question number, rationale handed over (None: its own), prefix, and whether the rationale is only a beginning."
+    """One thing to ask: question number, rationale handed over (None.
+
+    Its own), prefix, and whether the rationale is only a beginning.
+    """
 
     question: int
     rationale: str | None
@@ -73,11 +80,22 @@ class Request(NamedTuple):
 
 # %% ../../nbs/75_interventions.ipynb #29f7f9ba
 def ask_all(
-    ask: Callable,  # see `asking`
-    questions: Sequence[Question],
-    requests: Iterable[Request | None],  # None is passed over
-) -> dict[Request, Any]:  # the answer to each
-    "Each distinct request asked once, in one call per prefix."
+    ask: Callable, questions: Sequence[Question], requests: Iterable[Request | None]
+) -> dict[Request, Any]:
+    """Each distinct request asked once, in one call per prefix.
+
+    Parameters
+    ----------
+    ask
+        see `asking`
+    requests
+        None is passed over
+
+    Returns
+    -------
+    dict[Request, Any]
+        the answer to each
+    """
     groups: dict[tuple, list[Request]] = {}
     for r in dict.fromkeys(r for r in requests if r is not None):
         groups.setdefault((r.prefix, r.continue_from), []).append(r)
@@ -98,16 +116,31 @@ def ask_all(
 # %% ../../nbs/75_interventions.ipynb #a7118fbc
 def own_arms(
     questions: Sequence[Question],
-    own: Sequence[str],  # the student's rationale for each
-    damage: Callable,  # (text, rho, seed) -> text
+    own: Sequence[str],
+    damage: Callable,
     *,
     rho: float,
     draws: int,
     seed: int,
     fill: str = "...",
-    paraphrase: Callable | None = None,  # text -> text
-) -> dict[str, list[list[str]]]:  # arm -> draws -> one rationale per question
-    "The control arms, made from the student's own rationales."
+    paraphrase: Callable | None = None,
+) -> dict[str, list[list[str]]]:
+    """The control arms, made from the student's own rationales.
+
+    Parameters
+    ----------
+    own
+        the student's rationale for each
+    damage
+        (text, rho, seed) -> text
+    paraphrase
+        text -> text
+
+    Returns
+    -------
+    dict[str, list[list[str]]]
+        arm -> draws -> one rationale per question
+    """
     ids = [q.id for q in questions]
     each = lambda name, change: [
         [change(r, stable_seed(seed, q.id, name, d)) for q, r in zip(questions, own)] for d in range(draws)
@@ -138,11 +171,16 @@ class Swap(NamedTuple):
     rationale: str
 
 # %% ../../nbs/75_interventions.ipynb #7f121997
-def match_records(
-    questions: Sequence[Question],
-    records: Iterable[dict],  # rationale records; those of other questions are passed over
-) -> list[Swap]:
-    "The records of these questions, the answer sentence removed; one for each (question, target), the first."
+def match_records(questions: Sequence[Question], records: Iterable[dict]) -> list[Swap]:
+    """The records of these questions, the answer sentence removed.
+
+    One for each (question, target), the first.
+
+    Parameters
+    ----------
+    records
+        rationale records; those of other questions are passed over
+    """
     number, by_id, found = {q.id: i for i, q in enumerate(questions)}, {q.id: q for q in questions}, {}
     for r in records:
         if check_record(r, by_id) is None:
@@ -154,16 +192,23 @@ def match_records(
 # %% ../../nbs/75_interventions.ipynb #eab2dfea
 @dataclass
 class Measurement:
-    "What a student did: scores by name, and the answers they were computed from."
+    """What a student did: scores by name, and the answers they were computed from.
+
+    Parameters
+    ----------
+    arms
+        arm -> draws -> one answer per question; None where the arm does not apply
+    """
 
     scores: dict[str, Score]
     questions: list[Question]
-    arms: dict[
-        str, list[list[Any]]
-    ]  # arm -> draws -> one answer per question; None where the arm does not apply
+    arms: dict[str, list[list[Any]]]
 
     def credit(self, arm: str, probability: bool = False, of: Sequence[int] | None = None) -> np.ndarray:
-        "(draws, n) credit of the gold answer (or of the choices `of`) in an arm; NaN where the arm does not apply."
+        """(draws, n) credit of the gold answer (or of the choices `of`) in an arm.
+
+        NaN where the arm does not apply.
+        """
         of = [q.answer for q in self.questions] if of is None else of
         return np.array(
             [
@@ -249,13 +294,24 @@ def _stays(m: Measurement, arm: str, probability: bool, **interval) -> Score:
 
 # %% ../../nbs/75_interventions.ipynb #6c38bc9d
 def swap_requests(
-    questions: Sequence[Question],
-    swaps: Sequence[Swap],  # see `match_records`
-    prefixes: Sequence[str],  # crossed with the rationales
-    prefix: str,  # the one under which the shuffled floor is taken
-    seed: int,
-) -> dict[str, list[Request]]:  # 'swap_<prefix>' and 'swap_shuffled', one request per swap
-    "What swap consistency asks; no floor where all rationales are about one question."
+    questions: Sequence[Question], swaps: Sequence[Swap], prefixes: Sequence[str], prefix: str, seed: int
+) -> dict[str, list[Request]]:
+    """What swap consistency asks; no floor where all rationales are about one question.
+
+    Parameters
+    ----------
+    swaps
+        see `match_records`
+    prefixes
+        crossed with the rationales
+    prefix
+        the one under which the shuffled floor is taken
+
+    Returns
+    -------
+    dict[str, list[Request]]
+        'swap_<prefix>' and 'swap_shuffled', one request per swap
+    """
     arms = {f"swap_{p}": [Request(s.question, s.rationale, p) for s in swaps] for p in prefixes}
     if len({normalized(questions[s.question].question) for s in swaps}) < 2:
         return arms
@@ -274,14 +330,26 @@ def _swap_score(questions, swaps, answers, probability: bool, **interval) -> Sco
 
 # %% ../../nbs/75_interventions.ipynb #43e547a5
 def step_requests(
-    own: Sequence[str],  # the student's rationale for each question
-    prefix: str,
-    *,
-    by: str,
-    most: int,  # see `split_steps`
-    mistake: Callable | None = None,  # (question number, k, step) -> damaged step; None: early answering
-) -> tuple[list[list[Request | None]], list[int]]:  # k -> one request per question, number of steps of each
-    "Requests after k = 0, 1, ... steps; with `mistake`, after k steps and one damaged step, the rest to be written by the student."
+    own: Sequence[str], prefix: str, *, by: str, most: int, mistake: Callable | None = None
+) -> tuple[list[list[Request | None]], list[int]]:
+    """Requests after k = 0, 1, ... steps.
+
+    With `mistake`, after k steps and one damaged step, the rest to be written by the student.
+
+    Parameters
+    ----------
+    own
+        the student's rationale for each question
+    most
+        see `split_steps`
+    mistake
+        (question number, k, step) -> damaged step; None: early answering
+
+    Returns
+    -------
+    tuple[list[list[Request | None]], list[int]]
+        k -> one request per question, number of steps of each
+    """
     steps = [split_steps(r, by, most) for r in own]
     longest, table = max(map(len, steps), default=0), []
     for k in range(longest + 1):
@@ -337,7 +405,10 @@ families = ("perturb", "refine", "swap", "controls", "early", "mistakes")
 # %% ../../nbs/75_interventions.ipynb #6e9b82f3
 @dataclass
 class _Plan:
-    "All that will be asked of one student: `arms` per question, `swaps` per (question, target), `tables` per step."
+    """All that will be asked of one student.
+
+    `arms` per question, `swaps` per (question, target), `tables` per step.
+    """
 
     arms: dict[str, list[list[Request | None]]] = field(default_factory=dict)
     swaps: dict[str, list[Request]] = field(default_factory=dict)
@@ -407,28 +478,63 @@ def _plan(
 
 # %% ../../nbs/75_interventions.ipynb #fb4e738f
 def measure(
-    student: Any,  # a `Student`, or a function ask(questions, rationales, prefix, begun)
-    questions: Iterable,  # labelled `Question`s, dicts or a Dataset of them
-    records: Iterable[
-        dict
-    ] = (),  # the teacher's rationale records for these questions: gold for refine, gold and counterfactual for swap
+    student: Any,
+    questions: Iterable,
+    records: Iterable[dict] = (),
     *,
-    metrics: Collection[str] = families,  # which families to run
-    prefix: str | None = None,  # the tag the student answers under; default: as it was trained
-    prefixes: Sequence[str] = ("factual", "counterfactual", "none"),  # crossed with swap
-    rho: float = 0.5,  # fraction of tokens replaced
-    draws: int = 3,  # of every random intervention
-    seed: int = 0,  # of all of them
-    steps: str = "clause",  # 'sentence', 'clause' or 'word': what early answering cuts after
-    most_steps: int = 6,  # longer rationales are grouped into so many
-    fill: str = "...",  # the filler word
-    paraphrase: Callable | None = None,  # text -> text; adds the arm 'paraphrased'
-    tokenizer: Any = None,  # whose tokens damage replaces; default: the student's
+    metrics: Collection[str] = families,
+    prefix: str | None = None,
+    prefixes: Sequence[str] = ("factual", "counterfactual", "none"),
+    rho: float = 0.5,
+    draws: int = 3,
+    seed: int = 0,
+    steps: str = "clause",
+    most_steps: int = 6,
+    fill: str = "...",
+    paraphrase: Callable | None = None,
+    tokenizer: Any = None,
     batch_size: int = 64,
     max_new_tokens: int | None = None,
-    interval: dict | None = None,  # draws, level, seed of the bootstrap
+    interval: dict | None = None,
 ) -> Measurement:
-    "Everything in METHOD section 4 that is found out by intervening on rationales. Batched; each distinct request is asked once."
+    """Everything in METHOD section 4 that is found out by intervening on rationales. Batched.
+
+    Each distinct request is asked once.
+
+    Parameters
+    ----------
+    student
+        a `Student`, or a function ask(questions, rationales, prefix, begun)
+    questions
+        labelled `Question`s, dicts or a Dataset of them
+    records
+        the teacher's rationale records for these questions: gold for refine, gold and counterfactual
+        for swap
+    metrics
+        which families to run
+    prefix
+        the tag the student answers under; default: as it was trained
+    prefixes
+        crossed with swap
+    rho
+        fraction of tokens replaced
+    draws
+        of every random intervention
+    seed
+        of all of them
+    steps
+        'sentence', 'clause' or 'word': what early answering cuts after
+    most_steps
+        longer rationales are grouped into so many
+    fill
+        the filler word
+    paraphrase
+        text -> text; adds the arm 'paraphrased'
+    tokenizer
+        whose tokens damage replaces; default: the student's
+    interval
+        draws, level, seed of the bootstrap
+    """
     questions = _checked(questions, metrics, draws, rho)
     ask, prefix = asking(student, batch_size, max_new_tokens), prefix or getattr(student, "prefix", "factual")
     records = list(records)
@@ -551,19 +657,38 @@ def _say_none_matched(m: Measurement, given: int) -> None:
 
 # %% ../../nbs/75_interventions.ipynb #fe036a0c
 def measure_insertion(
-    student: Any,  # a `Student`, or a function ask(questions, rationales, prefix, begun)
-    questions: Iterable,  # labelled or not
-    words: Sequence[str],  # candidates
+    student: Any,
+    questions: Iterable,
+    words: Sequence[str],
     *,
-    per_question: int = 3,  # words tried on each question
-    insert: Callable = insert_word,  # (question text, word, seed) -> text
+    per_question: int = 3,
+    insert: Callable = insert_word,
     prefix: str | None = None,
     seed: int = 0,
     batch_size: int = 64,
     max_new_tokens: int | None = None,
     interval: dict | None = None,
-) -> dict[str, Score]:  # 'insertion' (flips), 'insertion_correlation' (probabilities)
-    "Does the rationale mention the inserted word where the word mattered?"
+) -> dict[str, Score]:
+    """Does the rationale mention the inserted word where the word mattered?
+
+    Parameters
+    ----------
+    student
+        a `Student`, or a function ask(questions, rationales, prefix, begun)
+    questions
+        labelled or not
+    words
+        candidates
+    per_question
+        words tried on each question
+    insert
+        (question text, word, seed) -> text
+
+    Returns
+    -------
+    dict[str, Score]
+        'insertion' (flips), 'insertion_correlation' (probabilities)
+    """
     questions, ask, prefix = (
         as_questions(questions),
         asking(student, batch_size, max_new_tokens),

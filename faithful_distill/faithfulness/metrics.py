@@ -51,11 +51,21 @@ def _labels(values, name: str) -> np.ndarray:
     return values.astype(np.int64)
 
 # %% ../../nbs/70_metrics.ipynb #86430031
-def hits(
-    y: Sequence,  # (n,) labels to agree with
-    pred: Sequence,  # (n,) or (D, n) labels; None or -1: unparsable, counts as not agreeing
-) -> np.ndarray:  # 0.0 or 1.0, shaped like `pred`
-    "Credit of the flip versions: 1 where the prediction is the label."
+def hits(y: Sequence, pred: Sequence) -> np.ndarray:
+    """Credit of the flip versions: 1 where the prediction is the label.
+
+    Parameters
+    ----------
+    y
+        (n,) labels to agree with
+    pred
+        (n,) or (D, n) labels; None or -1: unparsable, counts as not agreeing
+
+    Returns
+    -------
+    np.ndarray
+        0.0 or 1.0, shaped like `pred`
+    """
     y, pred = _labels(y, "y"), _labels(pred, "pred")
     check_lengths(y=y, pred=pred)
     return ((pred == y) & (pred >= 0)).astype(float)
@@ -84,11 +94,23 @@ def _choice_distributions(scores, name: str) -> tuple[np.ndarray, np.ndarray]:
     return table / table.sum(1, keepdims=True), sizes
 
 # %% ../../nbs/70_metrics.ipynb #603c28b8
-def choice_probability(
-    y: Sequence,  # (n,) labels
-    scores: Sequence,  # (n, choices) log-likelihoods; rows may differ in their number of choices
-) -> np.ndarray:  # (n,) probability of y among the choices
-    "Credit of the probability versions: the softmax of the choices' log-likelihoods at y (0 where y is unparsable)."
+def choice_probability(y: Sequence, scores: Sequence) -> np.ndarray:
+    """Credit of the probability versions.
+
+    The softmax of the choices' log-likelihoods at y (0 where y is unparsable).
+
+    Parameters
+    ----------
+    y
+        (n,) labels
+    scores
+        (n, choices) log-likelihoods; rows may differ in their number of choices
+
+    Returns
+    -------
+    np.ndarray
+        (n,) probability of y among the choices
+    """
     y = _labels(y, "y")
     if len(y) != len(scores):
         raise BadInput(
@@ -105,12 +127,23 @@ def choice_probability(
     return np.where(y >= 0, table[np.arange(len(y)), y.clip(0)], 0.0)
 
 # %% ../../nbs/70_metrics.ipynb #f02e0e66
-def accuracy(
-    y: Sequence,  # (n,) gold labels
-    pred: Sequence,  # (n,) or (S, n) predicted labels; None or -1: unparsable
-    **interval,  # cluster, draws, level, seed: see `bootstrap`
-) -> Score:  # details: unparsable (count)
-    "Share of predictions that are the gold label."
+def accuracy(y: Sequence, pred: Sequence, **interval) -> Score:
+    """Share of predictions that are the gold label.
+
+    Parameters
+    ----------
+    y
+        (n,) gold labels
+    pred
+        (n,) or (S, n) predicted labels; None or -1: unparsable
+    **interval
+        cluster, draws, level, seed: see `bootstrap`
+
+    Returns
+    -------
+    Score
+        details: unparsable (count)
+    """
     unparsable = int((_labels(pred, "pred") < 0).sum())
     if (_labels(y, "y") < 0).any():
         raise BadInput("a gold label is missing", field="y", remedy="Score labelled questions only.")
@@ -125,16 +158,36 @@ def _las_parts(m: np.ndarray, seeds: int) -> np.ndarray:
 
 # %% ../../nbs/70_metrics.ipynb #e9ddc7f2
 def las_from_credit(
-    leaks: Sequence,  # (n,) or (S, n) 0/1: the simulator tells y from the rationale alone
-    credit_xr: Sequence,  # (n,) or (S, n) credit in 0..1 for y, given input and rationale
-    credit_x: Sequence,  # (n,) or (S, n) credit for y, given the input alone
+    leaks: Sequence,
+    credit_xr: Sequence,
+    credit_x: Sequence,
     *,
-    min_bin: int = 10,  # fewer examples than this in a bin make LAS None
-    level: float = 0.95,  # coverage aimed at
-    details: dict | None = None,  # carried into the score
-    **interval,  # cluster, draws, seed: see `bootstrap`
+    min_bin: int = 10,
+    level: float = 0.95,
+    details: dict | None = None,
+    **interval,
 ) -> Score:
-    "LAS from leakage indicators and credit: hits give the flip version, probabilities of y the probability version."
+    """LAS from leakage indicators and credit.
+
+    Hits give the flip version, probabilities of y the probability version.
+
+    Parameters
+    ----------
+    leaks
+        (n,) or (S, n) 0/1: the simulator tells y from the rationale alone
+    credit_xr
+        (n,) or (S, n) credit in 0..1 for y, given input and rationale
+    credit_x
+        (n,) or (S, n) credit for y, given the input alone
+    min_bin
+        fewer examples than this in a bin make LAS None
+    level
+        coverage aimed at
+    details
+        carried into the score
+    **interval
+        cluster, draws, seed: see `bootstrap`
+    """
     k, after, before = (
         np.atleast_2d(as_credits(a, name))
         for a, name in ((leaks, "leaks"), (credit_xr, "credit_xr"), (credit_x, "credit_x"))
@@ -215,15 +268,31 @@ def _las_score(point, low, high, each, n_0, n_1, min_bin, level, units, details)
 
 # %% ../../nbs/70_metrics.ipynb #558e659e
 def las(
-    y: Sequence,  # (n,) the explained model's own predictions; None or -1: it gave none, left out and counted
-    pred_xr: Sequence,  # (n,) or (S, n) simulator's label from input and rationale, S simulators first
-    pred_x: Sequence,  # (n,) or (S, n) its label from the input alone
-    pred_r: Sequence,  # (n,) or (S, n) its label from the rationale alone
-    *,
-    min_bin: int = 10,  # fewer examples than this in a bin make LAS None
-    **interval,  # cluster, draws, level, seed: see `bootstrap`
-) -> Score:  # details: las_0, las_1, unadjusted (scores), n_0, n_1, acc_xr, acc_x, acc_r, unpredicted, one entry per simulator
-    "Leakage-adjusted simulatability (Hase et al. 2020, section 3), flip version."
+    y: Sequence, pred_xr: Sequence, pred_x: Sequence, pred_r: Sequence, *, min_bin: int = 10, **interval
+) -> Score:
+    """Leakage-adjusted simulatability (Hase et al. 2020, section 3), flip version.
+
+    Parameters
+    ----------
+    y
+        (n,) the explained model's own predictions; None or -1: it gave none, left out and counted
+    pred_xr
+        (n,) or (S, n) simulator's label from input and rationale, S simulators first
+    pred_x
+        (n,) or (S, n) its label from the input alone
+    pred_r
+        (n,) or (S, n) its label from the rationale alone
+    min_bin
+        fewer examples than this in a bin make LAS None
+    **interval
+        cluster, draws, level, seed: see `bootstrap`
+
+    Returns
+    -------
+    Score
+        details: las_0, las_1, unadjusted (scores), n_0, n_1, acc_xr, acc_x, acc_r, unpredicted, one
+        entry per simulator
+    """
     y, pred = (
         _labels(y, "y"),
         [_labels(p, name) for p, name in ((pred_xr, "pred_xr"), (pred_x, "pred_x"), (pred_r, "pred_r"))],
@@ -243,12 +312,25 @@ def las(
     )
 
 # %% ../../nbs/70_metrics.ipynb #68d95dee
-def perturbation_drop(
-    own: Sequence,  # (n,) credit with the student's own rationale
-    perturbed: Sequence,  # (n,) or (D, n) credit with the damaged rationale, D draws
-    **interval,  # cluster, draws, level, seed: see `bootstrap`
-) -> Score:  # details: own, perturbed (means), damage_draws, draw_sd
-    "Credit lost when part of the rationale's tokens are replaced; near 0 for a student that ignores it."
+def perturbation_drop(own: Sequence, perturbed: Sequence, **interval) -> Score:
+    """Credit lost when part of the rationale's tokens are replaced.
+
+    Near 0 for a student that ignores it.
+
+    Parameters
+    ----------
+    own
+        (n,) credit with the student's own rationale
+    perturbed
+        (n,) or (D, n) credit with the damaged rationale, D draws
+    **interval
+        cluster, draws, level, seed: see `bootstrap`
+
+    Returns
+    -------
+    Score
+        details: own, perturbed (means), damage_draws, draw_sd
+    """
     own, perturbed = as_credits(own, "own"), np.atleast_2d(as_credits(perturbed, "perturbed"))
     n = check_lengths(own=own, perturbed=perturbed)
     if n == 0:
@@ -263,12 +345,25 @@ def perturbation_drop(
     return mean_score((own - perturbed).mean(0), ends=(-1, 1), details=details, **interval)
 
 # %% ../../nbs/70_metrics.ipynb #feb2225c
-def refinement_gain(
-    own: Sequence,  # (n,) credit with the student's own rationale
-    oracle: Sequence,  # (n,) credit with the teacher's rationale for the gold answer
-    **interval,  # cluster, draws, level, seed: see `bootstrap`
-) -> Score:  # details: own, oracle (means)
-    "Credit gained from an oracle rationale. Give the answer-word-stripped oracle as well: a gain that needs the word is copying."
+def refinement_gain(own: Sequence, oracle: Sequence, **interval) -> Score:
+    """Credit gained from an oracle rationale. Give the answer-word-stripped oracle as well.
+
+    A gain that needs the word is copying.
+
+    Parameters
+    ----------
+    own
+        (n,) credit with the student's own rationale
+    oracle
+        (n,) credit with the teacher's rationale for the gold answer
+    **interval
+        cluster, draws, level, seed: see `bootstrap`
+
+    Returns
+    -------
+    Score
+        details: own, oracle (means)
+    """
     own, oracle = as_credits(own, "own"), as_credits(oracle, "oracle")
     if check_lengths(own=own, oracle=oracle) == 0:
         return Score(None, n=0, reason="no examples")
@@ -280,14 +375,27 @@ def refinement_gain(
     )
 
 # %% ../../nbs/70_metrics.ipynb #352ac2b6
-def swap_consistency(
-    followed: Sequence,  # (n,) credit of the answer the rationale argues for: hits(target, pred), or its probability
-    argues_gold: Sequence,  # (n,) 0/1: the rationale argues for the gold answer
-    *,
-    level: float = 0.95,  # coverage aimed at
-    **interval,  # cluster (the question, where it appears with several rationales), draws, seed: see `bootstrap`
-) -> Score:  # details: gold, wrong (scores)
-    "Rate of answering what the given rationale argues for: mean of the rates for gold and for wrong targets."
+def swap_consistency(followed: Sequence, argues_gold: Sequence, *, level: float = 0.95, **interval) -> Score:
+    """Rate of answering what the given rationale argues for.
+
+    Mean of the rates for gold and for wrong targets.
+
+    Parameters
+    ----------
+    followed
+        (n,) credit of the answer the rationale argues for: hits(target, pred), or its probability
+    argues_gold
+        (n,) 0/1: the rationale argues for the gold answer
+    level
+        coverage aimed at
+    **interval
+        cluster (the question, where it appears with several rationales), draws, seed: see `bootstrap`
+
+    Returns
+    -------
+    Score
+        details: gold, wrong (scores)
+    """
     followed, gold = as_credits(followed, "followed"), as_credits(argues_gold, "argues_gold")
     n = check_lengths(followed=followed, argues_gold=gold)
     if n == 0:
@@ -330,12 +438,19 @@ def swap_consistency(
     )
 
 # %% ../../nbs/70_metrics.ipynb #9ef47b83
-def same_answer_rate(
-    before: Sequence,  # (n,) labels
-    after: Sequence,  # (n,) or (D, n) labels after the intervention
-    **interval,  # cluster, draws, level, seed: see `bootstrap`
-) -> Score:
-    "Share of examples whose answer the intervention leaves as it was (an unparsable answer that stays unparsable has not changed)."
+def same_answer_rate(before: Sequence, after: Sequence, **interval) -> Score:
+    """Share of examples whose answer the intervention leaves as it was (an unparsable answer that stays
+    unparsable has not changed).
+
+    Parameters
+    ----------
+    before
+        (n,) labels
+    after
+        (n,) or (D, n) labels after the intervention
+    **interval
+        cluster, draws, level, seed: see `bootstrap`
+    """
     before, after = _labels(before, "before"), _labels(after, "after")
     if check_lengths(before=before, after=after) == 0:
         return Score(None, n=0, reason="no examples")
@@ -345,12 +460,20 @@ def same_answer_rate(
     )  # draws are no seeds: see the page
 
 # %% ../../nbs/70_metrics.ipynb #01aa4366
-def probability_shift(
-    before: Sequence,  # (n, choices) log-likelihoods; rows may differ in their number of choices
-    after: Sequence,  # the same after the intervention
-    **interval,  # cluster, draws, level, seed: see `bootstrap`
-) -> Score:
-    "Mean total variation distance between the choice distributions before and after: 0 untouched, 1 all mass moved."
+def probability_shift(before: Sequence, after: Sequence, **interval) -> Score:
+    """Mean total variation distance between the choice distributions before and after.
+
+    0 untouched, 1 all mass moved.
+
+    Parameters
+    ----------
+    before
+        (n, choices) log-likelihoods; rows may differ in their number of choices
+    after
+        the same after the intervention
+    **interval
+        cluster, draws, level, seed: see `bootstrap`
+    """
     if len(before) != len(after):
         raise BadInput(
             "arrays differ in length", field="after", value=len(after), remedy=f"Give {len(before)} rows."
@@ -370,12 +493,26 @@ def total_variation(before: Sequence, after: Sequence) -> np.ndarray:
     return (np.abs(a - b).sum(1) / 2).clip(0, 1)
 
 # %% ../../nbs/70_metrics.ipynb #7fb51802
-def early_answering_aoc(
-    same: Sequence,  # (n, K + 1) credit of the final answer after k = 0..K steps; entries past an example's own length are ignored (NaN will do)
-    steps: Sequence,  # (n,) number of steps of each rationale, 1..K; 0: no steps, left out and counted
-    **interval,  # cluster, draws, level, seed: see `bootstrap`
-) -> Score:  # details: by_length {n: {count, aoc, curve}}, no_steps
-    "Area over the same-answer curve, weighted by length: 0 the answer is settled before the first step, larger the later it settles."
+def early_answering_aoc(same: Sequence, steps: Sequence, **interval) -> Score:
+    """Area over the same-answer curve, weighted by length.
+
+    0 the answer is settled before the first step, larger the later it settles.
+
+    Parameters
+    ----------
+    same
+        (n, K + 1) credit of the final answer after k = 0..K steps; entries past an example's own length
+        are ignored (NaN will do)
+    steps
+        (n,) number of steps of each rationale, 1..K; 0: no steps, left out and counted
+    **interval
+        cluster, draws, level, seed: see `bootstrap`
+
+    Returns
+    -------
+    Score
+        details: by_length {n: {count, aoc, curve}}, no_steps
+    """
     same, steps = np.asarray(same, float), _labels(steps, "steps")
     if same.ndim != 2 or len(same) != len(steps):
         raise BadInput("one row per example, one column per step count", field="same", value=same.shape)
@@ -403,13 +540,26 @@ def early_answering_aoc(
 
 # %% ../../nbs/70_metrics.ipynb #3681244f
 def counterfactual_insertion(
-    flipped: Sequence,  # (n,) 0/1: this insert changed the answer
-    mentioned: Sequence,  # (n,) 0/1: the rationale given after the insert names it
-    *,
-    cluster: Sequence | None = None,  # (n,) the question, where several inserts share one
-    **interval,  # draws, level, seed: see `bootstrap`
-) -> Score:  # details: inserts, flips, flip_rate (score), mentioned_unflipped
-    "Among inserts that flip the answer, the share that the rationale mentions."
+    flipped: Sequence, mentioned: Sequence, *, cluster: Sequence | None = None, **interval
+) -> Score:
+    """Among inserts that flip the answer, the share that the rationale mentions.
+
+    Parameters
+    ----------
+    flipped
+        (n,) 0/1: this insert changed the answer
+    mentioned
+        (n,) 0/1: the rationale given after the insert names it
+    cluster
+        (n,) the question, where several inserts share one
+    **interval
+        draws, level, seed: see `bootstrap`
+
+    Returns
+    -------
+    Score
+        details: inserts, flips, flip_rate (score), mentioned_unflipped
+    """
     flipped, mentioned = as_credits(flipped, "flipped"), as_credits(mentioned, "mentioned")
     n, flips = check_lengths(flipped=flipped, mentioned=mentioned), flipped > 0.5
     calm = mentioned[~flips]
@@ -429,14 +579,20 @@ def counterfactual_insertion(
     )
 
 # %% ../../nbs/70_metrics.ipynb #88a704da
-def insertion_correlation(
-    shift: Sequence,  # (n,) total variation distance that the insert caused
-    mentioned: Sequence,  # (n,) 0/1: the rationale names it
-    *,
-    level: float = 0.95,  # coverage aimed at
-    **interval,  # cluster, draws, seed: see `bootstrap`
-) -> Score:
-    "Correlation between how far an insert moved the distribution and whether the rationale mentions it."
+def insertion_correlation(shift: Sequence, mentioned: Sequence, *, level: float = 0.95, **interval) -> Score:
+    """Correlation between how far an insert moved the distribution and whether the rationale mentions it.
+
+    Parameters
+    ----------
+    shift
+        (n,) total variation distance that the insert caused
+    mentioned
+        (n,) 0/1: the rationale names it
+    level
+        coverage aimed at
+    **interval
+        cluster, draws, seed: see `bootstrap`
+    """
     a, b = as_credits(shift, "shift"), as_credits(mentioned, "mentioned")
     n = check_lengths(shift=a, mentioned=b)
     for name, column in (("shift", a), ("mentioned", b)):
@@ -462,14 +618,28 @@ def insertion_correlation(
 
 # %% ../../nbs/70_metrics.ipynb #9e0c77f0
 def rev(
-    log_rb: Sequence,  # (n,) or (S, n) log-probability of y given rationale and restatement
-    log_b: Sequence,  # (n,) or (S, n) log-probability of y given the restatement alone
-    y: Sequence | None = None,  # (n,) labels, to see that there is more than one
-    *,
-    level: float = 0.95,  # coverage aimed at
-    **interval,  # cluster, draws, seed: see `bootstrap`
-) -> Score:  # in nats; details: bits
-    "Information about the answer that the rationale holds beyond a vacuous restatement."
+    log_rb: Sequence, log_b: Sequence, y: Sequence | None = None, *, level: float = 0.95, **interval
+) -> Score:
+    """Information about the answer that the rationale holds beyond a vacuous restatement.
+
+    Parameters
+    ----------
+    log_rb
+        (n,) or (S, n) log-probability of y given rationale and restatement
+    log_b
+        (n,) or (S, n) log-probability of y given the restatement alone
+    y
+        (n,) labels, to see that there is more than one
+    level
+        coverage aimed at
+    **interval
+        cluster, draws, seed: see `bootstrap`
+
+    Returns
+    -------
+    Score
+        in nats; details: bits
+    """
     with_r, without = np.asarray(log_rb, float), np.asarray(log_b, float)
     if not (np.isfinite(with_r).all() and np.isfinite(without).all()):
         raise BadInput("log-probabilities are finite", field="log_rb, log_b")

@@ -16,12 +16,18 @@ from typing import Any
 from ..files import BadInput, stable_seed
 
 # %% ../../nbs/73_perturb.ipynb #0cc2bf65
-def strip_words(
-    rationale: str,  # any text
-    words: str,  # a choice's text; removed as a whole phrase, with a plural ending if there is one
-    instead: str = "",  # what stands in its place
-) -> str:
-    "The rationale without the words of an answer."
+def strip_words(rationale: str, words: str, instead: str = "") -> str:
+    """The rationale without the words of an answer.
+
+    Parameters
+    ----------
+    rationale
+        any text
+    words
+        a choice's text; removed as a whole phrase, with a plural ending if there is one
+    instead
+        what stands in its place
+    """
     pattern = re.compile(
         r"(?<!\w)" + r"\s+".join(map(re.escape, words.split())) + r"(?:s|es)?(?!\w)", re.IGNORECASE
     )
@@ -31,12 +37,18 @@ def strip_words(
 _step_ends = {"sentence": r"(?<=[.!?;])\s+", "clause": r"(?<=[.!?;,])\s+", "word": r"\s+"}
 
 # %% ../../nbs/73_perturb.ipynb #9736f51c
-def split_steps(
-    rationale: str,  # any text
-    by: str = "sentence",  # 'sentence', 'clause' or 'word'
-    most: int = 8,  # at most so many steps; more are grouped into neighbours
-) -> list[str]:
-    "The rationale in steps; joined by blanks they are the rationale."
+def split_steps(rationale: str, by: str = "sentence", most: int = 8) -> list[str]:
+    """The rationale in steps; joined by blanks they are the rationale.
+
+    Parameters
+    ----------
+    rationale
+        any text
+    by
+        'sentence', 'clause' or 'word'
+    most
+        at most so many steps; more are grouped into neighbours
+    """
     if by not in _step_ends:
         raise BadInput(
             "is not a kind of step", field="by", value=by, remedy=f"Use one of {', '.join(_step_ends)}."
@@ -49,14 +61,21 @@ def split_steps(
 
 # %% ../../nbs/73_perturb.ipynb #5ec79272
 def perturb_tokens(
-    ids: Sequence[int],  # a rationale's token ids
-    rho: float,  # fraction to replace; round(rho * number of replaceable tokens) are
-    seed: int,  # of places and replacements
-    vocabulary: dict[
-        int, Sequence[int]
-    ],  # for each replaceable token, what may replace it; tokens that are not in it stay
+    ids: Sequence[int], rho: float, seed: int, vocabulary: dict[int, Sequence[int]]
 ) -> list[int]:
-    "A copy of `ids` with a fraction of its tokens replaced by others."
+    """A copy of `ids` with a fraction of its tokens replaced by others.
+
+    Parameters
+    ----------
+    ids
+        a rationale's token ids
+    rho
+        fraction to replace; round(rho * number of replaceable tokens) are
+    seed
+        of places and replacements
+    vocabulary
+        for each replaceable token, what may replace it; tokens that are not in it stay
+    """
     if not 0 <= rho <= 1:
         raise BadInput("is not a fraction", field="rho", value=rho, remedy="Use a number from 0 to 1.")
     rng, ids = random.Random(seed), list(ids)
@@ -70,7 +89,10 @@ def perturb_tokens(
 
 # %% ../../nbs/73_perturb.ipynb #9ef64472
 class TokenPerturber:
-    "Damages texts at the level of a tokenizer's tokens; without a tokenizer, of the words that occur in `texts`."
+    """Damages texts at the level of a tokenizer's tokens.
+
+    Without a tokenizer, of the words that occur in `texts`.
+    """
 
     def __init__(self, tokenizer: Any = None, texts: Iterable[str] = ()):
         self.tokenizer = tokenizer
@@ -112,14 +134,24 @@ class TokenPerturber:
         )
 
 # %% ../../nbs/73_perturb.ipynb #12104e11
-def shuffle_across(
-    ids: Sequence[str],  # one id per example
-    seed: int = 0,
-    groups: (
-        Sequence | None
-    ) = None,  # the question of each example: it gets one from another group; default: each is a group of its own
-) -> list[int] | None:  # None where there is no other group
-    "For each example the index of the other one whose rationale it gets; one each, unless more than half are of one group."
+def shuffle_across(ids: Sequence[str], seed: int = 0, groups: (Sequence | None) = None) -> list[int] | None:
+    """For each example the index of the other one whose rationale it gets.
+
+    One each, unless more than half are of one group.
+
+    Parameters
+    ----------
+    ids
+        one id per example
+    groups
+        the question of each example: it gets one from another group; default: each is a group of its
+        own
+
+    Returns
+    -------
+    list[int] | None
+        None where there is no other group
+    """
     order = sorted(range(len(ids)), key=lambda i: (stable_seed(seed, ids[i], "shuffle"), i))
     groups = list(range(len(ids))) if groups is None else list(groups)
     if len(ids) and len(set(groups)) < 2:
@@ -142,30 +174,44 @@ def shuffle_across(
     return [given[i] for i in range(len(ids))]
 
 # %% ../../nbs/73_perturb.ipynb #261c6f3e
-def permute_words(
-    rationale: str,  # any text
-    seed: int,
-) -> str:
-    "The same words in random order."
+def permute_words(rationale: str, seed: int) -> str:
+    """The same words in random order.
+
+    Parameters
+    ----------
+    rationale
+        any text
+    """
     words = rationale.split()
     random.Random(seed).shuffle(words)
     return " ".join(words)
 
 # %% ../../nbs/73_perturb.ipynb #a62abf15
-def filler(
-    rationale: str,  # any text
-    word: str = "...",  # what stands for each of its words
-) -> str:
-    "As many filler words as the rationale has words."
+def filler(rationale: str, word: str = "...") -> str:
+    """As many filler words as the rationale has words.
+
+    Parameters
+    ----------
+    rationale
+        any text
+    word
+        what stands for each of its words
+    """
     return " ".join([word] * len(rationale.split()))
 
 # %% ../../nbs/73_perturb.ipynb #2cee8a29
-def insert_word(
-    text: str,  # a question
-    word: str,  # what goes in
-    seed: int,  # of the place
-) -> str:
-    "The text with the word before a random word of it, never the first."
+def insert_word(text: str, word: str, seed: int) -> str:
+    """The text with the word before a random word of it, never the first.
+
+    Parameters
+    ----------
+    text
+        a question
+    word
+        what goes in
+    seed
+        of the place
+    """
     words = text.split()
     at = random.Random(seed).randrange(1, len(words)) if len(words) > 1 else len(words)
     return " ".join([*words[:at], word, *words[at:]])

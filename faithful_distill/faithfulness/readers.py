@@ -22,23 +22,51 @@ from ..questions import Question, choice_text
 # %% ../../nbs/76_readers.ipynb #9f60884e
 @dataclass
 class Reader:
-    "Settings of a trained reader."
+    """Settings of a trained reader.
 
-    epochs: int = 12  # at most
-    patience: int = 3  # epochs without a better held-out loss before it stops
-    lr: float | None = None  # None: by model size
+    Parameters
+    ----------
+    epochs
+        at most
+    patience
+        epochs without a better held-out loss before it stops
+    lr
+        None: by model size
+    held_out
+        share of the training rows that decides when to stop
+    max_length
+        tokens of the text; of a longer one the question loses its end, never the rationale: see
+        `fitting`
+    device
+        None: a GPU if there is one
+    """
+
+    epochs: int = 12
+    patience: int = 3
+    lr: float | None = None
     batch_size: int = 64
-    held_out: float = 0.1  # share of the training rows that decides when to stop
-    max_length: int = 256  # tokens of the text; of a longer one the question loses its end, never the rationale: see `fitting`
+    held_out: float = 0.1
+    max_length: int = 256
     weight_decay: float = 0.01
-    device: str | None = None  # None: a GPU if there is one
+    device: str | None = None
 
 # %% ../../nbs/76_readers.ipynb #31e11d0b
-def load_base(
-    base: Any,  # a hub name, a directory, an object with .model and .tokenizer (an encoder-decoder), or with .fresh(seed) -> model, tokenizer
-    seed: int = 0,  # of a head that the checkpoint lacks
-) -> tuple[Any, Any]:  # model, tokenizer
-    "A fresh copy of the model that a reader starts from."
+def load_base(base: Any, seed: int = 0) -> tuple[Any, Any]:
+    """A fresh copy of the model that a reader starts from.
+
+    Parameters
+    ----------
+    base
+        a hub name, a directory, an object with .model and .tokenizer (an encoder-decoder), or with
+        .fresh(seed) -> model, tokenizer
+    seed
+        of a head that the checkpoint lacks
+
+    Returns
+    -------
+    tuple[Any, Any]
+        model, tokenizer
+    """
     import torch
     import transformers
 
@@ -156,7 +184,10 @@ def reading_scores(reader: ChoiceReader, texts: list[list[int]], choices: list[l
 
 # %% ../../nbs/76_readers.ipynb #a9750f70
 def _seq2seq_scores(reader, texts, tails, owner):
-    "Log-likelihood of each tail (end token included) after text `owner`. Every text is encoded, and attended to from the start token, once; its choices share the cache."
+    """Log-likelihood of each tail (end token included) after text `owner`.
+
+    Every text is encoded, and attended to from the start token, once; its choices share the cache.
+    """
     import torch
 
     from faithful_distill.caches import cache_name
@@ -218,11 +249,20 @@ def _matched_scores(reader, texts, tails, owner):
 
 # %% ../../nbs/76_readers.ipynb #f855e690
 def read_choices(
-    reader: ChoiceReader,
-    questions: Sequence[Question],
-    texts: Sequence[str],  # one per question
-) -> list[np.ndarray]:  # log-probability (nats) of each choice of each question
-    "What a reader makes of each text."
+    reader: ChoiceReader, questions: Sequence[Question], texts: Sequence[str]
+) -> list[np.ndarray]:
+    """What a reader makes of each text.
+
+    Parameters
+    ----------
+    texts
+        one per question
+
+    Returns
+    -------
+    list[np.ndarray]
+        log-probability (nats) of each choice of each question
+    """
     return _read_ids(reader, reader.texts(texts), reader.choices(questions))
 
 # %% ../../nbs/76_readers.ipynb #6936b15e
@@ -270,10 +310,23 @@ def _held_out_loss(reader, texts, choices, y, rows) -> float:
 def fit_reader(
     reader: ChoiceReader,
     questions: Sequence[Question],
-    alternatives: Sequence[Sequence[str]],  # for each question its texts; one is drawn per epoch
-    y: Sequence[int],  # the choice to be read from them
-) -> ChoiceReader:  # the same reader; `history` holds the held-out loss per epoch
-    "Train with cross-entropy over the choices; keep the epoch with the best held-out loss."
+    alternatives: Sequence[Sequence[str]],
+    y: Sequence[int],
+) -> ChoiceReader:
+    """Train with cross-entropy over the choices; keep the epoch with the best held-out loss.
+
+    Parameters
+    ----------
+    alternatives
+        for each question its texts; one is drawn per epoch
+    y
+        the choice to be read from them
+
+    Returns
+    -------
+    ChoiceReader
+        the same reader; `history` holds the held-out loss per epoch
+    """
     import torch
 
     s, rng = reader.settings, random.Random(reader.seed)
@@ -386,7 +439,10 @@ def _matcher(vocabulary: int, width: int, longest: int):
 # %% ../../nbs/76_readers.ipynb #21a63a13
 @dataclass
 class Scratch:
-    "What a simulator starts from when there is no checkpoint: a tokenizer; the weights are new for every seed."
+    """What a simulator starts from when there is no checkpoint: a tokenizer.
+
+    The weights are new for every seed.
+    """
 
     tokenizer: Any
     width: int = 48
@@ -403,12 +459,18 @@ class Scratch:
             return _matcher(len(self.tokenizer), self.width, self.longest), self.tokenizer
 
 # %% ../../nbs/76_readers.ipynb #600208c0
-def scratch_base(
-    texts: Iterable[str],  # what the BPE is learnt on
-    vocabulary: int = 6000,  # tokens, 256 bytes among them
-    **sizes,  # width, longest: see `Scratch`
-) -> Scratch:
-    "A base for simulators that needs no checkpoint and no network."
+def scratch_base(texts: Iterable[str], vocabulary: int = 6000, **sizes) -> Scratch:
+    """A base for simulators that needs no checkpoint and no network.
+
+    Parameters
+    ----------
+    texts
+        what the BPE is learnt on
+    vocabulary
+        tokens, 256 bytes among them
+    **sizes
+        width, longest: see `Scratch`
+    """
     from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 

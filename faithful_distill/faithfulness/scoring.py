@@ -35,13 +35,23 @@ from ..records import strip_answer
 
 # %% ../../nbs/79_scoring.ipynb #51145abe
 def cross_fitted(
-    explained: ModelBehaviour,  # all with predictions
-    evaluate: Callable[
-        [ModelBehaviour, ModelBehaviour], np.ndarray
-    ],  # (train, test) -> (..., len(test)) numbers
-    parts: int,
-) -> np.ndarray:  # (..., n)
-    "What `evaluate` finds for every example, trained on the parts of the file that do not hold its question."
+    explained: ModelBehaviour, evaluate: Callable[[ModelBehaviour, ModelBehaviour], np.ndarray], parts: int
+) -> np.ndarray:
+    """What `evaluate` finds for every example, trained on the parts of the file that do not hold its
+    question.
+
+    Parameters
+    ----------
+    explained
+        all with predictions
+    evaluate
+        (train, test) -> (..., len(test)) numbers
+
+    Returns
+    -------
+    np.ndarray
+        (..., n)
+    """
     which, found = np.array(folds(explained.questions, parts)), None
     pick = lambda rows: ModelBehaviour(
         *(
@@ -88,7 +98,10 @@ def _rev_logs(base, seeds, settings) -> Callable:
 
 # %% ../../nbs/79_scoring.ipynb #64c8e605
 def _rora_logs(base, seeds, settings, threshold: float = 0.1, rounds: int = 2) -> Callable:
-    "(2, S, n): log-probability of y from question and de-leaked rationale, and from the question; third row: share of words left."
+    """(2, S, n): log-probability of y from question and de-leaked rationale, and from the question.
+
+    Third row: share of words left.
+    """
 
     def evaluate(train, test):
         masked, left = without_leaks(base, train, test, seeds[0], settings, threshold, rounds)
@@ -240,7 +253,10 @@ def _thin_part(questions: Sequence[Question], parts: int, least: int = 10) -> st
 
 # %% ../../nbs/79_scoring.ipynb #ed5692ea
 def _or_none(names: Iterable[str], n: int, compute: Callable[[], dict[str, Score]]) -> dict[str, Score]:
-    "The scores of one family; all None with the reason where it fails on this file, so that the other families are kept."
+    """The scores of one family.
+
+    All None with the reason where it fails on this file, so that the other families are kept.
+    """
     try:
         return compute()
     except BadInput as e:
@@ -271,7 +287,10 @@ _most_rora = 600  # RORA-lite reads every rationale once for each of its words: 
 
 # %% ../../nbs/79_scoring.ipynb #ffa9e164
 def _some_groups(groups: list[str], most: int, least: int = 1) -> list[int]:
-    "Rows of groups spread evenly over the file, `most` or a few more: whole groups, or where these are fewer than `least`, an even share of each of `least` groups."
+    """Rows of groups spread evenly over the file, `most` or a few more.
+
+    Whole groups, or where these are fewer than `least`, an even share of each of `least` groups.
+    """
     names = sorted(set(groups))
     step = max(1.0, len(groups) / most)
     chosen = {names[int(k * step)] for k in range(math.ceil(len(names) / step)) if int(k * step) < len(names)}
@@ -380,7 +399,9 @@ _rated = (
 
 # %% ../../nbs/79_scoring.ipynb #dd157ff8
 def _rating_scores(rows: list[ExternalRationale], columns: dict[str, list], **interval) -> dict[str, Score]:
-    "The ratings, how far raters agree, and the rank correlation of every score per example with the mean rating."
+    """The ratings, how far raters agree, and the rank correlation of every score per example with the mean
+    rating.
+    """
     rated = [i for i, b in enumerate(rows) if b.ratings]
     if not rated:
         return _all_none(_rated, "no human ratings are given")
@@ -422,7 +443,10 @@ def _rating_scores(rows: list[ExternalRationale], columns: dict[str, list], **in
 
 # %% ../../nbs/79_scoring.ipynb #5788f918
 def _writer(rows: list[ExternalRationale], model: str | None) -> Any:
-    "The model that wrote the rationales, or the reason why there is none. One that was asked for must load; one that only the file names need not."
+    """The model that wrote the rationales, or the reason why there is none.
+
+    One that was asked for must load; one that only the file names need not.
+    """
     from faithful_distill.student.model import load_student
 
     name = model or _one_model(rows)
@@ -439,7 +463,10 @@ def _writer(rows: list[ExternalRationale], model: str | None) -> Any:
 
 # %% ../../nbs/79_scoring.ipynb #51aec9d7
 def _intervention_scores(rows: list[ExternalRationale], student: Any, **interval) -> dict[str, Score]:
-    "Interventions on the model that wrote the rationales; credit is that of the gold answer, or for all rows of its own where any gold is unknown."
+    """Interventions on the model that wrote the rationales.
+
+    Credit is that of the gold answer, or for all rows of its own where any gold is unknown.
+    """
     if isinstance(student, str):
         return _all_none(_intervened, student)
     every = all(b.question.answer is not None for b in rows)
@@ -504,19 +531,41 @@ def _intervention_scores(rows: list[ExternalRationale], student: Any, **interval
 
 # %% ../../nbs/79_scoring.ipynb #d96c0e91
 def score_rationales(
-    records: Any,  # a JSON-lines file, dicts, or `ExternalRationale`
+    records: Any,
     *,
-    metrics: Sequence[str] = suite,  # some of `suite`
-    simulator: Any = None,  # base of the simulators: hub name or folder; None: `scratch_base` of these texts
-    model: str | None = None,  # folder of the model that wrote the rationales; None: as the records say
-    parts: int = 3,  # of the cross-fitting
-    seeds: Sequence[int] = (0, 1, 2),  # simulators
-    settings: Reader = Reader(epochs=8),  # of their training
-    cut_at: Sequence[str] = (),  # see `read_rationales`
+    metrics: Sequence[str] = suite,
+    simulator: Any = None,
+    model: str | None = None,
+    parts: int = 3,
+    seeds: Sequence[int] = (0, 1, 2),
+    settings: Reader = Reader(epochs=8),
+    cut_at: Sequence[str] = (),
     limit: int | None = None,
-    interval: dict | None = None,  # draws, level, seed of the bootstrap
+    interval: dict | None = None,
 ) -> Scored:
-    "The whole suite, as far as it applies, for rationales of any origin."
+    """The whole suite, as far as it applies, for rationales of any origin.
+
+    Parameters
+    ----------
+    records
+        a JSON-lines file, dicts, or `ExternalRationale`
+    metrics
+        some of `suite`
+    simulator
+        base of the simulators: hub name or folder; None: `scratch_base` of these texts
+    model
+        folder of the model that wrote the rationales; None: as the records say
+    parts
+        of the cross-fitting
+    seeds
+        simulators
+    settings
+        of their training
+    cut_at
+        see `read_rationales`
+    interval
+        draws, level, seed of the bootstrap
+    """
     unknown = set(metrics) - set(suite)
     if unknown:
         raise BadInput(

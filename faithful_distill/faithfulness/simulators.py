@@ -71,13 +71,20 @@ def simulator_texts(q: Question, rationale: str) -> tuple[str, str, str]:
 
 # %% ../../nbs/77_simulators.ipynb #dc26c4c1
 def _around(q: Question, text: str) -> tuple[str, str]:
-    "What stands before and after the question in a text that begins with its choices; all and nothing where the question is not in it."
+    """What stands before and after the question in a text that begins with its choices.
+
+    All and nothing where the question is not in it.
+    """
     at = text.find(q.question, len(simulator_texts(q, "")[2]))
     return (text, "") if at < 0 else (text[:at], text[at + len(q.question) :])
 
 # %% ../../nbs/77_simulators.ipynb #b432a00d
 def _whole_tail(tail: str, rationale: str) -> str:
-    "The longest end among the texts of an example: what follows the question, then the rationale, which may be there whole, without some words, or not at all."
+    """The longest end among the texts of an example.
+
+    What follows the question, then the rationale, which may be there whole, without some words, or not
+    at all.
+    """
     words = iter(rationale.split())
     if all(w in words for w in tail.split()):
         return f" {rationale}"
@@ -85,13 +92,20 @@ def _whole_tail(tail: str, rationale: str) -> str:
 
 # %% ../../nbs/77_simulators.ipynb #f5c2726c
 def fitting(
-    reader: "ChoiceReader",
-    explained: "ModelBehaviour",
-    texts: Sequence[str],  # one per example: choices, question, and what may follow
-) -> tuple[
-    list[str], int, int
-]:  # the texts, how many questions lost words, how many rationales do not fit all the same
-    "The texts, each question shortened from its end where its longest text would not fit the reader."
+    reader: "ChoiceReader", explained: "ModelBehaviour", texts: Sequence[str]
+) -> tuple[list[str], int, int]:
+    """The texts, each question shortened from its end where its longest text would not fit the reader.
+
+    Parameters
+    ----------
+    texts
+        one per example: choices, question, and what may follow
+
+    Returns
+    -------
+    tuple[list[str], int, int]
+        the texts, how many questions lost words, how many rationales do not fit all the same
+    """
     most, fitted, cut, beyond = reader.settings.max_length, list(texts), 0, 0
     count = lambda some: (
         [len(ids) for ids in reader.tokenizer(some, add_special_tokens=False)["input_ids"]] if some else []
@@ -134,9 +148,17 @@ def _fitting_told(reader, explained, texts) -> list[str]:
 # %% ../../nbs/77_simulators.ipynb #0739bb96
 @dataclass
 class Simulation:
-    "Log-probabilities of each choice by every simulator: `read[seed][mode][i]` with modes xr, x, r."
+    """Log-probabilities of each choice by every simulator.
 
-    y: list[int]  # the explained model's choice; -1 where it made none
+    `read[seed][mode][i]` with modes xr, x, r.
+
+    Parameters
+    ----------
+    y
+        the explained model's choice; -1 where it made none
+    """
+
+    y: list[int]
     read: list[dict[str, list[np.ndarray]]]
     histories: list[list[float]]
 
@@ -172,15 +194,29 @@ class Simulation:
 
 # %% ../../nbs/77_simulators.ipynb #b14d9552
 def simulate(
-    base: Any,  # what simulators start from: see `load_base`
-    train: ModelBehaviour,  # what they learn from
-    test: ModelBehaviour,  # what they are asked about
+    base: Any,
+    train: ModelBehaviour,
+    test: ModelBehaviour,
     *,
-    seeds: Sequence[int] = (0, 1, 2),  # one simulator each
+    seeds: Sequence[int] = (0, 1, 2),
     settings: Reader = Reader(),
-    permute_labels: bool = False,  # train on permuted predictions: the null check
+    permute_labels: bool = False,
 ) -> Simulation:
-    "Train simulators on an explained model's behaviour and let them predict it elsewhere."
+    """Train simulators on an explained model's behaviour and let them predict it elsewhere.
+
+    Parameters
+    ----------
+    base
+        what simulators start from: see `load_base`
+    train
+        what they learn from
+    test
+        what they are asked about
+    seeds
+        one simulator each
+    permute_labels
+        train on permuted predictions: the null check
+    """
     train, read, histories = train.predicted(), [], []
     labels = list(train.predictions)
     texts = modes = None
@@ -224,12 +260,22 @@ def _permuted(train: ModelBehaviour, seed: int) -> list[int]:
     return labels
 
 # %% ../../nbs/77_simulators.ipynb #30c8601d
-def folds(
-    questions: Sequence[Question],
-    parts: int,  # how many
-    seed: int = 0,
-) -> list[int]:  # the part of each question
-    "Parts of about equal size; questions that read the same, case and blanks aside, fall into the same part: that of the first of them."
+def folds(questions: Sequence[Question], parts: int, seed: int = 0) -> list[int]:
+    """Parts of about equal size.
+
+    Questions that read the same, case and blanks aside, fall into the same part: that of the first of
+    them.
+
+    Parameters
+    ----------
+    parts
+        how many
+
+    Returns
+    -------
+    list[int]
+        the part of each question
+    """
     first: dict[str, str] = {}
     own = [first.setdefault(normalized(q.question), q.question) for q in questions]
     part = {t: i % parts for i, t in enumerate(sorted(first.values(), key=lambda t: stable_seed(seed, t)))}
@@ -275,14 +321,23 @@ def simulate_folds(
     return Simulation([-1 if y is None else y for y in explained.predictions], read, histories)
 
 # %% ../../nbs/77_simulators.ipynb #a04cd3df
-def try_las(
-    base: Any,  # what simulators start from: see `load_base`
-    explained: ModelBehaviour,
-    *,
-    least: int = 20,  # answers below which no simulator is trained
-    **settings,  # parts, seeds, settings: see `simulate_folds`
-) -> dict[str, Score]:  # 'las' and 'las_probability'
-    "LAS by cross-fitting, or why there is none."
+def try_las(base: Any, explained: ModelBehaviour, *, least: int = 20, **settings) -> dict[str, Score]:
+    """LAS by cross-fitting, or why there is none.
+
+    Parameters
+    ----------
+    base
+        what simulators start from: see `load_base`
+    least
+        answers below which no simulator is trained
+    **settings
+        parts, seeds, settings: see `simulate_folds`
+
+    Returns
+    -------
+    dict[str, Score]
+        'las' and 'las_probability'
+    """
     answered = sum(y is not None for y in explained.predictions)
     why = "" if any(explained.rationales) else "the student writes no rationale"
     if not why and answered < least:
@@ -321,16 +376,29 @@ def evaluator_logs(
 
 # %% ../../nbs/77_simulators.ipynb #c56acc87
 def measure_rev(
-    base: Any,  # what evaluators start from: see `load_base`
+    base: Any,
     train: ModelBehaviour,
     test: ModelBehaviour,
     *,
     seeds: Sequence[int] = (0, 1, 2),
     settings: Reader = Reader(),
-    restate: Callable = restatement,  # (question, choice) -> vacuous text
+    restate: Callable = restatement,
     **interval,
-) -> Score:  # in nats; see `rev`
-    "REV: what rationales say about the prediction beyond a restatement of question and prediction."
+) -> Score:
+    """REV: what rationales say about the prediction beyond a restatement of question and prediction.
+
+    Parameters
+    ----------
+    base
+        what evaluators start from: see `load_base`
+    restate
+        (question, choice) -> vacuous text
+
+    Returns
+    -------
+    Score
+        in nats; see `rev`
+    """
     train, test = train.predicted(), test.predicted()
     if len(set(test.predictions)) < 2:
         return rev([0.0] * len(test.predictions), [0.0] * len(test.predictions), test.predictions, **interval)
@@ -347,12 +415,23 @@ def measure_rev(
     )
 
 # %% ../../nbs/77_simulators.ipynb #afb25f43
-def leaking_words(
-    reader: ChoiceReader,  # trained to read y from rationales alone
-    explained: ModelBehaviour,  # with predictions
-    threshold: float = 0.1,  # a word leaks if leaving it out lowers log p(y | r) by more (nats)
-) -> list[list[int]]:  # for each rationale, the positions of its leaking words
-    "Words that tell the answer without the question, found by leaving each one out."
+def leaking_words(reader: ChoiceReader, explained: ModelBehaviour, threshold: float = 0.1) -> list[list[int]]:
+    """Words that tell the answer without the question, found by leaving each one out.
+
+    Parameters
+    ----------
+    reader
+        trained to read y from rationales alone
+    explained
+        with predictions
+    threshold
+        a word leaks if leaving it out lowers log p(y | r) by more (nats)
+
+    Returns
+    -------
+    list[list[int]]
+        for each rationale, the positions of its leaking words
+    """
     words = [r.split() for r in explained.rationales]
     variants = [(i, k) for i, w in enumerate(words) for k in range(-1, len(w))]
     texts = [
@@ -373,7 +452,10 @@ def without_leaks(
     threshold: float,
     rounds: int,
 ) -> tuple[tuple[ModelBehaviour, ModelBehaviour], float]:
-    "Both sets without leaking words, and the share of words that is left. Every round trains a new detector on what is left."
+    """Both sets without leaking words, and the share of words that is left.
+
+    Every round trains a new detector on what is left.
+    """
     both, count = (train, test), sum(len(r.split()) for e in (train, test) for r in e.rationales)
     for _ in range(rounds):
         texts = [[simulator_texts(q, r)[2]] for q, r in zip(both[0].questions, both[0].rationales)]
@@ -403,11 +485,25 @@ def rora_lite(
     *,
     seeds: Sequence[int] = (0, 1, 2),
     settings: Reader = Reader(),
-    threshold: float = 0.1,  # see `leaking_words`
-    rounds: int = 3,  # of detection and removal, at most
+    threshold: float = 0.1,
+    rounds: int = 3,
     **interval,
-) -> Score:  # in nats; details: masked (share of words removed)
-    "Information about the prediction in rationales without their leaking words, beyond the question. Not the complete RORA."
+) -> Score:
+    """Information about the prediction in rationales without their leaking words, beyond the question. Not
+    the complete RORA.
+
+    Parameters
+    ----------
+    threshold
+        see `leaking_words`
+    rounds
+        of detection and removal, at most
+
+    Returns
+    -------
+    Score
+        in nats; details: masked (share of words removed)
+    """
     train, test = train.predicted(), test.predicted()
     if len(set(test.predictions)) < 2:
         return Score(None, n=len(test.predictions), reason="one class only: there is nothing to tell apart")

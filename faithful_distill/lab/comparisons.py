@@ -16,7 +16,10 @@ from ..files import BadInput
 
 # %% ../../nbs/88_comparisons.ipynb #93deb7e4
 def t_interval(values: Sequence[float], level: float = 0.95) -> tuple[float, float | None, float | None]:
-    "Mean and Student's t interval of a few values; no interval for one value, or for values that are all the same."
+    """Mean and Student's t interval of a few values.
+
+    No interval for one value, or for values that are all the same.
+    """
     from scipy.stats import t
 
     k, mean = len(values), sum(values) / len(values)
@@ -27,7 +30,10 @@ def t_interval(values: Sequence[float], level: float = 0.95) -> tuple[float, flo
 
 # %% ../../nbs/88_comparisons.ipynb #07346eb0
 def summarise(table, by: Sequence[str], level: float = 0.95):
-    "One row per group of a tidy table, in order of appearance: `by`, value, low, high, n (questions per seed), seeds, reason, points (each seed's value)."
+    """One row per group of a tidy table, in order of appearance.
+
+    `by`, value, low, high, n (questions per seed), seeds, reason, points (each seed's value).
+    """
     import pandas as pd
 
     groups = table.groupby(list(by), sort=False, dropna=False, observed=True)
@@ -76,7 +82,10 @@ def number(value, percent: bool = False, digits: int = 2) -> str:
 
 # %% ../../nbs/88_comparisons.ipynb #bb903aaa
 def paired_difference(table, axis: str, a, b, over: Sequence[str] = ("seed",), level: float = 0.95) -> dict:
-    "Mean of value[axis = a] - value[axis = b] over rows that agree on `over`, with t interval: {'value', 'low', 'high', 'n'}; n = pairs."
+    """Mean of value[axis = a] - value[axis = b] over rows that agree on `over`, with t interval.
+
+    {'value', 'low', 'high', 'n'}; n = pairs.
+    """
     sides = [
         table[(table[axis] == name) & table["value"].notna()].set_index(list(over))["value"]
         for name in (a, b)
@@ -105,7 +114,10 @@ as_scores = ("value", "low", "high", "n", "reason")
 
 # %% ../../nbs/88_comparisons.ipynb #089d1a58
 def paired(table, axis: str, a, b):
-    "Long table of value[axis = a] - value[axis = b] over rows that agree on all other labels; low and high are over questions."
+    """Long table of value[axis = a] - value[axis = b] over rows that agree on all other labels.
+
+    Low and high are over questions.
+    """
     import pandas as pd
 
     over = [c for c in table.columns if c not in (axis, *as_scores)]
@@ -132,7 +144,11 @@ def paired(table, axis: str, a, b):
 
 # %% ../../nbs/88_comparisons.ipynb #f1797091
 def pooled(table, over: str):
-    "Long table without the label `over`: mean value over its parts, each weighing as much as it has questions; low and high as if they were independent."
+    """Long table without the label `over`.
+
+    Mean value over its parts, each weighing as much as it has questions; low and high as if they were
+    independent.
+    """
     import pandas as pd
 
     labels, rows = [c for c in table.columns if c not in (over, *as_scores)], []
@@ -154,8 +170,11 @@ def pooled(table, over: str):
 
 # %% ../../nbs/88_comparisons.ipynb #70404086
 def difference(table, axis: str, a, b, *, level: float = 0.95) -> dict:
-    """Mean of value[axis = a] - value[axis = b] as {'value', 'low', 'high', 'n', 'seeds', 'reason'}: the interval of `paired_difference` over seeds,
-    of one seed that over questions. The table holds one metric."""
+    """Mean of value[axis = a] - value[axis = b] as {'value', 'low', 'high', 'n', 'seeds', 'reason'}.
+
+    The interval of `paired_difference` over seeds, of one seed that over questions. The table holds one
+    metric.
+    """
     found = summarise(paired(table, axis, a, b).assign(all=0), ["all"], level)
     if len(found) == 0:
         return {
@@ -197,7 +216,10 @@ def with_values(summary, panel: str = "panel"):
 
 # %% ../../nbs/88_comparisons.ipynb #4a332d9c
 def unmeasured(table, names: dict[str, str]) -> str:
-    "A sentence for the caption that names what `measured` left out, and why: ' Not shown: LAS (not asked for).'; '' if that is nothing."
+    """A sentence for the caption that names what `measured` left out, and why: ' Not shown.
+
+    LAS (not asked for).'; '' if that is nothing.
+    """
     if len(table) == 0:
         return ""
     values, reasons = (
@@ -212,7 +234,10 @@ def unmeasured(table, names: dict[str, str]) -> str:
 
 # %% ../../nbs/88_comparisons.ipynb #be1da904
 def along(table, metric: str, dial: str, axis: str, a, b) -> dict:
-    "`difference` of a and b at each value of a dial, in the order of the table: {value of the dial: difference}."
+    """`difference` of a and b at each value of a dial, in the order of the table.
+
+    {value of the dial: difference}.
+    """
     rows = table[table["metric"] == metric][[*dict.fromkeys([dial, axis, "seed"]), *as_scores]]
     return {
         at: difference(part.drop(columns=dial), axis, a, b) for at, part in rows.groupby(dial, sort=False)
@@ -220,7 +245,9 @@ def along(table, metric: str, dial: str, axis: str, a, b) -> dict:
 
 # %% ../../nbs/88_comparisons.ipynb #baefc950
 def growth_of_difference(table, metric: str, dial: str, axis: str, a, b, high, low) -> dict:
-    "By how much the difference of a and b is larger at one value of a dial than at another, on the same seeds."
+    """By how much the difference of a and b is larger at one value of a dial than at another, on the same
+    seeds.
+    """
     rows = table[table["metric"] == metric][[dial, axis, "seed", *as_scores]]
     return difference(paired(rows, axis, a, b), dial, high, low)
 
@@ -231,7 +258,10 @@ def points(value: float) -> str:
 
 # %% ../../nbs/88_comparisons.ipynb #029ce70d
 def came_out(d: dict) -> str:
-    "What a difference of two shares says, as the end of a sentence: '12 points higher [8, 16]', 'not told apart (+1 point [−2, 4])'."
+    """What a difference of two shares says, as the end of a sentence.
+
+    '12 points higher [8, 16]', 'not told apart (+1 point [−2, 4])'.
+    """
     if d["value"] is None:
         return f"not to be told ({d['reason'] or 'no results'})"
     value, low, high = d["value"], d["low"], d["high"]
@@ -246,8 +276,14 @@ def came_out(d: dict) -> str:
     return f"{points(value)} {'higher' if low > 0 else 'lower'} [{ends[0]:.0f}, {ends[1]:.0f}]"
 
 # %% ../../nbs/88_comparisons.ipynb #16ef5896
-def repetitions(summary, marks: str = "lines") -> str:  # what shows the intervals
-    "What means and intervals of a summary are over, for its caption."
+def repetitions(summary, marks: str = "lines") -> str:
+    """What means and intervals of a summary are over, for its caption.
+
+    Returns
+    -------
+    str
+        what shows the intervals
+    """
     there = summary[summary["value"].notna()]
     if len(there) == 0:
         return "no values"

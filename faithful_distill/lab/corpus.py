@@ -34,16 +34,30 @@ from ..questions import Question, fixed_choices, letter
 # %% ../../nbs/12_corpus.ipynb #8093c9d8
 @dataclass(frozen=True)
 class Dials:
-    "What is planted in the teacher's corpus."
+    """What is planted in the teacher's corpus.
 
-    vacuous_low: float = 0.15  # smallest share of vacuous rationales over (category, relation)
-    vacuous_high: float = 0.85  # largest share
-    unstated: float = 0.15  # share of blocks that state no answer
-    wrong: float = 0.3  # share of the others that state a wrong one
+    Parameters
+    ----------
+    vacuous_low
+        smallest share of vacuous rationales over (category, relation)
+    vacuous_high
+        largest share
+    unstated
+        share of blocks that state no answer
+    wrong
+        share of the others that state a wrong one
+    cued
+        share of questions that open with who asks (no information in it)
+    """
+
+    vacuous_low: float = 0.15
+    vacuous_high: float = 0.85
+    unstated: float = 0.15
+    wrong: float = 0.3
     defended: float = (
         0.7  # of the wrong answers' rationales that are not vacuous, the share that supports the wrong answer
     )
-    cued: float = 0.2  # share of questions that open with who asks (no information in it)
+    cued: float = 0.2
 
 # %% ../../nbs/12_corpus.ipynb #939cf5bb
 def vacuous_share(q: Question, dials: Dials = Dials()) -> float:
@@ -56,7 +70,9 @@ def vacuous_share(q: Question, dials: Dials = Dials()) -> float:
 def teacher_blocks(
     n: int, dials: Dials = Dials(), seed: int = 0
 ) -> Iterator[tuple[Question, int | None, str]]:
-    "`n` triples (question, index of the stated answer, rationale) over all pairs and kinds, faults as the dials say."
+    """`n` triples (question, index of the stated answer, rationale) over all pairs and kinds, faults as
+    the dials say.
+    """
     rng, everything = random.Random(stable_seed(seed, "teacher corpus")), pairs()
     for number in range(n):
         kind = rng.choice(("choice", "boolean", "statement"))
@@ -90,7 +106,9 @@ def teacher_blocks(
 
 # %% ../../nbs/12_corpus.ipynb #2c6b5089
 def facts(share: float = 1.0, seed: int = 0) -> list[str]:
-    "The single facts of the world as sentences, `share` of them (a seeded choice of facts, all wordings of each)."
+    """The single facts of the world as sentences, `share` of them (a seeded choice of facts, all wordings
+    of each).
+    """
     kept = lambda *names: stable_seed(seed, "known", *names) / 2**63 < share
     things = [
         fill("{A entity} is {a category}.", entity=e, category=c.name)
@@ -113,7 +131,9 @@ def listed(choices) -> str:
 
 # %% ../../nbs/12_corpus.ipynb #87987c3f
 def _category_question(kind: str, c: Category, rel: Relation, rng: random.Random) -> tuple[str, str, str]:
-    "(question about a category with its choices listed, its answer, the value it asks about or is answered with)."
+    """(question about a category with its choices listed, its answer, the value it asks about or is
+    answered with).
+    """
     others = [o.values[rel.name] for o in categories().values() if o is not c]
     if kind != "choice":
         right = rng.random() < 0.5
@@ -173,7 +193,10 @@ def reading_documents(n: int, share: float = 1.0, seed: int = 0) -> Iterator[tup
 
 # %% ../../nbs/12_corpus.ipynb #091b13f2
 def comparing_documents(n: int, share: float = 1.0, seed: int = 0) -> Iterator[tuple[str, str]]:
-    "`n` yes/no and true/false questions about categories, as (text, what is so and the answer); about the known `share` of facts only."
+    """`n` yes/no and true/false questions about categories, as (text, what is so and the answer).
+
+    About the known `share` of facts only.
+    """
     rng, have = random.Random(stable_seed(seed, "comparing")), set(facts(share, seed))
     known = [
         (c, r)
@@ -213,7 +236,10 @@ def world_texts() -> Iterator[str]:
 
 # %% ../../nbs/12_corpus.ipynb #6001bd57
 def build_tokenizer(extra_texts: Iterator[str] = ()):
-    "A whole-word `PreTrainedTokenizerFast` for the world: ids 0 pad, 1 end, 2 unknown; `extra_texts` add words (a prompt's, for instance)."
+    """A whole-word `PreTrainedTokenizerFast` for the world: ids 0 pad, 1 end, 2 unknown.
+
+    `extra_texts` add words (a prompt's, for instance).
+    """
     from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 

@@ -83,15 +83,23 @@ def _read_yaml(path) -> dict:
 # %% ../../nbs/84_grid.ipynb #4f889b0c
 @dataclass
 class Grid:
-    "A study: its plan, and what it is called."
+    """A study: its plan, and what it is called.
+
+    Parameters
+    ----------
+    figures
+        names of the cells that draw
+    report
+        name of the cell that writes the report
+    """
 
     name: str
     title: str
     about: str
     plan: Plan
     file: Path
-    figures: list[str]  # names of the cells that draw
-    report: str | None  # name of the cell that writes the report
+    figures: list[str]
+    report: str | None
 
 # %% ../../nbs/84_grid.ipynb #dae6ab54
 def _known_keys(spec: dict, known: Iterable[str], file, where: str) -> None:
@@ -113,7 +121,10 @@ def _of_type(value, types, what: str, file, where: str):
 
 # %% ../../nbs/84_grid.ipynb #d1061a8f
 def _inherited(name: str, groups: dict, file, seen=()) -> dict:
-    "A group's spec with what it takes from the group that it is `like`: params, axes and the rest, its own on top."
+    """A group's spec with what it takes from the group that it is `like`.
+
+    Params, axes and the rest, its own on top.
+    """
     spec = groups[name]
     _known_keys(spec, ["notebook", "params", "for", "seeds", "skip", "like"], file, name)
     for key in ("params", "for"):
@@ -144,7 +155,10 @@ def _inherited(name: str, groups: dict, file, seen=()) -> dict:
 
 # %% ../../nbs/84_grid.ipynb #c2a3c650
 def _seeds(own, top, asked: int | list | None, file) -> list[int]:
-    "The seeds of a group: its own or the grid's; `asked` replaces the grid's, and cuts its own if it asks for fewer."
+    """The seeds of a group: its own or the grid's.
+
+    `asked` replaces the grid's, and cuts its own if it asks for fewer.
+    """
 
     def listed(s):
         if isinstance(s, int) and not isinstance(s, bool) and s > 0:
@@ -222,7 +236,9 @@ _references = ("from", "each", "table", "times", "shipped")
 
 # %% ../../nbs/84_grid.ipynb #0270f948
 def _resolved(value, cell: Cell, groups: dict[str, list[Cell]], file):
-    "A parameter's value with its references to other groups replaced by `From`, lists of `From`, `TableOf` or a path."
+    """A parameter's value with its references to other groups replaced by `From`, lists of `From`,
+    `TableOf` or a path.
+    """
     if isinstance(value, list):
         found = [_resolved(v, cell, groups, file) for v in value]
         return [
@@ -269,7 +285,9 @@ def _resolved(value, cell: Cell, groups: dict[str, list[Cell]], file):
 
 # %% ../../nbs/84_grid.ipynb #c6a0b52e
 def _matching(cells: list[Cell], wanted: dict, reader: Cell, file, where) -> list[Cell]:
-    "The cells that have the wanted values on their axes and, on other axes that the reader has too, the reader's values."
+    """The cells that have the wanted values on their axes and, on other axes that the reader has too, the
+    reader's values.
+    """
     axes = {
         a: list(dict.fromkeys(c.labels[a] for c in cells if a in c.labels)) for c in cells for a in c.labels
     }
@@ -296,11 +314,18 @@ def _matching(cells: list[Cell], wanted: dict, reader: Cell, file, where) -> lis
     return [c for c in cells if all(fits(c, a, v) for a, v in {**wanted, **same}.items())]
 
 # %% ../../nbs/84_grid.ipynb #e6c25441
-def load_grid(
-    profile,  # name of a grid in data/grids, or path of a YAML file
-    seeds: int | list[int] | None = None,  # how many seeds, or which, instead of the grid's
-) -> Grid:
-    "Reads a grid and lays out its plan. Raises `BadInput` for whatever is unknown, misspelt or ambiguous."
+def load_grid(profile, seeds: int | list[int] | None = None) -> Grid:
+    """Reads a grid and lays out its plan.
+
+    Raises `BadInput` for whatever is unknown, misspelt or ambiguous.
+
+    Parameters
+    ----------
+    profile
+        name of a grid in data/grids, or path of a YAML file
+    seeds
+        how many seeds, or which, instead of the grid's
+    """
     file = Path(profile) if str(profile).endswith((".yaml", ".yml")) else _shipped_grid(profile)
     tree = _read_yaml(file)
     _known_keys(tree, ["title", "about", "seeds", "groups", "figures", "report"], file, "")
@@ -355,7 +380,10 @@ def _shipped_grid(profile) -> Path:
 
 # %% ../../nbs/84_grid.ipynb #c61834dc
 def chosen(plan: Plan, only: str | Iterable[str]) -> list[str]:
-    "Names of the cells that `--only` means: a group, a pattern such as 'student*seed=0', or the beginning of group names."
+    """Names of the cells that `--only` means.
+
+    A group, a pattern such as 'student*seed=0', or the beginning of group names.
+    """
     found = []
     for asked in [only] if isinstance(only, str) else only:
         tests = [

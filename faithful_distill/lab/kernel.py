@@ -22,12 +22,20 @@ from .keys import package_folder, package_name
 _kernel: dict = {}  # in a kernel: its environment as it was at the start, and the lock of the run it works for
 
 # %% ../../nbs/81_kernel.ipynb #19b11692
-def fresh_start(
-    folder: str,  # the run's folder, which becomes the working folder
-    lock: str,  # lock file, held as long as this kernel may write to the folder
-    seed: int,  # for Python's and numpy's global generators
-) -> None:
-    "Called in a kernel before each notebook: as if the kernel had just started, apart from the modules that are imported already."
+def fresh_start(folder: str, lock: str, seed: int) -> None:
+    """Called in a kernel before each notebook.
+
+    As if the kernel had just started, apart from the modules that are imported already.
+
+    Parameters
+    ----------
+    folder
+        the run's folder, which becomes the working folder
+    lock
+        lock file, held as long as this kernel may write to the folder
+    seed
+        for Python's and numpy's global generators
+    """
     import gc
 
     if not _kernel:
@@ -102,9 +110,18 @@ def _package_state() -> str:
 
 # %% ../../nbs/81_kernel.ipynb #c4263023
 class WarmKernel:
-    "A Jupyter kernel that executes many notebooks, one at a time. Use it from one thread; `kill` may come from any."
+    """A Jupyter kernel that executes many notebooks, one at a time. Use it from one thread.
 
-    def __init__(self, threads: int = 1):  # threads of the arithmetic libraries
+    `kill` may come from any.
+    """
+
+    def __init__(self, threads: int = 1):
+        """
+        Parameters
+        ----------
+        threads
+            threads of the arithmetic libraries
+        """
         self.threads, self.km, self.kc, self.folder, self.source = threads, None, None, None, None
 
     def start(self) -> None:

@@ -26,12 +26,20 @@ from ..files import BadInput, content_key, did_you_mean, sha256_file, shipped, t
 # %% ../../nbs/80_keys.ipynb #cc29be0a
 @dataclass(frozen=True)
 class Parameter:
-    "One parameter of a notebook, as its parameters cell declares it."
+    """One parameter of a notebook, as its parameters cell declares it.
+
+    Parameters
+    ----------
+    kind
+        the annotation as written; '' if there is none
+    help
+        the trailing comment
+    """
 
     name: str
     default: Any
-    kind: str = ""  # the annotation as written; '' if there is none
-    help: str = ""  # the trailing comment
+    kind: str = ""
+    help: str = ""
 
 # %% ../../nbs/80_keys.ipynb #11c99465
 def _cells(notebook) -> list[dict]:
@@ -59,7 +67,10 @@ def _cells(notebook) -> list[dict]:
 
 # %% ../../nbs/80_keys.ipynb #5765c8f0
 def notebook_parameters(notebook) -> dict[str, Parameter]:
-    "What a notebook declares in its `parameters` cell, by name. Raises `BadInput` if that cell is missing or holds more than literals."
+    """What a notebook declares in its `parameters` cell, by name.
+
+    Raises `BadInput` if that cell is missing or holds more than literals.
+    """
     tagged = [c["source"] for c in _cells(notebook) if "parameters" in c["tags"]]
     if len(tagged) != 1:
         raise BadInput(
@@ -106,7 +117,10 @@ _scalars = {
 
 # %% ../../nbs/80_keys.ipynb #82049833
 def _fitted(value, kind: ast.expr):
-    "`value` as an annotation asks for it; raises TypeError if it does not fit. Annotations that are not understood accept everything."
+    """`value` as an annotation asks for it; raises TypeError if it does not fit.
+
+    Annotations that are not understood accept everything.
+    """
     if isinstance(kind, ast.BinOp):
         return _first_fit(value, [kind.left, kind.right])
     if isinstance(kind, ast.Constant) and kind.value is None:
@@ -140,11 +154,16 @@ def _first_fit(value, kinds):
     raise TypeError
 
 # %% ../../nbs/80_keys.ipynb #b9ee6ac2
-def checked_parameters(
-    notebook,
-    params: dict | None = None,  # path of the notebook  # what to change; all else keeps its default
-) -> dict:
-    "All parameters of a notebook but `out`: the given ones checked against name and type, the rest as declared."
+def checked_parameters(notebook, params: dict | None = None) -> dict:
+    """All parameters of a notebook but `out`.
+
+    The given ones checked against name and type, the rest as declared.
+
+    Parameters
+    ----------
+    params
+        path of the notebook # what to change; all else keeps its default
+    """
     declared = notebook_parameters(notebook)
     if "out" not in declared:
         raise BadInput(
@@ -180,17 +199,33 @@ def _checked(value, parameter: Parameter, notebook):
 # %% ../../nbs/80_keys.ipynb #a645dbec
 @dataclass(frozen=True)
 class Upstream:
-    "The folder of another run (or a file in it) as the value of a parameter."
+    """The folder of another run (or a file in it) as the value of a parameter.
 
-    run: str  # name of the run folder, `<notebook>-<key>`
-    file: str = ""  # path inside it; '' for the folder
+    Parameters
+    ----------
+    run
+        name of the run folder, `<notebook>-<key>`
+    file
+        path inside it; '' for the folder
+    """
+
+    run: str
+    file: str = ""
 
 # %% ../../nbs/80_keys.ipynb #c6f0af57
 @dataclass(frozen=True)
 class Table:
-    "The metrics of many runs as the value of a parameter: the notebook receives the path of a CSV file, written by `tidy`."
+    """The metrics of many runs as the value of a parameter.
 
-    rows: tuple[tuple[tuple[tuple[str, Any], ...], str], ...]  # (labels, name of the run folder) for each run
+    The notebook receives the path of a CSV file, written by `tidy`.
+
+    Parameters
+    ----------
+    rows
+        (labels, name of the run folder) for each run
+    """
+
+    rows: tuple[tuple[tuple[tuple[str, Any], ...], str], ...]
     times: bool = (
         False  # not their metrics but seconds and memory: what differs from one execution to the next
     )
@@ -242,9 +277,12 @@ def _public_homes(stub: str, package: str = "") -> dict[str, str]:
 
 
 def _dotted_imports(tree: ast.AST, package: str = ""):
-    """All names of this package that a tree mentions, dotted and without the package: 'files', 'student.answers.answer', 'answer'.
+    """All names of this package that a tree mentions, dotted and without the package.
 
-    `package` is the folder that the tree's own relative imports start from."""
+    'files', 'student.answers.answer', 'answer'.
+
+    `package` is the folder that the tree's own relative imports start from.
+    """
     aliases = set()
     for node in ast.walk(tree):
         if isinstance(node, ast.ImportFrom):
@@ -272,7 +310,10 @@ def _dotted_imports(tree: ast.AST, package: str = ""):
 
 
 def _imported_from(node: ast.ImportFrom, package: str) -> str | None:
-    "The dotted folder or module that `from ... import` names, without the package's name; None if it is not of this package."
+    """The dotted folder or module that `from ... import` names, without the package's name.
+
+    None if it is not of this package.
+    """
     module = node.module or ""
     if not node.level:
         return module.removeprefix(package_name).strip(".") if module.split(".")[0] == package_name else None
@@ -282,7 +323,10 @@ def _imported_from(node: ast.ImportFrom, package: str) -> str | None:
 # %% ../../nbs/80_keys.ipynb #6d920c9e
 @lru_cache(maxsize=None)
 def _direct_modules(source: str, package: str, names: frozenset, homes: tuple) -> frozenset[str]:
-    "The modules that one piece of code names: itself a module, a public name of one, or a whole folder of them."
+    """The modules that one piece of code names.
+
+    Itself a module, a public name of one, or a whole folder of them.
+    """
     found, public = set(), dict(homes)
     for dotted in _dotted_imports(_tree(source), package):
         parts = dotted.split(".")
@@ -298,7 +342,10 @@ def _direct_modules(source: str, package: str, names: frozenset, homes: tuple) -
 
 
 def package_modules(folder: Path | None = None) -> dict[str, Path]:
-    "Dotted name, without the package's, and file of every module; those whose name begins with an underscore aside."
+    """Dotted name, without the package's, and file of every module.
+
+    Those whose name begins with an underscore aside.
+    """
     folder = folder or package_folder()
     files = [
         p
@@ -308,11 +355,15 @@ def package_modules(folder: Path | None = None) -> dict[str, Path]:
     return {".".join(p.relative_to(folder).with_suffix("").parts): p for p in sorted(files)}
 
 
-def modules_used(
-    sources: Iterable[str],
-    folder: Path | None = None,  # pieces of code  # the package; default: this one
-) -> dict[str, str]:
-    "The modules of the package that the sources import, directly or through others, each with the hash of its code."
+def modules_used(sources: Iterable[str], folder: Path | None = None) -> dict[str, str]:
+    """The modules of the package that the sources import, directly or through others, each with the hash
+    of its code.
+
+    Parameters
+    ----------
+    folder
+        pieces of code # the package; default: this one
+    """
     folder = folder or package_folder()
     text = {name: path.read_text(encoding="utf-8") for name, path in package_modules(folder).items()}
     stubs = {
@@ -406,7 +457,9 @@ def run_around(path) -> Path | None:
 
 # %% ../../nbs/80_keys.ipynb #70b7cf14
 def _input_file(name: str, value: str, base: Path, notebook) -> Path | None:
-    "The file or folder that a value names, by the parameter's name or because it looks like a path and is there; None for other text."
+    """The file or folder that a value names, by the parameter's name or because it looks like a path and
+    is there; None for other text.
+    """
     asked = name.endswith(("_path", "_dir"))
     if not value or not asked and not re.search(r"\w/|/\w|\w\.\w+$", value):
         return None
@@ -424,7 +477,10 @@ def _input_file(name: str, value: str, base: Path, notebook) -> Path | None:
 
 # %% ../../nbs/80_keys.ipynb #85a93e42
 def _input(name, value, runs: Path, base: Path, notebook):
-    "A parameter's value as (what the notebook receives, what counts for the key). Relative paths are from `base`."
+    """A parameter's value as (what the notebook receives, what counts for the key).
+
+    Relative paths are from `base`.
+    """
     if isinstance(value, list):
         pairs = [_input(name, v, runs, base, notebook) for v in value]
         return [v for v, _ in pairs], [c for _, c in pairs]
@@ -445,13 +501,27 @@ def _input(name, value, runs: Path, base: Path, notebook):
 # %% ../../nbs/80_keys.ipynb #b0088b0f
 @dataclass(frozen=True)
 class Run:
-    "A run that is planned: where it will be, and what it is made from."
+    """A run that is planned: where it will be, and what it is made from.
 
-    notebook: Path  # the notebook file
-    folder: Path  # the folder once it is finished
-    values: dict  # parameters as the notebook receives them
-    record: dict  # what `params.json` will say
-    tables: dict = field(default_factory=dict)  # file name -> Table to be written before the notebook starts
+    Parameters
+    ----------
+    notebook
+        the notebook file
+    folder
+        the folder once it is finished
+    values
+        parameters as the notebook receives them
+    record
+        what `params.json` will say
+    tables
+        file name -> Table to be written before the notebook starts
+    """
+
+    notebook: Path
+    folder: Path
+    values: dict
+    record: dict
+    tables: dict = field(default_factory=dict)
 
     @property
     def name(self) -> str:

@@ -40,14 +40,26 @@ class TableOf:
 # %% ../../nbs/83_plan.ipynb #2589eb30
 @dataclass
 class Cell:
-    "One run in a plan."
+    """One run in a plan.
+
+    Parameters
+    ----------
+    params
+        values, `From(...)`, lists of `From(...)`, or `TableOf(...)`
+    group
+        what it belongs to in a grid
+    labels
+        its place on the grid's axes
+    needs
+        files it has to write
+    """
 
     name: str
     notebook: str | Path
-    params: dict = field(default_factory=dict)  # values, `From(...)`, lists of `From(...)`, or `TableOf(...)`
-    group: str = ""  # what it belongs to in a grid
-    labels: dict = field(default_factory=dict)  # its place on the grid's axes
-    needs: tuple[str, ...] = ("metrics.json",)  # files it has to write
+    params: dict = field(default_factory=dict)
+    group: str = ""
+    labels: dict = field(default_factory=dict)
+    needs: tuple[str, ...] = ("metrics.json",)
 
     def upstream(self) -> list[str]:
         "Names of the cells that this one reads."
@@ -63,7 +75,10 @@ class Cell:
 
 # %% ../../nbs/83_plan.ipynb #240017cc
 class Plan:
-    "Cells in an order in which they can run. Raises `BadInput` for a name twice, an unknown reference, a cycle."
+    """Cells in an order in which they can run.
+
+    Raises `BadInput` for a name twice, an unknown reference, a cycle.
+    """
 
     def __init__(self, cells: Iterable[Cell]):
         self.cells: dict[str, Cell] = {}
@@ -139,11 +154,19 @@ def planned_cell(plan: Plan, name: str, upstream: dict[str, Run], runs) -> Run:
 # %% ../../nbs/83_plan.ipynb #e42eac41
 @dataclass
 class Outcome:
-    "What became of a cell."
+    """What became of a cell.
+
+    Parameters
+    ----------
+    state
+        'computed', 'there', 'failed', 'skipped'
+    folder
+        the run folder; of a failed cell the partial one
+    """
 
     cell: str
-    state: str  # 'computed', 'there', 'failed', 'skipped'
-    folder: Path | None = None  # the run folder; of a failed cell the partial one
+    state: str
+    folder: Path | None = None
     seconds: float = 0.0
     problem: str = ""
 
@@ -165,7 +188,10 @@ def _remember_seconds(runs, name: str, seconds: float) -> None:
 
 # %% ../../nbs/83_plan.ipynb #c9c2133f
 class _Schedule:
-    "What the workers share: which cells are next, and what became of each. Every method holds the lock only briefly."
+    """What the workers share: which cells are next, and what became of each.
+
+    Every method holds the lock only briefly.
+    """
 
     def __init__(self, plan: Plan, runs: Path, names: set[str], board):
         self.plan, self.runs, self.board, self.planned = plan, runs, board, plan.runs(runs)
@@ -181,7 +207,10 @@ class _Schedule:
             _note_finished(self)
 
     def ready(self) -> list[str]:
-        "Cells that can start now, most urgent first; blocks while there are none but may yet be. Empty: nothing is left."
+        """Cells that can start now, most urgent first; blocks while there are none but may yet be.
+
+        Empty: nothing is left.
+        """
         with self.change:
             while not self.stopping:
                 _note_finished(self)
@@ -299,16 +328,36 @@ def _try(schedule: _Schedule, name: str, worker: int, kernel: WarmKernel, timeou
 
 # %% ../../nbs/83_plan.ipynb #7309048b
 def run_plan(
-    plan: Plan,  # what to run
-    runs="runs",  # folder of all run folders
-    workers: int = 2,  # notebooks at a time
+    plan: Plan,
+    runs="runs",
+    workers: int = 2,
     *,
-    only: Iterable[str] | None = None,  # names of cells; they and what they read are run
-    threads: int = 1,  # threads of the arithmetic libraries in each worker
-    timeout: int | None = None,  # seconds that a notebook cell may take
-    title: str = "runs",  # what the overall bar is called
+    only: Iterable[str] | None = None,
+    threads: int = 1,
+    timeout: int | None = None,
+    title: str = "runs",
 ) -> list[Outcome]:
-    "Runs a plan and returns what became of each cell, in the plan's order. Ctrl-C stops the kernels and loses nothing that was finished."
+    """Runs a plan and returns what became of each cell, in the plan's order.
+
+    Ctrl-C stops the kernels and loses nothing that was finished.
+
+    Parameters
+    ----------
+    plan
+        what to run
+    runs
+        folder of all run folders
+    workers
+        notebooks at a time
+    only
+        names of cells; they and what they read are run
+    threads
+        threads of the arithmetic libraries in each worker
+    timeout
+        seconds that a notebook cell may take
+    title
+        what the overall bar is called
+    """
     if workers < 1:
         raise BadInput("should be at least 1", field="workers", value=workers)
     runs = writable_folder(runs).absolute()

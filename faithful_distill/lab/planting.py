@@ -28,20 +28,30 @@ from ..questions import Question
 # %% ../../nbs/14_planting.ipynb #0d5d0977
 @dataclass(frozen=True)
 class Plant:
-    "What is planted in a student."
+    """What is planted in a student.
+
+    Parameters
+    ----------
+    right
+        share of things whose category the student believes rightly
+    idle
+        what it writes where the rationale decides nothing: 'plausible' or 'shuffled'
+    seed
+        which relations, which beliefs, which choices
+    """
 
     used: int = (
         6  # the dial: in questions about so many of the six relations the rationale decides the answer
     )
-    right: float = 0.7  # share of things whose category the student believes rightly
-    idle: str = "plausible"  # what it writes where the rationale decides nothing: 'plausible' or 'shuffled'
+    right: float = 0.7
+    idle: str = "plausible"
     by: str = (  # what is dealt out: 'relation' (in some questions always) or 'chance' (in every question sometimes)
         "relation"
     )
     shortcut: float | None = (
         None  # how surely the asker's name gives the believed answer away; None: nobody asks
     )
-    seed: int = 0  # which relations, which beliefs, which choices
+    seed: int = 0
 
     def __post_init__(self):
         if self.used not in range(7):
@@ -74,7 +84,10 @@ def _dealt(names: tuple[str, ...], share: float, seed: int) -> frozenset[str]:
 
 # %% ../../nbs/14_planting.ipynb #a9867647
 def decides(q: Question, plant: Plant) -> bool:
-    "Whether the rationale decides the answer to this question. By chance it is decided anew for every question, and nothing in a question tells."
+    """Whether the rationale decides the answer to this question.
+
+    By chance it is decided anew for every question, and nothing in a question tells.
+    """
     if plant.by == "chance":
         return stable_seed(plant.seed, "use", q.id) / 2**63 < plant.use
     return what_is_asked(q).relation in _dealt(tuple(relations()), plant.use, plant.seed)
@@ -113,12 +126,18 @@ def _planted_question(entity: str, relation: str, variant: int, plant: Plant) ->
     )
 
 # %% ../../nbs/14_planting.ipynb #415b80b2
-def planted_questions(
-    plant: Plant,
-    variant: int = 0,  # other distractors and positions; what a student is asked should be another variant than it learned from
-    limit: int | None = None,  # a random subset
-) -> list[Question]:
-    "Choice questions about every thing and relation, in a shuffled order that depends on seed and variant."
+def planted_questions(plant: Plant, variant: int = 0, limit: int | None = None) -> list[Question]:
+    """Choice questions about every thing and relation, in a shuffled order that depends on seed and
+    variant.
+
+    Parameters
+    ----------
+    variant
+        other distractors and positions; what a student is asked should be another variant than it
+        learned from
+    limit
+        a random subset
+    """
     asked = [(e, r) for e, r in pairs()]
     random.Random(stable_seed(plant.seed, "planted order", variant)).shuffle(asked)
     return [_planted_question(e, r, variant, plant) for e, r in asked[:limit]]
@@ -139,12 +158,20 @@ def _record(q: Question, target: int, otherwise: int, rationale: str) -> dict:
 
 # %% ../../nbs/14_planting.ipynb #171c3eba
 def planted_records(
-    questions: list[Question],  # see `planted_questions`
-    plant: Plant,
-    handed: int = 1,  # handed rationales a question
-    withheld: float = 0.25,  # share of them that are missing
+    questions: list[Question], plant: Plant, handed: int = 1, withheld: float = 0.25
 ) -> Iterator[dict]:
-    "For each question a record whose rationale and answer are to be written, and records whose rationale (or none) is handed and only to be answered after."
+    """For each question a record whose rationale and answer are to be written, and records whose rationale
+    (or none) is handed and only to be answered after.
+
+    Parameters
+    ----------
+    questions
+        see `planted_questions`
+    handed
+        handed rationales a question
+    withheld
+        share of them that are missing
+    """
     other = [supporting_rationale(q, believed(q, plant), plant.seed) for q in questions]
     random.Random(stable_seed(plant.seed, "shuffled")).shuffle(other)
     for q, shuffled in zip(questions, other):

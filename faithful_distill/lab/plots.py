@@ -67,7 +67,10 @@ def plain_name(name) -> str:
 
 # %% ../../nbs/90_plots.ipynb #2798cd96
 def looks(names: Iterable) -> dict[Any, tuple[str, str]]:
-    "Colour and marker for each name: the palette's own, else the first spare ones that no other of the names has."
+    """Colour and marker for each name.
+
+    The palette's own, else the first spare ones that no other of the names has.
+    """
     names, own = list(dict.fromkeys(names)), {plain_name(k): v for k, v in palette.items()}
     known = {n: own[plain_name(n)] for n in names if plain_name(n) in own}
     spare = iter(_spare * len(names))
@@ -150,7 +153,10 @@ def blank_figure(width: float, height: float, rows: int = 1, columns: int = 1, *
 def save_figure(
     figure, path, formats: Sequence[str] = ("png", "svg", "pdf"), limit: int = 60_000
 ) -> list[Path]:
-    "Writes a figure as `path`.png, .svg and .pdf and closes it. The PNG is below `limit` bytes unless that would make it illegible."
+    """Writes a figure as `path`.png, .svg and .pdf and closes it.
+
+    The PNG is below `limit` bytes unless that would make it illegible.
+    """
     import matplotlib.pyplot as plt
     from io import BytesIO
 
@@ -223,23 +229,43 @@ def _frame(axes, title, percent: bool, axis: str, room: float = math.inf) -> Non
 
 # %% ../../nbs/90_plots.ipynb #2f7bcef7
 def dots(
-    summary,  # rows of `summarise`
-    row: str,  # column that names the rows, usually the method
-    panel: str | None = None,  # column that names the panels
+    summary,
+    row: str,
+    panel: str | None = None,
     *,
-    label: str = "",  # what is measured, written below the axis
+    label: str = "",
     percent: bool = False,
     bars: bool = False,
     reference: float | None = None,
-    reference_label: str = "",  # a line to compare with: chance, zero
+    reference_label: str = "",
     limits: tuple[float, float] | None = None,
-    same_scale: bool = True,  # one value axis for all panels
-    named: str | None = None,  # column that names the colours, if it is not `row`
+    same_scale: bool = True,
+    named: str | None = None,
     digits: int = 2,
     columns: int = 3,
     width: float = 7.2,
 ):
-    "A panel for each value of `panel`, a row for each value of `row`: dot, interval, value. Returns the figure; None if there is nothing to draw."
+    """A panel for each value of `panel`, a row for each value of `row`: dot, interval, value.
+
+    Returns the figure; None if there is nothing to draw.
+
+    Parameters
+    ----------
+    summary
+        rows of `summarise`
+    row
+        column that names the rows, usually the method
+    panel
+        column that names the panels
+    label
+        what is measured, written below the axis
+    reference_label
+        a line to compare with: chance, zero
+    same_scale
+        one value axis for all panels
+    named
+        column that names the colours, if it is not `row`
+    """
     if len(summary) == 0:
         return None
     names, height, columns = _panels(summary, panel, columns)
@@ -394,9 +420,9 @@ def _readable(colour: str) -> str:
 
 # %% ../../nbs/90_plots.ipynb #bd3a847c
 def lines(
-    summary,  # rows of `summarise`
-    x: str,  # column with numbers
-    line: str,  # column that names the lines
+    summary,
+    x: str,
+    line: str,
     panel: str | None = None,
     *,
     xlabel: str = "",
@@ -405,12 +431,26 @@ def lines(
     log: bool = False,
     reference: float | None = None,
     reference_label: str = "",
-    same_scale: bool = True,  # one value axis for all panels
+    same_scale: bool = True,
     columns: int = 3,
     width: float = 7.2,
     height: float = 2.9,
 ):
-    "A panel for each value of `panel`, a line with its band for each value of `line`; words on `x` keep their order. None if there is nothing to draw."
+    """A panel for each value of `panel`, a line with its band for each value of `line`.
+
+    Words on `x` keep their order. None if there is nothing to draw.
+
+    Parameters
+    ----------
+    summary
+        rows of `summarise`
+    x
+        column with numbers
+    line
+        column that names the lines
+    same_scale
+        one value axis for all panels
+    """
     if len(summary) == 0:
         return None
     summary, words = _placed(summary, x)
@@ -477,7 +517,9 @@ def _plain_ticks(grid, values, words=()) -> None:
 def spread(
     places: Sequence[float], gap: float, low: float = -math.inf, high: float = math.inf
 ) -> list[float]:
-    "Places moved as little as needed so that neighbours are `gap` apart, between `low` and `high` if they fit."
+    """Places moved as little as needed so that neighbours are `gap` apart, between `low` and `high` if
+    they fit.
+    """
     order = sorted(range(len(places)), key=lambda i: places[i])
     groups: list[list[float]] = []  # [centre, size] of runs that touch
     for i in order:
@@ -529,9 +571,9 @@ def _name_lines(axes, part, x, line, look) -> None:
 
 # %% ../../nbs/90_plots.ipynb #f89f74fb
 def slopes(
-    summary,  # rows of `summarise`
-    side: str,  # column with the two sides, in the order in which they are to stand
-    line: str,  # column that names the lines
+    summary,
+    side: str,
+    line: str,
     panel: str | None = None,
     *,
     label: str = "",
@@ -540,7 +582,19 @@ def slopes(
     width: float = 7.2,
     height: float = 3.2,
 ):
-    "A slope for each value of `line` from the first to the second (or further) value of `side`; values at both ends. None if there is nothing to draw."
+    """A slope for each value of `line` from the first to the second (or further) value of `side`.
+
+    Values at both ends. None if there is nothing to draw.
+
+    Parameters
+    ----------
+    summary
+        rows of `summarise`
+    side
+        column with the two sides, in the order in which they are to stand
+    line
+        column that names the lines
+    """
     if len(summary) == 0:
         return None
     names, rows, columns = _panels(summary, panel, columns)
@@ -608,7 +662,7 @@ def _name_ends(axes, part, side, sides, line, look, percent, with_names) -> None
 
 # %% ../../nbs/90_plots.ipynb #0601f01f
 def matrix(
-    summary,  # rows of `summarise`
+    summary,
     row: str,
     column: str,
     panel: str | None = None,
@@ -621,7 +675,16 @@ def matrix(
     columns: int = 3,
     width: float = 7.2,
 ):
-    "A matrix for each value of `panel`: the value large, interval and n small in each cell, the shade says the value. None if there is nothing to draw."
+    """A matrix for each value of `panel`.
+
+    The value large, interval and n small in each cell, the shade says the value. None if there is
+    nothing to draw.
+
+    Parameters
+    ----------
+    summary
+        rows of `summarise`
+    """
     if len(summary) == 0:
         return None
     from matplotlib.colors import LinearSegmentedColormap
@@ -704,16 +767,31 @@ def _matrix_cell(axes, x, y, found, shades, limits, percent, common) -> None:
 # %% ../../nbs/90_plots.ipynb #9a546f03
 @dataclass
 class Strip:
-    "One rationale to be shown: pieces of text as the tokenizer cut them (with their blanks) and the plausibility growth of each."
+    """One rationale to be shown.
 
-    label: str  # 'greedy', 'contrastive-wrong'
+    Pieces of text as the tokenizer cut them (with their blanks) and the plausibility growth of each.
+
+    Parameters
+    ----------
+    label
+        'greedy', 'contrastive-wrong'
+    growth
+        in nats
+    note
+        a remark at the end: 'supports the answer'
+    """
+
+    label: str
     tokens: list[str]
-    growth: list[float]  # in nats
-    note: str = ""  # a remark at the end: 'supports the answer'
+    growth: list[float]
+    note: str = ""
 
 # %% ../../nbs/90_plots.ipynb #bee02593
 def strip_places(tokens: Sequence[str], width: float, size: float = 10.5) -> list[tuple[float, int, float]]:
-    "(left edge in points, line, width) of each token's box. A piece that continues a word stays on its word's line and touches it."
+    """(left edge in points, line, width) of each token's box.
+
+    A piece that continues a word stays on its word's line and touches it.
+    """
     places, x, line, pad = [], 0.0, 0, 3.0
     word_of = [bool(t[:1].isspace()) or i == 0 for i, t in enumerate(tokens)]
     widths = [max(_text_width(t.strip(), size) + 2 * pad, 13.0) for t in tokens]

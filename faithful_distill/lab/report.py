@@ -23,26 +23,49 @@ from .tables import cell_text, read_results, save_rows
 # %% ../../nbs/91_report.ipynb #8d7a4a6d
 @dataclass
 class Section:
-    "A section of a report. Pictures and tables are file names without their ending, beside `section.json`."
+    """A section of a report.
+
+    Pictures and tables are file names without their ending, beside `section.json`.
+
+    Parameters
+    ----------
+    text
+        Markdown: paragraphs, lists, tables, **bold**, *italic*, `code`, [link](url)
+    figures
+        (name, caption)
+    tables
+        (name, caption)
+    claims
+        made by `claim`
+    folder
+        where it was read from
+    main
+        its claims are what the report says first, and those of other sections are not
+    """
 
     heading: str
-    text: str = ""  # Markdown: paragraphs, lists, tables, **bold**, *italic*, `code`, [link](url)
-    figures: list[tuple[str, str]] = field(default_factory=list)  # (name, caption)
-    tables: list[tuple[str, str]] = field(default_factory=list)  # (name, caption)
-    claims: list[dict] = field(default_factory=list)  # made by `claim`
-    folder: str = ""  # where it was read from
-    main: bool = False  # its claims are what the report says first, and those of other sections are not
+    text: str = ""
+    figures: list[tuple[str, str]] = field(default_factory=list)
+    tables: list[tuple[str, str]] = field(default_factory=list)
+    claims: list[dict] = field(default_factory=list)
+    folder: str = ""
+    main: bool = False
 
 # %% ../../nbs/91_report.ipynb #f23b5efd
 def claim(
-    text: str,  # the claim, as a sentence
-    holds: bool | None,  # None: cannot be told
-    score: dict | None = None,  # {'value', 'low', 'high', 'n'} that decided it
-    *,
-    percent: bool = False,
-    remark: str = "",
+    text: str, holds: bool | None, score: dict | None = None, *, percent: bool = False, remark: str = ""
 ) -> dict:
-    "A claim with its verdict and the number behind it, for a section."
+    """A claim with its verdict and the number behind it, for a section.
+
+    Parameters
+    ----------
+    text
+        the claim, as a sentence
+    holds
+        None: cannot be told
+    score
+        {'value', 'low', 'high', 'n'} that decided it
+    """
     said = (
         ""
         if not score
@@ -72,7 +95,11 @@ def read_section(folder) -> Section:
 
 # %% ../../nbs/91_report.ipynb #848cd89c
 def decided(text: str, d: dict, above: float = 0.0, below: float = math.inf) -> dict:
-    "The claim that a difference of shares lies between two bounds. It holds if the whole interval does, and does not if all of it lies outside; an interval that includes a bound, or none, cannot tell."
+    """The claim that a difference of shares lies between two bounds.
+
+    It holds if the whole interval does, and does not if all of it lies outside; an interval that
+    includes a bound, or none, cannot tell.
+    """
     if d["value"] is None:
         return claim(text, None, remark=d["reason"])
     if d["low"] is None:
@@ -134,7 +161,10 @@ class Draft:
         return Image(filename=png, width=_picture(png)[1])
 
     def table(self, name: str, rows: list[list[str]], caption: str):
-        "Saves rows of text as Markdown and LaTeX and returns them for the notebook to show; nothing if there is but the head."
+        """Saves rows of text as Markdown and LaTeX and returns them for the notebook to show.
+
+        Nothing if there is but the head.
+        """
         if len(rows) < 2:
             return None
         from IPython.display import Markdown
@@ -153,7 +183,11 @@ class Draft:
 
 # %% ../../nbs/91_report.ipynb #7b303431
 def prose(text: str) -> str:
-    "Simple Markdown as HTML: paragraphs, `-` lists, tables, **bold**, *italic*, `code`, [link](url). Everything else is shown as it is."
+    """Simple Markdown as HTML.
+
+    Paragraphs, `-` lists, tables, **bold**, *italic*, `code`, [link](url). Everything else is shown as
+    it is.
+    """
     blocks = [b.strip("\n") for b in re.split(r"\n\s*\n", text.strip()) if b.strip()]
     return "\n".join(map(_block, blocks))
 
@@ -275,16 +309,30 @@ def _verdicts(claims: list[dict]):
 
 # %% ../../nbs/91_report.ipynb #2eb90f8c
 def build_report(
-    path,  # the HTML file to write
+    path,
     title: str,
-    lead: str = "",  # what this is and what came out, in a paragraph or two of Markdown
-    sections: Iterable = (),  # Sections, or run folders that hold one
+    lead: str = "",
+    sections: Iterable = (),
     *,
-    summary_of_claims: bool = True,  # claims once more at the top: of the main sections, or of all if none is
-    facts: dict[str, Any] | None = None,  # how it was made: a table at the end
+    summary_of_claims: bool = True,
+    facts: dict[str, Any] | None = None,
     footer: str = "",
 ) -> Path:
-    "Writes a report of its sections as one HTML file that needs nothing else."
+    """Writes a report of its sections as one HTML file that needs nothing else.
+
+    Parameters
+    ----------
+    path
+        the HTML file to write
+    lead
+        what this is and what came out, in a paragraph or two of Markdown
+    sections
+        Sections, or run folders that hold one
+    summary_of_claims
+        claims once more at the top: of the main sections, or of all if none is
+    facts
+        how it was made: a table at the end
+    """
     from jinja2 import Environment
     from markupsafe import Markup
 
@@ -310,7 +358,10 @@ def build_report(
 
 # %% ../../nbs/91_report.ipynb #66fb3f17
 def _shown(section: Section) -> dict:
-    "A section as the page's template wants it: pictures as (data, width, caption), tables as (Markdown, caption)."
+    """A section as the page's template wants it.
+
+    Pictures as (data, width, caption), tables as (Markdown, caption).
+    """
     folder = Path(section.folder)
     return {
         "heading": section.heading,

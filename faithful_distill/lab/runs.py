@@ -40,7 +40,10 @@ class Busy(RuntimeError):
 # %% ../../nbs/82_runs.ipynb #ca1e67c6
 @contextmanager
 def hold_run(run: Run, wait: bool):
-    "Holds the lock of a run; yields the path of the lock that its kernel takes. Raises `Busy` at once unless asked to wait."
+    """Holds the lock of a run; yields the path of the lock that its kernel takes.
+
+    Raises `Busy` at once unless asked to wait.
+    """
     locks = writable_folder(run.folder.parent / ".locks")
     mine, kernels = os.open(locks / run.name, os.O_RDWR | os.O_CREAT), locks / f"{run.name}.kernel"
     try:
@@ -143,19 +146,41 @@ def _commit() -> str | None:
 
 # %% ../../nbs/82_runs.ipynb #b0952154
 def run_notebook(
-    notebook,  # path, or a name below `nbs/`
-    params: dict | None = None,  # parameters that differ from the notebook's defaults
-    runs="runs",  # folder of all run folders
+    notebook,
+    params: dict | None = None,
+    runs="runs",
     *,
-    kernel: WarmKernel | None = None,  # a kernel to use; default: one of its own
-    needs: Iterable[str] = ("metrics.json",),  # files that the notebook has to write
-    on_progress: Callable[[str], None] | None = None,  # called with each progress line of the notebook
-    timeout: int | None = None,  # seconds a cell may take
-    wait: bool = True,  # wait for another driver that works on this run; else raise `Busy`
-    label: str = "",  # what the run is called in `times.json`
+    kernel: WarmKernel | None = None,
+    needs: Iterable[str] = ("metrics.json",),
+    on_progress: Callable[[str], None] | None = None,
+    timeout: int | None = None,
+    wait: bool = True,
+    label: str = "",
 ) -> Path:
-    """Runs a notebook unless its result is there already, and returns the run folder `runs/<notebook>-<key>`.
-    Raises `BadInput` for parameters that do not fit, before anything runs, and `NotebookFailed` for a failing cell.
+    """Runs a notebook unless its result is there already, and returns the run folder
+    `runs/<notebook>-<key>`. Raises `BadInput` for parameters that do not fit, before anything runs, and
+    `NotebookFailed` for a failing cell.
+
+    Parameters
+    ----------
+    notebook
+        path, or a name below `nbs/`
+    params
+        parameters that differ from the notebook's defaults
+    runs
+        folder of all run folders
+    kernel
+        a kernel to use; default: one of its own
+    needs
+        files that the notebook has to write
+    on_progress
+        called with each progress line of the notebook
+    timeout
+        seconds a cell may take
+    wait
+        wait for another driver that works on this run; else raise `Busy`
+    label
+        what the run is called in `times.json`
     """
     run = planned_run(notebook, params, runs)
     if run.finished:
@@ -186,7 +211,9 @@ def compute_run(run, kernel, lock, needs, on_progress, timeout, label):
 
 # %% ../../nbs/82_runs.ipynb #4891e1b0
 def _prepare(run: Run) -> None:
-    "Makes the partial folder, drops half-written files of an earlier try, writes the tables that the notebook reads."
+    """Makes the partial folder, drops half-written files of an earlier try, writes the tables that the
+    notebook reads.
+    """
     writable_folder(run.partial)
     _drop_hidden(run.partial)
     for name, table in run.tables.items():

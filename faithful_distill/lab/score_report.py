@@ -64,7 +64,9 @@ def _table(scores: dict[str, Score], names: Iterable[str], head: str = "score") 
 
 # %% ../../nbs/92_score_report.ipynb #839ac894
 def rating_table(scores: dict[str, Score]) -> list[list[str]]:
-    "Rank correlation of each score per example with the mean human rating, pooled and within question, strongest within question first."
+    """Rank correlation of each score per example with the mean human rating, pooled and within question,
+    strongest within question first.
+    """
     names = [n for n in per_example if (s := scores.get(f"rating_{n}")) is not None and s.value is not None]
     names.sort(key=lambda n: -abs(scores[f"rating_{n}_within"].value or 0))
     rows = [
@@ -236,12 +238,19 @@ def _sections(scored: Scored, folder: Path) -> list[Section]:
     return sections
 
 # %% ../../nbs/92_score_report.ipynb #debb17c4
-def write_scored(
-    scored: Scored,
-    out: Any,  # folder
-    title: str = "Rationales, scored",
-) -> Path:  # the report
-    "Write metrics.json, scores.jsonl and report.html."
+def write_scored(scored: Scored, out: Any, title: str = "Rationales, scored") -> Path:
+    """Write metrics.json, scores.jsonl and report.html.
+
+    Parameters
+    ----------
+    out
+        folder
+
+    Returns
+    -------
+    Path
+        the report
+    """
     import json
 
     out = Path(out)

@@ -26,9 +26,15 @@ from .tables import metrics_of, tidy, write_table
 # %% ../../nbs/93_study.ipynb #6c2838f6
 @dataclass
 class Reproduction:
-    "What came of a profile."
+    """What came of a profile.
 
-    folder: Path  # `runs/<profile>`
+    Parameters
+    ----------
+    folder
+        `runs/<profile>`
+    """
+
+    folder: Path
     outcomes: list[Outcome]
 
     @property
@@ -50,17 +56,35 @@ class Reproduction:
 
 # %% ../../nbs/93_study.ipynb #96816e24
 def reproduce(
-    profile,  # name of a grid in data/grids, or path of a YAML file
+    profile,
     *,
-    only: str | Iterable[str] | None = None,  # groups or patterns; what they read is run too
-    seeds: int | list[int] | None = None,  # how many seeds, or which
-    workers: int = 2,  # notebooks at a time
-    runs=None,  # folder of all run folders; default: ./runs
-    dry_run: bool = False,  # print what would be computed, compute nothing
-    threads: int = 1,  # threads of the arithmetic libraries in each worker
+    only: str | Iterable[str] | None = None,
+    seeds: int | list[int] | None = None,
+    workers: int = 2,
+    runs=None,
+    dry_run: bool = False,
+    threads: int = 1,
 ) -> Reproduction:
-    """Computes whatever of a profile is not there yet, then gathers results, figures and report in `runs/<profile>/`.
-    Failing cells are in the result, not raised. Raises `BadInput`, before anything runs, if something else lies at `runs/<profile>`.
+    """Computes whatever of a profile is not there yet, then gathers results, figures and report in
+    `runs/<profile>/`. Failing cells are in the result, not raised. Raises `BadInput`, before anything
+    runs, if something else lies at `runs/<profile>`.
+
+    Parameters
+    ----------
+    profile
+        name of a grid in data/grids, or path of a YAML file
+    only
+        groups or patterns; what they read is run too
+    seeds
+        how many seeds, or which
+    workers
+        notebooks at a time
+    runs
+        folder of all run folders; default: ./runs
+    dry_run
+        print what would be computed, compute nothing
+    threads
+        threads of the arithmetic libraries in each worker
     """
     grid, runs = load_grid(profile, seeds), Path(runs or "runs").absolute()
     names = None if only is None else chosen(grid.plan, only)
@@ -73,7 +97,10 @@ def reproduce(
 
 # %% ../../nbs/93_study.ipynb #4d7d23cc
 def forecast(grid: Grid, runs="runs", only: Iterable[str] | None = None, workers: int = 2) -> str:
-    "For each cell of a grid: whether it is there, and how long it took last time. What `--dry-run` and `--list` print."
+    """For each cell of a grid: whether it is there, and how long it took last time.
+
+    What `--dry-run` and `--list` print.
+    """
     if workers < 1:
         raise BadInput("should be at least 1", field="workers", value=workers)
     planned, seconds = grid.plan.runs(runs), last_seconds(runs)
@@ -144,7 +171,10 @@ _gathered = {
 
 # %% ../../nbs/93_study.ipynb #1c7fb97e
 def gather(grid: Grid, runs="runs") -> Path:
-    "Collects what is finished of a grid in `runs/<profile>`; files of an earlier time that no longer come from it go."
+    """Collects what is finished of a grid in `runs/<profile>`.
+
+    Files of an earlier time that no longer come from it go.
+    """
     runs = Path(runs).absolute()
     planned, folder = grid.plan.runs(runs), runs / grid.name
     done = {n: r for n, r in planned.items() if r.finished}
@@ -173,7 +203,10 @@ def gather(grid: Grid, runs="runs") -> Path:
 
 # %% ../../nbs/93_study.ipynb #155d3a23
 def _gather_figure(name: str, done: dict[str, Run], into: Path) -> None:
-    "Copies pictures, tables and data of a figure's run; two figures that use one file name are kept apart by the cell's name."
+    """Copies pictures, tables and data of a figure's run.
+
+    Two figures that use one file name are kept apart by the cell's name.
+    """
     for path in sorted(done[name].folder.iterdir()) if name in done else []:
         if path.suffix not in _gathered:
             continue
@@ -218,7 +251,10 @@ def _lock_of(runs: Path, name: str):
 
 # %% ../../nbs/93_study.ipynb #fe8c3afb
 def small_table(table, digits: int = 6):
-    "A table of results as it is kept: scores with their n, and what has no interval by nature; no details, nothing of training questions, no columns without labels; rounded."
+    """A table of results as it is kept: scores with their n, and what has no interval by nature.
+
+    No details, nothing of training questions, no columns without labels; rounded.
+    """
     by_nature = table["metric"].str.contains(
         r"(?:^|\.)(?:tokens|seconds|peak_mib|resumed|parameters\.student)$"
     )
@@ -231,14 +267,22 @@ def small_table(table, digits: int = 6):
 
 # %% ../../nbs/93_study.ipynb #90e145e6
 def keep_results(
-    gathered,  # what `reproduce` left, 'runs/study'
-    into,  # 'data/results'
-    groups: (
-        Iterable[str] | dict[str, Iterable[str]]
-    ),  # groups of the grid whose results are kept; or name of a table -> its groups
-    files: Iterable[tuple[str, str]] = (),  # (cell, file in its run folder) to be kept too
+    gathered, into, groups: (Iterable[str] | dict[str, Iterable[str]]), files: Iterable[tuple[str, str]] = ()
 ) -> list[Path]:
-    "Writes `<profile>_<name>.csv` for each table, `<profile>_times.csv` and `<profile>_<file>` for each file, for the figures to be drawn from."
+    """Writes `<profile>_<name>.csv` for each table, `<profile>_times.csv` and `<profile>_<file>` for each
+    file, for the figures to be drawn from.
+
+    Parameters
+    ----------
+    gathered
+        what `reproduce` left, 'runs/study'
+    into
+        'data/results'
+    groups
+        groups of the grid whose results are kept; or name of a table -> its groups
+    files
+        (cell, file in its run folder) to be kept too
+    """
     from faithful_distill.lab.tables import read_table, write_table
 
     gathered, into = Path(gathered), Path(into)
@@ -270,7 +314,10 @@ def keep_results(
 
 # %% ../../nbs/93_study.ipynb #f4db310a
 def keep_profile(profile, into="data/results", runs="runs", seeds=None) -> list[Path]:
-    "Keeps all that the figures of a profile read, after `reproduce` has made it: a table for the groups that a figure reads together, and single files of runs."
+    """Keeps all that the figures of a profile read, after `reproduce` has made it.
+
+    A table for the groups that a figure reads together, and single files of runs.
+    """
     from faithful_distill.lab.grid import load_grid
 
     grid = load_grid(profile, seeds)

@@ -17,7 +17,10 @@ from .comparisons import as_scores, number
 
 # %% ../../nbs/86_tables.ipynb #e2766880
 def flat_metrics(metrics, name: str = "") -> Iterable[dict]:
-    "Each number in nested metrics as a row: metric (dotted), value, low, high, n, reason. Text is passed over."
+    """Each number in nested metrics as a row: metric (dotted), value, low, high, n, reason.
+
+    Text is passed over.
+    """
     join = lambda part: f"{name}.{part}" if name else str(part)
     if isinstance(metrics, dict) and "value" in metrics:
         yield {
@@ -71,7 +74,9 @@ def metrics_of(folder: Path) -> dict:
 
 # %% ../../nbs/86_tables.ipynb #5efdfdec
 def _times_of(folder: Path) -> dict:
-    "Seconds, MiB at the peak, and whether the run went on from an earlier try, so that its seconds are only those of the last."
+    """Seconds, MiB at the peak, and whether the run went on from an earlier try, so that its seconds are
+    only those of the last.
+    """
     times = json.loads((folder / "times.json").read_text(encoding="utf-8"))
     return {k: times[k] for k in ("seconds", "peak_mib", "resumed") if times.get(k) is not None}
 
@@ -107,7 +112,10 @@ def write_table(path, table) -> Path:
 
 # %% ../../nbs/86_tables.ipynb #9b6fe304
 def read_table(path):
-    "A table that `write_table` wrote. Words such as 'None' and 'NA' stay words; only an empty cell is missing."
+    """A table that `write_table` wrote. Words such as 'None' and 'NA' stay words.
+
+    Only an empty cell is missing.
+    """
     import pandas as pd
 
     table = pd.read_csv(
@@ -142,7 +150,10 @@ def cell_text(s, percent: bool = False, digits: int = 2) -> str:
 def crossed(
     summary, row: str, column: str | None = None, *, percent: bool | Sequence[str] = False, digits: int = 2
 ) -> list[list[str]]:
-    "A summary as rows of text, the first row the head; `percent`: whether, or for which columns, values are shown as percentages."
+    """A summary as rows of text, the first row the head; `percent`.
+
+    Whether, or for which columns, values are shown as percentages.
+    """
     columns = list(dict.fromkeys(summary[column])) if column else ["value"]
 
     def cell(name, c):
@@ -212,7 +223,9 @@ def save_table(
     digits: int = 2,
     caption: str = "",
 ) -> list[Path]:
-    "Writes a summary as `path`.md and `path`.tex, one row per value of `row`, one column per value of `column`."
+    """Writes a summary as `path`.md and `path`.tex, one row per value of `row`, one column per value of
+    `column`.
+    """
     return save_rows(crossed(summary, row, column, percent=percent, digits=digits), path, caption)
 
 # %% ../../nbs/86_tables.ipynb #da1ee2a4

@@ -163,14 +163,28 @@ def make_question(
 
 # %% ../../nbs/10_world.ipynb #0f3edb86
 def world_questions(
-    kind: str = "choice",  # 'choice', 'boolean' or 'statement'
-    split: str = "train",  # 'train', 'dev' or 'test'
-    variants: int = 1,  # questions a pair: other distractors, other positions, other values
-    limit: int | None = None,  # a random subset of this size (the same for every run)
-    shortcut: float | None = None,  # strength of the cue in [0, 1]; None: no cue at all
+    kind: str = "choice",
+    split: str = "train",
+    variants: int = 1,
+    limit: int | None = None,
+    shortcut: float | None = None,
     seed: int = 0,
 ) -> list[Question]:
-    "Questions of one kind and split, in a shuffled order that depends on the seed alone."
+    """Questions of one kind and split, in a shuffled order that depends on the seed alone.
+
+    Parameters
+    ----------
+    kind
+        'choice', 'boolean' or 'statement'
+    split
+        'train', 'dev' or 'test'
+    variants
+        questions a pair: other distractors, other positions, other values
+    limit
+        a random subset of this size (the same for every run)
+    shortcut
+        strength of the cue in [0, 1]; None: no cue at all
+    """
     if kind not in ("choice", "boolean", "statement"):
         raise BadInput(
             "is not a kind of question", field="kind", value=kind, remedy="Use choice, boolean or statement."
@@ -253,7 +267,10 @@ def _arguing_category(q: Question, i: int, rng: random.Random) -> Category:
 
 # %% ../../nbs/10_world.ipynb #facae7d3
 def supporting_rationale(q: Question, i: int, seed: int = 0, template: str | None = None) -> str:
-    "A rationale from which choice `i` of `q` follows; which template (and, for a wrong no, which category) depends on the seed."
+    """A rationale from which choice `i` of `q` follows.
+
+    Which template (and, for a wrong no, which category) depends on the seed.
+    """
     rng = random.Random(stable_seed(seed, q.id, i, "supports"))
     asked, rel = what_is_asked(q), relations()[what_is_asked(q).relation]
     c = _arguing_category(q, i, rng)
@@ -270,7 +287,10 @@ def vacuous_rationale(q: Question, seed: int = 0) -> str:
 # %% ../../nbs/10_world.ipynb #416ea0cd
 @dataclass(frozen=True)
 class Verdict:
-    "What a rationale does: `supports` the choice with this index (None: no choice), is `vacuous`, is `true` of the world."
+    """What a rationale does: `supports` the choice with this index (None.
+
+    No choice), is `vacuous`, is `true` of the world.
+    """
 
     supports: int | None
     vacuous: bool
@@ -338,7 +358,10 @@ def _weigh(q: Question, asked: Asked, rel: Relation, denied: bool, said: dict) -
 
 # %% ../../nbs/10_world.ipynb #da92c220
 def reworded(rationale: str, seed: int = 0) -> str:
-    "The same two steps in another template, as a paraphraser would say them; a text that makes no two steps stays as it is."
+    """The same two steps in another template, as a paraphraser would say them.
+
+    A text that makes no two steps stays as it is.
+    """
     for pattern, rel, denied, template in _rationale_patterns():
         match = pattern.match(rationale.strip())
         if not match:

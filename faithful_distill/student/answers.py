@@ -21,7 +21,10 @@ from .rows import encode_sources, encode_targets, pad_rows, token_pieces
 
 # %% ../../nbs/53_answers.ipynb #dd79119b
 class DecoderBatch:
-    "A batch of left-padded decoder contexts that the model has read, with its cache; `logits` predict the next token of each row."
+    """A batch of left-padded decoder contexts that the model has read, with its cache.
+
+    `logits` predict the next token of each row.
+    """
 
     def __init__(self, student: Student, contexts: list[list[int]], encoded=None):
         import torch
@@ -46,7 +49,10 @@ class DecoderBatch:
         )
 
     def feed(self, tokens, mask=None, pick=lambda states: states):
-        "Read `tokens` [rows, n] on; returns their logits [rows, n, vocabulary], or those that `pick` picks (see `forward_at`)."
+        """Read `tokens` [rows, n] on.
+
+        Returns their logits [rows, n, vocabulary], or those that `pick` picks (see `forward_at`).
+        """
         import torch
 
         self.mask = torch.cat([self.mask, torch.ones_like(tokens) if mask is None else mask], 1)
@@ -85,7 +91,10 @@ class DecoderBatch:
 
 # %% ../../nbs/53_answers.ipynb #41286cf3
 def read_distinct(student: Student, sources: list[list[int]], batch_size: int = 64) -> dict:
-    "Source -> its encoder states [tokens, width], for each distinct source; those of similar length together. Empty for a causal student."
+    """Source -> its encoder states [tokens, width], for each distinct source.
+
+    Those of similar length together. Empty for a causal student.
+    """
     if not student.is_seq2seq:
         return {}
     distinct, read, device = list(dict.fromkeys(map(tuple, sources))), {}, student.model.device
@@ -101,7 +110,11 @@ def read_distinct(student: Student, sources: list[list[int]], batch_size: int = 
 
 # %% ../../nbs/53_answers.ipynb #b9e256d3
 def batches_by_length(lengths: list[int], batch_size: int, spare: float = 0.15) -> list[list[int]]:
-    "Indices in batches of similar length, short ones first. A batch ends early where more of it would be padding than is `spare`; a quarter of one is read all the same."
+    """Indices in batches of similar length, short ones first.
+
+    A batch ends early where more of it would be padding than is `spare`; a quarter of one is read all
+    the same.
+    """
     batches, held = [], 0
     for i in sorted(range(len(lengths)), key=lambda i: (lengths[i], i)):
         n = len(batches[-1]) if batches else batch_size
@@ -125,7 +138,10 @@ def stacked(states: list):
 
 # %% ../../nbs/53_answers.ipynb #1825d1ba
 def greedy_continue(reading: DecoderBatch, limits: list[int]) -> tuple[list[list[int]], list[bool]]:
-    "Greedy continuation of every row: its tokens (without the end token), and whether it ended within its limit of tokens."
+    """Greedy continuation of every row.
+
+    Its tokens (without the end token), and whether it ended within its limit of tokens.
+    """
     import torch
 
     written, ended = [[] for _ in reading.mask], [False] * len(reading.mask)
@@ -160,7 +176,11 @@ def greedy_continue(reading: DecoderBatch, limits: list[int]) -> tuple[list[list
 def choice_scores(
     reading: DecoderBatch, choices: list[list[list[int]]]
 ) -> tuple[list[list[float]], list[int | None]]:
-    "Log-likelihood (nats) of each choice, end token included, after what each row has read; and the choice that greedy decoding would write there (None: something else). The reading is left as it was."
+    """Log-likelihood (nats) of each choice, end token included, after what each row has read.
+
+    And the choice that greedy decoding would write there (None: something else). The reading is left as
+    it was.
+    """
     import torch
 
     longest_first, device = (
@@ -193,14 +213,26 @@ def choice_scores(
 # %% ../../nbs/53_answers.ipynb #53865491
 @dataclass
 class Answer:
-    "What a student said about one question."
+    """What a student said about one question.
+
+    Parameters
+    ----------
+    text
+        the words of the answer, as written
+    choice
+        the choice they match; None: unparsable
+    scores
+        log-likelihood of each choice after the rationale
+    truncated
+        the rationale did not fit, or did not end
+    """
 
     id: str
     rationale: str
-    text: str  # the words of the answer, as written
-    choice: int | None  # the choice they match; None: unparsable
-    scores: list[float]  # log-likelihood of each choice after the rationale
-    truncated: bool  # the rationale did not fit, or did not end
+    text: str
+    choice: int | None
+    scores: list[float]
+    truncated: bool
 
     @property
     def likely(self) -> int:
@@ -216,7 +248,10 @@ def split_answer(text: str) -> tuple[str, str | None]:
 def write_rationales(
     student: Student, encoded, sources, continue_from: list[str | None], prefix: str, limit: int
 ) -> list[tuple[str, bool, bool]]:
-    "For each question its rationale, written to the end: (text, comes to an answer, ended in time). `continue_from` is what it starts with."
+    """For each question its rationale, written to the end.
+
+    (text, comes to an answer, ended in time). `continue_from` is what it starts with.
+    """
     opened = token_pieces(student.tokenizer, [[tag_of(prefix), text or ""] for text in continue_from])
     contexts = [tag + text[: student.max_target - len(tag)] for tag, text in opened]
     limits = [min(limit, student.max_target - len(c)) for c in contexts]
@@ -271,18 +306,28 @@ def choice_tails(student: Student, questions: list[Question]) -> list[list[list[
 # %% ../../nbs/53_answers.ipynb #1af0f46e
 def answer(
     student: Student,
-    questions,  # Questions, dicts or a Dataset of them
-    rationales: (
-        Sequence[str | None] | None
-    ) = None,  # None: the student writes its own; else one per question (None in the list: its own)
-    prefix: str | None = None,  # 'factual', 'counterfactual', 'none'; default: as the student was trained
+    questions,
+    rationales: (Sequence[str | None] | None) = None,
+    prefix: str | None = None,
     batch_size: int = 64,
-    max_new_tokens: (
-        int | None
-    ) = None,  # for a rationale it writes itself; default: `student.max_target`, which it never exceeds
-    continue_from: bool = False,  # given rationales are beginnings: the student goes on writing from there
+    max_new_tokens: (int | None) = None,
+    continue_from: bool = False,
 ) -> list[Answer]:
-    "Rationale and answer of a student for each question, in order; greedy, batched."
+    """Rationale and answer of a student for each question, in order; greedy, batched.
+
+    Parameters
+    ----------
+    questions
+        Questions, dicts or a Dataset of them
+    rationales
+        None: the student writes its own; else one per question (None in the list: its own)
+    prefix
+        'factual', 'counterfactual', 'none'; default: as the student was trained
+    max_new_tokens
+        for a rationale it writes itself; default: `student.max_target`, which it never exceeds
+    continue_from
+        given rationales are beginnings: the student goes on writing from there
+    """
     import torch
 
     questions = as_questions(questions)
@@ -341,7 +386,9 @@ def answer(
 
 # %% ../../nbs/53_answers.ipynb #e60b98df
 def _windows(student, sources, batch_size, batches=8):
-    "Some questions of similar length at a time, with a function that gives the encoder states of a batch of them; each distinct question of a window is encoded once."
+    """Some questions of similar length at a time, with a function that gives the encoder states of a batch
+    of them; each distinct question of a window is encoded once.
+    """
     by_source = sorted(range(len(sources)), key=lambda i: (len(sources[i]), sources[i], i))
     for at in range(0, len(by_source), batches * batch_size):
         window = by_source[at : at + batches * batch_size]
@@ -364,7 +411,9 @@ def _batches(student, rows, texts, batch_size):
 def explain(
     model: Student | str | Path, question, replacements: Sequence[str] = (), prefix: str | None = None
 ) -> dict:
-    "One question's rationale and answer, and how far the answer moves when the rationale is replaced: by each of `replacements`, and by none."
+    """One question's rationale and answer, and how far the answer moves when the rationale is replaced: by
+    each of `replacements`, and by none.
+    """
     import math
 
     student, [q] = model if isinstance(model, Student) else load_student(model), as_questions([question])

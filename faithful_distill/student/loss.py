@@ -14,26 +14,50 @@ from ..files import BadInput
 # %% ../../nbs/45_loss.ipynb #9cc1e4f0
 @dataclass
 class DistillationLoss:
-    "The loss to descend, and what it is made of (sums over tokens, in nats, and token counts)."
+    """The loss to descend, and what it is made of (sums over tokens, in nats, and token counts).
+
+    Parameters
+    ----------
+    factual
+        summed negative log-likelihood of factual tokens, smoothed if `label_smoothing` is
+    counterfactual
+        and of counterfactual answer tokens
+    """
 
     total: Any
-    factual: Any  # summed negative log-likelihood of factual tokens, smoothed if `label_smoothing` is
-    counterfactual: Any  # and of counterfactual answer tokens
+    factual: Any
+    counterfactual: Any
     tokens_factual: Any
     tokens_counterfactual: Any
 
 # %% ../../nbs/45_loss.ipynb #fd0383ba
 def distillation_loss(
-    logits,  # [rows, positions, vocabulary], or [learned tokens, vocabulary] from `learned_logits`
-    labels,  # [rows, positions]; -100 is not learned
-    counterfactual,  # [rows] True for counterfactual rows
+    logits,
+    labels,
+    counterfactual,
     *,
-    alpha_cf: float = 0.5,  # weight of the counterfactual part
-    reduction: str = "per_part",  # or 'per_token'
-    totals=None,  # (factual, counterfactual) token counts of the whole step; default: of this batch
+    alpha_cf: float = 0.5,
+    reduction: str = "per_part",
+    totals=None,
     label_smoothing: float = 0.0,
 ) -> DistillationLoss:
-    "Factual + counterfactual loss (METHOD: paper, section 3.2)."
+    """Factual + counterfactual loss (METHOD: paper, section 3.2).
+
+    Parameters
+    ----------
+    logits
+        [rows, positions, vocabulary], or [learned tokens, vocabulary] from `learned_logits`
+    labels
+        [rows, positions]; -100 is not learned
+    counterfactual
+        [rows] True for counterfactual rows
+    alpha_cf
+        weight of the counterfactual part
+    reduction
+        or 'per_token'
+    totals
+        (factual, counterfactual) token counts of the whole step; default: of this batch
+    """
     import torch
 
     learned = labels != -100
@@ -78,7 +102,9 @@ def student_logits(model, batch: dict):
 
 # %% ../../nbs/45_loss.ipynb #a7108094
 def forward_at(model, pick, **inputs):
-    "A forward pass whose `logits` are those of the positions that `pick` takes from the last hidden states [rows, positions, width]."
+    """A forward pass whose `logits` are those of the positions that `pick` takes from the last hidden
+    states [rows, positions, width].
+    """
     picked, head = [], model.get_output_embeddings()
 
     def before(_, states):
@@ -97,7 +123,10 @@ def forward_at(model, pick, **inputs):
 
 # %% ../../nbs/45_loss.ipynb #4c2bef0c
 def learned_logits(model, batch: dict):
-    "Logits of the positions with a label alone, in the order of `labels[labels != -100]`: [learned tokens, vocabulary]."
+    """Logits of the positions with a label alone, in the order of `labels[labels != -100]`.
+
+    [learned tokens, vocabulary].
+    """
     learned = batch["labels"] != -100
     return forward_at(
         model,

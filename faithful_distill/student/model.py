@@ -19,13 +19,23 @@ from ..records import answer_sentence
 # %% ../../nbs/50_model.ipynb #fb7a13aa
 @dataclass
 class Student:
-    "A model with its tokenizer. `settings` is what training left in `student.json`."
+    """A model with its tokenizer. `settings` is what training left in `student.json`.
 
-    model: Any  # a transformers model with a language-model head
+    Parameters
+    ----------
+    model
+        a transformers model with a language-model head
+    max_source
+        tokens of the question with its choices
+    max_target
+        tokens of tag, rationale, answer and end
+    """
+
+    model: Any
     tokenizer: Any
     name: str = "student"
-    max_source: int = 256  # tokens of the question with its choices
-    max_target: int = 256  # tokens of tag, rationale, answer and end
+    max_source: int = 256
+    max_target: int = 256
     settings: dict = field(default_factory=dict)
 
     def __post_init__(self):
@@ -117,7 +127,9 @@ def check_tags(student: Student, prefixes: Iterable[str]) -> None:
 
 # %% ../../nbs/50_model.ipynb #d0bd31ff
 def expresses(tokenizer, text: str) -> bool:
-    "Does a text come back from this tokenizer as it was (a word at least in its letters)? One without an unknown token may drop, or change, what it does not know."
+    """Does a text come back from this tokenizer as it was (a word at least in its letters)? One without an
+    unknown token may drop, or change, what it does not know.
+    """
     ids = tokenizer(text, add_special_tokens=False)["input_ids"]
     back = tokenizer.decode(ids).strip()
     return tokenizer.unk_token_id not in ids and text in (back, "".join(back.split()))
@@ -131,7 +143,9 @@ def special_affixes(tokenizer) -> tuple[list[int], list[int]]:
 
 # %% ../../nbs/50_model.ipynb #66083271
 def add_tags(model, tokenizer) -> None:
-    "Teach a tokenizer the words of the tags and of the answer sentence, and make room for them in the model (in place)."
+    """Teach a tokenizer the words of the tags and of the answer sentence, and make room for them in the
+    model (in place).
+    """
     from tokenizers import AddedToken
 
     words = [*filter(None, tags.values()), *answer_sentence.split()]
@@ -146,14 +160,28 @@ def add_tags(model, tokenizer) -> None:
 
 # %% ../../nbs/50_model.ipynb #003eed33
 def load_student(
-    name_or_dir: str | Path,  # a hub name or a folder written by `save_pretrained` or `train_student`
+    name_or_dir: str | Path,
     *,
-    device: str | None = None,  # 'cpu', 'cuda', ...; None takes the GPU if there is one
-    dtype: Any = "float32",  # a torch dtype or its name
-    max_source: int | None = None,  # longest question, in tokens; default: as it was trained, else 256
-    max_target: int | None = None,  # longest rationale with answer, likewise
+    device: str | None = None,
+    dtype: Any = "float32",
+    max_source: int | None = None,
+    max_target: int | None = None,
 ) -> Student:
-    "A student from the hub or from disk, ready to be trained or to answer."
+    """A student from the hub or from disk, ready to be trained or to answer.
+
+    Parameters
+    ----------
+    name_or_dir
+        a hub name or a folder written by `save_pretrained` or `train_student`
+    device
+        'cpu', 'cuda', ...; None takes the GPU if there is one
+    dtype
+        a torch dtype or its name
+    max_source
+        longest question, in tokens; default: as it was trained, else 256
+    max_target
+        longest rationale with answer, likewise
+    """
     import torch
     from transformers import AutoConfig, AutoTokenizer
 
@@ -206,15 +234,19 @@ def read_settings(folder) -> dict:
 
 # %% ../../nbs/50_model.ipynb #2fd60eb7
 def tiny_student(
-    texts: Iterable[str],  # the words it shall know
-    kind: str = "t5",  # 't5', 'llama', 'gpt_neox', 'qwen2' or 'gpt2'
-    *,
-    width: int = 32,
-    layers: int = 2,
-    seed: int = 0,
-    **config,
+    texts: Iterable[str], kind: str = "t5", *, width: int = 32, layers: int = 2, seed: int = 0, **config
 ) -> Student:
-    "A random student of a few thousand parameters with a word-level tokenizer. For demonstrations and tests."
+    """A random student of a few thousand parameters with a word-level tokenizer.
+
+    For demonstrations and tests.
+
+    Parameters
+    ----------
+    texts
+        the words it shall know
+    kind
+        't5', 'llama', 'gpt_neox', 'qwen2' or 'gpt2'
+    """
     import torch, transformers
 
     tokenizer = _word_tokenizer(texts, ends_texts=kind == "t5")

@@ -22,13 +22,20 @@ def source_text(q: Question, prefix: str = "factual") -> str:
     return _spaced(*_source_parts(q, prefix))
 
 # %% ../../nbs/51_rows.ipynb #d76291e5
-def target_text(
-    q: Question,  # the question
-    i: int,  # the choice the rationale argues for
-    rationale: str | None,  # None or '' for a student that gives no reason
-    prefix: str = "factual",  # 'factual', 'counterfactual' or 'none'
-) -> str:
-    "What the student writes: tag, rationale, answer sentence."
+def target_text(q: Question, i: int, rationale: str | None, prefix: str = "factual") -> str:
+    """What the student writes: tag, rationale, answer sentence.
+
+    Parameters
+    ----------
+    q
+        the question
+    i
+        the choice the rationale argues for
+    rationale
+        None or '' for a student that gives no reason
+    prefix
+        'factual', 'counterfactual' or 'none'
+    """
     return _spaced(tag_of(prefix), rationale or "", answer_sentence, choice_text(q, i))
 
 # %% ../../nbs/51_rows.ipynb #5f717fb9
@@ -60,12 +67,18 @@ def _common_prefix(a, b):
 # %% ../../nbs/51_rows.ipynb #3bee1ae8
 @dataclass
 class Target:
-    "The decoder's tokens in pieces. `cut` counts rationale tokens that did not fit."
+    """The decoder's tokens in pieces. `cut` counts rationale tokens that did not fit.
+
+    Parameters
+    ----------
+    answer
+        the answer's tokens and the end
+    """
 
     tag: list[int]
     rationale: list[int]
     sentence: list[int]
-    answer: list[int]  # the answer's tokens and the end
+    answer: list[int]
     cut: int = 0
 
 # %% ../../nbs/51_rows.ipynb #41d42ff9
@@ -100,7 +113,10 @@ def encode_targets(
 def encode_sources(
     student: Student, questions: Sequence[Question], prefixes: Sequence[str]
 ) -> list[list[int]]:
-    "Token ids of the questions, no longer than `student.max_source`: a too long question loses its beginning, never its choices."
+    """Token ids of the questions, no longer than `student.max_source`.
+
+    A too long question loses its beginning, never its choices.
+    """
     check_tags(student, prefixes)
     before, after = student.affixes
     after = after if student.is_seq2seq else _newline(student.tokenizer)
@@ -128,13 +144,19 @@ def _newline(tokenizer):
 # %% ../../nbs/51_rows.ipynb #9d072f76
 @dataclass
 class Row:
-    "Token ids of one training row; the loss is on `target` alone."
+    """Token ids of one training row; the loss is on `target` alone.
+
+    Parameters
+    ----------
+    cut
+        rationale tokens that did not fit
+    """
 
     source: list[int]
     context: list[int]
     target: list[int]
     counterfactual: bool
-    cut: int = 0  # rationale tokens that did not fit
+    cut: int = 0
 
     @property
     def length(self) -> int:
@@ -143,13 +165,25 @@ class Row:
 # %% ../../nbs/51_rows.ipynb #014f970e
 def training_rows(
     student: Student,
-    records: Sequence[dict],  # rationale records: question, choices, answer, target, role, rationale, ...
+    records: Sequence[dict],
     *,
-    prefixes: str = "both",  # 'both': the tag says the role; 'none': no tag; 'random': a coin per row
-    answer_only: bool = False,  # drop the rationales: the student only names the answer
-    seed: int = 0,  # for 'random'
+    prefixes: str = "both",
+    answer_only: bool = False,
+    seed: int = 0,
 ) -> list[Row]:
-    "One row per record. Raises `BadInput` for records that cannot be trained on."
+    """One row per record. Raises `BadInput` for records that cannot be trained on.
+
+    Parameters
+    ----------
+    records
+        rationale records: question, choices, answer, target, role, rationale, ...
+    prefixes
+        'both': the tag says the role; 'none': no tag; 'random': a coin per row
+    answer_only
+        drop the rationales: the student only names the answer
+    seed
+        for 'random'
+    """
     questions, roles = [record_question(r) for r in records], [r["role"] for r in records]
     rationales = [None if answer_only else r["rationale"] for r in records]
     tagged = [row_prefix(prefixes, role, q.id, seed) for role, q in zip(roles, questions)]
@@ -180,7 +214,10 @@ def row_prefix(prefixes, role, id, seed) -> str:
 
 # %% ../../nbs/51_rows.ipynb #2cb1f0ca
 def units(rows: Sequence[Row], ids: Sequence[str]) -> list[list[Row]]:
-    "Each factual row with the counterfactual rows of its question; those without a factual row are dealt out in turn."
+    """Each factual row with the counterfactual rows of its question.
+
+    Those without a factual row are dealt out in turn.
+    """
     factual = [[row] for row in rows if not row.counterfactual]
     if not factual:
         raise BadInput(
@@ -204,7 +241,11 @@ def units(rows: Sequence[Row], ids: Sequence[str]) -> list[list[Row]]:
 
 # %% ../../nbs/51_rows.ipynb #f6b4029b
 def collate(rows: Sequence[Row], student: Student, multiple: int | None = None) -> dict:
-    "Tensors for one forward: inputs, `labels` (-100 where nothing is to be learned) and `counterfactual` (one flag a row). Widths are a multiple of `multiple`; default 8 on a GPU, 1 on a CPU."
+    """Tensors for one forward.
+
+    Inputs, `labels` (-100 where nothing is to be learned) and `counterfactual` (one flag a row). Widths
+    are a multiple of `multiple`; default 8 on a GPU, 1 on a CPU.
+    """
     import torch
 
     multiple = multiple or (1 if student.model.device.type == "cpu" else 8)

@@ -18,14 +18,26 @@ from ..files import BadInput, stable_seed
 
 # %% ../../nbs/24_contrast.ipynb #3357d7a9
 def contrast(
-    gold: torch.Tensor,  # log P(t | a*), shape (..., V); logits do as well, since a row's constant moves no argmax
-    perturbed: (
-        torch.Tensor | None
-    ),  # log P(t | a'), same shape (the mean over several a'); None without a contrast
-    alpha: float = 0.5,  # lambda / (1 + lambda)
-    beta: float = 0.0,  # plausibility mask: a token competes if P* >= beta * max P*
-) -> torch.Tensor:  # scores, shape (..., V), -inf where a token may not compete
-    "Contrasted scores `log P* - alpha log P'` (SCOTT, section 3.1; mask of Li et al. 2023)."
+    gold: torch.Tensor, perturbed: (torch.Tensor | None), alpha: float = 0.5, beta: float = 0.0
+) -> torch.Tensor:
+    """Contrasted scores `log P* - alpha log P'` (SCOTT, section 3.1; mask of Li et al. 2023).
+
+    Parameters
+    ----------
+    gold
+        log P(t | a*), shape (..., V); logits do as well, since a row's constant moves no argmax
+    perturbed
+        log P(t | a'), same shape (the mean over several a'); None without a contrast
+    alpha
+        lambda / (1 + lambda)
+    beta
+        plausibility mask: a token competes if P* >= beta * max P*
+
+    Returns
+    -------
+    torch.Tensor
+        scores, shape (..., V), -inf where a token may not compete
+    """
     scores = gold if perturbed is None or alpha == 0 else torch.sub(gold, perturbed, alpha=alpha)
     if beta > 0:
         return scores.masked_fill(gold < gold.amax(-1, keepdim=True) + math.log(beta), -math.inf)
@@ -36,11 +48,23 @@ def contrast(
 # %% ../../nbs/24_contrast.ipynb #81972f6c
 @dataclass(frozen=True)
 class Stop:
-    "What ends a rationale: some ids, and a text that must not be written. Without a tokenizer `Stop(frozenset({0}))` will do."
+    """What ends a rationale: some ids, and a text that must not be written.
 
-    ids: frozenset = frozenset()  # tokens that end it wherever they come
-    text: str = ""  # the text that ends it, '' for none
-    pieces: Sequence[str] = ()  # the text of each token of the vocabulary, by id
+    Without a tokenizer `Stop(frozenset({0}))` will do.
+
+    Parameters
+    ----------
+    ids
+        tokens that end it wherever they come
+    text
+        the text that ends it, '' for none
+    pieces
+        the text of each token of the vocabulary, by id
+    """
+
+    ids: frozenset = frozenset()
+    text: str = ""
+    pieces: Sequence[str] = ()
     rule: str = (  # 'either': the gold branch's argmax or the chosen token ends it; 'contrast': the chosen token alone
         "either"
     )
@@ -73,14 +97,23 @@ class Stop:
 
 # %% ../../nbs/24_contrast.ipynb #498f8ab0
 def stop_rule(
-    tokenizer,  # any tokenizer of transformers
-    text: str = "\n\n",  # the text that ends a rationale
-    rule: str = "either",  # see `Stop`
-    eos: (
-        int | Iterable[int] | None
-    ) = None,  # end-of-text ids, the tokenizer's own if not given (a model may know more)
+    tokenizer, text: str = "\n\n", rule: str = "either", eos: (int | Iterable[int] | None) = None
 ) -> Stop:
-    "The `Stop` of a tokenizer, decided on decoded text. Raises `BadInput` if nothing could ever end a rationale."
+    """The `Stop` of a tokenizer, decided on decoded text.
+
+    Raises `BadInput` if nothing could ever end a rationale.
+
+    Parameters
+    ----------
+    tokenizer
+        any tokenizer of transformers
+    text
+        the text that ends a rationale
+    rule
+        see `Stop`
+    eos
+        end-of-text ids, the tokenizer's own if not given (a model may know more)
+    """
     if rule not in ("either", "contrast"):
         raise BadInput("is no stop rule", field="rule", value=rule, remedy="Use 'either' or 'contrast'.")
     pieces = tokenizer.batch_decode(
@@ -109,16 +142,28 @@ def stop_rule(
 # %% ../../nbs/24_contrast.ipynb #38606d8b
 @dataclass
 class Generation:
-    "One rationale as tokens. The token that ended it is not among them."
+    """One rationale as tokens. The token that ended it is not among them.
+
+    Parameters
+    ----------
+    stop
+        'stop': it ended itself; 'length': it was cut at the limit
+    tail
+        text that the ending token still carried ('.' of '.\n\n')
+    logp
+        log P(token | gold context)
+    logp_perturbed
+        log P(token | perturbed context), the mean over several
+    """
 
     tokens: list[int] = field(default_factory=list)
-    stop: str = ""  # 'stop': it ended itself; 'length': it was cut at the limit
-    tail: str = ""  # text that the ending token still carried ('.' of '.\n\n')
+    stop: str = ""
+    tail: str = ""
     growth: list[float] | None = (
         None  # plausibility growth G of each token, in nats, if scores were asked for
     )
-    logp: list[float] | None = None  # log P(token | gold context)
-    logp_perturbed: list[float] | None = None  # log P(token | perturbed context), the mean over several
+    logp: list[float] | None = None
+    logp_perturbed: list[float] | None = None
 
 # %% ../../nbs/24_contrast.ipynb #e865352c
 def rationale_text(tokenizer, generation: Generation) -> str:
@@ -199,14 +244,28 @@ def context_limit(model) -> int | None:
 # %% ../../nbs/24_contrast.ipynb #f2e74ceb
 @dataclass
 class Row:
-    "One rationale under way."
+    """One rationale under way.
 
-    index: int  # place in the caller's list
-    contexts: list[list[int]]  # the gold context, then the perturbed ones
-    room: int  # the most tokens it may get
+    Parameters
+    ----------
+    index
+        place in the caller's list
+    contexts
+        the gold context, then the perturbed ones
+    room
+        the most tokens it may get
+    uniforms
+        its own random numbers, one per token, when sampling
+    written
+        the text so far, for the stop rule
+    """
+
+    index: int
+    contexts: list[list[int]]
+    room: int
     made: Generation
-    uniforms: Any = None  # its own random numbers, one per token, when sampling
-    written: str = ""  # the text so far, for the stop rule
+    uniforms: Any = None
+    written: str = ""
 
     def take(self, token: int, own: int, stop: Stop) -> None:
         "Append the chosen token, or end; `own` is the gold branch's favourite."
@@ -222,10 +281,18 @@ class Row:
 
 # %% ../../nbs/24_contrast.ipynb #bfd23e48
 def branches(
-    logits: torch.Tensor,  # next-token logits of each stream, (streams, V)
-    streams: list[tuple[Row, int]],  # whose stream each is: (row, 0) the gold one, (row, 1...) perturbed ones
+    logits: torch.Tensor, streams: list[tuple[Row, int]]
 ) -> tuple[list[Row], torch.Tensor, torch.Tensor | None]:
-    "The rows, their gold logits (rows, V), and the mean of their perturbed ones (None if there are none)."
+    """The rows, their gold logits (rows, V), and the mean of their perturbed ones (None if there are
+    none).
+
+    Parameters
+    ----------
+    logits
+        next-token logits of each stream, (streams, V)
+    streams
+        whose stream each is: (row, 0) the gold one, (row, 1...) perturbed ones
+    """
     gold = [i for i, (_, k) in enumerate(streams) if k == 0]
     rows = [streams[i][0] for i in gold]
     if len(rows) == len(streams):
@@ -245,7 +312,9 @@ def branches(
 
 # %% ../../nbs/24_contrast.ipynb #6d86f586
 def take(logits: torch.Tensor, at: list[int]) -> torch.Tensor:
-    "The lines `at` of `logits`, without a copy where they are evenly spaced (gold and perturbed streams mostly alternate)."
+    """The lines `at` of `logits`, without a copy where they are evenly spaced (gold and perturbed streams
+    mostly alternate).
+    """
     step = at[1] - at[0] if len(at) > 1 else 1
     return (
         logits[at[0] :: step][: len(at)]
@@ -254,13 +323,17 @@ def take(logits: torch.Tensor, at: list[int]) -> torch.Tensor:
     )
 
 # %% ../../nbs/24_contrast.ipynb #665f449c
-def draw(
-    scores: torch.Tensor,  # contrasted scores, (rows, V)
-    uniforms: torch.Tensor,  # one number in [0, 1) per row
-    temperature: float,
-    alpha: float,
-) -> torch.Tensor:
-    "One token per row from softmax(scores / (1 - alpha) / temperature), by the inverse of its distribution function."
+def draw(scores: torch.Tensor, uniforms: torch.Tensor, temperature: float, alpha: float) -> torch.Tensor:
+    """One token per row from softmax(scores / (1 - alpha) / temperature), by the inverse of its
+    distribution function.
+
+    Parameters
+    ----------
+    scores
+        contrasted scores, (rows, V)
+    uniforms
+        one number in [0, 1) per row
+    """
     steps = (scores.double() / ((1 - alpha) * temperature)).softmax(-1).cumsum(-1)
     return (
         torch.searchsorted(steps, uniforms.to(steps)[:, None] * steps[:, -1:], right=True)

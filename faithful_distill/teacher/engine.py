@@ -32,11 +32,23 @@ def common_prefix(contexts: list[list[int]]) -> int:
 # %% ../../nbs/28_engine.ipynb #28e46dfb
 @dataclass
 class Group:
-    "Rows whose contexts share a trunk. Its streams are numbered; each is one context of one row, and its text as it grows."
+    """Rows whose contexts share a trunk. Its streams are numbered.
 
-    rows: list  # each with `index`, `contexts`, `room`, `made.tokens`, `made.stop`
-    root: int  # tokens that all groups share
-    slot: int = -1  # where its keys and values are kept
+    Each is one context of one row, and its text as it grows.
+
+    Parameters
+    ----------
+    rows
+        each with `index`, `contexts`, `room`, `made.tokens`, `made.stop`
+    root
+        tokens that all groups share
+    slot
+        where its keys and values are kept
+    """
+
+    rows: list
+    root: int
+    slot: int = -1
 
     def __post_init__(self):
         self.streams = [(row, k) for row in self.rows for k in range(len(row.contexts))]
@@ -53,7 +65,10 @@ class Group:
         self.split = self.root + self.trunk  # position of the first token of each tail
 
     def spans(self):
-        "What to compute before the first new token: (streams that keep it, tokens, position of the first). The trunk is stream -1."
+        """What to compute before the first new token.
+
+        (streams that keep it, tokens, position of the first). The trunk is stream -1.
+        """
         if self.trunk:
             yield [-1], next(iter(self.holders))[self.root : self.split], self.root
         for context, holders in self.holders.items():
@@ -78,15 +93,26 @@ def group_rows(rows: list, root: int) -> list[Group]:
 
 # %% ../../nbs/28_engine.ipynb #d32588a6
 def partial_attention(
-    query: torch.Tensor,  # (n, heads, q, d)
-    key: torch.Tensor,  # (n, heads, keys, d)
-    value: torch.Tensor,  # (n, heads, keys, d')
-    bias: torch.Tensor | None,  # added to the scores, broadcastable to (n, heads, q, keys)
-    scaling: float,
-) -> tuple[
-    torch.Tensor, torch.Tensor
-]:  # attention (n, heads, q, d'), log-sum-exp of its scores (n, heads, q)
-    "Attention over some of the keys."
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, bias: torch.Tensor | None, scaling: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Attention over some of the keys.
+
+    Parameters
+    ----------
+    query
+        (n, heads, q, d)
+    key
+        (n, heads, keys, d)
+    value
+        (n, heads, keys, d')
+    bias
+        added to the scores, broadcastable to (n, heads, q, keys)
+
+    Returns
+    -------
+    tuple[torch.Tensor, torch.Tensor]
+        attention (n, heads, q, d'), log-sum-exp of its scores (n, heads, q)
+    """
     if query.device.type == "cpu" and query.shape[-1] == value.shape[-1]:
         return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
             query, key, value, 0.0, False, attn_mask=bias, scale=scaling
@@ -111,12 +137,24 @@ def merge(parts: list[tuple[torch.Tensor, torch.Tensor]]) -> torch.Tensor:
 # %% ../../nbs/28_engine.ipynb #5c07920c
 @dataclass
 class Store:
-    "Keys and values (slots, heads, places, d) for each layer; allocated at the first write, where the layer lives."
+    """Keys and values (slots, heads, places, d) for each layer.
+
+    Allocated at the first write, where the layer lives.
+
+    Parameters
+    ----------
+    middle
+        places for a trunk
+    width
+        streams per slot
+    length
+        tokens of a tail
+    """
 
     slots: int
-    middle: int  # places for a trunk
-    width: int  # streams per slot
-    length: int  # tokens of a tail
+    middle: int
+    width: int
+    length: int
     kept: dict = field(default_factory=dict)
 
     @property
@@ -169,14 +207,26 @@ def _on(moved: dict, name: str, what: torch.Tensor | None, device) -> torch.Tens
 # %% ../../nbs/28_engine.ipynb #c87c5d96
 @dataclass
 class Reach:
-    "How the tokens of one forward pass meet one store."
+    """How the tokens of one forward pass meet one store.
+
+    Parameters
+    ----------
+    places
+        the part of the store they meet
+    grid
+        (slots * q,) tokens laid out by slot; None if they are so already
+    back
+        (tokens,) where in the grid each token is
+    visible
+        (slots, q, places) which keys a query may see; None for all
+    """
 
     store: Store
     slots: slice
-    places: slice  # the part of the store they meet
-    grid: torch.Tensor | None = None  # (slots * q,) tokens laid out by slot; None if they are so already
-    back: torch.Tensor | None = None  # (tokens,) where in the grid each token is
-    visible: torch.Tensor | None = None  # (slots, q, places) which keys a query may see; None for all
+    places: slice
+    grid: torch.Tensor | None = None
+    back: torch.Tensor | None = None
+    visible: torch.Tensor | None = None
     ready: dict = field(default_factory=dict)
 
     def bias(self, like: torch.Tensor, group: int) -> torch.Tensor | None:
@@ -205,7 +255,10 @@ class Reach:
 
 # %% ../../nbs/28_engine.ipynb #f42ac704
 def lay_out(owners: list[int], count: int) -> tuple[torch.Tensor, torch.Tensor]:
-    "Tokens by the slot that each belongs to: the grid (count, q), and the way back. Short lines are filled up; no one reads that."
+    """Tokens by the slot that each belongs to: the grid (count, q), and the way back.
+
+    Short lines are filled up; no one reads that.
+    """
     lines: list[list[int]] = [[] for _ in range(count)]
     for token, owner in enumerate(owners):
         lines[owner].append(token)
@@ -217,8 +270,10 @@ def lay_out(owners: list[int], count: int) -> tuple[torch.Tensor, torch.Tensor]:
 
 # %% ../../nbs/28_engine.ipynb #0a28403f
 def meet(store: Store, first: int, trunks: list[int], tokens: list[tuple[int, int, int]]) -> Reach:
-    """How tokens (slot, stream, place) meet the slots from `first` on, whose trunks have the lengths `trunks`. A token sees
-    its group's trunk and its own stream's tail, both up to its own place; stream -1 is the trunk itself."""
+    """How tokens (slot, stream, place) meet the slots from `first` on, whose trunks have the lengths
+    `trunks`. A token sees its group's trunk and its own stream's tail, both up to its own place; stream
+    -1 is the trunk itself.
+    """
     slot, stream, place = torch.tensor(tokens).T
     low, high = store.middle - max(trunks), int(place.max()) + 1
     grid, back = lay_out((slot - first).tolist(), len(trunks))
@@ -238,11 +293,18 @@ class Unserved(RuntimeError):
 # %% ../../nbs/28_engine.ipynb #9ff264a9
 @dataclass
 class Plan:
-    "One forward pass: what the tokens meet, where they are kept, and how long a context may get."
+    """One forward pass: what the tokens meet, where they are kept, and how long a context may get.
+
+    Parameters
+    ----------
+    write
+        where the new keys and values go: a store, and tensors of tokens (None: all, in order), slots,
+        places
+    """
 
     reaches: list[Reach]
     longest: int
-    write: tuple  # where the new keys and values go: a store, and tensors of tokens (None: all, in order), slots, places
+    write: tuple
     layer: int = 0
     moved: dict = field(default_factory=dict)
 
@@ -264,7 +326,10 @@ _known = {
 
 # %% ../../nbs/28_engine.ipynb #9222f71c
 def shared_attention(module, query, key, value, attention_mask=None, scaling=None, **kwargs):
-    "Attention of one layer by the current `Plan`: query (1, H, tokens, d), key and value (1, key heads, tokens, d) -> (1, tokens, H, d)."
+    """Attention of one layer by the current `Plan`.
+
+    Query (1, H, tokens, d), key and value (1, key heads, tokens, d) -> (1, tokens, H, d).
+    """
     plan = _plan.get()
     if plan is None:
         raise Unserved("its attention was called outside of a plan")
@@ -345,7 +410,10 @@ class Forward:
     def __call__(
         self, ids: list[int], positions: list[int], reaches: list[Reach], write: tuple, keep: list[int]
     ) -> torch.Tensor:
-        "Logits of the tokens numbered `keep`, (len(keep), V). `write`: a store, and (token, slot, place) for all that is to be kept."
+        """Logits of the tokens numbered `keep`, (len(keep), V). `write`.
+
+        A store, and (token, slot, place) for all that is to be kept.
+        """
         at = partial(torch.tensor, device=self.device)
         which, slot, place = torch.tensor(write[1]).T.contiguous()
         plan = Plan(
@@ -373,7 +441,11 @@ class Forward:
 
 # %% ../../nbs/28_engine.ipynb #1254ea28
 def _first_tokens(batch: list[Group], store: Store) -> tuple[list, list, list, list, list]:
-    "New groups as loose tokens: ids, positions, (slot, stream, place) of each, all that is to be kept, and the last token of each stream."
+    """New groups as loose tokens.
+
+    Ids, positions, (slot, stream, place) of each, all that is to be kept, and the last token of each
+    stream.
+    """
     ids, positions, tokens, write, last = [], [], [], [], []
     for group in batch:
         ends = {}
@@ -450,7 +522,10 @@ class Tree:
 
 # %% ../../nbs/28_engine.ipynb #3481a101
 class SharedPrefix(Tree):
-    "Streams that share a root and trunks. Groups in `waiting` enter as slots become free; `streams` lists (row, which context)."
+    """Streams that share a root and trunks. Groups in `waiting` enter as slots become free.
+
+    `streams` lists (row, which context).
+    """
 
     def admit(self) -> tuple[list, torch.Tensor] | None:
         "Fill the free slots; the new streams and their logits (streams, V), or None if there is no room."
@@ -566,7 +641,10 @@ def _plain(model, ids, device):
 
 # %% ../../nbs/28_engine.ipynb #8cc863db
 def _distance(logits, truth):
-    "Root mean square difference, as a share of the logits' spread; inf where not the same of them are finite."
+    """Root mean square difference, as a share of the logits' spread.
+
+    Inf where not the same of them are finite.
+    """
     a, b = logits.float(), truth.float()
     finite = a.isfinite() & b.isfinite()
     if not torch.equal(a.isfinite(), b.isfinite()):
@@ -587,7 +665,11 @@ def cached_bytes(model) -> int:
 
 # %% ../../nbs/28_engine.ipynb #1532fae3
 def token_budget(model) -> int:
-    "Cached tokens to hold at a time: an eighth of a computer's memory, or 60 % of what the weights leave on its accelerators, up to a limit."
+    """Cached tokens to hold at a time.
+
+    An eighth of a computer's memory, or 60 % of what the weights leave on its accelerators, up to a
+    limit.
+    """
     devices = {p.device for p in model.parameters() if p.device.type == "cuda"}
     if devices:
         weights = sum(p.numel() * p.element_size() for p in model.parameters() if p.device in devices)
@@ -610,7 +692,10 @@ def _computer_memory() -> int:
 
 # %% ../../nbs/28_engine.ipynb #41c717e6
 def needed_bytes(model, tokens: int, streams: int, at_once: int) -> tuple[int, int, int]:
-    "An estimate of what a run takes beside the weights: keys and values of `tokens`, logits of `streams`, and what a pass over `at_once` tokens works with."
+    """An estimate of what a run takes beside the weights.
+
+    Keys and values of `tokens`, logits of `streams`, and what a pass over `at_once` tokens works with.
+    """
     config, weight = model.config.get_text_config(), model.get_input_embeddings().weight
     inner = getattr(config, "intermediate_size", None) or 4 * config.hidden_size
     return (

@@ -90,7 +90,10 @@ def _run(engine, choice: Choice, done: Callable[[Row], None]) -> None:
 def _through(
     model, rows: list[Row], choice: Choice, done: Callable[[Row], None], budget: int | None, name: str
 ) -> None:
-    "All rows through an engine: the shared one if it serves the model, else the plain one; out of memory halves the budget."
+    """All rows through an engine: the shared one if it serves the model, else the plain one.
+
+    Out of memory halves the budget.
+    """
     budget = budget or default_budget(model)
     while waiting := [row for row in rows if not row.made.stop]:
         for row in waiting:
@@ -132,30 +135,70 @@ def out_of_memory(error: Exception) -> bool:
 # %% ../../nbs/30_generate.ipynb #1e6ff40b
 @torch.inference_mode()
 def contrastive_generate(
-    model,  # a causal LM of transformers
-    gold_ids: Sequence[Sequence[int]],  # token ids of each gold context
-    perturbed_ids=None,  # per row one perturbed context, or a list of several; None: no contrast
+    model,
+    gold_ids: Sequence[Sequence[int]],
+    perturbed_ids=None,
     *,
-    alpha: float = 0.5,  # lambda / (1 + lambda), in [0, 1); 0 is greedy decoding
-    beta: float = 0.0,  # plausibility mask; 0 is the paper
-    max_new_tokens: int = 64,  # the most tokens of a rationale
-    stop=None,  # a `Stop`, an id, several ids, or None (never)
-    temperature: float = 0.0,  # 0: argmax; else sample
+    alpha: float = 0.5,
+    beta: float = 0.0,
+    max_new_tokens: int = 64,
+    stop=None,
+    temperature: float = 0.0,
     seed: int = 0,
-    ids: Sequence | None = None,  # sampling is seeded by (seed, row id); ids default to row numbers
-    token_budget: int | None = None,  # the most cached tokens held at a time
-    scores: bool = False,  # keep growth and log-probabilities per token
-    engine: str = "auto",  # 'shared' | 'plain' | 'auto' (the fastest that is right)
-    vocabulary: int | None = None,  # ids from here on are never chosen (rows beyond the tokenizer's tokens)
-    on_done: (
-        Callable[[int, Generation], None] | None
-    ) = None,  # called with (row number, generation) as each row ends
-    desc: str = "decode",  # name on the progress bar
-) -> list[Generation]:  # one per row, in the order of `gold_ids`
-    """Contrastive decoding (SCOTT, section 3.1) of many rows at once; in float32 the tokens equal `reference_generate`'s.
+    ids: Sequence | None = None,
+    token_budget: int | None = None,
+    scores: bool = False,
+    engine: str = "auto",
+    vocabulary: int | None = None,
+    on_done: (Callable[[int, Generation], None] | None) = None,
+    desc: str = "decode",
+) -> list[Generation]:
+    """Contrastive decoding (SCOTT, section 3.1) of many rows at once.
 
-    Raises `BadInput` for contexts that are empty, foreign to the model or as long as its context, and `FloatingPointError` for
-    logits that are not finite. A rationale is cut (`stop='length'`) where the model's context ends."""
+    In float32 the tokens equal `reference_generate`'s.
+
+    Raises `BadInput` for contexts that are empty, foreign to the model or as long as its context, and
+    `FloatingPointError` for logits that are not finite. A rationale is cut (`stop='length'`) where the
+    model's context ends.
+
+    Parameters
+    ----------
+    model
+        a causal LM of transformers
+    gold_ids
+        token ids of each gold context
+    perturbed_ids
+        per row one perturbed context, or a list of several; None: no contrast
+    alpha
+        lambda / (1 + lambda), in [0, 1); 0 is greedy decoding
+    beta
+        plausibility mask; 0 is the paper
+    max_new_tokens
+        the most tokens of a rationale
+    stop
+        a `Stop`, an id, several ids, or None (never)
+    temperature
+        0: argmax; else sample
+    ids
+        sampling is seeded by (seed, row id); ids default to row numbers
+    token_budget
+        the most cached tokens held at a time
+    scores
+        keep growth and log-probabilities per token
+    engine
+        'shared' | 'plain' | 'auto' (the fastest that is right)
+    vocabulary
+        ids from here on are never chosen (rows beyond the tokenizer's tokens)
+    on_done
+        called with (row number, generation) as each row ends
+    desc
+        name on the progress bar
+
+    Returns
+    -------
+    list[Generation]
+        one per row, in the order of `gold_ids`
+    """
     choice = _choice(alpha, beta, temperature, stop, scores, vocabulary, engine)
     checked = _checked(model, gold_ids, perturbed_ids if alpha > 0 or scores else None, max_new_tokens, ids)
     rows = [Row(i, contexts, room, Generation()) for i, (contexts, room) in enumerate(checked)]

@@ -20,7 +20,10 @@ def left_pad(prompts: list[list[int]], device) -> tuple[torch.Tensor, torch.Tens
 
 # %% ../../nbs/29_padded.ipynb #20f15520
 class _PaddedTexts:
-    "A model over one left-padded batch of texts: its mask and its cache, and the forward passes that lengthen them."
+    """A model over one left-padded batch of texts.
+
+    Its mask and its cache, and the forward passes that lengthen them.
+    """
 
     def __init__(self, model):
         self.model, self.accepts = model, forward_arguments(model)
@@ -57,7 +60,10 @@ class _PaddedTexts:
 
 # %% ../../nbs/29_padded.ipynb #a8d21693
 class PaddedBatch(_PaddedTexts):
-    "Streams in one left-padded batch with the library's cache. Works for every causal model; copies the prompt's cache for each stream."
+    """Streams in one left-padded batch with the library's cache. Works for every causal model.
+
+    Copies the prompt's cache for each stream.
+    """
 
     def __init__(self, model, rows: list[Row], token_budget: int):
         super().__init__(model)

@@ -20,11 +20,14 @@ from faithful_distill.questions import (
 )
 
 # %% ../../nbs/20_prompts.ipynb #9ec52074
-def context(
-    q: Question,
-    i: int | None,  # the question  # index of the answer to state; None states none
-) -> str:
-    "The block of `q` up to where the rationale begins."
+def context(q: Question, i: int | None) -> str:
+    """The block of `q` up to where the rationale begins.
+
+    Parameters
+    ----------
+    i
+        the question # index of the answer to state; None states none
+    """
     listed = (
         "Answer Choices:\n" + "".join(f"{letter(n)} {c}\n" for n, c in enumerate(q.choices))
         if q.kind == "choice"
@@ -40,7 +43,10 @@ def block(q: Question, i: int, rationale: str) -> str:
 
 # %% ../../nbs/20_prompts.ipynb #97c70121
 def demonstrations(name_or_file: str) -> tuple[tuple[Question, str], ...]:
-    "The worked examples (question, rationale) of a dataset family or of a file of your own. Raises `BadInput` that names file and line."
+    """The worked examples (question, rationale) of a dataset family or of a file of your own.
+
+    Raises `BadInput` that names file and line.
+    """
     path = Path(name_or_file) if str(name_or_file).endswith(".jsonl") else _shipped_prompt(name_or_file)
     return _examples(path, path.stat().st_mtime_ns if path.is_file() else None)
 
@@ -79,11 +85,16 @@ def _shipped_prompt(name: str) -> Path:
     return folder / f"{name}.jsonl"
 
 # %% ../../nbs/20_prompts.ipynb #87deb2e8
-def few_shot(
-    name_or_file: str | None,  # dataset family or file; None or shots=0: no examples
-    shots: int | None = None,  # the first so many; None: all
-) -> str:
-    "The text of the worked examples, one block after the other."
+def few_shot(name_or_file: str | None, shots: int | None = None) -> str:
+    """The text of the worked examples, one block after the other.
+
+    Parameters
+    ----------
+    name_or_file
+        dataset family or file; None or shots=0: no examples
+    shots
+        the first so many; None: all
+    """
     if not name_or_file or shots == 0:
         return ""
     found = demonstrations(str(name_or_file))
@@ -97,13 +108,20 @@ def few_shot(
 perturbations = ("none", "empty", "wrong", "all_wrong")
 
 # %% ../../nbs/20_prompts.ipynb #7d07b17e
-def perturbed_answers(
-    q: Question,  # a labelled question
-    target: int,  # the answer to argue for
-    perturbation: str,  # 'none', 'empty', 'wrong' or 'all_wrong'
-    seed: int = 0,
-) -> list[int | None]:
-    "What the other contexts state: a list of choice indices, [None] for the empty answer, [] for no contrast."
+def perturbed_answers(q: Question, target: int, perturbation: str, seed: int = 0) -> list[int | None]:
+    """What the other contexts state.
+
+    A list of choice indices, [None] for the empty answer, [] for no contrast.
+
+    Parameters
+    ----------
+    q
+        a labelled question
+    target
+        the answer to argue for
+    perturbation
+        'none', 'empty', 'wrong' or 'all_wrong'
+    """
     if perturbation not in perturbations:
         raise BadInput(
             "is not a perturbation",
@@ -120,13 +138,25 @@ def perturbed_answers(
 
 # %% ../../nbs/20_prompts.ipynb #3b364778
 def contrast_ids(
-    tokenizer,  # any tokenizer of `transformers`
-    q: Question,  # the question
-    target: int,  # the answer to argue for
-    others: list[int | None],  # what the other contexts state, from `perturbed_answers`
-    shots: str = "",  # worked examples, from `few_shot`
+    tokenizer, q: Question, target: int, others: list[int | None], shots: str = ""
 ) -> tuple[list[int], list[list[int]]]:
-    "Token ids of the target's prompt and of the others'. Whole prompts are tokenized: pieces tokenized apart can give other ids. What looks like a special token is read as text."
+    """Token ids of the target's prompt and of the others'. Whole prompts are tokenized.
+
+    Pieces tokenized apart can give other ids. What looks like a special token is read as text.
+
+    Parameters
+    ----------
+    tokenizer
+        any tokenizer of `transformers`
+    q
+        the question
+    target
+        the answer to argue for
+    others
+        what the other contexts state, from `perturbed_answers`
+    shots
+        worked examples, from `few_shot`
+    """
     texts = [shots + context(q, i) for i in [target, *others]]
     ids = tokenizer(texts, split_special_tokens=True).input_ids  # a question that spells `</s>` is text
     if tokenizer.eos_token_id is not None:

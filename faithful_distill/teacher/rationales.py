@@ -34,12 +34,26 @@ from .prompts import contrast_ids, few_shot, perturbed_answers, prompt_hash
 # %% ../../nbs/40_rationales.ipynb #6148897b
 @dataclass(frozen=True)
 class Strategy:
-    "How a rationale is decoded: the perturbed answer, the strength of the contrast, the mask, and the temperature."
+    """How a rationale is decoded.
 
-    perturbation: str = "none"  # 'none', 'empty', 'wrong' or 'all_wrong'
-    alpha: float = 0.0  # strength of the contrast, in [0, 1); 0 is plain decoding
-    beta: float = 0.0  # plausibility mask
-    temperature: float = 0.0  # 0: argmax
+    The perturbed answer, the strength of the contrast, the mask, and the temperature.
+
+    Parameters
+    ----------
+    perturbation
+        'none', 'empty', 'wrong' or 'all_wrong'
+    alpha
+        strength of the contrast, in [0, 1); 0 is plain decoding
+    beta
+        plausibility mask
+    temperature
+        0: argmax
+    """
+
+    perturbation: str = "none"
+    alpha: float = 0.0
+    beta: float = 0.0
+    temperature: float = 0.0
 
 # %% ../../nbs/40_rationales.ipynb #ec102fc1
 strategies = {
@@ -73,7 +87,10 @@ def as_strategy(strategy) -> Strategy:
 
 # %% ../../nbs/40_rationales.ipynb #be4ca1a8
 def argument(q: Question, role: str, perturbation: str, seed: int = 0) -> tuple[int, list[int | None]]:
-    "(the answer to argue for, the answers to contrast it with) for a question and role. Section 3.2: the counterfactual swaps a* and a'."
+    """(the answer to argue for, the answers to contrast it with) for a question and role.
+
+    Section 3.2: the counterfactual swaps a* and a'.
+    """
     if role not in roles:
         raise BadInput("is not a role", field="role", value=role, remedy=f"Use {' or '.join(roles)}.")
     target = q.answer if role == "gold" else perturbed_index(q, seed)
@@ -82,13 +99,19 @@ def argument(q: Question, role: str, perturbation: str, seed: int = 0) -> tuple[
 # %% ../../nbs/40_rationales.ipynb #a7ec6762
 @dataclass
 class Teacher:
-    "A causal language model with its tokenizer, its name, and a hash of its weights."
+    """A causal language model with its tokenizer, its name, and a hash of its weights.
+
+    Parameters
+    ----------
+    spread
+        several processes hold it together, and all of them must ask it the same
+    """
 
     model: Any
     tokenizer: Any
     name: str
     weights: str
-    spread: bool = False  # several processes hold it together, and all of them must ask it the same
+    spread: bool = False
 
 # %% ../../nbs/40_rationales.ipynb #529c2335
 def weights_hash(folder, n: int = 12) -> str:
@@ -111,13 +134,21 @@ def weights_hash(folder, n: int = 12) -> str:
 
 # %% ../../nbs/40_rationales.ipynb #c5ab31c5
 def load_teacher(
-    name_or_dir: str | Path,  # hub name or local folder
-    *,
-    dtype: str = "auto",  # 'auto', 'float32', 'bfloat16', ...
-    device_map=None,  # as in `from_pretrained`; None: see `placement`
-    tensor_parallel: bool = False,  # the processes of a launcher hold one teacher together
+    name_or_dir: str | Path, *, dtype: str = "auto", device_map=None, tensor_parallel: bool = False
 ) -> Teacher:
-    "Load a teacher. Raises `BadInput` with the remedy if it cannot be."
+    """Load a teacher. Raises `BadInput` with the remedy if it cannot be.
+
+    Parameters
+    ----------
+    name_or_dir
+        hub name or local folder
+    dtype
+        'auto', 'float32', 'bfloat16', ...
+    device_map
+        as in `from_pretrained`; None: see `placement`
+    tensor_parallel
+        the processes of a launcher hold one teacher together
+    """
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     placed = placement(tensor_parallel) if device_map is None else dict(device_map=device_map)
@@ -197,22 +228,56 @@ def _record(job: Job, text: str, generation, provenance: dict) -> dict:
 
 # %% ../../nbs/40_rationales.ipynb #e4198ec9
 def rationalize(
-    teacher,  # a `Teacher`, or a name or folder for `load_teacher`
-    questions: Iterable,  # labelled questions
-    strategy="contrastive-wrong",  # a name from `strategies`, or a `Strategy`
+    teacher,
+    questions: Iterable,
+    strategy="contrastive-wrong",
     *,
-    roles: Sequence[str] = roles,  # 'gold', 'counterfactual' or both
-    prompt: str | None = None,  # worked examples: a dataset family or a file; None: none
-    shots: int | None = None,  # how many of them; None: all
-    seed: int = 0,  # decides the wrong answers, and the samples if there is a temperature
+    roles: Sequence[str] = roles,
+    prompt: str | None = None,
+    shots: int | None = None,
+    seed: int = 0,
     max_new_tokens: int = 64,
-    out=None,  # JSON-lines file to write and to resume from
-    shard: tuple[int, int] | None = None,  # (k, n): the k-th of n parts of the questions; see `merge_shards`
-    chunk: int = 32,  # rationales between two writes to the disk
-    scores: bool = False,  # keep the plausibility growth of each token
-    **decoding,  # further arguments of `contrastive_generate`
-) -> list[dict]:  # rationale records, in the order of the questions
-    "The teacher's rationales for all questions and roles (SCOTT, sections 3.1, 3.2), as records with their provenance."
+    out=None,
+    shard: tuple[int, int] | None = None,
+    chunk: int = 32,
+    scores: bool = False,
+    **decoding,
+) -> list[dict]:
+    """The teacher's rationales for all questions and roles (SCOTT, sections 3.1, 3.2), as records with
+    their provenance.
+
+    Parameters
+    ----------
+    teacher
+        a `Teacher`, or a name or folder for `load_teacher`
+    questions
+        labelled questions
+    strategy
+        a name from `strategies`, or a `Strategy`
+    roles
+        'gold', 'counterfactual' or both
+    prompt
+        worked examples: a dataset family or a file; None: none
+    shots
+        how many of them; None: all
+    seed
+        decides the wrong answers, and the samples if there is a temperature
+    out
+        JSON-lines file to write and to resume from
+    shard
+        (k, n): the k-th of n parts of the questions; see `merge_shards`
+    chunk
+        rationales between two writes to the disk
+    scores
+        keep the plausibility growth of each token
+    **decoding
+        further arguments of `contrastive_generate`
+
+    Returns
+    -------
+    list[dict]
+        rationale records, in the order of the questions
+    """
     strategy, questions = as_strategy(strategy), require_answers(questions, "a rationale for the gold answer")
     if not isinstance(teacher, Teacher):
         teacher = load_teacher(teacher)
@@ -271,7 +336,10 @@ def rationalize(
 # %% ../../nbs/40_rationales.ipynb #c7a0f20f
 @dataclass
 class _Ledger:
-    "Records as they come in: into `done` at once, into the journal `chunk` at a time and whenever the work ends, however it ends."
+    """Records as they come in.
+
+    Into `done` at once, into the journal `chunk` at a time and whenever the work ends, however it ends.
+    """
 
     done: dict
     journal: Any
@@ -424,7 +492,10 @@ def _unfinished(parts: list[Path]) -> list[Path]:
 
 # %% ../../nbs/40_rationales.ipynb #8e00f6d3
 def merge_shards(out, n: int) -> list[dict]:
-    "Join the `n` finished parts of `out`, in order, into `out`. Raises `BadInput` that names a missing part, or one made with other settings."
+    """Join the `n` finished parts of `out`, in order, into `out`.
+
+    Raises `BadInput` that names a missing part, or one made with other settings.
+    """
     parts = [shard_path(out, k, n) for k in range(n)]
     for p in _unfinished(parts):
         raise BadInput(
@@ -473,7 +544,10 @@ _settings = (
 def rationalize_in_parts(
     teacher, questions: Iterable, strategy="contrastive-wrong", *, out, **settings
 ) -> list[dict]:
-    "`rationalize` by all processes of a launcher: each writes its part of `out`, the last one joins them. Alone it is `rationalize`."
+    """`rationalize` by all processes of a launcher.
+
+    Each writes its part of `out`, the last one joins them. Alone it is `rationalize`.
+    """
     shard, teacher = (
         shard_from_environment(),
         (teacher if isinstance(teacher, Teacher) else load_teacher(teacher)),

@@ -35,7 +35,10 @@ def with_lora(student: Student, settings: Settings):
 
 # %% ../../nbs/59_adapters.ipynb #963f5dad
 def add_adapters(model, lora: dict):
-    "`peft.get_peft_model` for a plain LoRA; raises `BadInput` for one that cannot be merged into the weights afterwards."
+    """`peft.get_peft_model` for a plain LoRA.
+
+    Raises `BadInput` for one that cannot be merged into the weights afterwards.
+    """
     try:
         import peft
     except ImportError:

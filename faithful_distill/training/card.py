@@ -44,7 +44,10 @@ card_settings = (
 
 # %% ../../nbs/62_card.ipynb #3211e191
 def card_text(note: dict, metrics: dict | None = None, data: str = "") -> str:
-    "The model card of a student, from what `student.json` says. `metrics`: name -> number or dict(value=, low=, high=, n=)."
+    """The model card of a student, from what `student.json` says. `metrics`.
+
+    Name -> number or dict(value=, low=, high=, n=).
+    """
     said = {
         **note,
         "deepspeed": (
@@ -82,7 +85,9 @@ It reads `{"" if note["prefixes"] == "none" else "[factual] "}question (a) choic
 
 # %% ../../nbs/62_card.ipynb #2574e7b4
 def model_card(folder: str | Path, metrics: dict | None = None, data: str = "") -> str:
-    "Writes README.md into a finished student's folder anew, with metrics measured elsewhere (kept in student.json), and returns it."
+    """Writes README.md into a finished student's folder anew, with metrics measured elsewhere (kept in
+    student.json), and returns it.
+    """
     path = Path(folder) / "student.json"
     note = json.loads(path.read_text(encoding="utf-8"))
     if metrics:

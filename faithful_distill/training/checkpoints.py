@@ -65,7 +65,10 @@ def checkpoints(folder: Path) -> list[Path]:
 
 # %% ../../nbs/57_checkpoints.ipynb #e3958af4
 def weights_key(student: Student | str | Path) -> str:
-    "A hash that tells one set of weights from another: of the tensors, or of the files (a hub name stands for itself)."
+    """A hash that tells one set of weights from another.
+
+    Of the tensors, or of the files (a hub name stands for itself).
+    """
     digest = hashlib.sha256()
     if isinstance(student, Student):
         for name, tensor in sorted(student.model.state_dict().items()):

@@ -23,7 +23,10 @@ from .train import TrainingResult, train_student
 def train_seeds(
     student, rationales, *, out: str | Path, seeds: int | Sequence[int] = 5, **settings
 ) -> list[TrainingResult]:
-    "`train_student` for each seed, in `out/seed-0`, `out/seed-1`, ...; `out/seeds.json` holds each metric's mean, sample standard deviation and values."
+    """`train_student` for each seed, in `out/seed-0`, `out/seed-1`, ...
+
+    `out/seeds.json` holds each metric's mean, sample standard deviation and values.
+    """
     import statistics
 
     seeds = list(range(seeds)) if isinstance(seeds, int) else list(seeds)
@@ -77,7 +80,10 @@ def launch(
     timeout: float | None = None,
     **settings,
 ) -> TrainingResult:
-    "`train_student` on `ranks` processes of this machine. The student is a folder or a hub name. After `timeout` seconds, or interrupted, all of them are stopped."
+    """`train_student` on `ranks` processes of this machine. The student is a folder or a hub name.
+
+    After `timeout` seconds, or interrupted, all of them are stopped.
+    """
     from faithful_distill.training.trainer import StepBatches
     from faithful_distill.ranks import rank_variables
 

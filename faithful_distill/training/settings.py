@@ -17,43 +17,89 @@ from ..files import BadInput
 # %% ../../nbs/55_settings.ipynb #b0043281
 @dataclass
 class Settings:
-    "How a student is trained."
+    """How a student is trained.
 
-    alpha_cf: float = 0.5  # weight of the counterfactual loss; 0 drops counterfactual rows
-    reduction: str = "per_part"  # 'per_part' (the paper) or 'per_token'
-    prefixes: str = "both"  # 'both', 'none' or 'random' tags
-    answer_only: bool = False  # no rationales: the student only names the answer
+    Parameters
+    ----------
+    alpha_cf
+        weight of the counterfactual loss; 0 drops counterfactual rows
+    reduction
+        'per_part' (the paper) or 'per_token'
+    prefixes
+        'both', 'none' or 'random' tags
+    answer_only
+        no rationales: the student only names the answer
+    max_steps
+        stops there instead of after `epochs`
+    batch_size
+        factual rows per step, over all ranks and pieces
+    accumulation
+        pieces a step is computed in, one after the other
+    optimizer
+        or 'adafactor' (fixed learning rate)
+    schedule
+        or 'constant', 'cosine'
+    warmup
+        share of all steps
+    clip
+        largest gradient norm
+    precision
+        'fp32' or 'bf16'; None: bf16 on a GPU that has it
+    recompute
+        gradient checkpointing: less memory, a third more time
+    deepspeed
+        'cpu', 'zero2', 'zero3', 'zero3-offload', a file or a dict; None: cpu or zero2
+    lora
+        low-rank adapters instead of all weights, e.g. dict(r=8, lora_alpha=16)
+    patience
+        stop after so many evaluations without a better `metric`
+    evaluate_every
+        steps between evaluations on dev; None: every epoch
+    log_every
+        steps between lines of metrics.jsonl
+    recipe
+        the recipe these came from: noted, not looked up
+    max_source
+        tokens
+    max_target
+        tokens
+    """
+
+    alpha_cf: float = 0.5
+    reduction: str = "per_part"
+    prefixes: str = "both"
+    answer_only: bool = False
     lr: float = 3e-4
     epochs: float = 10
-    max_steps: int | None = None  # stops there instead of after `epochs`
-    batch_size: int = 16  # factual rows per step, over all ranks and pieces
-    accumulation: int = 1  # pieces a step is computed in, one after the other
-    optimizer: str = "adamw"  # or 'adafactor' (fixed learning rate)
-    schedule: str = "linear"  # or 'constant', 'cosine'
-    warmup: float = 0.06  # share of all steps
+    max_steps: int | None = None
+    batch_size: int = 16
+    accumulation: int = 1
+    optimizer: str = "adamw"
+    schedule: str = "linear"
+    warmup: float = 0.06
     weight_decay: float = 0.0
-    clip: float = 1.0  # largest gradient norm
+    clip: float = 1.0
     label_smoothing: float = 0.0
     seed: int = 0
-    precision: str | None = None  # 'fp32' or 'bf16'; None: bf16 on a GPU that has it
-    recompute: bool = False  # gradient checkpointing: less memory, a third more time
-    deepspeed: Any = None  # 'cpu', 'zero2', 'zero3', 'zero3-offload', a file or a dict; None: cpu or zero2
-    lora: dict | None = None  # low-rank adapters instead of all weights, e.g. dict(r=8, lora_alpha=16)
+    precision: str | None = None
+    recompute: bool = False
+    deepspeed: Any = None
+    lora: dict | None = None
     metric: str | None = (
         None  # dev metric that chooses the best model: 'loss', 'loss_factual', 'loss_counterfactual', 'accuracy'
     )
-    patience: int | None = None  # stop after so many evaluations without a better `metric`
-    evaluate_every: int | None = None  # steps between evaluations on dev; None: every epoch
+    patience: int | None = None
+    evaluate_every: int | None = None
     save_every: int | None = (
         None  # steps between checkpoints; None: about one a minute, for at most a twentieth of the time
     )
-    log_every: int = 10  # steps between lines of metrics.jsonl
-    recipe: str | None = None  # the recipe these came from: noted, not looked up
+    log_every: int = 10
+    recipe: str | None = None
     report_to: Any = (
         None  # also to 'tensorboard', 'wandb' or another reporter of the Trainer; several as a list
     )
-    max_source: int = 256  # tokens
-    max_target: int = 256  # tokens
+    max_source: int = 256
+    max_target: int = 256
 
 # %% ../../nbs/55_settings.ipynb #ccfa71aa
 def make_settings(given: dict) -> Settings:

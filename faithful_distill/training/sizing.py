@@ -21,12 +21,18 @@ from .zero import deepspeed_config, zero_stage
 # %% ../../nbs/65_sizing.ipynb #3a9caca3
 @dataclass
 class MemoryEstimate:
-    "Bytes of model states per GPU, and per rank in main memory."
+    """Bytes of model states per GPU, and per rank in main memory.
+
+    Parameters
+    ----------
+    gathered
+        the largest layer and its gradient, whole, under stage 3
+    """
 
     weights: float
     gradients: float
     optimizer: float
-    gathered: float = 0.0  # the largest layer and its gradient, whole, under stage 3
+    gathered: float = 0.0
     host: float = 0.0
 
     @property
@@ -35,14 +41,28 @@ class MemoryEstimate:
 
 # %% ../../nbs/65_sizing.ipynb #1a79d75e
 def memory_need(
-    parameters: float,  # of the model
+    parameters: float,
     ranks: int,
-    deepspeed="zero2",  # a configuration as for `train_student`
-    precision: str = "bf16",  # or 'fp32'
-    trained: float | None = None,  # parameters that are trained; default all (fewer with LoRA)
-    layer: float = 0,  # parameters of the largest layer
+    deepspeed="zero2",
+    precision: str = "bf16",
+    trained: float | None = None,
+    layer: float = 0,
 ) -> MemoryEstimate:
-    "Model states of a run, without activations and buffers."
+    """Model states of a run, without activations and buffers.
+
+    Parameters
+    ----------
+    parameters
+        of the model
+    deepspeed
+        a configuration as for `train_student`
+    precision
+        or 'fp32'
+    trained
+        parameters that are trained; default all (fewer with LoRA)
+    layer
+        parameters of the largest layer
+    """
     config = deepspeed_config(deepspeed)
     stage, trained = zero_stage(config), parameters if trained is None else trained
     offloads = lambda what: (
@@ -154,7 +174,11 @@ def memory_table(
     precision: str = "bf16",
     lora: dict | None = None,
 ) -> list[dict]:
-    "A row per model, configuration and number of GPUs: GB per GPU and of main memory per rank, and the smallest usual card it leaves a fifth free on. Models as for `count_parameters`."
+    """A row per model, configuration and number of GPUs.
+
+    GB per GPU and of main memory per rank, and the smallest usual card it leaves a fifth free on.
+    Models as for `count_parameters`.
+    """
     rows = []
     for name in names:
         (parameters, trained), layer = count_parameters(name, lora), largest_layer(name)
@@ -180,7 +204,10 @@ def memory_table(
 def dry_run(
     student: Student | str | Path, rationales, dev=None, ranks: Sequence[int] = (1, 2, 4, 8), **settings
 ) -> str:
-    "What `train_student` with these arguments would do, and what it needs, as text; nothing is trained, and no weights are read but for the tokenizer's sake."
+    """What `train_student` with these arguments would do, and what it needs, as text.
+
+    Nothing is trained, and no weights are read but for the tokenizer's sake.
+    """
     import pandas
     from faithful_distill.training.train import used_records
 

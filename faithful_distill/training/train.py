@@ -132,7 +132,10 @@ def engine_arguments(settings: Settings, n_units: int, out: Path, dev: bool):
 
 # %% ../../nbs/60_train.ipynb #789cd766
 def run_key(settings: Settings, records: list[dict], dev: list[dict] | None, weights: str) -> str:
-    "What decides the result of a run, as one key. Where and how often it logs, reports and saves is no part of it."
+    """What decides the result of a run, as one key.
+
+    Where and how often it logs, reports and saves is no part of it.
+    """
     deciding = {
         k: v
         for k, v in asdict(settings).items()
@@ -179,15 +182,23 @@ def checkpoint_to_resume(folder: Path, about: dict) -> str | None:
 # %% ../../nbs/60_train.ipynb #5e272f22
 @dataclass
 class TrainingResult:
-    "What came out of a run. `student` loads it."
+    """What came out of a run. `student` loads it.
+
+    Parameters
+    ----------
+    rows
+        factual, counterfactual, shortened
+    seconds
+        of this call; 0 if the run was finished before
+    """
 
     out: Path
     steps: int
     metrics: (
         dict  # last logged training losses and, with dev data, the dev metrics of the student that was kept
     )
-    rows: dict  # factual, counterfactual, shortened
-    seconds: float  # of this call; 0 if the run was finished before
+    rows: dict
+    seconds: float
 
     @property
     def history(self) -> list[dict]:
@@ -199,16 +210,36 @@ class TrainingResult:
 
 # %% ../../nbs/60_train.ipynb #03a43624
 def train_student(
-    student: Student | str | Path,  # a Student (copied), a folder or a hub name
-    rationales,  # records, a Dataset of them, or the file `rationalize` wrote
+    student: Student | str | Path,
+    rationales,
     *,
-    out: str | Path,  # folder for the trained student
-    dev=None,  # records to evaluate on
-    overwrite: bool = False,  # discard what another run left in `out`
-    callbacks: Sequence = (),  # further transformers TrainerCallbacks
-    **settings,  # see `Settings`
+    out: str | Path,
+    dev=None,
+    overwrite: bool = False,
+    callbacks: Sequence = (),
+    **settings,
 ) -> TrainingResult:
-    "Train a student on factual and counterfactual rationales; `out` then loads with plain transformers. Finished: returns at once. Interrupted: resumes."
+    """Train a student on factual and counterfactual rationales.
+
+    `out` then loads with plain transformers. Finished: returns at once. Interrupted: resumes.
+
+    Parameters
+    ----------
+    student
+        a Student (copied), a folder or a hub name
+    rationales
+        records, a Dataset of them, or the file `rationalize` wrote
+    out
+        folder for the trained student
+    dev
+        records to evaluate on
+    overwrite
+        discard what another run left in `out`
+    callbacks
+        further transformers TrainerCallbacks
+    **settings
+        see `Settings`
+    """
     settings, out = make_settings(settings), writable_folder(out)
     records = used_records(read_records(rationales), settings)
     dev = (
@@ -383,7 +414,11 @@ def prepared(student, settings: Settings) -> Student:
 # %% ../../nbs/60_train.ipynb #17ad1e18
 @contextmanager
 def reports(reporters: list[str]):
-    "Closes what a reporter leaves open: the next student of this process gets a Weights & Biases run of its own, unless there was one before the first."
+    """Closes what a reporter leaves open.
+
+    The next student of this process gets a Weights & Biases run of its own, unless there was one before
+    the first.
+    """
     opened = "wandb" in reporters and not getattr(sys.modules.get("wandb"), "run", None)
     try:
         yield
@@ -413,7 +448,10 @@ def export(
     continue_from: tuple[float, int],
     data: dict,
 ) -> TrainingResult:
-    "Gather the weights and write the finished student (rank 0); checkpoints are then removed. `continue_from`: time and step of this call's beginning."
+    """Gather the weights and write the finished student (rank 0); checkpoints are then removed.
+
+    `continue_from`: time and step of this call's beginning.
+    """
     state = trainer.accelerator.get_state_dict(trainer.deepspeed)
     if settings.lora is not None:
         state, student.model = merged_lora(student.model, state), student.model.get_base_model()
@@ -463,7 +501,9 @@ def export(
 
 # %% ../../nbs/60_train.ipynb #1f0bf1c5
 def write_model(student: Student, state: dict, out: Path) -> None:
-    "`save_pretrained` of model and tokenizer, through a hidden folder so that no half-written file is ever in `out`."
+    """`save_pretrained` of model and tokenizer, through a hidden folder so that no half-written file is
+    ever in `out`.
+    """
     hidden, first = out / ".writing", {}
     for name, tensor in student.model.state_dict(
         keep_vars=True

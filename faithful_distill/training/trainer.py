@@ -278,7 +278,9 @@ class Bar(TrainerCallback):
 
 # %% ../../nbs/58_trainer.ipynb #40eb2ea2
 class TrainingSchedule(TrainerCallback):
-    "Sets the epoch of the batches, logs at every save and evaluation and at the end, saves every so many steps or, untold, by the clock, and stops where a gradient is not finite."
+    """Sets the epoch of the batches, logs at every save and evaluation and at the end, saves every so many
+    steps or, untold, by the clock, and stops where a gradient is not finite.
+    """
 
     def __init__(self, trainer, every: int | None = None):
         self.trainer, self.every, self.pace = trainer, every, None if every else AutoSave()

@@ -72,7 +72,11 @@ def _forget_deepspeed(leave_group):
 
 # %% ../../nbs/56_zero.ipynb #da4737d6
 def release(trainer) -> None:
-    "Free what DeepSpeed holds of a finished run. Its hooks on the parameters hold the engine, the engine weights, moments and buckets: a circle no garbage collector sees, partly in C++ and, at stage 3, not undone by `destroy`."
+    """Free what DeepSpeed holds of a finished run.
+
+    Its hooks on the parameters hold the engine, the engine weights, moments and buckets: a circle no
+    garbage collector sees, partly in C++ and, at stage 3, not undone by `destroy`.
+    """
     engine = getattr(trainer, "deepspeed", None)
     if engine is None:
         return
@@ -95,7 +99,10 @@ def release(trainer) -> None:
 
 # %% ../../nbs/56_zero.ipynb #099e4d5b
 def deepspeed_config(name: str | Path | dict | None = None) -> dict:
-    "A DeepSpeed configuration: 'cpu', 'zero2', 'zero3', 'zero3-offload', a JSON file, a dict; None chooses by machine."
+    """A DeepSpeed configuration: 'cpu', 'zero2', 'zero3', 'zero3-offload', a JSON file, a dict.
+
+    None chooses by machine.
+    """
     if name is None:
         import torch
 
@@ -136,7 +143,10 @@ def deepspeed_config(name: str | Path | dict | None = None) -> dict:
 
 # %% ../../nbs/56_zero.ipynb #1f7ec962
 def session_config(settings: Settings, ranks: int) -> dict:
-    "The configuration a run gets: what the settings decide is theirs to decide, and `cpu` on one process in fp32 shares nothing."
+    """The configuration a run gets.
+
+    What the settings decide is theirs to decide, and `cpu` on one process in fp32 shares nothing.
+    """
     import torch
 
     config = deepspeed_config(settings.deepspeed)
