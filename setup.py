@@ -56,6 +56,6 @@ setup(
         f"{lib}.shipped.nbs": ["*.ipynb", "experiments/*.ipynb", "figures/*.ipynb"],
     },
     install_requires=c["requirements"].split(),
-    extras_require={"dev": c["dev_requirements"].split(), "lora": ["peft"]},
+    extras_require={"gguf": ["gguf"], "dev": c["dev_requirements"].split(), "lora": ["peft"]},
     entry_points={"console_scripts": c["console_scripts"].split()},
 )
