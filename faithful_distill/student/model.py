@@ -166,7 +166,7 @@ def add_tags(model, tokenizer) -> None:
 
 # %% ../../nbs/50_model.ipynb #1e4f1653
 def _word_tokenizer(texts, ends_texts):
-    "One token a word, punctuation apart; `ends_texts`: the end-of-text token is put after each text, as T5 does."
+    "One token a word, punctuation apart; with `ends_texts` it puts an end token after each text, as T5's does."
     from tokenizers import Regex, Tokenizer, models, pre_tokenizers, processors
     from transformers import PreTrainedTokenizerFast
 
@@ -298,10 +298,11 @@ def _load_pretrained(name_or_dir, dtype):
             name_or_dir, use_safetensors=True, dtype=dtype, output_loading_info=True
         )
     except (OSError, ValueError) as e:
-        remedy = "Give a folder with config.json, tokenizer and model.safetensors, or the name of a model on the hub."
-        raise BadInput(
-            f"cannot be loaded as a student: {str(e).strip().splitlines()[0]}", **bad, remedy=remedy
-        ) from None
+        problem = f"cannot be loaded as a student: {str(e).strip().splitlines()[0]}"
+        remedy = (
+            "Give a folder with config.json, tokenizer and model.safetensors, or a model's name on the hub."
+        )
+        raise BadInput(problem, **bad, remedy=remedy) from None
     if missing := sorted(loaded["missing_keys"]):
         more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
         remedy = "Give a whole checkpoint of an encoder-decoder or causal language model."

@@ -264,7 +264,7 @@ def examples_of(rows: Sequence[Row], ids: Sequence[str]) -> list[list[Row]]:
     return examples
 
 # %% ../../nbs/51_rows.ipynb #1bc84e2e
-def pad_rows(rows: Sequence[Sequence], filler, *, multiple: int = 1, left: bool = False, device=None):
+def pad_rows(rows: Sequence[Sequence], filler, multiple: int = 1, *, left: bool = False, device=None):
     "Rows of unequal length as one tensor [rows, width]; the width is a multiple of `multiple`."
     import torch
 
