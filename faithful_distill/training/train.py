@@ -32,7 +32,7 @@ from faithful_distill.files import (
 from ..ranks import count_nodes, resume_command
 from ..records import read_records, record_question
 from ..student.model import Student, load_student
-from ..student.rows import training_rows, units
+from ..student.rows import examples_of, training_rows
 from .adapters import fuse_activations, merged_lora, with_lora
 from .card import card_text
 from .checkpoints import weights_key
@@ -58,7 +58,7 @@ def make_units(student: Student, records: list[dict], settings: Settings) -> tup
     rows = training_rows(
         student, records, prefixes=settings.prefixes, answer_only=settings.answer_only, seed=settings.seed
     )
-    made = units(rows, [r["id"] for r in records])
+    made = examples_of(rows, [r["id"] for r in records])
     counts = dict(
         factual=sum(not r.counterfactual for r in rows),
         counterfactual=sum(r.counterfactual for r in rows),
