@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from decoding_models import VOCABULARY, guided, prompts, tiny
-from faithful_distill.teacher.contrast import Generation, Stop, reference_generate, row_uniforms, stop_rule
+from faithful_distill.teacher.choice import row_uniforms
+from faithful_distill.teacher.contrast import Generation, Stop, reference_generate, stop_rule
 from faithful_distill.teacher.generate import contrastive_generate
 from faithful_distill.files import BadInput
 

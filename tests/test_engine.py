@@ -8,11 +8,13 @@ import torch
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-from faithful_distill.teacher import engine
+from faithful_distill.teacher import attention
 from decoding_models import VOCABULARY, launched, prompts, tiny
-from faithful_distill.teacher.contrast import Generation, Row, Stop, reference_generate
+from faithful_distill.teacher.attention import Unserved
+from faithful_distill.teacher.choice import Row
+from faithful_distill.teacher.contrast import Generation, Stop, reference_generate
 from faithful_distill.teacher.generate import contrastive_generate
-from faithful_distill.teacher.engine import SharedPrefix, Unserved, common_prefix, group_rows, refused
+from faithful_distill.teacher.engine import SharedPrefix, common_prefix, group_rows, refused
 
 gold, empty, wrong, all_wrong = prompts(6)
 tokens = lambda generations: [g.tokens for g in generations]
@@ -245,15 +247,15 @@ def test_attention_to_less_than_all_is_not_served(caplog):
 
 
 def test_the_trial_catches_a_wrong_attention(monkeypatch):
-    right = engine.partial_attention
+    right = attention.partial_attention
     for wrongly in (
         lambda q, k, v, b, s: right(q, k, v, None, s),  # forgets what is hidden
         lambda q, k, v, b, s: right(q, k, v, b, s * 1.05),  # a scale slightly off
         lambda q, k, v, b, s: (lambda out, lse: (out, lse * 0))(*right(q, k, v, b, s)),
     ):  # parts weighed equally
-        monkeypatch.setattr(engine, "partial_attention", wrongly)
+        monkeypatch.setattr(attention, "partial_attention", wrongly)
         assert "different from a plain forward pass" in refused(tiny("llama"))
-    monkeypatch.setattr(engine, "partial_attention", right)
+    monkeypatch.setattr(attention, "partial_attention", right)
     assert refused(tiny("llama")) == ""
 
 
@@ -343,7 +345,7 @@ def test_whatever_attention_the_model_came_with(attention):
 def test_the_two_matrix_kernels_agree(monkeypatch):
     model, made = models["gpt_neox"], {}
     for wide in (False, torch.backends.mkldnn.is_available()):
-        monkeypatch.setattr(engine, "wide_kernel", lambda: wide)
+        monkeypatch.setattr(attention, "wide_kernel", lambda: wide)
         made[wide] = contrastive_generate(model, gold, wrong, max_new_tokens=6, engine="shared")
     assert set(map(str, made.values())) == {str(reference_generate(model, gold, wrong, max_new_tokens=6))}
 
@@ -353,8 +355,8 @@ def test_the_kernel_without_log_sum_exp_agrees():
     torch.manual_seed(0)
     q, k, v = torch.randn(3, 2, 4, 8), torch.randn(3, 2, 9, 8), torch.randn(3, 2, 9, 8)
     bias = torch.zeros(3, 1, 4, 9).masked_fill_(torch.rand(3, 1, 4, 9) < 0.3, torch.finfo(torch.float32).min)
-    fused = engine.partial_attention(q, k, v, bias, 0.3)
-    wide = engine.partial_attention(
+    fused = attention.partial_attention(q, k, v, bias, 0.3)
+    wide = attention.partial_attention(
         q, k, torch.cat([v, v], -1), bias, 0.3
     )  # another value size: the other branch
     assert torch.allclose(fused[0], wide[0][..., :8], atol=1e-5) and torch.allclose(
