@@ -231,16 +231,16 @@ def rationales(
     Example: faithful-distill rationales --data csqa --split dev --limit 200 --teacher
     EleutherAI/gpt-neox-20b --out rationales.jsonl
     """
-    from dataclasses import replace
-
     from faithful_distill.ranks import leave_launcher
-    from faithful_distill.teacher.rationales import as_strategy, load_teacher, rationalize_in_parts
+    from faithful_distill.teacher.loading import load_teacher
+    from faithful_distill.teacher.shards import rationalize_in_parts
+    from faithful_distill.teacher.strategy import as_strategy
     from faithful_distill.files import shipped, writable_folder
     from faithful_distill.questions import sources
 
     writable_folder(Path(out).absolute().parent)
-    questions, chosen = read_questions(data, path, split, limit, skip_bad), as_strategy(strategy)
-    chosen = replace(chosen, beta=beta, alpha=chosen.alpha if alpha is None else alpha)
+    questions = read_questions(data, path, split, limit, skip_bad)
+    chosen = as_strategy(strategy, alpha=alpha, beta=beta)
     if teacher is None and not data.startswith("world"):
         raise BadInput(
             "is needed for these questions",
@@ -264,11 +264,11 @@ def rationales(
             token_budget=token_budget,
             out=out,
         )
-    if loaded.spread:
+    if loaded.tensor_parallel:
         leave_launcher()
     click.echo(
-        f"{len(records)} rationales for {len({r['id'] for r in records})} questions in {out};"
-        f" {sum(r['stop'] == 'length' for r in records)} cut at {max_new_tokens} tokens"
+        f"{len(records)} rationales for {len({r.id for r in records})} questions in {out};"
+        f" {sum(r.stop == 'length' for r in records)} cut at {max_new_tokens} tokens"
     )
 
 # %% ../nbs/95_cli.ipynb #d1b3c947

@@ -437,7 +437,8 @@ import json, sys, torch.distributed as dist
 from decoding_models import prompts
 from faithful_distill.teacher.generate import contrastive_generate
 from faithful_distill.ranks import leave_launcher
-from faithful_distill.teacher.rationales import load_teacher, rationalize_in_parts
+from faithful_distill.teacher.loading import load_teacher
+from faithful_distill.teacher.shards import rationalize_in_parts
 from faithful_distill.lab.world import world_questions
 folder = sys.argv[1]
 gold, _, wrong, _ = prompts(6)
@@ -456,7 +457,8 @@ def test_tensor_parallel(tmp_path):
     from transformers import AutoTokenizer
     from faithful_distill.files import shipped
     from faithful_distill.files import Journal
-    from faithful_distill.teacher.rationales import load_teacher, rationalize
+    from faithful_distill.teacher.loading import load_teacher
+    from faithful_distill.teacher.rationales import rationalize
     from faithful_distill.lab.world import world_questions
 
     tokenizer = AutoTokenizer.from_pretrained(shipped("data", "models", "teacher"))
@@ -473,7 +475,7 @@ def test_tensor_parallel(tmp_path):
         out=tmp_path / "alone.jsonl",
     )
     with Journal(tmp_path / "spread.jsonl.partial") as journal:
-        journal.append(*alone[:2])  # as if it had been killed
+        journal.append(*(r.to_row() for r in alone[:2]))  # as if it had been killed
     (tmp_path / "run.py").write_text(TENSOR_PARALLEL)
     run = launched(
         "-m",

@@ -18,8 +18,12 @@ from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
 from decoding_models import launched
 from faithful_distill.cli import main
 from faithful_distill.files import BadInput, Journal, read_jsonl, shipped, sole_writer
+from faithful_distill.records import Rationale, read_records
+from faithful_distill.teacher.loading import load_teacher
 from faithful_distill.teacher.prompts import block
-from faithful_distill.teacher.rationales import argument, load_teacher, rationalize
+from faithful_distill.teacher.rationales import rationalize
+from faithful_distill.teacher.shards import merge_shards, rationalize_in_parts
+from faithful_distill.teacher.strategy import Strategy, argument, as_strategy
 from faithful_distill.lab.corpus import build_tokenizer
 from faithful_distill.lab.world import judge, world_questions
 
@@ -50,8 +54,8 @@ def test_embedded_teacher_argues_for_what_it_is_told(teacher):
     share = {}
     for strategy in ("greedy", "contrastive-wrong"):
         for r in rationalize(teacher, questions.values(), strategy, max_new_tokens=24):
-            share.setdefault((strategy, r["role"]), []).append(
-                judge(questions[r["id"]], r["rationale"]).supports == r["target"]
+            share.setdefault((strategy, r.role), []).append(
+                judge(questions[r.id], r.rationale).supports == r.target
             )
     mean = {k: sum(v) / len(v) for k, v in share.items()}
     for role in ("gold", "counterfactual"):
@@ -120,7 +124,7 @@ def test_every_question_has_an_id_of_its_own(teacher, tmp_path):
             out=tmp_path / "out.jsonl",
         )
     once = rationalize(teacher, questions, max_new_tokens=4, roles=("gold", "gold"))
-    assert [r["role"] for r in once] == ["gold", "gold"] and len({r["id"] for r in once}) == 2
+    assert [r.role for r in once] == ["gold", "gold"] and len({r.id for r in once}) == 2
 
 
 def test_a_folder_or_nothing_to_write_is_refused_at_once(teacher, tmp_path):
@@ -176,7 +180,6 @@ def test_another_number_of_processes_goes_on_from_what_all_had_done(finished, te
 
 
 def test_parts_of_another_list_are_not_joined(teacher, tmp_path, monkeypatch):
-    from faithful_distill.teacher.rationales import merge_shards, rationalize_in_parts
     from faithful_distill.ranks import shard_path
 
     mine, others, out = (
@@ -223,12 +226,10 @@ def test_a_checkpoint_that_lacks_weights_is_refused(tmp_path):
 
 
 def test_every_end_of_text_that_a_model_knows_ends_a_rationale(teacher):
-    from faithful_distill.teacher.rationales import _ends
-
     before = teacher.model.generation_config.eos_token_id
     try:
         teacher.model.generation_config.eos_token_id = [5, 7]
-        assert _ends(teacher) == {teacher.tokenizer.eos_token_id, 5, 7}
+        assert teacher.end_ids() == {teacher.tokenizer.eos_token_id, 5, 7}
     finally:
         teacher.model.generation_config.eos_token_id = before
 
@@ -257,13 +258,7 @@ def test_a_question_that_spells_a_special_token_is_text(teacher):
 
 def test_small_things_in_prompts(tmp_path):
     from faithful_distill.teacher.prompts import context, few_shot
-    from faithful_distill.records import without_answer_sentence
 
-    assert without_answer_sentence("A bird is also the answer is odd.") == "A bird is also the answer is odd."
-    assert (
-        without_answer_sentence("Birds fly. So the answer is bird.") == "Birds fly."
-        and without_answer_sentence("So the answer is bird.") == ""
-    )
     q = replace(world_questions("choice", "test", limit=1)[0], choices=("Mosses.", "ferns", "a", "b", "c"))
     assert context(q, 0).endswith("The answer is Mosses.") and context(q, 1).endswith("The answer is ferns.")
     with pytest.raises(BadInput, match="field 'shots'"):
@@ -292,8 +287,8 @@ def test_killed_and_resumed_gives_the_same_bytes(tmp_path):
         "contrastive-empty",
     ]
     code = (
-        "import sys; from faithful_distill.rationales import rationalize; import faithful_distill.rationales"
-        " as r; r.rationalize.__kwdefaults__['chunk'] = 16; from faithful_distill.cli import main;"
+        "import sys; from faithful_distill.teacher.rationales import rationalize;"
+        " rationalize.__kwdefaults__['chunk'] = 16; from faithful_distill.cli import main;"
         " main(sys.argv[1:])"
     )
     call = lambda out: [sys.executable, "-c", code, *command[3:], "--out", str(out)]
