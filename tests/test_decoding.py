@@ -293,7 +293,7 @@ LLAMA3 = (
 
 @pytest.mark.parametrize("pattern", [None, LLAMA3])
 def test_stop_rule_finds_the_end_of_every_block(pattern):
-    "Feed the rule a real continuation token by token: it must fire at the blank line and keep the sentence whole."
+    "Token by token, the rule must fire at the blank line and keep the sentence whole."
     tokenizer = byte_tokenizer(TEXT, 320, pattern)
     stop = stop_rule(tokenizer)
     for sentence in (
