@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['BadInput', 'read_jsonl', 'write_text', 'write_json', 'Journal', 'sha256_file', 'content_key', 'tree_hash',
-           'stable_seed', 'shipped', 'progress', 'shows_progress', 'writable_folder', 'sole_writer', 'did_you_mean']
+           'stable_seed', 'weights_hash', 'shipped', 'progress', 'shows_progress', 'writable_folder', 'sole_writer',
+           'did_you_mean']
 
 # %% ../nbs/00_files.ipynb #c03706f9
 import difflib
@@ -265,6 +266,14 @@ def stable_seed(seed: int, *names) -> int:
     return (
         int.from_bytes(hashlib.sha256(json.dumps([seed, *map(str, names)]).encode()).digest()[:8], "big") >> 1
     )
+
+# %% ../nbs/00_files.ipynb #00a0ae52
+def weights_hash(folder, n: int = 12) -> str:
+    "One key for a model's folder: its configuration, its safetensors files and its tokenizer."
+    patterns = """*.safetensors config.json generation_config.json adapter_config.json
+        tokenizer* special_tokens_map.json vocab* merges.txt""".split()
+    files = {p for pattern in patterns for p in Path(folder).glob(pattern) if p.is_file()}
+    return content_key([[p.name, sha256_file(p)] for p in sorted(files)], n)
 
 # %% ../nbs/00_files.ipynb #b57b6fa8
 def shipped(*parts: str) -> Path:

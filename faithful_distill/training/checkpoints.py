@@ -14,7 +14,7 @@ from pathlib import Path
 from transformers import TrainerCallback
 import torch
 
-from ..files import sha256_file, write_json
+from ..files import weights_hash, write_json
 from ..student.model import Student
 
 # %% ../../nbs/57_checkpoints.ipynb #acd56027
@@ -65,24 +65,18 @@ def checkpoints(folder: Path) -> list[Path]:
 
 # %% ../../nbs/57_checkpoints.ipynb #e3958af4
 def weights_key(student: Student | str | Path) -> str:
-    """A hash that tells one set of weights from another.
+    """A key for what a training starts from.
 
-    Of the tensors, or of the files (a hub name stands for itself).
+    Of a folder its files (`weights_hash`), of a student in memory its tensors; a hub name stands for itself.
     """
+    if not isinstance(student, Student):
+        if Path(student).is_dir():
+            return weights_hash(student)
+        return hashlib.sha256(str(student).encode()).hexdigest()[:12]
     digest = hashlib.sha256()
-    if isinstance(student, Student):
-        for name, tensor in sorted(student.model.state_dict().items()):
-            digest.update(name.encode())
-            digest.update(tensor.detach().cpu().contiguous().flatten().view(_bytes()).numpy().tobytes())
-    elif Path(student).is_dir():
-        for path in sorted(
-            p
-            for p in Path(student).iterdir()
-            if p.suffix in (".safetensors", ".json") and p.name not in ("student.json", "times.json")
-        ):
-            digest.update(f"{path.name} {sha256_file(path)}".encode())
-    else:
-        digest.update(str(student).encode())
+    for name, tensor in sorted(student.model.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(_bytes()).numpy().tobytes())
     return digest.hexdigest()[:12]
 
 # %% ../../nbs/57_checkpoints.ipynb #481aff45
