@@ -24,18 +24,14 @@ from .settings import Settings
 @contextmanager
 def deepspeed_session():
     "DeepSpeed ready for use within, and no trace of it after."
-    before, cuda = dict(os.environ), torch.cuda.is_available()
-    if not cuda:
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # or it warns on stdout that it found nothing better
-    import deepspeed
+    before = dict(os.environ)
     import numpy
 
-    if not cuda:
-        vars(deepspeed.ops)["__compatible_ops__"] = {}
+    import_deepspeed()
     launched = all(name in os.environ for name in rank_variables if name != "LOCAL_WORLD_SIZE")
     if not launched:
         os.environ.update(_one_rank())
-        if not cuda:
+        if not torch.cuda.is_available():
             os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     rng = random.getstate(), numpy.random.get_state()
     with warnings.catch_warnings(), torch.random.fork_rng():
@@ -48,6 +44,19 @@ def deepspeed_session():
             numpy.random.set_state(rng[1])
             os.environ.clear()
             os.environ.update(before)
+
+
+def import_deepspeed() -> None:
+    "Import it once; without a GPU quietly, and with its just-in-time compiled operators declared absent."
+    cuda, chosen = torch.cuda.is_available(), "DS_ACCELERATOR" in os.environ
+    if not cuda and not chosen:
+        os.environ["DS_ACCELERATOR"] = "cpu"  # or it warns on stdout that it found nothing better
+    import deepspeed
+
+    if not cuda:
+        vars(deepspeed.ops)["__compatible_ops__"] = {}
+        if not chosen:
+            del os.environ["DS_ACCELERATOR"]
 
 
 def _one_rank() -> dict:
