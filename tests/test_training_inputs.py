@@ -1,4 +1,4 @@
-"What a training run is asked to do: recognised among other runs, refused where it cannot be done, and never at the cost of what is there."
+"What is asked of a training run: recognised, refused where it cannot be done, never at the cost of what is there."
 
 import json
 import os
