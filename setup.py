@@ -52,6 +52,7 @@ setup(
             "deepspeed/*",
             "models/*/*",
             "results/*",
+            "report/*",
         ],
         f"{lib}.shipped.nbs": ["*.ipynb", "experiments/*.ipynb", "figures/*.ipynb"],
     },

@@ -227,13 +227,17 @@ def _from_row(row: Mapping, question: Question | None) -> Rationale:
         choices=tuple(read["choices"]),
         answer=read["answer"],
     )
-    target = (
-        plain_fields(named | {"answer": named["target"], "explanation": None})["answer"]
-        if "target" in named
-        else None
-    )
+    target = _target(named) if "target" in named else None
     extra = {k: v for k, v in row.items() if k not in _known}
     return Rationale(**named | asked | {"target": target, "kind": read["kind"], "extra": extra})
+
+
+def _target(named: dict) -> int:
+    "The choice argued for, written in any of the ways an answer may be."
+    try:
+        return plain_fields(named | {"answer": named["target"], "explanation": None})["answer"]
+    except BadInput as e:
+        raise BadInput(e.problem, field="target", value=named["target"], remedy=e.remedy) from None
 
 # %% ../nbs/05_records.ipynb #5b525670
 def _check_same_question(row: Mapping, question: Question) -> None:
