@@ -227,13 +227,18 @@ def _from_row(row: Mapping, question: Question | None) -> Rationale:
         choices=tuple(read["choices"]),
         answer=read["answer"],
     )
-    target = (
-        plain_fields(named | {"answer": named["target"], "explanation": None})["answer"]
-        if "target" in named
-        else None
-    )
+    target = _target_index(named) if "target" in named else None
     extra = {k: v for k, v in row.items() if k not in _known}
     return Rationale(**named | asked | {"target": target, "kind": read["kind"], "extra": extra})
+
+
+def _target_index(named: Mapping) -> int:
+    "The index of the choice argued for; an error names the field `target`."
+    try:
+        return plain_fields(named | {"answer": named["target"], "explanation": None})["answer"]
+    except BadInput as e:
+        got = {"value": e.value} if "(got" in str(e) else {}
+        raise BadInput(e.problem, field="target", remedy=e.remedy, **got) from None
 
 # %% ../nbs/05_records.ipynb #5b525670
 def _check_same_question(row: Mapping, question: Question) -> None:
