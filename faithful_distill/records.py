@@ -243,7 +243,7 @@ def _target_index(named: Mapping) -> int:
 # %% ../nbs/05_records.ipynb #5b525670
 def _check_same_question(row: Mapping, question: Question) -> None:
     "Raises `BadInput` where the row says another question or other choices than the question of its id has."
-    plain = lambda v: [normalized(c) for c in v] if isinstance(v, (list, tuple)) else normalized(str(v))
+    plain = lambda v: [normalized(str(c)) for c in v] if isinstance(v, (list, tuple)) else normalized(str(v))
     for name, ours in (("question", question.question), ("choices", list(question.choices))):
         if name in row and plain(row[name]) != plain(ours):
             raise BadInput(
@@ -278,7 +278,7 @@ def read_records(
         id = row.id if isinstance(row, Rationale) else row.get("id") if isinstance(row, Mapping) else None
         if by_id is not None and isinstance(id, str) and id not in by_id:
             continue
-        about = None if by_id is None else by_id.get(id)
+        about = by_id.get(id) if by_id is not None and isinstance(id, str) else None
         found.append(rationale_from_row(row, file, line, about))
     if not found and by_id is None:
         raise BadInput(
