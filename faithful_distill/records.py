@@ -9,7 +9,7 @@ __all__ = ['roles', 'answer_sentence', 'Rationale', 'rationale_from_row', 'read_
 # %% ../nbs/05_records.ipynb #ae11a92c
 import json
 import re
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import dataclass, field, fields
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, Iterable, Mapping, NamedTuple, Sequence
@@ -227,22 +227,23 @@ def _from_row(row: Mapping, question: Question | None) -> Rationale:
         choices=tuple(read["choices"]),
         answer=read["answer"],
     )
-    target = _target(named) if "target" in named else None
+    target = _target_index(named) if "target" in named else None
     extra = {k: v for k, v in row.items() if k not in _known}
     return Rationale(**named | asked | {"target": target, "kind": read["kind"], "extra": extra})
 
 
-def _target(named: dict) -> int:
-    "The choice argued for, written in any of the ways an answer may be."
+def _target_index(named: Mapping) -> int:
+    "The index of the choice argued for; an error names the field `target`."
     try:
         return plain_fields(named | {"answer": named["target"], "explanation": None})["answer"]
     except BadInput as e:
-        raise BadInput(e.problem, field="target", value=named["target"], remedy=e.remedy) from None
+        got = {"value": e.value} if "(got" in str(e) else {}
+        raise BadInput(e.problem, field="target", remedy=e.remedy, **got) from None
 
 # %% ../nbs/05_records.ipynb #5b525670
 def _check_same_question(row: Mapping, question: Question) -> None:
     "Raises `BadInput` where the row says another question or other choices than the question of its id has."
-    plain = lambda v: [normalized(c) for c in v] if isinstance(v, (list, tuple)) else normalized(str(v))
+    plain = lambda v: [normalized(str(c)) for c in v] if isinstance(v, (list, tuple)) else normalized(str(v))
     for name, ours in (("question", question.question), ("choices", list(question.choices))):
         if name in row and plain(row[name]) != plain(ours):
             raise BadInput(
@@ -277,7 +278,7 @@ def read_records(
         id = row.id if isinstance(row, Rationale) else row.get("id") if isinstance(row, Mapping) else None
         if by_id is not None and isinstance(id, str) and id not in by_id:
             continue
-        about = None if by_id is None else by_id.get(id)
+        about = by_id.get(id) if by_id is not None and isinstance(id, str) else None
         found.append(rationale_from_row(row, file, line, about))
     if not found and by_id is None:
         raise BadInput(
@@ -299,15 +300,13 @@ def write_records(path, records: Iterable[Rationale | dict]) -> Path:
 answer_sentence = "So the answer is"
 
 _opening = re.compile(
-    r"(?:\b(?:so|thus|hence|therefore|and so|which means)\b,?\s+|^\s*|(?<=[.!?;:\"')])\s*)"
+    r"(?:(?P<link>\b(?:so|thus|hence|therefore|and so|which means)\b,?\s+)|(?P<start>(?:^|(?<=[.!?\n;:\"')])\s*|(?<=\n))))"
     r"(?:(?:the|my|our|this)\s+(?:correct |right |best |final |only )?answer\s+is\b\s*:?\s*"
-    r"|(?:the|this)\s+statement\s+is\b\s*:?\s*(?=(?:true|false|correct|incorrect|right|wrong)\b))",
+    r"|(?:the|this)\s+statement\s+is\b\s*:?\s*(?=(?P<verdict>true|false|correct|incorrect|right|wrong)\b)"
+    r"|(?:the|this)\s+statement\s+is\b\s*:?\s*(?(link)|(?!)))",
     re.IGNORECASE | re.MULTILINE,
 )
-_stop = re.compile(r"[.!?]+[\"')\]]*(?=\s+[\"'(\[]?[A-Z])|[.!?]+\s*$|(?=\n)|$", re.MULTILINE)
-_abbreviation = re.compile(
-    r"(?:\b[A-Za-z]|\b(?:St|Mt|Ft|Dr|Mr|Mrs|Ms|Jr|Sr|Prof|Gen|No|vs|etc|e\.g|i\.e|cf))\.$"
-)
+_sentence_end = re.compile(r"[.!?]+[\"')\]]*(?=\s+[\"'(\[]?[A-Z])|[.!?]+\s*$|(?=\n)|$", re.MULTILINE)
 
 
 class AnswerSentence(NamedTuple):
@@ -344,23 +343,16 @@ def answer_sentences(text: str, choices: Sequence[str] = ()) -> list[AnswerSente
     while opening := _opening.search(text, at):
         begins = opening.end()
         stated = _choice_at(text, begins, choices)
-        stop = _stop_after(text, begins) if stated is None else re.compile(r"[.!?]*").match(text, stated)
+        end = (
+            _sentence_end.search(text, begins)
+            if stated is None
+            else re.compile(r"[.!?]*").match(text, stated)
+        )
         start = opening.start() + len(opening[0]) - len(opening[0].lstrip())
-        said = text[begins : stop.start() if stated is None else stated]
-        found.append(AnswerSentence(start, stop.end(), said.strip()))
-        at = max(stop.end(), begins)
+        said = text[begins : end.start() if stated is None else stated]
+        found.append(AnswerSentence(start, end.end(), said.strip()))
+        at = max(end.end(), begins)
     return found
-
-
-def _stop_after(text: str, at: int) -> re.Match:
-    "Where a sentence ends whose choice is not known: not at an abbreviation, nor before the last two words of a line."
-    while True:
-        stop = _stop.search(text, at)
-        rest = text[stop.end() :].split("\n")[0].split()
-        ends = not rest or len(rest) > 2 and not _abbreviation.search(text[: stop.end()])
-        if ends or stop.end() == len(text):
-            return stop
-        at = max(stop.end(), at + 1)
 
 
 def _choice_at(text: str, at: int, choices: Sequence[str]) -> int | None:

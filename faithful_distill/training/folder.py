@@ -19,7 +19,6 @@ from faithful_distill.files import (
     BadInput,
     content_key,
     read_jsonl,
-    sha256_file,
     weights_hash,
     write_json,
     write_text,
