@@ -77,7 +77,7 @@ class Pairs(click.ParamType):
                 pass
         return text
 
-# %% ../nbs/95_cli.ipynb #4a50bb24
+# %% ../nbs/95_cli.ipynb #e8ca03f7
 def _without_none(annotation) -> list:
     "The types of an annotation, None and the parts of a union apart."
     if get_origin(annotation) in (Union, types.UnionType):
@@ -109,26 +109,30 @@ def make_option(
 ) -> click.Option:
     "A click option. `shown` is a default that is only displayed: the value that the library takes where none is given."
     flag = "--" + name.replace("_", "-")
-    help = text[:1].upper() + text[1:]
-    more = dict(help=help if not help or help.endswith((".", ")")) else help + ".", required=required)
+    more = dict(help=_sentence(text) + (f"  [{shown}]" if shown else ""), required=required)
     if bool in _without_none(annotation):
-        if default is False and shown is None:
+        if default is False:
             return click.Option([flag], is_flag=True, **more)
-        return click.Option(
-            [f"{flag}/--no-{flag[2:]}"], default=default, show_default=shown or bool(default), **more
-        )
+        return click.Option([f"{flag}/--no-{flag[2:]}"], default=default, **more)
     kind = _option_type(annotation)
     if isinstance(default, (list, tuple)) and not kind.get("multiple"):
         default = ",".join(map(str, default))
     return click.Option(
         [flag],
         default=None if required else default,
-        show_default=shown or default not in (None, "", ()),
+        show_default=default not in (None, "", ()),
         **kind,
         **more,
     )
 
-# %% ../nbs/95_cli.ipynb #4df29f38
+
+def _sentence(text: str) -> str:
+    "A clause as a sentence; one that begins with a list of values stays as it is."
+    first = text.split(" ")[0]
+    text = text[:1].upper() + text[1:] if first.rstrip(":").replace("-", "").isalpha() else text
+    return text if not text or text.endswith((".", ")", "...")) else text + "."
+
+# %% ../nbs/95_cli.ipynb #01d709ef
 inherit = type("Inherit", (), {"__repr__": lambda self: "inherit"})()
 
 
@@ -138,7 +142,7 @@ def _function(path: str):
     return getattr(import_module(f"faithful_distill.{module}"), name)
 
 
-def command_parameters(function, library=(), settings=None) -> list[click.Parameter]:
+def command_parameters(function, library=(), settings=None, without=()) -> list[click.Parameter]:
     """Arguments and options of a command.
 
     Parameters
@@ -149,6 +153,8 @@ def command_parameters(function, library=(), settings=None) -> list[click.Parame
         functions that `inherit`ed parameters are looked up in
     settings
         a pydantic class: each field becomes an option, in place of `**`
+    without
+        fields that another option decides
     """
     docs, theirs = {}, {}
     for source in reversed(library):
@@ -162,10 +168,11 @@ def command_parameters(function, library=(), settings=None) -> list[click.Parame
         if p.kind is p.POSITIONAL_ONLY:
             made.append(click.Argument([name]))
         elif p.kind is p.VAR_KEYWORD:
-            taken = {m.name for m in made}
+            taken = {m.name for m in made} | {*without}
             made += [option for option in _setting_options(settings) if option.name not in taken]
         else:
-            annotation, default = theirs[name] if p.default is inherit else (hints.get(name, str), p.default)
+            annotation, default = theirs[name] if p.default is inherit else (str, p.default)
+            annotation = hints.get(name, annotation)
             missing = default is inspect.Parameter.empty
             made.append(
                 make_option(
@@ -180,10 +187,14 @@ def _setting_options(settings) -> list[click.Option]:
     made = []
     for name, field in settings.__pydantic_fields__.items():
         default = field.get_default(call_default_factory=True)
-        shown = None if default is None or default == "" else str(default)
-        made.append(
-            make_option(name, field.annotation, None, field.description or "", shown or "library's choice")
+        shown = (
+            None
+            if default in (None, "", []) or default is False
+            else f"{default:g}"
+            if isinstance(default, float)
+            else str(default)
         )
+        made.append(make_option(name, field.annotation, None, field.description or "", shown))
     return made
 
 # %% ../nbs/95_cli.ipynb #36f3dca0
@@ -217,21 +228,21 @@ def _one_line(error: Exception) -> str:
     words = " ".join(str(error).split())[:300]
     return f"{type(error).__name__}: {words or 'no further message'}. Traceback: {f.name}"
 
-# %% ../nbs/95_cli.ipynb #273735ab
+# %% ../nbs/95_cli.ipynb #23b03876
 class Command(click.Command):
     "A command made of a function. Its options are worked out when they are asked for."
 
-    def __init__(self, function, library, settings):
+    def __init__(self, function, library, settings, without):
         summary = inspect.getdoc(function).split("\n\nParameters\n")[0].split("\n\n")
         text = "\n\n".join("\b\n" + part if "Example:" in part else part for part in summary)
         super().__init__(function.__name__, callback=function, help=text)
-        self.library, self.settings = library, settings
+        self.library, self.settings, self.without = library, settings, without
 
     def get_params(self, ctx):
         if not self.params:
             library = [_function(path) for path in self.library]
             settings = self.settings and _function(self.settings)
-            self.params = command_parameters(self.callback, library, settings)
+            self.params = command_parameters(self.callback, library, settings, self.without)
         return super().get_params(ctx)
 
     def parse_args(self, ctx, args):
@@ -241,11 +252,11 @@ class Command(click.Command):
             raise Refused(str(e)) from e
 
 
-def command(*library: str, settings: str | None = None):
+def command(*library: str, settings: str | None = None, without: tuple[str, ...] = ()):
     "Decorator: the function becomes a command of `main`; it stays callable under its own name."
 
     def add(function):
-        main.add_command(Command(function, library, settings))
+        main.add_command(Command(function, library, settings, without))
         return function
 
     return add
@@ -337,7 +348,7 @@ def reproduce(
     for path in keep_profile(profile, keep, runs, seeds) if keep else []:
         click.echo(f"Kept: {path}")
 
-# %% ../nbs/95_cli.ipynb #6779942f
+# %% ../nbs/95_cli.ipynb #803bcd38
 def read_questions(
     data: str,
     path: str | None = None,
@@ -350,11 +361,11 @@ def read_questions(
     Parameters
     ----------
     data
-        csqa, strategyqa, creak, qasc, world[-choice|-boolean|-statement], or a JSON-lines file
+        a dataset (csqa, strategyqa, creak, qasc, world[-choice|-boolean|-statement]) or a JSON-lines file
     path
         local copy of the dataset: a folder, or one file
     split
-        train, dev or test
+        which part of the dataset: train, dev or test
     limit
         at most so many questions
     skip_bad
@@ -369,7 +380,7 @@ def read_questions(
     found = [world_questions(kind, split, 2) for kind in kinds]
     return [q for same_rank in zip(*found) for q in same_rank][:limit]
 
-# %% ../nbs/95_cli.ipynb #b58a493c
+# %% ../nbs/95_cli.ipynb #6f7fca1d
 @command(
     "cli:read_questions",
     "teacher.rationales:rationalize",
@@ -406,6 +417,14 @@ def rationales(
     ----------
     teacher
         hub name or folder of a causal language model; for world questions the embedded one if none is named
+    roles
+        which rationales: gold, counterfactual, or both with a comma
+    strategy
+        greedy, sampled, contrastive-empty, contrastive-wrong or contrastive-all-wrong
+    shots
+        how many worked examples; all if not given
+    token_budget
+        the most cached tokens held at a time; by the machine's memory if not given
     alpha
         strength of the contrast, lambda / (1 + lambda); the strategy's own if not given
     beta
@@ -462,8 +481,8 @@ def _prompt_for(prompt: str | None, data: str) -> str | None:
         return None
     return prompt or (data if data in sources else None)
 
-# %% ../nbs/95_cli.ipynb #52481c83
-@command(settings="training.settings:Settings")
+# %% ../nbs/95_cli.ipynb #2f952179
+@command(settings="training.settings:Settings", without=("answer_only",))
 def train(
     *,
     rationales: str,
