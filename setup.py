@@ -50,6 +50,7 @@ setup(
             "prompts/*",
             "grids/*",
             "deepspeed/*",
+            "report/*",
             "models/*/*",
             "results/*",
             "report/*",

@@ -13,8 +13,9 @@ from typing import Any
 from ..faithfulness.intervals import Score
 from ..faithfulness.scoring import Scored, per_example, trained_kinds
 from ..files import write_json, write_text
-from .plots import dots, save_figure
+from .plots import dots
 from .report import Section, build_report
+from .style import save_figure
 from .tables import cell_text, save_rows
 
 # %% ../../nbs/92_score_report.ipynb #18cddfc3
