@@ -315,11 +315,14 @@ class AnswerSentence(NamedTuple):
         after its full stop
     said
         the words after 'is', without the full stop
+    rest
+        what the sentence goes on to say after the choice's own text: ', not (b) cat'
     """
 
     start: int
     end: int
     said: str
+    rest: str = ""
 
 
 def answer_sentences(text: str, choices: Sequence[str] = ()) -> list[AnswerSentence]:
@@ -338,14 +341,12 @@ def answer_sentences(text: str, choices: Sequence[str] = ()) -> list[AnswerSente
     while opening := _opening.search(text, at):
         begins = opening.end()
         stated = _choice_at(text, begins, choices)
-        end = (
-            _sentence_end.search(text, begins)
-            if stated is None
-            else re.compile(r"[.!?]*").match(text, stated)
-        )
+        stop = _sentence_end.search(text, begins if stated is None else stated)
+        end = stop if stated is None else re.compile(r"[.!?]*").match(text, stated)
         start = opening.start() + len(opening[0]) - len(opening[0].lstrip())
-        said = text[begins : end.start() if stated is None else stated]
-        found.append(AnswerSentence(start, end.end(), said.strip()))
+        said = text[begins : stop.start() if stated is None else stated]
+        rest = "" if stated is None else text[stated : stop.start()].rstrip()
+        found.append(AnswerSentence(start, end.end(), said.strip(), rest))
         at = max(end.end(), begins)
     return found
 
