@@ -302,6 +302,7 @@ _opening = re.compile(
     re.IGNORECASE | re.MULTILINE,
 )
 _sentence_end = re.compile(r"[.!?]+[\"')\]]*(?=\s+[\"'(\[]?[A-Z])|[.!?]+\s*$|(?=\n)|$", re.MULTILINE)
+_another = re.compile(r",?\s*(?:or|and)\b|[^.!?\n]*\([a-z]\)", re.IGNORECASE)  # 'or a cat', ', not (b)'
 
 
 class AnswerSentence(NamedTuple):
@@ -342,7 +343,8 @@ def answer_sentences(text: str, choices: Sequence[str] = ()) -> list[AnswerSente
         begins = opening.end()
         stated = _choice_at(text, begins, choices)
         stop = _sentence_end.search(text, begins if stated is None else stated)
-        end = stop if stated is None else re.compile(r"[.!?]*").match(text, stated)
+        alone = stated is not None and not _another.match(text, stated)
+        end = re.compile(r"[.!?]*").match(text, stated) if alone else stop
         start = opening.start() + len(opening[0]) - len(opening[0].lstrip())
         said = text[begins : stop.start() if stated is None else stated]
         rest = "" if stated is None else text[stated : stop.start()].rstrip()
