@@ -728,6 +728,13 @@ def test_published_files_that_do_not_fit_together_are_refused(tmp_path):
     (tmp_path / "test_CoT_1.json").write_text('{"a": 1}')
     with pytest.raises(BadInput, match="test_CoT_1.json.*must be a JSON list of texts"):
         read_published("palm", tmp_path, "test")
+    palm_files(tmp_path, said[:1], n_questions=1)
+    (tmp_path / "cqa_test.json").write_text('{"id": "q", "question": "Which?", "choices": ["a", "b"]}')
+    with pytest.raises(BadInput, match="cqa_test.json: field 'answer': is missing"):
+        read_published("palm", tmp_path, "test")
+    (tmp_path / "commonsenseqa_test.csv").write_text("Input.id,Input.question\nq,Which?\n")
+    with pytest.raises(BadInput, match="commonsenseqa_test.csv: field 'Answer.acceptable': is missing"):
+        read_published("gpt3", tmp_path, "test")
 
 
 def test_raters_of_one_question_saw_the_same_explanations(tmp_path):

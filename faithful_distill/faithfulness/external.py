@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from ..files import BadInput, read_jsonl
-from ..questions import Question, match_choice, normalized, without_punctuation
+from ..questions import Question, letter, match_choice, normalized, without_punctuation
 from ..records import answer_sentences, strip_answer
 
 # %% ../../nbs/78_external.ipynb #d26b2386
@@ -45,9 +45,10 @@ def stated_choice(q: Question, text: str) -> int | None:
     stated = match_choice(q, said)
     return None if stated is None or _names_another(q, stated, rest) else stated
 
-# %% ../../nbs/78_external.ipynb #e9b173ea
-def _index(letter: str) -> int:
-    return ord(letter.lower()) - ord("a")
+# %% ../../nbs/78_external.ipynb #0fdb59d0
+def _index(name: str) -> int:
+    "The place of a letter in the alphabet."
+    return ord(name.lower()) - ord("a")
 
 
 def _names_another(q: Question, i: int, text: str) -> bool:
@@ -63,10 +64,8 @@ def _lettered_choice(q: Question, i: int, text: str) -> int | None:
     "The choice of a letter, None if the text after it says another: a letter, 'or', or another choice's words."
     if i >= len(q.choices):
         return None
-    own = q.choices[i].lower()
-    after = (
-        text[len(own) :] if text.lower().startswith(own) else text
-    )  # a choice may hold a letter in brackets
+    own = q.choices[i]  # it may hold a letter in brackets
+    after = text[len(own) :] if text.lower().startswith(own.lower()) else text
     letters = {_index(c) for c in re.findall(r"(?<!\w)\(([a-z])\)", after, re.IGNORECASE)}
     if any(j < len(q.choices) for j in letters - {i}):
         return None
@@ -75,7 +74,7 @@ def _lettered_choice(q: Question, i: int, text: str) -> int | None:
     if not begins[i] and re.match(r"(or|and)\b", text, re.IGNORECASE):
         return None
     other_words = max(begins) > begins[i] and text[0] not in ".,;:!?"
-    return None if other_words and match_choice(q, text) != i else i
+    return None if other_words and match_choice(q, f"{letter(i)} {text}") != i else i
 
 # %% ../../nbs/78_external.ipynb #48bdc647
 @dataclass(frozen=True)
@@ -335,7 +334,12 @@ def read_published(
     rows = (_palm_rows if name == "palm" else _gpt3_rows)(Path(folder), split)
     return read_rationales(rows, cut_at=["\n\nQ:"], limit=limit)
 
-# %% ../../nbs/78_external.ipynb #f2e9fe02
+# %% ../../nbs/78_external.ipynb #ed25797b
+def _check_fields(row: dict, names: Iterable[str], file: Path) -> None:
+    if missing := [name for name in names if row.get(name) is None]:
+        raise BadInput("is missing", file=file, field=missing[0], remedy="Give the file as it was published.")
+
+
 def _only_index(choices: Sequence[str], text: str) -> int | None:
     "Index of a text among the choices; None where it occurs twice. Raises `BadInput` where it does not."
     at = [i for i, c in enumerate(choices) if c.strip().lower() == text.strip().lower()]
@@ -344,7 +348,7 @@ def _only_index(choices: Sequence[str], text: str) -> int | None:
         raise BadInput("must be one of the choices", field="answer", value=text, remedy=remedy)
     return at[0] if len(at) == 1 else None
 
-# %% ../../nbs/78_external.ipynb #942056cb
+# %% ../../nbs/78_external.ipynb #80a0ec72
 def _palm_rows(folder: Path, split: str) -> list[dict]:
     files = sorted(folder.glob(f"{split}_CoT_*.json"), key=lambda p: int(p.stem.split("_")[-1]))
     texts = [text for file in files for text in _list_of_texts(file)]
@@ -355,6 +359,8 @@ def _palm_rows(folder: Path, split: str) -> list[dict]:
             file=folder,
             remedy=f"Give the folder with all of {split}_CoT_*.json and cqa_{split}.json.",
         )
+    for q in questions:
+        _check_fields(q, ("id", "question", "choices", "answer"), folder / f"cqa_{split}.json")
     asked = (dict(id=q["id"], question=q["question"], choices=q["choices"]) for q in questions)
     gold = (_only_index(q["choices"], q["answer"]) for q in questions)
     return [dict(q, gold=g, rationale=t) for q, g, t in zip(asked, gold, texts)]
@@ -369,21 +375,25 @@ def _list_of_texts(file: Path) -> list[str]:
         raise BadInput("must be a JSON list of texts", file=file)
     return texts
 
-# %% ../../nbs/78_external.ipynb #7f9cff9b
+# %% ../../nbs/78_external.ipynb #9802a0ba
+_explanations = tuple(f"Input.explanation_{k}" for k in range(1, 6))
+
+
 def _gpt3_rows(folder: Path, split: str) -> list[dict]:
     path, raters = folder / f"commonsenseqa_{split}.csv", {}
     if not path.is_file():
         raise BadInput("there is no such file", file=path, remedy="Check the folder and the split.")
     with path.open(encoding="utf-8", newline="") as file:
         for row in csv.DictReader(file):
+            _check_fields(row, ("Input.id", "Input.question", "Answer.acceptable", *_explanations), path)
             raters.setdefault(row["Input.id"], []).append(row)
     return [row for rows in raters.values() for row in _gpt3_question(rows, path)]
 
 
 def _gpt3_question(raters: list[dict], path: Path) -> list[dict]:
     "Five rows of one question, from one row a rater."
-    q, names = raters[0], [f"Input.explanation_{k}" for k in range(1, 6)]
-    if any(row[name] != q[name] for row in raters for name in names):
+    q = raters[0]
+    if any(row[name] != q[name] for row in raters for name in _explanations):
         problem = "must have the same explanations for every rater"
         raise BadInput(problem, file=path, field="Input.id", value=q["Input.id"])
     head, _, last = q["Input.answer_choices"].rpartition(", or ")
@@ -393,7 +403,7 @@ def _gpt3_question(raters: list[dict], path: Path) -> list[dict]:
     accepted = [set(row["Answer.acceptable"].split("|")) for row in raters]
     return [
         dict(asked, id=f"{q['Input.id']}/{k}", rationale=q[name], rating=[int(str(k) in a) for a in accepted])
-        for k, name in enumerate(names, 1)
+        for k, name in enumerate(_explanations, 1)
     ]
 
 # %% ../../nbs/78_external.ipynb #ac388ed7

@@ -296,7 +296,7 @@ def _las_scores(task: ScoringTask, hit: np.ndarray, logs: np.ndarray) -> dict[st
         "leakage": mean_score(hit[2], **over),
     }
 
-# %% ../../nbs/79_families.ipynb #a99e1e39
+# %% ../../nbs/79_families.ipynb #2d3ceae6
 @register
 class Las(Family):
     "Leakage-adjusted simulatability by cross-fitting."
@@ -309,9 +309,8 @@ class Las(Family):
         found = cross_fitted(task.behaviour(task.predicted), _simulated(task, task.seeds), task.parts)
         hit, logs = found.mean(2)
         numbers = dict(zip(self.columns, (logs[0] - logs[1], *np.exp(found[1]).mean(1), hit[2])))
-        return _las_scores(task, *found), {
-            name: task.column(task.predicted, v) for name, v in numbers.items()
-        }
+        columns = {name: task.column(task.predicted, v) for name, v in numbers.items()}
+        return _las_scores(task, *found), columns
 
 
 @register
@@ -420,7 +419,7 @@ def _against_ratings(task: ScoringTask, name: str, mean: dict[int, float]) -> di
         f"rating_{name}_within": rank_correlation_within(a, b, groups, min_groups=10, **over),
     }
 
-# %% ../../nbs/79_families.ipynb #b198bbbd
+# %% ../../nbs/79_families.ipynb #c912701c
 @register
 class Ratings(Family):
     "People's ratings, and how every number per row goes with them."
@@ -435,11 +434,9 @@ class Ratings(Family):
     def compute(self, task):
         given = {i: b.ratings for i, b in enumerate(task.rows) if b.ratings}
         mean = {i: float(np.mean(r)) for i, r in given.items()}
-        ends, unrated = (
-            (min(map(min, given.values())), max(map(max, given.values()))),
-            len(task.rows) - len(given),
-        )
-        rating = mean_score(list(mean.values()), ends=ends, details={"unrated": unrated}, **task.over(mean))
+        ends = min(map(min, given.values())), max(map(max, given.values()))
+        details = {"unrated": len(task.rows) - len(given)}
+        rating = mean_score(list(mean.values()), ends=ends, details=details, **task.over(mean))
         scores = {"rating": rating} | none_of(["rater_agreement"], "no rationale has several ratings")
         if several := [i for i, r in given.items() if len(r) > 1]:
             one, others = [given[i][0] for i in several], [float(np.mean(given[i][1:])) for i in several]
