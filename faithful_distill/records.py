@@ -307,6 +307,7 @@ _opening = re.compile(
     re.IGNORECASE | re.MULTILINE,
 )
 _sentence_end = re.compile(r"[.!?]+[\"')\]]*(?=\s+[\"'(\[]?[A-Z])|[.!?]+\s*$|(?=\n)|$", re.MULTILINE)
+_another = re.compile(r",?\s*(?:or|and)\b|[^.!?\n]*\([a-z]\)", re.IGNORECASE)  # 'or a cat', ', not (b)'
 
 
 class AnswerSentence(NamedTuple):
@@ -320,11 +321,14 @@ class AnswerSentence(NamedTuple):
         after its full stop
     said
         the words after 'is', without the full stop
+    rest
+        what the sentence goes on to say after the choice's own text: ', not (b) cat'
     """
 
     start: int
     end: int
     said: str
+    rest: str = ""
 
 
 def answer_sentences(text: str, choices: Sequence[str] = ()) -> list[AnswerSentence]:
@@ -343,14 +347,13 @@ def answer_sentences(text: str, choices: Sequence[str] = ()) -> list[AnswerSente
     while opening := _opening.search(text, at):
         begins = opening.end()
         stated = _choice_at(text, begins, choices)
-        end = (
-            _sentence_end.search(text, begins)
-            if stated is None
-            else re.compile(r"[.!?]*").match(text, stated)
-        )
+        stop = _sentence_end.search(text, begins if stated is None else stated)
+        alone = stated is not None and not _another.match(text, stated)
+        end = re.compile(r"[.!?]*").match(text, stated) if alone else stop
         start = opening.start() + len(opening[0]) - len(opening[0].lstrip())
-        said = text[begins : end.start() if stated is None else stated]
-        found.append(AnswerSentence(start, end.end(), said.strip()))
+        said = text[begins : stop.start() if stated is None else stated]
+        rest = "" if stated is None else text[stated : stop.start()].rstrip()
+        found.append(AnswerSentence(start, end.end(), said.strip(), rest))
         at = max(end.end(), begins)
     return found
 
