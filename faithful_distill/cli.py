@@ -119,7 +119,8 @@ def _data_options(command):
 # %% ../nbs/95_cli.ipynb #77d1264a
 def read_questions(data: str, path=None, split: str = "dev", limit: int | None = None, skip_bad=None) -> list:
     "Questions as `--data`, `--path`, `--split`, `--limit` and `--skip-bad` ask for them."
-    from faithful_distill.questions import as_questions, load_questions
+    from faithful_distill.questions import as_questions
+    from faithful_distill.sources import load_questions
 
     if data.split("-")[0] != "world":
         return as_questions(load_questions(data, split, path, limit, skip_bad))
@@ -236,7 +237,7 @@ def rationales(
     from faithful_distill.ranks import leave_launcher
     from faithful_distill.teacher.rationales import as_strategy, load_teacher, rationalize_in_parts
     from faithful_distill.files import shipped, writable_folder
-    from faithful_distill.questions import sources
+    from faithful_distill.sources import sources
 
     writable_folder(Path(out).absolute().parent)
     questions, chosen = read_questions(data, path, split, limit, skip_bad), as_strategy(strategy)

@@ -8,7 +8,8 @@ import torch
 from hypothesis import given, settings, strategies as st
 
 from faithful_distill.files import BadInput, shipped
-from faithful_distill.questions import Question, load_questions
+from faithful_distill.questions import Question
+from faithful_distill.sources import load_questions
 from faithful_distill.student.rows import (
     Row,
     collate,
