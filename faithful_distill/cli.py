@@ -234,7 +234,7 @@ def rationales(
     """
     from dataclasses import replace
 
-    from faithful_distill.ranks import leave_launcher
+    from faithful_distill.ranks import leave_ranks
     from faithful_distill.teacher.rationales import as_strategy, load_teacher, rationalize_in_parts
     from faithful_distill.files import shipped, writable_folder
     from faithful_distill.sources import sources
@@ -266,7 +266,7 @@ def rationales(
             out=out,
         )
     if loaded.spread:
-        leave_launcher()
+        leave_ranks()
     click.echo(
         f"{len(records)} rationales for {len({r['id'] for r in records})} questions in {out};"
         f" {sum(r['stop'] == 'length' for r in records)} cut at {max_new_tokens} tokens"

@@ -434,7 +434,7 @@ TENSOR_PARALLEL = """
 import json, sys, torch.distributed as dist
 from decoding_models import prompts
 from faithful_distill.teacher.generate import contrastive_generate
-from faithful_distill.ranks import leave_launcher
+from faithful_distill.ranks import leave_ranks
 from faithful_distill.teacher.rationales import load_teacher, rationalize_in_parts
 from faithful_distill.lab.world import world_questions
 folder = sys.argv[1]
@@ -445,7 +445,7 @@ world = load_teacher(folder + "/world", tensor_parallel=True)
 records = rationalize_in_parts(world, world_questions("choice", limit=3), max_new_tokens=6, out=folder + "/spread.jsonl")
 if dist.get_rank() == 0: print("MADE", json.dumps([[m.tokens for m in some] for some in made]))
 else: print("OTHER", len(records))
-leave_launcher()
+leave_ranks()
 """
 
 

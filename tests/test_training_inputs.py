@@ -262,7 +262,7 @@ def test_processes_that_take_too_long_are_all_stopped(tmp_path, capfd, monkeypat
     base.model.save_pretrained(tmp_path / "base")
     base.tokenizer.save_pretrained(tmp_path / "base")
     call = dict(out=tmp_path / "out", max_steps=100000, batch_size=2, log_every=1, save_every=50)
-    with pytest.raises(BadInput, match="field 'timeout': was not enough"):
+    with pytest.raises(BadInput, match="field 'timeout': was exceeded"):
         launch(1, tmp_path / "base", ranks.records(), timeout=40, **call)
     lines = (tmp_path / "out" / "metrics.jsonl").read_text()
     time.sleep(2)
