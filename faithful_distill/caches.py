@@ -75,7 +75,7 @@ def growing_layer() -> type:
 
     return GrowingLayer
 
-
+# %% ../nbs/07_caches.ipynb #e5f85f6c
 def growing_cache(is_seq2seq: bool):
     """An empty cache whose own layers grow in place.
 

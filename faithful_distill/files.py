@@ -81,7 +81,7 @@ class BadInput(ValueError):
             parts.append(self.remedy)
         return " ".join(parts)
 
-
+# %% ../nbs/00_files.ipynb #357a1f37
 def _short(value, width=80):
     text = repr(value)
     return text if len(text) <= width else text[: width - 3] + "..."
@@ -118,7 +118,7 @@ def read_jsonl(path, bad: list | None = None) -> Iterator[tuple[int, dict]]:
         else:
             yield number, row
 
-
+# %% ../nbs/00_files.ipynb #872d8536
 def _read_text(path) -> str:
     try:
         return Path(path).read_text(encoding="utf-8-sig")
@@ -176,7 +176,7 @@ def write_text(path, text: str | bytes) -> Path:
             temporary.unlink()  # it is still there only if something went wrong
     return path
 
-
+# %% ../nbs/00_files.ipynb #c48629e5
 def write_json(path, obj) -> Path:
     "Write `obj` as JSON: sorted keys, one-space indent, no NaN; equal objects give equal bytes."
     text = json.dumps(obj, sort_keys=True, indent=1, ensure_ascii=False, allow_nan=False)
@@ -247,7 +247,7 @@ def writable_folder(path) -> Path:
         raise BadInput(f"cannot be written: {e.strerror}", file=path, remedy=remedy) from None
     return path
 
-# %% ../nbs/00_files.ipynb #64fccb19
+# %% ../nbs/00_files.ipynb #02a25aa7
 _without_locks = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL}
 
 
@@ -340,7 +340,7 @@ def content_key(obj, n: int = 12) -> str:
     text = json.dumps(obj, sort_keys=True, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
     return hashlib.sha256(text.encode()).hexdigest()[:n]
 
-
+# %% ../nbs/00_files.ipynb #fcf9fb14
 def tree_hash(folder, n: int = 12) -> str:
     "One key for a folder: names and bytes of all files in it, hidden ones aside."
     files = sorted(p for p in Path(folder).rglob("*") if p.is_file() and not p.name.startswith("."))
@@ -382,7 +382,7 @@ def progress(iterable: Iterable | None = None, *, total: int | None = None, desc
         dynamic_ncols=sys.stderr.isatty(),
     )
 
-
+# %% ../nbs/00_files.ipynb #3ecf2223
 def shows_progress() -> bool:
     "Are bars shown here?"
     asked = os.environ.get("FAITHFUL_DISTILL_PROGRESS")

@@ -74,7 +74,7 @@ def _check_choices(kind: str, choices) -> None:
         raise BadInput("a choice is empty or no text", field="choices", value=list(choices))
     _check_fixed_choices(kind, choices)
 
-
+# %% ../nbs/02_questions.ipynb #2de5dde0
 def _check_fixed_choices(kind: str, choices) -> None:
     "Raises `BadInput` unless a yes/no question has the choices yes and no, and a statement true and false."
     wanted = fixed_choices.get(kind)
@@ -97,7 +97,7 @@ def _check_index(answer, choices) -> None:
             remedy=f"Use a whole number from 0 to {len(choices) - 1}.",
         )
 
-
+# %% ../nbs/02_questions.ipynb #8872fb60
 def normalized(text: str) -> str:
     """Lower case, inner blanks single, blanks and full stops at both ends gone.
 
@@ -133,7 +133,7 @@ def match_choice(q: Question, text: str) -> int | None:
     i, rest = ord(lettered[1].lower()) - ord("a"), without_punctuation(lettered[2])
     return i if i < len(q.choices) and rest in ("", without_punctuation(q.choices[i])) else None
 
-
+# %% ../nbs/02_questions.ipynb #e9232e10
 def without_punctuation(text: str) -> str:
     """Normalised text without punctuation and leading article.
 
@@ -158,7 +158,7 @@ def wrong_indices(q: Question) -> list[int]:
     right = normalized(q.choices[q.answer])
     return [i for i, c in enumerate(q.choices) if normalized(c) != right]
 
-
+# %% ../nbs/02_questions.ipynb #375e422e
 def perturbed_index(q: Question, seed: int = 0) -> int:
     """The index of a wrong choice, drawn uniformly by a generator seeded with (seed, question id).
 
@@ -201,7 +201,7 @@ def answer_index(answer, choices, kind: str = "choice"):
         answer = fixed_choices[kind][0 if answer else 1]
     return _index_of_text(answer, choices, kind) if isinstance(answer, str) else answer
 
-
+# %% ../nbs/02_questions.ipynb #a19b4e21
 def _index_of_text(answer: str, choices, kind: str) -> int:
     same = _reading_like(answer, choices)
     if not same and kind in fixed_choices and normalized(answer) in ("true", "false", "yes", "no"):
@@ -227,7 +227,7 @@ def _index_of_text(answer: str, choices, kind: str) -> int:
 def _reading_like(text: str, choices) -> list[int]:
     return [i for i, c in enumerate(choices) if isinstance(c, str) and normalized(c) == normalized(text)]
 
-# %% ../nbs/02_questions.ipynb #e37f100e
+# %% ../nbs/02_questions.ipynb #6c66aebd
 def required(row, field: str, kinds=str):
     "A field of a record that must be there and of one of these types. Raises `BadInput` that names it."
     if not isinstance(row, dict):
@@ -290,7 +290,7 @@ def as_dataset(questions: Iterable[Question]):
         {name: [r[name] for r in rows] for name in columns}, features=datasets.Features(columns)
     )
 
-
+# %% ../nbs/02_questions.ipynb #2ba5ccc7
 def as_questions(rows: Iterable) -> list[Question]:
     "`Question`s from a dataset, from dicts with (at least) its fields, or from `Question`s."
     return [r if isinstance(r, Question) else _question_from(r) for r in rows]
@@ -299,7 +299,7 @@ def as_questions(rows: Iterable) -> list[Question]:
 def _question_from(row: dict) -> Question:
     return Question(**{k: v for k, v in row.items() if k in Question.__dataclass_fields__})
 
-
+# %% ../nbs/02_questions.ipynb #6f3a147e
 def require_answers(questions: Iterable[Question], purpose: str = "scoring") -> list[Question]:
     "The questions, all labelled. Raises `BadInput` if one has no answer (public test splits have none)."
     questions = as_questions(questions)

@@ -49,7 +49,7 @@ def cards_of(process: int, processes: int, cards: int) -> list[int]:
         return [process % cards]
     return list(range(process * cards // processes, (process + 1) * cards // processes))
 
-
+# %% ../nbs/06_ranks.ipynb #001e3afd
 def placement(tensor_parallel: bool = False) -> dict:
     """Where the weights of a model go, as arguments of `from_pretrained`; nothing without an accelerator.
 
@@ -98,7 +98,7 @@ def over_ranks(numbers):
         torch.distributed.all_reduce(numbers)
     return numbers
 
-
+# %% ../nbs/06_ranks.ipynb #546c2d03
 def from_first_rank(value):
     "The first rank's `value`, in every rank. Anything that can be pickled; needs a process group."
     import torch
@@ -152,7 +152,7 @@ def _interactive() -> bool:
     ipython = sys.modules.get("IPython")
     return "ipykernel" in Path(sys.argv[0]).stem or bool(ipython and ipython.get_ipython())
 
-
+# %% ../nbs/06_ranks.ipynb #575d27f4
 def count_nodes() -> int:
     "The number of machines that this run's processes are on, as far as the launcher tells."
     ranks = int(os.environ["WORLD_SIZE"])
@@ -226,7 +226,7 @@ def run_ranks(
         listener.join(10)
     return process.returncode, "".join(written)
 
-
+# %% ../nbs/06_ranks.ipynb #c0a447c7
 def _listen(stream, written) -> None:
     "Keep what comes from a stream, and pass it on where progress is shown."
     while part := stream.read1().decode(errors="replace"):

@@ -40,7 +40,7 @@ def read_lettered(row: dict) -> dict:
         explanation=optional_text(row, "combinedfact"),
     )
 
-
+# %% ../nbs/03_sources.ipynb #cf06fb28
 def _labels_and_texts(choices: list | dict) -> tuple[list[str], list[str]]:
     if isinstance(choices, dict):
         labels, texts = required(choices, "label", list), required(choices, "text", list)
@@ -74,7 +74,7 @@ def read_strategyqa(row: dict) -> dict:
         explanation=" ".join(f.strip() for f in facts),
     )
 
-
+# %% ../nbs/03_sources.ipynb #29b8f361
 def read_creak(row: dict) -> dict:
     "The fields of a statement of CREAK."
     label = row.get("label")
@@ -114,7 +114,7 @@ class Source:
 
 sources: dict[str, Source] = {}
 
-
+# %% ../nbs/03_sources.ipynb #f8b4bf7f
 def register_source(name: str, source: Source) -> None:
     """Make a dataset known to `load_questions` under `name`. Raises `BadInput` if the name is taken.
 
@@ -185,7 +185,7 @@ def _find_rows(name: str, split: str, path, bad: list | None) -> tuple[Callable,
         return source.read, str(official), _read_rows(official, bad)
     return source.read, str(path or source.hub or name), enumerate(_hub_rows(name, source, split, path), 1)
 
-
+# %% ../nbs/03_sources.ipynb #0d644187
 def _own_file(name: str, path) -> Path:
     if path is not None:
         problem, remedy = "is not a dataset that path= can be given for", f"Use one of {', '.join(sources)}."
@@ -237,7 +237,7 @@ def _is_array(path: Path) -> bool:
     except (OSError, UnicodeDecodeError):
         return False  # `read_jsonl` says what is wrong with the file
 
-
+# %% ../nbs/03_sources.ipynb #e5cc0711
 def _array_rows(path: Path) -> Iterator[tuple[int, dict]]:
     try:
         text = path.read_text(encoding="utf-8-sig")
@@ -263,7 +263,7 @@ def _array_rows(path: Path) -> Iterator[tuple[int, dict]]:
             raise BadInput("is not a JSON object", file=path, line=line, value=row)
         yield line, row
 
-# %% ../nbs/03_sources.ipynb #7140af0c
+# %% ../nbs/03_sources.ipynb #8ab7aea9
 _unforeseen = (TypeError, AttributeError, KeyError, IndexError)
 
 
@@ -332,7 +332,7 @@ def load_questions(
         raise BadInput("there are no questions", file=where, remedy=why)
     return as_dataset(questions)
 
-# %% ../nbs/03_sources.ipynb #b1422841
+# %% ../nbs/03_sources.ipynb #455cecc6
 def _question(fields: dict, line: int, lines: dict[str, int]) -> Question:
     "A question with an id that no earlier one has. `lines`: id -> line, is added to."
     question = Question(**fields | {"id": fields.get("id") or f"{fields['dataset']}-{line}"})
@@ -354,7 +354,7 @@ def _located(e: Exception, where, line: int) -> BadInput:
     problem = f"cannot be read as a question: {type(e).__name__}: {e}"
     return BadInput(problem, file=where, line=line, remedy="Compare it with the file's other records.")
 
-
+# %% ../nbs/03_sources.ipynb #6a95cacf
 def _report_rejected(bad: list[BadInput], file) -> None:
     "Write why each record was left out, one JSON object a line, and log how many there are."
     rows = [
