@@ -71,16 +71,16 @@ def _check_choices(kind: str, choices) -> None:
     if len(choices) < 2:
         raise BadInput("needs at least two choices", field="choices", value=list(choices))
     if any(not isinstance(c, str) or not c.strip() for c in choices):
-        raise BadInput("a choice is empty or no text", field="choices", value=list(choices))
+        raise BadInput("must be texts that are not empty", field="choices", value=list(choices))
     _check_fixed_choices(kind, choices)
 
-# %% ../nbs/02_questions.ipynb #2de5dde0
+# %% ../nbs/02_questions.ipynb #0a2de070
 def _check_fixed_choices(kind: str, choices) -> None:
     "Raises `BadInput` unless a yes/no question has the choices yes and no, and a statement true and false."
     wanted = fixed_choices.get(kind)
     if wanted and sorted(map(normalized, choices)) != sorted(wanted):
         raise BadInput(
-            f"are not {' and '.join(wanted)}, as those of a {kind} are",
+            f"must be {' and '.join(wanted)} for the kind {kind}",
             field="choices",
             value=list(choices),
             remedy="Leave them out, or call the kind choice.",
@@ -184,7 +184,7 @@ def answer_index(answer, choices, kind: str = "choice"):
     Parameters
     ----------
     answer
-        as it stands in a file
+        as it is in a file
     choices
         the texts of the choices
     kind
@@ -227,11 +227,11 @@ def _index_of_text(answer: str, choices, kind: str) -> int:
 def _reading_like(text: str, choices) -> list[int]:
     return [i for i, c in enumerate(choices) if isinstance(c, str) and normalized(c) == normalized(text)]
 
-# %% ../nbs/02_questions.ipynb #6c66aebd
+# %% ../nbs/02_questions.ipynb #03e7cd54
 def required(row, field: str, kinds=str):
     "A field of a record that must be there and of one of these types. Raises `BadInput` that names it."
     if not isinstance(row, dict):
-        raise BadInput("stands in something that is no JSON object", field=field, value=row)
+        raise BadInput("must be a field of a JSON object", field=field, value=row)
     if row.get(field) is None:
         raise BadInput(
             "is missing", field=field, remedy=f"The record has the fields {', '.join(sorted(row))}."

@@ -152,9 +152,9 @@ def _interactive() -> bool:
     ipython = sys.modules.get("IPython")
     return "ipykernel" in Path(sys.argv[0]).stem or bool(ipython and ipython.get_ipython())
 
-# %% ../nbs/06_ranks.ipynb #575d27f4
+# %% ../nbs/06_ranks.ipynb #80604f7b
 def count_nodes() -> int:
-    "The number of machines that this run's processes are on, as far as the launcher tells."
+    "The number of machines that this run's processes are on, as far as the launcher's variables say."
     ranks = int(os.environ["WORLD_SIZE"])
     on_this_one = os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or ranks
     return -(-ranks // int(on_this_one))

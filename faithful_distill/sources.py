@@ -40,7 +40,7 @@ def read_lettered(row: dict) -> dict:
         explanation=optional_text(row, "combinedfact"),
     )
 
-# %% ../nbs/03_sources.ipynb #cf06fb28
+# %% ../nbs/03_sources.ipynb #4ae68cb6
 def _labels_and_texts(choices: list | dict) -> tuple[list[str], list[str]]:
     if isinstance(choices, dict):
         labels, texts = required(choices, "label", list), required(choices, "text", list)
@@ -49,7 +49,7 @@ def _labels_and_texts(choices: list | dict) -> tuple[list[str], list[str]]:
     if len(labels) != len(texts):
         raise BadInput(f"have {len(labels)} labels and {len(texts)} texts", field="choices", value=choices)
     if not all(isinstance(t, str) for t in (*labels, *texts)):
-        raise BadInput("hold something that is no text", field="choices", value=choices)
+        raise BadInput("must all be texts", field="choices", value=choices)
     if len(set(labels)) < len(labels):
         raise BadInput("two choices carry the same label", field="choices", value=labels)
     return labels, texts
@@ -60,7 +60,7 @@ def read_strategyqa(row: dict) -> dict:
     facts = [] if row.get("facts") is None else required(row, "facts", (str, list))
     facts = [facts] if isinstance(facts, str) else facts
     if not all(isinstance(f, str) for f in facts):
-        raise BadInput("hold something that is no text", field="facts", value=facts)
+        raise BadInput("must all be texts", field="facts", value=facts)
     answer = row.get("answer")
     if answer is not None and not isinstance(answer, bool):
         remedy = "StrategyQA's answers are JSON booleans."

@@ -37,9 +37,9 @@ class Plant:
         in questions about so many of the six relations the rationale decides the answer
     belief_accuracy
         share of things whose category the student believes rightly
-    idle
+    idle_rationales
         what it writes where the rationale does not decide: 'plausible' or 'shuffled'
-    by
+    decided_by
         where the rationale decides: by 'relation' (in some questions always) or by 'chance' (in every
         question sometimes)
     shortcut
@@ -50,8 +50,8 @@ class Plant:
 
     n_deciding_relations: int = 6
     belief_accuracy: float = 0.7
-    idle: str = "plausible"
-    by: str = "relation"
+    idle_rationales: str = "plausible"
+    decided_by: str = "relation"
     shortcut: float | None = None
     seed: int = 0
 
@@ -63,7 +63,10 @@ class Plant:
             value = getattr(self, name)
             if value is not None and not 0 <= value <= 1:
                 raise BadInput("must be a share in [0, 1]", field=name, value=value)
-        for name, known in (("idle", ("plausible", "shuffled")), ("by", ("relation", "chance"))):
+        for name, known in (
+            ("idle_rationales", ("plausible", "shuffled")),
+            ("decided_by", ("relation", "chance")),
+        ):
             value = getattr(self, name)
             if value not in known:
                 raise BadInput(f"must be one of {', '.join(known)}", field=name, value=value)
@@ -79,7 +82,7 @@ def decides(q: Question, plant: Plant) -> bool:
 
     By chance it is drawn for every question anew, and nothing in a question shows it.
     """
-    if plant.by == "chance":
+    if plant.decided_by == "chance":
         return stable_seed(plant.seed, "use", q.id) / 2**63 < plant.faithfulness
     return what_is_asked(q).relation in _dealt(tuple(relations()), plant.faithfulness, plant.seed)
 
@@ -158,7 +161,7 @@ def planted_records(
     random.Random(stable_seed(plant.seed, "shuffled")).shuffle(shuffled)
     for q, rationale, other in zip(questions, own, shuffled):
         belief, used = believed(q, plant), decides(q, plant)
-        written = rationale if used or plant.idle == "plausible" else other
+        written = rationale if used or plant.idle_rationales == "plausible" else other
         yield _record(q, belief, belief, written)
         rng = random.Random(stable_seed(plant.seed, "handed", q.id))
         for _ in range(handed):
