@@ -196,8 +196,7 @@ def rationale_from_row(
     try:
         return _from_row(row, question)
     except BadInput as e:
-        got = {"value": e.value} if "(got" in str(e) else {}
-        raise BadInput(e.problem, file=file, line=line, field=e.field, remedy=e.remedy, **got) from None
+        raise e.located(file, line) from None
 
 
 def _from_row(row: Mapping, question: Question | None) -> Rationale:

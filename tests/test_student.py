@@ -10,7 +10,8 @@ from hypothesis import given, settings, strategies as st
 
 from faithful_distill.files import BadInput, shipped
 from faithful_distill.lab.world import world_questions
-from faithful_distill.questions import Question, load_questions, match_choice
+from faithful_distill.questions import Question, match_choice
+from faithful_distill.sources import load_questions
 from faithful_distill.student import answers
 from faithful_distill.student.answers import (
     answer,
