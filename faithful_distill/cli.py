@@ -348,7 +348,7 @@ def reproduce(
     for path in keep_profile(profile, keep, runs, seeds) if keep else []:
         click.echo(f"Kept: {path}")
 
-# %% ../nbs/95_cli.ipynb #803bcd38
+# %% ../nbs/95_cli.ipynb #6a4e07a3
 def read_questions(
     data: str,
     path: str | None = None,
@@ -372,7 +372,8 @@ def read_questions(
         list bad records in this file (rejected.jsonl) and go on without them
     """
     from faithful_distill.lab.world import world_questions
-    from faithful_distill.questions import as_questions, load_questions
+    from faithful_distill.questions import as_questions
+    from faithful_distill.sources import load_questions
 
     if data.split("-")[0] != "world":
         return as_questions(load_questions(data, split, path, limit, skip_bad))
@@ -380,11 +381,11 @@ def read_questions(
     found = [world_questions(kind, split, 2) for kind in kinds]
     return [q for same_rank in zip(*found) for q in same_rank][:limit]
 
-# %% ../nbs/95_cli.ipynb #6f7fca1d
+# %% ../nbs/95_cli.ipynb #21aaab7d
 @command(
     "cli:read_questions",
     "teacher.rationales:rationalize",
-    "teacher.rationales:load_teacher",
+    "teacher.loading:load_teacher",
     "teacher.generate:contrastive_generate",
 )
 def rationales(
@@ -435,8 +436,10 @@ def rationales(
         JSON-lines file; a second call goes on where the first one stopped
     """
     from faithful_distill.files import shipped, writable_folder
-    from faithful_distill.ranks import leave_launcher
-    from faithful_distill.teacher.rationales import as_strategy, load_teacher, rationalize_in_parts
+    from faithful_distill.ranks import leave_ranks
+    from faithful_distill.teacher.loading import load_teacher
+    from faithful_distill.teacher.strategy import as_strategy
+    from faithful_distill.teacher.shards import rationalize_in_parts
 
     writable_folder(Path(out).absolute().parent)
     questions = read_questions(data, path, split, limit, skip_bad)
@@ -465,7 +468,7 @@ def rationales(
             out=out,
         )
     if loaded.tensor_parallel:
-        leave_launcher()
+        leave_ranks()
     cut = sum(r.stop == "length" for r in records)
     n_questions = len({r.id for r in records})
     click.echo(
@@ -475,7 +478,7 @@ def rationales(
 
 def _prompt_for(prompt: str | None, data: str) -> str | None:
     "The worked examples to use: those asked for, else the dataset's own; none for the world and plain files."
-    from faithful_distill.questions import sources
+    from faithful_distill.sources import sources
 
     if prompt == "none":
         return None

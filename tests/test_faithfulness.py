@@ -717,7 +717,7 @@ def record_of(q, target=1, **other):
     ],
 )
 def test_a_record_that_does_not_fit_its_question_is_one_clear_error(change, field):
-    from faithful_distill.faithfulness.interventions import match_records
+    from faithful_distill.faithfulness.protocol import match_records
 
     questions = two_choices(3)
     assert len(match_records(questions, [record_of(q) for q in questions])) == 3 and match_records(

@@ -14,10 +14,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from .calibration import rank_correlation, rank_correlation_within
+from .correlation import rank_correlation, rank_correlation_within
 from .external import ExternalRationale, surface
 from .intervals import Score, mean_score
-from .interventions import asking, measure
+from .protocol import asking
+from .interventions import measure
 from .metrics import accuracy, las_from_credit, rev, same_answer_rate
 from .perturb import shuffle_across
 from .readers import ChoiceReader, Reader, scratch_base

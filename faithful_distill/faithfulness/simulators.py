@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from .intervals import Score
-from .interventions import asking, own_rationales
+from .protocol import asking, own_rationales
 from .metrics import las, las_from_credit, rev
 from .readers import ChoiceReader, Reader, fit_reader, read_choices
 from ..files import BadInput, stable_seed
