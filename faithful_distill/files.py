@@ -8,7 +8,6 @@ __all__ = ['BadInput', 'read_jsonl', 'write_text', 'write_json', 'Journal', 'sha
 
 # %% ../nbs/00_files.ipynb #c03706f9
 import difflib
-import fcntl
 import hashlib
 import json
 import os
@@ -287,6 +286,7 @@ def progress(iterable: Iterable | None = None, *, total: int | None = None, desc
     """
     from tqdm import tqdm
 
+    shown_in = _progress_file()
     return tqdm(
         iterable,
         total=total,
@@ -295,7 +295,9 @@ def progress(iterable: Iterable | None = None, *, total: int | None = None, desc
         disable=not shows_progress(),
         mininterval=0.5,
         leave=False,
-        dynamic_ncols=sys.stderr.isatty(),
+        file=_LastLine(shown_in) if shown_in else None,
+        ncols=0 if shown_in else None,  # 0: numbers only
+        dynamic_ncols=not shown_in and sys.stderr.isatty(),
     )
 
 # %% ../nbs/00_files.ipynb #958fa589
@@ -303,6 +305,28 @@ def shows_progress() -> bool:
     "Are bars shown here?"
     asked = os.environ.get("FAITHFUL_DISTILL_PROGRESS")
     return asked != "0" if asked else sys.stderr.isatty() or "ipykernel" in sys.modules
+
+# %% ../nbs/00_files.ipynb #2170cc0d
+def _progress_file() -> str | None:
+    asked = os.environ.get("FAITHFUL_DISTILL_PROGRESS", "")
+    return asked if os.path.isabs(asked) else None
+
+
+class _LastLine:
+    "A stream for a bar that keeps only what the bar shows at the moment, in a file."
+
+    def __init__(self, path: str):
+        self.path = path
+
+    def write(self, text: str) -> None:
+        if text.startswith("\r"):  # all else moves a cursor that is not there
+            try:
+                Path(self.path).write_text(text.strip(), encoding="utf-8")
+            except OSError:
+                pass  # nobody can be watching
+
+    def flush(self) -> None:
+        pass
 
 # %% ../nbs/00_files.ipynb #60e7117b
 def writable_folder(path) -> Path:
@@ -370,22 +394,3 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
     "A remedy for a name that is not known: the nearest that is, else all of them."
     near = difflib.get_close_matches(str(name), [str(k) for k in known], n=1)
     return f"Did you mean {near[0]!r}?" if near else f"Known: {', '.join(map(str, known))}."
-
-# %% ../nbs/00_files.ipynb #a35be915
-def _locked(handle) -> bool:
-    "Holds the lock from now on; False if somebody else does."
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    except OSError:
-        pass  # a file system without locks: then nobody is kept out
-    return True
-
-# %% ../nbs/00_files.ipynb #91df261a
-def _is_free(path) -> bool:
-    handle = os.open(path, os.O_RDWR | os.O_CREAT)
-    try:
-        return _locked(handle)
-    finally:
-        os.close(handle)
