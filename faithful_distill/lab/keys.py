@@ -133,17 +133,25 @@ _type_nodes = (
 )
 
 
+def _names_types_only(tree: ast.AST) -> bool:
+    attributes = [n for n in ast.walk(tree) if isinstance(n, ast.Attribute)]
+    return all(isinstance(n, _type_nodes) for n in ast.walk(tree)) and all(
+        getattr(a.value, "id", None) == "typing" for a in attributes
+    )
+
+
 @lru_cache(maxsize=None)
 def _validator(annotation: str) -> TypeAdapter:
     "What checks values against an annotation; one that is not understood accepts everything."
-    tree = ast.parse(annotation, mode="eval")
-    strict = ConfigDict(strict=True)
-    if all(isinstance(node, _type_nodes) for node in ast.walk(tree)):
+    tree, strict = ast.parse(annotation, mode="eval"), ConfigDict(strict=True)
+    if _names_types_only(tree):
         try:
             kind = eval(compile(tree, annotation, "eval"), {"__builtins__": {}}, _type_names)
-            return TypeAdapter(kind, config=strict)
+            adapter = TypeAdapter(kind, config=strict)
+            if adapter.pydantic_complete:  # not if it holds the name of a type as text
+                return adapter
         except (TypeError, AttributeError, NameError, PydanticUserError):
-            pass  # such as `Frame["x"]` of a type not known here
+            pass  # such as `Frame["x"]`, of a type not known here
     return TypeAdapter(Any, config=strict)
 
 # %% ../../nbs/80_keys.ipynb #82049833
@@ -336,22 +344,28 @@ class PackageCode:
         dotted = lambda path: ".".join(path.relative_to(folder).parts)
         paths = [p for p in sorted(folder.rglob("*.py")) if not p.stem.startswith("_")]
         paths = [p for p in paths if p.relative_to(folder).parts[0] != "shipped"]
-        self.text = {dotted(p.with_suffix("")): p.read_text(encoding="utf-8") for p in paths}
+        self.paths = {dotted(p.with_suffix("")): p for p in paths}
+        self._texts: dict[str, str] = {}
         self.homes: dict[str, str] = {}  # public name -> the dotted name that it stands for
         for stub in sorted(folder.rglob("__init__.pyi")):
             self.homes |= _public_homes(stub.read_text(encoding="utf-8"), dotted(stub.parent))
+
+    def text(self, module: str) -> str:
+        if module not in self._texts:
+            self._texts[module] = self.paths[module].read_text(encoding="utf-8")
+        return self._texts[module]
 
     def named(self, dotted: str) -> set[str]:
         "The modules that a dotted name stands for: the module it lies in, or all of a folder."
         parts = dotted.split(".")
         for n in range(len(parts), 0, -1):
             lead = ".".join(parts[:n])
-            if lead in self.text:
+            if lead in self.paths:
                 return {lead}
             home = self.homes.get(lead)
             if home and not home.startswith(lead + "."):
                 return self.named(home)
-        return {m for m in self.text if parts[0] == "*" or m.startswith(parts[0] + ".")}
+        return {m for m in self.paths if parts[0] == "*" or m.startswith(parts[0] + ".")}
 
     def used(self, sources: Iterable[str]) -> dict[str, str]:
         "The modules that sources import, directly or through others, each with the hash of its code."
@@ -359,8 +373,8 @@ class PackageCode:
         while waiting:
             direct = set().union(*map(self.named, _mentioned(*waiting.pop())))
             for module in direct - used.keys():
-                used[module] = content_key(code_text(self.text[module]))
-                waiting.append((self.text[module], module.rpartition(".")[0]))
+                used[module] = content_key(code_text(self.text(module)))
+                waiting.append((self.text(module), module.rpartition(".")[0]))
         return dict(sorted(used.items()))
 
 
@@ -572,7 +586,7 @@ class Snapshot:
         cells = _code_cells(path)
         code = [c["source"] for c in cells if "parameters" not in c["tags"]]
         modules = self.package.used(code)
-        readers = code + [self.package.text[m] for m in modules if m != "files"]  # `files` defines `shipped`
+        readers = code + [self.package.text(m) for m in modules if m != "files"]  # `files` defines `shipped`
         recipe = {
             "code": content_key([code_text(c) for c in code]),
             "modules": modules,

@@ -397,3 +397,12 @@ def _picture(path: Path) -> tuple[str, int]:
     with Image.open(path) as image:
         width = image.width / image.info.get("dpi", (style["savefig.dpi"],))[0]
     return "data:image/png;base64," + base64.b64encode(path.read_bytes()).decode(), round(width * 100)
+
+# %% ../../nbs/91_report.ipynb #3e88042e
+def cost_report(path, title: str, sections: Iterable) -> Path:
+    "The page of the figures that show seconds and memory of a study."
+    lead = (
+        "Seconds and memory of the runs as they were made here. They differ from one execution to the next,"
+        " so they stand beside the report and not in it."
+    )
+    return build_report(path, f"{title}: what it cost", lead, sections)
