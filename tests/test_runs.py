@@ -1,4 +1,5 @@
-"""The driver under real conditions: processes that are killed, two drivers at once, changed code, a warm kernel against a cold one."""
+"""The driver under real conditions: processes that are killed, two drivers at once, changed code, a warm kernel
+against a cold one."""
 
 import json
 import os
@@ -18,7 +19,7 @@ from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 
 import faithful_distill
 from faithful_distill.files import BadInput
-from faithful_distill.lab import keys, plan as plans
+from faithful_distill.lab import kernel as kernels, keys, plan as plans
 from faithful_distill.lab.grid import _read_yaml, load_grid
 from faithful_distill.lab.kernel import WarmKernel, progress_line
 from faithful_distill.lab.keys import found_notebook, notebook_parameters, planned_run
@@ -73,7 +74,7 @@ def result_bytes(runs: Path) -> dict[str, bytes]:
     }
 
 
-# --- keys ---------------------------------------------------------------------------------------------------------------------------
+# --- keys ----------------------------------------------------------------------------------------------------
 
 
 def test_prose_outputs_and_comments_do_not_change_the_key_but_code_does(tmp_path):
@@ -335,7 +336,7 @@ def test_annotations_are_read_and_not_executed(tmp_path):
     assert keys.checked_parameters(nb, {"a": "x", "b": ("y",)}) == {"a": "x", "b": ["y"], "c": 2}
 
 
-# --- where there is no Unix -----------------------------------------------------------------------------------------------------------
+# --- where there is no Unix ----------------------------------------------------------------------------------
 
 
 def test_the_laboratory_can_be_imported_without_what_only_unix_has():
@@ -350,7 +351,7 @@ print("imported")
     assert python(PACKAGE, code, PACKAGE.parent) == "imported"
 
 
-# --- one run ------------------------------------------------------------------------------------------------------------------------
+# --- one run -------------------------------------------------------------------------------------------------
 
 
 def test_a_warm_kernel_is_like_a_new_one(tmp_path, kernel):
@@ -391,12 +392,12 @@ def test_executed_notebooks_hold_no_times_and_no_warnings(tmp_path, kernel):
     )
     folder = run_notebook(nb, {}, tmp_path / "runs", kernel=kernel)
     text, times = (folder / "talks.ipynb").read_text(), json.loads((folder / "times.json").read_text())
-    said = json.dumps([c.outputs for c in nbformat.reads(text, 4).cells if c.cell_type == "code"])
+    output = json.dumps([c.outputs for c in nbformat.reads(text, 4).cells if c.cell_type == "code"])
     assert (
-        "kept" in said
-        and "INFO" not in said
-        and "warned" not in said
-        and "object at 0x..." in said
+        "kept" in output
+        and "INFO" not in output
+        and "warned" not in output
+        and "object at 0x..." in output
         and "duration" not in text
     )
     assert (
@@ -467,7 +468,7 @@ def test_shipped_notebooks_are_found_and_others_named(tmp_path):
     assert found_notebook("00_files.ipynb").is_file()
 
 
-# --- many runs ----------------------------------------------------------------------------------------------------------------------
+# --- many runs -----------------------------------------------------------------------------------------------
 
 JOURNAL = """
 import json, time
@@ -553,11 +554,11 @@ def test_seconds_and_memory_can_be_read_and_what_comes_of_them_is_kept_apart(tmp
         " work}}}\n"
     )
     folder = reproduce(tmp_path / "toy.yaml", runs=tmp_path / "runs", workers=1).folder
-    told = (folder / "times" / "tables" / "cost.md").read_text()
-    assert told in (
+    shown = (folder / "times" / "tables" / "cost.md").read_text()
+    assert shown in (
         "peak_mib resumed seconds [0, 1]",
         "resumed seconds [0, 1]",
-    ), "memory only where the system tells it"
+    ), "memory only where the system reports it"
     assert (folder / "tables" / "cost.md").read_text() == "x [0, 1]"
     times = read_table(folder / "times" / "times.csv")
     assert (
@@ -640,12 +641,12 @@ def test_a_second_run_computes_nothing_and_a_deleted_cell_only_itself(study):
 
 def test_two_drivers_at_once_share_the_work(study):
     one, two = driver(study, "runs"), driver(study, "runs")
-    said = ends_well(one) + ends_well(two)
+    output = ends_well(one) + ends_well(two)
     ends_well(driver(study, "alone"))
     assert (
-        said.count("computed ") >= 7
-        and sum(line.startswith("[") and "computed" in line for line in said.splitlines()) == 7
-    ), said
+        output.count("computed ") >= 7
+        and sum(line.startswith("[") and "computed" in line for line in output.splitlines()) == 7
+    ), output
     assert result_bytes(study / "runs") == result_bytes(study / "alone")
 
 
@@ -696,8 +697,8 @@ def test_only_runs_what_it_needs_and_the_forecast_says_what_and_how_long(study, 
     result = reproduce(study / "toy.yaml", runs=study / "runs", only="slow*seed=0")
     assert [o.cell for o in result.outcomes] == ["slow seed=0"]
     reproduce(study / "toy.yaml", runs=study / "runs", dry_run=True)
-    said = capsys.readouterr().out
-    assert "there" in said and "6 of 7 to compute" in said and " s  slow seed=0" in said
+    output = capsys.readouterr().out
+    assert "there" in output and "6 of 7 to compute" in output and " s  slow seed=0" in output
     shutil.rmtree(result.outcomes[0].folder)
     assert "about" in forecast(load_grid(study / "toy.yaml"), study / "runs")
     assert [o.cell for o in reproduce(study / "toy.yaml", runs=study / "runs", only="fig01").outcomes][
@@ -718,26 +719,28 @@ def test_the_forecast_counts_a_shared_run_once(tmp_path, simple, capsys):
         reproduce(tmp_path / "toy.yaml", runs=tmp_path / "runs", workers=1, **asked),
         capsys.readouterr().out,
     )[1].splitlines()
-    said = ask(dry_run=True)
+    output = ask(dry_run=True)
     assert (
-        said[-1] == "3 of 3 to compute, 3 of unknown length, 1 cell shares a run with another"
-        and [line.split()[0] for line in said[:-1]].count("shared") == 1
+        output[-1] == "3 of 3 to compute, 3 of unknown length, 1 cell shares a run with another"
+        and [line.split()[0] for line in output[:-1]].count("shared") == 1
     )
     ask(only="ablation")
     for folder in (tmp_path / "runs").glob("simple-*"):
         shutil.rmtree(folder)
     plans._remember_seconds(tmp_path / "runs", "ablation n=2", 60.0)
     plans._remember_seconds(tmp_path / "runs", "ablation n=3", 60.0)
-    said = ask(dry_run=True)
+    output = ask(dry_run=True)
     assert (
-        said[-1]
+        output[-1]
         == "3 of 3 to compute, about 2.0 min with 1 workers, 1 of unknown length, 1 cell shares a run with"
         " another"
     ), "known by whichever name it was computed under"
 
 
 def test_one_call_keeps_all_that_the_figures_of_a_profile_read(tmp_path, monkeypatch):
-    "Groups that a figure reads together become one table, a file of a run is kept, and a figure drawn from what was kept is the same."
+    """Groups that a figure reads together become one table, a file of a run is kept, and a figure drawn from what
+    was kept is the same.
+    """
     from click.testing import CliRunner
     from faithful_distill.cli import main
 
@@ -1016,7 +1019,7 @@ def test_tidy_bytes_do_not_depend_on_the_order_of_runs(simple, tmp_path, kernel)
     )
 
 
-# --- what is already there -----------------------------------------------------------------------------------------------------------
+# --- what is already there -----------------------------------------------------------------------------------
 
 
 def test_a_folder_that_gather_did_not_make_is_refused_before_anything_runs(simple, tmp_path):
@@ -1098,11 +1101,42 @@ def test_a_kernel_that_outlived_its_driver_keeps_others_out(simple, tmp_path, ke
         pass
 
 
-def test_a_killed_kernel_is_not_started_again():
+def test_nobody_waits_for_a_run_that_is_finished(simple, tmp_path, kernel):
+    "Its kernel has nothing to do now and holds the lock of the run it made last."
+    run_notebook(simple, {}, tmp_path / "runs", kernel=kernel)
+    with hold_run(planned_run(simple, {}, tmp_path / "runs"), wait=False):
+        pass
+
+
+def test_a_killed_kernel_is_not_started_again(monkeypatch):
     kernel = WarmKernel()
     kernel.kill()
+    monkeypatch.setattr(kernels, "_launch", lambda _: pytest.fail("it was started"))
     with pytest.raises(RuntimeError, match="was killed"):
         kernel.start()
+
+
+def test_a_kernel_that_is_killed_while_it_starts_leaves_no_process(monkeypatch):
+    "Ctrl-C comes when a worker has just asked for a kernel: there is no process to be killed yet."
+    kernel, started = WarmKernel(), []
+    environment = kernels._kernel_environment
+
+    def killed_meanwhile(*args):
+        kernel.kill()
+        return environment(*args)
+
+    def end(pid):
+        started.append(pid)
+        return end_process(pid)
+
+    end_process = kernels._end_process
+    monkeypatch.setattr(kernels, "_kernel_environment", killed_meanwhile)
+    monkeypatch.setattr(kernels, "_end_process", end)
+    with pytest.raises(RuntimeError, match="was killed"):
+        kernel.start()
+    assert kernel.pid is None and started[-1] is not None
+    with pytest.raises(ProcessLookupError):
+        os.kill(started[-1], 0)
 
 
 ONE = "groups:\n  a:\n    notebook: simple.ipynb\n"
@@ -1201,18 +1235,6 @@ def test_each_within_a_list_joins_it(simple, tmp_path):
     [
         ["reproduce", "--list", "--workers", "0"],
         ["reproduce", "--list", "--seeds", "0"],
-        ["bench", "decode", "--device", "tpu"],
-        ["bench", "decode", "--new", "0"],
-        ["bench", "decode", "--question", "-1"],
-        ["bench", "decode", "--prompt", "0"],
-        ["bench", "decode", "--dtype", "float99"],
-        ["bench", "decode", "--out", "."],
-        ["bench", "train", "--out", "."],
-        ["bench", "train", "--steps", "0"],
-        ["bench", "train", "--rounds", "0"],
-        ["bench", "train", "--batch-size", "0"],
-        ["bench", "train", "--questions", "0"],
-        ["bench", "train", "--peak", "0"],
     ],
 )
 def test_options_out_of_range_are_refused_before_anything_is_done(args):
