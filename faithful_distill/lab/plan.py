@@ -270,9 +270,8 @@ class _Schedule:
     def __init__(self, plan: Plan, planned: dict[str, Run], names: set[str], seconds: dict[str, float]):
         self.plan, self.order = plan, [n for n in plan.order if n in names]
         self.outcomes: dict[str, Outcome] = {}
-        self.cells: dict[
-            str, list[str]
-        ] = {}  # name of a run that is to be computed -> the cells that share it
+        # name of a run that is to be computed -> the cells that share it
+        self.cells: dict[str, list[str]] = {}
         for name in self.order:
             if planned[name].finished:
                 self.outcomes[name] = Outcome(name, "there", planned[name].folder)
