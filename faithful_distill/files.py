@@ -312,22 +312,6 @@ def _holder_in(file: Path) -> str:
     except OSError:
         return "a process that has just started, or just ended"
 
-# %% ../nbs/00_files.ipynb #a35be915
-def _locked(handle) -> bool:
-    "Holds the lock from now on; False if somebody else does."
-    try:
-        return filelock.lock_descriptor(handle, blocking=False)
-    except OSError:
-        return True  # a file system without locks: then nobody is kept out
-
-
-def _is_free(path) -> bool:
-    handle = os.open(path, os.O_RDWR | os.O_CREAT)
-    try:
-        return _locked(handle)
-    finally:
-        os.close(handle)
-
 # %% ../nbs/00_files.ipynb #26ef8e5c
 def sha256_file(path) -> str:
     "SHA-256 of a file's bytes, in hex."

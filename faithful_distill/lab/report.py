@@ -312,3 +312,12 @@ def build_report(
         footer=footer,
     )
     return write_text(path, page)
+
+# %% ../../nbs/91_report.ipynb #3e88042e
+def cost_report(path, title: str, sections: Iterable) -> Path:
+    "The page of the figures that show seconds and memory of a study."
+    lead = (
+        "Seconds and memory of the runs as they were made here. They differ from one execution to the next,"
+        " so they stand beside the report and not in it."
+    )
+    return build_report(path, f"{title}: what it cost", lead, sections)
