@@ -10,10 +10,12 @@ from .faithfulness.scoring import score_rationales as score_rationales
 from .files import BadInput as BadInput
 from .lab.runs import run_notebook as run_notebook
 from .lab.study import reproduce as reproduce
-from .questions import Question as Question, load_questions as load_questions
+from .questions import Question as Question
+from .sources import load_questions as load_questions
 from .student.answers import answer as answer, explain as explain
 from .student.model import load_student as load_student
 from .teacher.generate import contrastive_generate as contrastive_generate
-from .teacher.rationales import load_teacher as load_teacher, rationalize as rationalize
+from .teacher.loading import load_teacher as load_teacher
+from .teacher.rationales import rationalize as rationalize
 from .training.settings import Settings as Settings
 from .training.train import train_student as train_student

@@ -94,7 +94,7 @@ def tiny(kind: str, seed: int = 0, **changes):
 def prompts(
     n: int, *, prefix: int = 24, question=(5, 15), answer=(1, 4), wrong: int = 3, seed: int = 0, low: int = 3
 ):
-    "`n` questions after one shared prefix: (gold contexts, empty contexts, one wrong context each, all wrong contexts each)."
+    "Contexts of `n` questions after one shared prefix: gold, empty, one wrong each, all wrong each."
     rng = random.Random(seed)
     tokens = lambda k: [rng.randrange(low, VOCABULARY) for _ in range(k)]
     shared, gold, empty, one, all_wrong = tokens(prefix), [], [], [], []
@@ -125,7 +125,7 @@ def guided(model, gold, negative, alpha, max_new_tokens, stops=()):
 
 
 def launched(*arguments, timeout=240, **environment):
-    "Run python with the arguments of a launcher of several processes, as from a fresh shell; fails with what it said."
+    "Run python with a launcher's arguments, as from a fresh shell; a failure shows the end of its stderr."
     rank = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
     here = Path(__file__).parent
     env = (

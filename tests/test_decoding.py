@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from decoding_models import VOCABULARY, guided, prompts, tiny
-from faithful_distill.teacher.contrast import Generation, Stop, reference_generate, row_uniforms, stop_rule
+from faithful_distill.teacher.choice import row_uniforms
+from faithful_distill.teacher.contrast import Generation, Stop, reference_generate, stop_rule
 from faithful_distill.teacher.generate import contrastive_generate
 from faithful_distill.files import BadInput
 
@@ -292,7 +293,7 @@ LLAMA3 = (
 
 @pytest.mark.parametrize("pattern", [None, LLAMA3])
 def test_stop_rule_finds_the_end_of_every_block(pattern):
-    "Feed the rule a real continuation token by token: it must fire at the blank line and keep the sentence whole."
+    "Token by token, the rule must fire at the blank line and keep the sentence whole."
     tokenizer = byte_tokenizer(TEXT, 320, pattern)
     stop = stop_rule(tokenizer)
     for sentence in (

@@ -1,4 +1,4 @@
-"""The shared-prefix engine: the slow loop's tokens for every shape, each token computed once, and a way out when it cannot serve."""
+"""The shared-prefix engine: the slow loop's tokens, each token computed once, and a way out where it cannot serve."""
 
 import json
 import logging
@@ -8,11 +8,13 @@ import torch
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-from faithful_distill.teacher import engine
+from faithful_distill.teacher import attention
 from decoding_models import VOCABULARY, launched, prompts, tiny
-from faithful_distill.teacher.contrast import Generation, Row, Stop, reference_generate
+from faithful_distill.teacher.attention import Unserved
+from faithful_distill.teacher.choice import Row
+from faithful_distill.teacher.contrast import Generation, Stop, reference_generate
 from faithful_distill.teacher.generate import contrastive_generate
-from faithful_distill.teacher.engine import SharedPrefix, Unserved, common_prefix, group_rows, refused
+from faithful_distill.teacher.engine import SharedPrefix, common_prefix, group_rows, refused
 
 gold, empty, wrong, all_wrong = prompts(6)
 tokens = lambda generations: [g.tokens for g in generations]
@@ -44,7 +46,7 @@ shapes = st.fixed_dictionaries(
 
 
 def check(kind, prefix, questions, twice, alpha, beta, new, budget, stops, rule):
-    "All engines give the slow loop's generations for these questions; `twice` adds the counterfactual row of each."
+    "All engines give the slow loop's generations; `twice` adds the counterfactual row of each question."
     contexts = [[(prefix + stem + end) or [1] for end in ends] for stem, ends in questions]
     if twice:
         contexts += [c[::-1] for c in contexts]
@@ -185,7 +187,7 @@ def test_gold_and_counterfactual_rows_find_each_other():
 
 
 def test_waiting_rows_enter_while_others_are_under_way(monkeypatch):
-    "With two slots, six questions and rationales of unequal length, no slot waits for the longest of its batch."
+    "Two slots, six questions, rationales of unequal length: no slot waits for the longest of its batch."
     model, stop = models["llama"], Stop(frozenset(range(40)))
     slow = reference_generate(model, gold, wrong, max_new_tokens=12, stop=stop)
     assert refused(model) == ""
@@ -223,7 +225,7 @@ def test_fallback_says_why_and_keeps_the_tokens(caplog):
         contrastive_generate(model, gold, wrong, engine="shared")
 
 
-def test_memory_is_said_before_the_first_token(caplog):
+def test_memory_is_logged_before_the_first_token(caplog):
     with caplog.at_level(logging.INFO):
         contrastive_generate(models["llama"], gold, wrong, max_new_tokens=5)
     assert "MiB of keys and values" in caplog.text and "6 rows" in caplog.text
@@ -245,15 +247,15 @@ def test_attention_to_less_than_all_is_not_served(caplog):
 
 
 def test_the_trial_catches_a_wrong_attention(monkeypatch):
-    right = engine.partial_attention
+    right = attention.partial_attention
     for wrongly in (
         lambda q, k, v, b, s: right(q, k, v, None, s),  # forgets what is hidden
         lambda q, k, v, b, s: right(q, k, v, b, s * 1.05),  # a scale slightly off
         lambda q, k, v, b, s: (lambda out, lse: (out, lse * 0))(*right(q, k, v, b, s)),
     ):  # parts weighed equally
-        monkeypatch.setattr(engine, "partial_attention", wrongly)
+        monkeypatch.setattr(attention, "partial_attention", wrongly)
         assert "different from a plain forward pass" in refused(tiny("llama"))
-    monkeypatch.setattr(engine, "partial_attention", right)
+    monkeypatch.setattr(attention, "partial_attention", right)
     assert refused(tiny("llama")) == ""
 
 
@@ -288,7 +290,7 @@ def test_out_of_memory_halves_the_budget(caplog, monkeypatch):
 
 
 def test_out_of_memory_on_the_way_keeps_what_is_finished(caplog, monkeypatch):
-    "Memory runs out after some rows have ended: they are not written again, and the others come out the same."
+    "Memory runs out after some rows have ended: they are not decoded again, and the others come out the same."
     model, done, stop = models["llama"], [], Stop(frozenset(range(40)))
     expected = reference_generate(model, gold, wrong, max_new_tokens=12, stop=stop)
     assert refused(model) == "" and len({len(g.tokens) for g in expected}) > 1
@@ -343,18 +345,18 @@ def test_whatever_attention_the_model_came_with(attention):
 def test_the_two_matrix_kernels_agree(monkeypatch):
     model, made = models["gpt_neox"], {}
     for wide in (False, torch.backends.mkldnn.is_available()):
-        monkeypatch.setattr(engine, "wide_kernel", lambda: wide)
+        monkeypatch.setattr(attention, "wide_kernel", lambda: wide)
         made[wide] = contrastive_generate(model, gold, wrong, max_new_tokens=6, engine="shared")
     assert set(map(str, made.values())) == {str(reference_generate(model, gold, wrong, max_new_tokens=6))}
 
 
 def test_the_kernel_without_log_sum_exp_agrees():
-    "What runs on accelerators, two products and a log-sum-exp, against the fused kernel: hidden keys, grouped heads."
+    "What runs on accelerators (two products, a log-sum-exp) against the fused kernel: hidden keys, grouped heads."
     torch.manual_seed(0)
     q, k, v = torch.randn(3, 2, 4, 8), torch.randn(3, 2, 9, 8), torch.randn(3, 2, 9, 8)
     bias = torch.zeros(3, 1, 4, 9).masked_fill_(torch.rand(3, 1, 4, 9) < 0.3, torch.finfo(torch.float32).min)
-    fused = engine.partial_attention(q, k, v, bias, 0.3)
-    wide = engine.partial_attention(
+    fused = attention.partial_attention(q, k, v, bias, 0.3)
+    wide = attention.partial_attention(
         q, k, torch.cat([v, v], -1), bias, 0.3
     )  # another value size: the other branch
     assert torch.allclose(fused[0], wide[0][..., :8], atol=1e-5) and torch.allclose(
@@ -368,7 +370,8 @@ def test_the_kernel_without_log_sum_exp_agrees():
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("kind", ["gpt_neox", "llama", "gpt2"])
 def test_half_precision_keeps_the_scores(kind, dtype):
-    "Ties make tokens depend on the batch in half precision, in every engine; so the engine's choices are rescored by plain passes in float32."
+    """In half precision ties make tokens depend on the batch, in every engine; so the engine's choices are
+    rescored by plain passes in float32."""
     whole, half = tiny(kind, initializer_range=0.15), tiny(kind, initializer_range=0.15).to(dtype)
     made = contrastive_generate(half, gold, wrong, max_new_tokens=6, engine="shared", scores=True)
     with torch.inference_mode():
@@ -390,7 +393,7 @@ def test_half_precision_keeps_the_scores(kind, dtype):
 
 
 def test_weights_that_live_elsewhere():
-    "accelerate keeps the weights aside and fetches them layer by layer: inputs go where the embedding is computed."
+    "accelerate fetches offloaded weights layer by layer: inputs go where the embedding is computed."
     from accelerate import cpu_offload
 
     model, expected = tiny("llama"), reference_generate(models["llama"], gold, wrong, max_new_tokens=5)
@@ -413,7 +416,7 @@ def test_on_an_accelerator(kind):
 
 @pytest.mark.parametrize("engine", ["shared", "plain"])
 def test_device_map_auto(tmp_path, engine):
-    "A teacher that does not fit where it is computed, laid out by `device_map='auto'`: here over memory and disk."
+    "A teacher that does not fit in memory, laid out by `device_map='auto'`: here over memory and disk."
     from transformers import AutoModelForCausalLM
 
     models["gpt_neox"].save_pretrained(tmp_path / "teacher")
@@ -434,27 +437,32 @@ TENSOR_PARALLEL = """
 import json, sys, torch.distributed as dist
 from decoding_models import prompts
 from faithful_distill.teacher.generate import contrastive_generate
-from faithful_distill.ranks import leave_launcher
-from faithful_distill.teacher.rationales import load_teacher, rationalize_in_parts
+from faithful_distill.ranks import leave_ranks
+from faithful_distill.teacher.loading import load_teacher
+from faithful_distill.teacher.shards import rationalize_in_parts
 from faithful_distill.lab.world import world_questions
 folder = sys.argv[1]
 gold, _, wrong, _ = prompts(6)
 model = load_teacher(folder + "/llama", dtype="float32", tensor_parallel=True).model
-made = [contrastive_generate(model, gold, wrong, max_new_tokens=6, engine=engine) for engine in ("shared", "plain")]
+options = dict(max_new_tokens=6)
+made = [contrastive_generate(model, gold, wrong, engine=engine, **options) for engine in ("shared", "plain")]
 world = load_teacher(folder + "/world", tensor_parallel=True)
-records = rationalize_in_parts(world, world_questions("choice", limit=3), max_new_tokens=6, out=folder + "/spread.jsonl")
+questions, out = world_questions("choice", limit=3), folder + "/together.jsonl"
+records = rationalize_in_parts(world, questions, out=out, **options)
 if dist.get_rank() == 0: print("MADE", json.dumps([[m.tokens for m in some] for some in made]))
 else: print("OTHER", len(records))
-leave_launcher()
+leave_ranks()
 """
 
 
 def test_tensor_parallel(tmp_path):
-    "Two processes, each with half of the heads, write the tokens of one; over a dataset they share one list of jobs, resumed where it stopped, and one file."
+    """Two processes, each with half of the heads, write the tokens of one. Over a dataset they share one list
+    of jobs, resumed where it stopped, and one file."""
     from transformers import AutoTokenizer
     from faithful_distill.files import shipped
     from faithful_distill.files import Journal
-    from faithful_distill.teacher.rationales import load_teacher, rationalize
+    from faithful_distill.teacher.loading import load_teacher
+    from faithful_distill.teacher.rationales import rationalize
     from faithful_distill.lab.world import world_questions
 
     tokenizer = AutoTokenizer.from_pretrained(shipped("data", "models", "teacher"))
@@ -470,8 +478,8 @@ def test_tensor_parallel(tmp_path):
         max_new_tokens=6,
         out=tmp_path / "alone.jsonl",
     )
-    with Journal(tmp_path / "spread.jsonl.partial") as journal:
-        journal.append(*alone[:2])  # as if it had been killed
+    with Journal(tmp_path / "together.jsonl.partial") as journal:
+        journal.append(*(r.to_row() for r in alone[:2]))  # as if it had been killed
     (tmp_path / "run.py").write_text(TENSOR_PARALLEL)
     run = launched(
         "-m",
@@ -487,6 +495,6 @@ def test_tensor_parallel(tmp_path):
         json.loads(made[5:])
         == [tokens(reference_generate(models["llama"], gold, wrong, max_new_tokens=6))] * 2
     )
-    assert (tmp_path / "spread.jsonl").read_bytes() == (
+    assert (tmp_path / "together.jsonl").read_bytes() == (
         tmp_path / "alone.jsonl"
     ).read_bytes() and f"OTHER {len(alone)}" in run.stdout

@@ -18,8 +18,12 @@ from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
 from decoding_models import launched
 from faithful_distill.cli import main
 from faithful_distill.files import BadInput, Journal, read_jsonl, shipped, sole_writer
+from faithful_distill.records import read_records
+from faithful_distill.teacher.loading import load_teacher
 from faithful_distill.teacher.prompts import block
-from faithful_distill.teacher.rationales import argument, load_teacher, rationalize
+from faithful_distill.teacher.rationales import rationalize
+from faithful_distill.teacher.shards import merge_shards, rationalize_in_parts
+from faithful_distill.teacher.strategy import Strategy, argument, as_strategy
 from faithful_distill.lab.corpus import build_tokenizer
 from faithful_distill.lab.world import judge, world_questions
 
@@ -42,16 +46,16 @@ def test_the_flip_undoes_itself_nowhere():
             assert target == q.answer and q.answer not in others
 
 
-def test_embedded_teacher_argues_for_what_it_is_told(teacher):
-    "Contrast makes the embedded teacher support the answer it is given more often, gold or not; the reason the package exists."
+def test_contrast_makes_the_embedded_teacher_argue_for_the_stated_answer(teacher):
+    "Gold or not: the reason the package exists."
     questions = {
         q.id: q for k in ("choice", "boolean", "statement") for q in world_questions(k, "test", 2, limit=60)
     }
     share = {}
     for strategy in ("greedy", "contrastive-wrong"):
         for r in rationalize(teacher, questions.values(), strategy, max_new_tokens=24):
-            share.setdefault((strategy, r["role"]), []).append(
-                judge(questions[r["id"]], r["rationale"]).supports == r["target"]
+            share.setdefault((strategy, r.role), []).append(
+                judge(questions[r.id], r.rationale).supports == r.target
             )
     mean = {k: sum(v) / len(v) for k, v in share.items()}
     for role in ("gold", "counterfactual"):
@@ -78,6 +82,43 @@ def finished(teacher, tmp_path):
     )
     call()
     return questions, call, out, out.read_bytes()
+
+
+def test_a_file_of_an_earlier_version_is_resumed(teacher, tmp_path, monkeypatch):
+    "Earlier files spell out what is not there as null. They are read, and go on where they stopped."
+    questions, out = world_questions("choice", "test", limit=4), tmp_path / "out.jsonl"
+    call = lambda: rationalize(teacher, questions, "greedy", max_new_tokens=4, out=out)
+    whole = call()
+    after = out.read_bytes()
+    earlier = [r.to_row() | {"perturbed": None} for r in whole]
+    assert all("perturbed" not in r.to_row() for r in whole)
+    for file, rows in ((out, earlier), (out.with_name("out.jsonl.partial"), earlier[:3])):
+        out.unlink(missing_ok=True)
+        file.write_text("".join(json.dumps(row, sort_keys=True) + "\n" for row in rows))
+        assert read_records(file) == whole[: len(rows)]
+        counts = decoded(monkeypatch)
+        assert call() == whole and counts == [8 - len(rows)] and out.read_bytes() == after
+
+
+def test_settings_of_the_strategy_are_given_in_the_call(teacher, tmp_path):
+    questions = world_questions("choice", "test", limit=4)
+    made = rationalize(teacher, questions, "contrastive-wrong", alpha=0.25, beta=0.1, max_new_tokens=6)
+    assert made == rationalize(teacher, questions, Strategy("wrong", 0.25, 0.1), max_new_tokens=6)
+    assert {(r.perturbation, r.alpha, r.beta, r.temperature) for r in made} == {("wrong", 0.25, 0.1, 0.0)}
+    assert as_strategy("sampled", temperature=None) == as_strategy("sampled")
+    for wrong, words in (
+        (dict(alpa=0.3), "field 'alpa'.*Did you mean 'alpha'"),
+        (dict(alpha=1.0), "field 'alpha': must be at least 0 and less than 1"),
+        (dict(alpha=True), "field 'alpha': is not a number"),
+        (dict(beta=2), "field 'beta'"),
+        (dict(temperature=-1), "field 'temperature'"),
+        (dict(perturbation="other"), "must be one of none, empty, wrong, all_wrong"),
+        (dict(alpha=0.0), "conflicts with perturbation='wrong'"),
+        (dict(strategy="greedy", alpha=0.5), "conflicts with perturbation='none'"),
+    ):
+        with pytest.raises(BadInput, match=words):
+            rationalize(teacher, questions, out=tmp_path / "out.jsonl", **wrong)
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize(
@@ -120,7 +161,7 @@ def test_every_question_has_an_id_of_its_own(teacher, tmp_path):
             out=tmp_path / "out.jsonl",
         )
     once = rationalize(teacher, questions, max_new_tokens=4, roles=("gold", "gold"))
-    assert [r["role"] for r in once] == ["gold", "gold"] and len({r["id"] for r in once}) == 2
+    assert [r.role for r in once] == ["gold", "gold"] and len({r.id for r in once}) == 2
 
 
 def test_a_folder_or_nothing_to_write_is_refused_at_once(teacher, tmp_path):
@@ -176,7 +217,6 @@ def test_another_number_of_processes_goes_on_from_what_all_had_done(finished, te
 
 
 def test_parts_of_another_list_are_not_joined(teacher, tmp_path, monkeypatch):
-    from faithful_distill.teacher.rationales import merge_shards, rationalize_in_parts
     from faithful_distill.ranks import shard_path
 
     mine, others, out = (
@@ -223,12 +263,10 @@ def test_a_checkpoint_that_lacks_weights_is_refused(tmp_path):
 
 
 def test_every_end_of_text_that_a_model_knows_ends_a_rationale(teacher):
-    from faithful_distill.teacher.rationales import _ends
-
     before = teacher.model.generation_config.eos_token_id
     try:
         teacher.model.generation_config.eos_token_id = [5, 7]
-        assert _ends(teacher) == {teacher.tokenizer.eos_token_id, 5, 7}
+        assert teacher.end_ids() == {teacher.tokenizer.eos_token_id, 5, 7}
     finally:
         teacher.model.generation_config.eos_token_id = before
 
@@ -255,17 +293,16 @@ def test_a_question_that_spells_a_special_token_is_text(teacher):
     assert teacher.tokenizer.eos_token_id not in gold + other
 
 
-def test_small_things_in_prompts(tmp_path):
-    from faithful_distill.teacher.prompts import context, few_shot
-    from faithful_distill.records import without_answer_sentence
+def test_choices_that_end_in_a_full_stop_get_no_second_one():
+    from faithful_distill.teacher.prompts import context
 
-    assert without_answer_sentence("A bird is also the answer is odd.") == "A bird is also the answer is odd."
-    assert (
-        without_answer_sentence("Birds fly. So the answer is bird.") == "Birds fly."
-        and without_answer_sentence("So the answer is bird.") == ""
-    )
     q = replace(world_questions("choice", "test", limit=1)[0], choices=("Mosses.", "ferns", "a", "b", "c"))
     assert context(q, 0).endswith("The answer is Mosses.") and context(q, 1).endswith("The answer is ferns.")
+
+
+def test_worked_examples_of_ones_own_are_read_again_when_they_change(tmp_path):
+    from faithful_distill.teacher.prompts import few_shot
+
     with pytest.raises(BadInput, match="field 'shots'"):
         few_shot("csqa", -1)
     own = tmp_path / "own.jsonl"
@@ -292,8 +329,8 @@ def test_killed_and_resumed_gives_the_same_bytes(tmp_path):
         "contrastive-empty",
     ]
     code = (
-        "import sys; from faithful_distill.rationales import rationalize; import faithful_distill.rationales"
-        " as r; r.rationalize.__kwdefaults__['chunk'] = 16; from faithful_distill.cli import main;"
+        "import sys; from faithful_distill.teacher.rationales import rationalize;"
+        " rationalize.__kwdefaults__['chunk'] = 16; from faithful_distill.cli import main;"
         " main(sys.argv[1:])"
     )
     call = lambda out: [sys.executable, "-c", code, *command[3:], "--out", str(out)]
@@ -343,7 +380,7 @@ def test_two_processes_share_a_dataset(tmp_path, launcher):
 
 
 def test_each_process_of_a_machine_has_its_own_cards(monkeypatch):
-    "Without accelerators nothing is asked for; with some, every process gets its share, and no two of them the same while there are enough."
+    "Without accelerators no placement; with some, every process gets its share: while there are enough, its own."
     from faithful_distill.ranks import placement
 
     assert placement() == {}
@@ -365,7 +402,7 @@ def test_each_process_of_a_machine_has_its_own_cards(monkeypatch):
 
 
 def test_the_worked_examples_are_computed_once(monkeypatch, teacher):
-    "However many rationales there are between two writes, the shared prompt goes through the model in one run."
+    "However often the journal is written, the shared prompt goes through the model in one run."
     from faithful_distill.teacher.engine import refused
 
     questions = world_questions("choice", "dev", limit=12)
@@ -387,7 +424,7 @@ def test_the_worked_examples_are_computed_once(monkeypatch, teacher):
 def test_bad_rows_stop_one_command_with_one_line(tmp_path):
     path = tmp_path / "own.jsonl"
     path.write_text('{"question": "Who?", "choices": ["me", "you"]}\n')
-    for arguments, said in [
+    for arguments, words in [
         (["--data", str(path)], "--teacher"),
         (["--data", "world", "--strategy", "beam"], "is not a strategy"),
         (["--data", "world", "--teacher", str(tmp_path)], "cannot be loaded as a teacher"),
@@ -395,7 +432,7 @@ def test_bad_rows_stop_one_command_with_one_line(tmp_path):
         (["--data", "world", "--shots", "2", "--prompt", "triviaqa"], "no worked examples"),
     ]:
         done = CliRunner().invoke(main, ["rationales", *arguments, "--out", str(tmp_path / "out.jsonl")])
-        assert done.exit_code == 2 and said in done.output and "Traceback" not in done.output, done.output
+        assert done.exit_code == 2 and words in done.output and "Traceback" not in done.output, done.output
     done = CliRunner().invoke(
         main, ["rationales", "--data", "world", "--limit", "1", "--out", "/proc/nowhere/out.jsonl"]
     )
@@ -413,10 +450,11 @@ def test_prompt_longer_than_the_context(teacher):
 @pytest.mark.parametrize(
     "name,split", [("csqa", "dev"), ("strategyqa", "dev"), ("creak", "dev"), ("qasc", "dev")]
 )
-def test_the_road_on_real_questions(tmp_path, real_data, name, split):
-    "A tiny random teacher with a real few-shot prompt over each real dataset, gold and counterfactual, through the command line."
+def test_the_pipeline_on_real_questions(tmp_path, real_data, name, split):
+    "A tiny random teacher with a real few-shot prompt over each real dataset, through the command line."
     from faithful_distill.teacher.prompts import few_shot
-    from faithful_distill.questions import as_questions, load_questions
+    from faithful_distill.questions import as_questions
+    from faithful_distill.sources import load_questions
 
     questions = as_questions(load_questions(name, split, path=real_data / name, limit=6))
     tokenizer = build_tokenizer(

@@ -7,17 +7,11 @@ from .prompts import (
 from .contrast import (
     Generation as Generation,
     Stop as Stop,
-    contrast as contrast,
     reference_generate as reference_generate,
     stop_rule as stop_rule,
 )
 from .generate import contrastive_generate as contrastive_generate
-from .rationales import (
-    Strategy as Strategy,
-    Teacher as Teacher,
-    load_teacher as load_teacher,
-    merge_shards as merge_shards,
-    rationalize as rationalize,
-    rationalize_in_parts as rationalize_in_parts,
-    strategies as strategies,
-)
+from .strategy import Strategy as Strategy, as_strategy as as_strategy, strategies as strategies
+from .loading import Teacher as Teacher, load_teacher as load_teacher
+from .rationales import rationalize as rationalize
+from .shards import merge_shards as merge_shards, rationalize_in_parts as rationalize_in_parts
