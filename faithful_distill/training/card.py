@@ -42,7 +42,7 @@ card_settings = (
     "max_target",
 )
 
-
+# %% ../../nbs/62_card.ipynb #a1a7697d
 def card_text(note: dict, data: str = "") -> str:
     """The model card of a student.
 
@@ -79,7 +79,7 @@ def card_text(note: dict, data: str = "") -> str:
         )
     )
 
-
+# %% ../../nbs/62_card.ipynb #1cdd51a2
 def _plain(value):
     return int(value) if isinstance(value, float) and value.is_integer() else value
 
