@@ -26,7 +26,8 @@ LAYERS = (  # from the ground up; the wings of one layer do not import each othe
     ("reasoners",),
     ("faithfulness",),
     ("lab",),
-    ("cli", "__main__"),
+    ("cli",),
+    ("__main__",),
 )
 LAYER_OF = {wing: number for number, wings in enumerate(LAYERS) for wing in wings}
 GROUND = {wing for wings in LAYERS[:4] for wing in wings}
