@@ -299,13 +299,15 @@ def write_records(path, records: Iterable[Rationale | dict]) -> Path:
 answer_sentence = "So the answer is"
 
 _opening = re.compile(
-    r"(?:(?P<link>\b(?:so|thus|hence|therefore|and so|which means)\b,?\s+)|(?P<start>(?:^|(?<=[.!?\n;:\"')])\s*|(?<=\n))))"
+    r"(?:\b(?:so|thus|hence|therefore|and so|which means)\b,?\s+|^\s*|(?<=[.!?;:\"')])\s*)"
     r"(?:(?:the|my|our|this)\s+(?:correct |right |best |final |only )?answer\s+is\b\s*:?\s*"
-    r"|(?:the|this)\s+statement\s+is\b\s*:?\s*(?=(?P<verdict>true|false|correct|incorrect|right|wrong)\b)"
-    r"|(?:the|this)\s+statement\s+is\b\s*:?\s*(?(link)|(?!)))",
+    r"|(?:the|this)\s+statement\s+is\b\s*:?\s*(?=(?:true|false|correct|incorrect|right|wrong)\b))",
     re.IGNORECASE | re.MULTILINE,
 )
-_sentence_end = re.compile(r"[.!?]+[\"')\]]*(?=\s+[\"'(\[]?[A-Z])|[.!?]+\s*$|(?=\n)|$", re.MULTILINE)
+_stop = re.compile(r"[.!?]+[\"')\]]*(?=\s+[\"'(\[]?[A-Z])|[.!?]+\s*$|(?=\n)|$", re.MULTILINE)
+_abbreviation = re.compile(
+    r"(?:\b[A-Za-z]|\b(?:St|Mt|Ft|Dr|Mr|Mrs|Ms|Jr|Sr|Prof|Gen|No|vs|etc|e\.g|i\.e|cf))\.$"
+)
 _another = re.compile(r",?\s*(?:or|and)\b|[^.!?\n]*\([a-z]\)", re.IGNORECASE)  # 'or a cat', ', not (b)'
 
 
@@ -346,7 +348,7 @@ def answer_sentences(text: str, choices: Sequence[str] = ()) -> list[AnswerSente
     while opening := _opening.search(text, at):
         begins = opening.end()
         stated = _choice_at(text, begins, choices)
-        stop = _sentence_end.search(text, begins if stated is None else stated)
+        stop = _stop_after(text, begins) if stated is None else _stop.search(text, stated)
         alone = stated is not None and not _another.match(text, stated)
         end = re.compile(r"[.!?]*").match(text, stated) if alone else stop
         start = opening.start() + len(opening[0]) - len(opening[0].lstrip())
@@ -355,6 +357,17 @@ def answer_sentences(text: str, choices: Sequence[str] = ()) -> list[AnswerSente
         found.append(AnswerSentence(start, end.end(), said.strip(), rest))
         at = max(end.end(), begins)
     return found
+
+
+def _stop_after(text: str, at: int) -> re.Match:
+    "Where a sentence ends whose choice is not known: not at an abbreviation, nor before the last two words of a line."
+    while True:
+        stop = _stop.search(text, at)
+        rest = text[stop.end() :].split("\n")[0].split()
+        ends = not rest or len(rest) > 2 and not _abbreviation.search(text[: stop.end()])
+        if ends or stop.end() == len(text):
+            return stop
+        at = max(stop.end(), at + 1)
 
 
 def _choice_at(text: str, at: int, choices: Sequence[str]) -> int | None:
@@ -385,13 +398,10 @@ def strip_answer(text: str, choices: Sequence[str] = ()) -> str:
     """
     kept, at = [], 0
     for a in answer_sentences(text, choices):
-        kept.append(text[at : a.start])
+        kept.append(text[at : a.start].strip())
         at = a.end
-    return (
-        " ".join("".join([*kept, " " if kept else "", text[at:]]).split()).lstrip(",;: ")
-        if kept
-        else " ".join(text.split())
-    )
+    rest = text[at:].lstrip(",;: ") if kept else text
+    return " ".join(" ".join([*kept, rest]).split())
 
 
 def stated_answer(text: str, choices: Sequence[str] = ()) -> str | None:
