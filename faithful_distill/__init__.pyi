@@ -10,7 +10,8 @@ from .faithfulness.scoring import score_rationales as score_rationales
 from .files import BadInput as BadInput
 from .lab.runs import run_notebook as run_notebook
 from .lab.study import reproduce as reproduce
-from .questions import Question as Question, load_questions as load_questions
+from .questions import Question as Question
+from .sources import load_questions as load_questions
 from .student.answers import answer as answer, explain as explain
 from .student.model import load_student as load_student
 from .teacher.generate import contrastive_generate as contrastive_generate

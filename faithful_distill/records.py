@@ -9,7 +9,7 @@ __all__ = ['roles', 'answer_sentence', 'Rationale', 'rationale_from_row', 'read_
 # %% ../nbs/05_records.ipynb #ae11a92c
 import json
 import re
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import dataclass, field, fields
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, Iterable, Mapping, NamedTuple, Sequence
@@ -196,8 +196,7 @@ def rationale_from_row(
     try:
         return _from_row(row, question)
     except BadInput as e:
-        got = {"value": e.value} if "(got" in str(e) else {}
-        raise BadInput(e.problem, file=file, line=line, field=e.field, remedy=e.remedy, **got) from None
+        raise e.located(file, line) from None
 
 
 def _from_row(row: Mapping, question: Question | None) -> Rationale:
@@ -227,18 +226,23 @@ def _from_row(row: Mapping, question: Question | None) -> Rationale:
         choices=tuple(read["choices"]),
         answer=read["answer"],
     )
-    target = (
-        plain_fields(named | {"answer": named["target"], "explanation": None})["answer"]
-        if "target" in named
-        else None
-    )
+    target = _target_index(named) if "target" in named else None
     extra = {k: v for k, v in row.items() if k not in _known}
     return Rationale(**named | asked | {"target": target, "kind": read["kind"], "extra": extra})
+
+
+def _target_index(named: Mapping) -> int:
+    "The index of the choice argued for; an error names the field `target`."
+    try:
+        return plain_fields(named | {"answer": named["target"], "explanation": None})["answer"]
+    except BadInput as e:
+        got = {"value": e.value} if "(got" in str(e) else {}
+        raise BadInput(e.problem, field="target", remedy=e.remedy, **got) from None
 
 # %% ../nbs/05_records.ipynb #5b525670
 def _check_same_question(row: Mapping, question: Question) -> None:
     "Raises `BadInput` where the row says another question or other choices than the question of its id has."
-    plain = lambda v: [normalized(c) for c in v] if isinstance(v, (list, tuple)) else normalized(str(v))
+    plain = lambda v: [normalized(str(c)) for c in v] if isinstance(v, (list, tuple)) else normalized(str(v))
     for name, ours in (("question", question.question), ("choices", list(question.choices))):
         if name in row and plain(row[name]) != plain(ours):
             raise BadInput(
@@ -273,7 +277,7 @@ def read_records(
         id = row.id if isinstance(row, Rationale) else row.get("id") if isinstance(row, Mapping) else None
         if by_id is not None and isinstance(id, str) and id not in by_id:
             continue
-        about = None if by_id is None else by_id.get(id)
+        about = by_id.get(id) if by_id is not None and isinstance(id, str) else None
         found.append(rationale_from_row(row, file, line, about))
     if not found and by_id is None:
         raise BadInput(
@@ -302,6 +306,7 @@ _opening = re.compile(
     re.IGNORECASE | re.MULTILINE,
 )
 _sentence_end = re.compile(r"[.!?]+[\"')\]]*(?=\s+[\"'(\[]?[A-Z])|[.!?]+\s*$|(?=\n)|$", re.MULTILINE)
+_another = re.compile(r",?\s*(?:or|and)\b|[^.!?\n]*\([a-z]\)", re.IGNORECASE)  # 'or a cat', ', not (b)'
 
 
 class AnswerSentence(NamedTuple):
@@ -315,11 +320,14 @@ class AnswerSentence(NamedTuple):
         after its full stop
     said
         the words after 'is', without the full stop
+    rest
+        what the sentence goes on to say after the choice's own text: ', not (b) cat'
     """
 
     start: int
     end: int
     said: str
+    rest: str = ""
 
 
 def answer_sentences(text: str, choices: Sequence[str] = ()) -> list[AnswerSentence]:
@@ -338,14 +346,13 @@ def answer_sentences(text: str, choices: Sequence[str] = ()) -> list[AnswerSente
     while opening := _opening.search(text, at):
         begins = opening.end()
         stated = _choice_at(text, begins, choices)
-        end = (
-            _sentence_end.search(text, begins)
-            if stated is None
-            else re.compile(r"[.!?]*").match(text, stated)
-        )
+        stop = _sentence_end.search(text, begins if stated is None else stated)
+        alone = stated is not None and not _another.match(text, stated)
+        end = re.compile(r"[.!?]*").match(text, stated) if alone else stop
         start = opening.start() + len(opening[0]) - len(opening[0].lstrip())
-        said = text[begins : end.start() if stated is None else stated]
-        found.append(AnswerSentence(start, end.end(), said.strip()))
+        said = text[begins : stop.start() if stated is None else stated]
+        rest = "" if stated is None else text[stated : stop.start()].rstrip()
+        found.append(AnswerSentence(start, end.end(), said.strip(), rest))
         at = max(end.end(), begins)
     return found
 

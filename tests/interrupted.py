@@ -1,6 +1,10 @@
 "Training in processes that are killed: loaded once in a fork server, so that a killed run costs a second and not ten."
 
-import multiprocessing, os, signal, sys, time
+import multiprocessing
+import os
+import signal
+import sys
+import time
 from multiprocessing import connection
 from pathlib import Path
 from types import SimpleNamespace
@@ -17,9 +21,14 @@ def kill_now():
 def arm(kill, diary, rank):
     """Arrange for this process to kill itself, and write down that it did and the step each attempt begins from.
 
-    ('step', n): at the end of step n. ('save', n): halfway through the n-th file this rank writes of a checkpoint. ('mark', n): before the n-th checkpoint is marked whole (on another rank than 0: before it says that its files are there).
-    ('sweep', n): within the removal of the checkpoint that the n-th mark makes superfluous (on another rank: as soon as all have said that their files are there, while rank 0 marks and removes).
-    ('export', 1): when the finished student's weights lie in the hidden folder; ('export', 2): when they are in place and no more. On another rank: before the weights are gathered, and when rank 0 is done.
+    ('step', n): at the end of step n.
+    ('save', n): halfway through the n-th file this rank writes of a checkpoint.
+    ('mark', n): before the n-th checkpoint is marked whole (on another rank than 0: before it says that its files
+    are there).
+    ('sweep', n): within the removal of the checkpoint that the n-th mark makes superfluous (on another rank: as
+    soon as all have said that their files are there, while rank 0 marks and removes).
+    ('export', 1): when the finished student's weights lie in the hidden folder; ('export', 2): when they are in
+    place and no more. On another rank: before the weights are gathered, and when rank 0 is done.
     """
     import torch
     from transformers import TrainerCallback
@@ -45,7 +54,7 @@ def arm(kill, diary, rank):
             die()
 
     torch.save = dying_save
-    (arm_first if rank == 0 else arm_other)(what, at, counted, die, trainer, training)
+    (arm_first if rank == 0 else arm_other)(what, at, counted, die)
 
     class Kill(TrainerCallback):
         def on_train_begin(self, args, state, control, **_):
@@ -59,21 +68,23 @@ def arm(kill, diary, rank):
     return Kill()
 
 
-def arm_first(what, at, counted, die, trainer, training):
+def arm_first(what, at, counted, die):
     "Rank 0 marks checkpoints, removes them and writes the student."
-    mark, sweep, write_model = files.write_json, trainer.shutil.rmtree, train.write_model
+    from faithful_distill.training import checkpoints, folder
+
+    mark, sweep, write_model = checkpoints.write_json, checkpoints.shutil.rmtree, folder.write_model
 
     def dying_mark(path, obj):
         if what == "mark" and counted():
             die()
         return mark(path, obj)
 
-    def dying_sweep(folder, **kwargs):
+    def dying_sweep(path, **kwargs):
         if what == "sweep" and counted():
-            for path in [p for p in sorted(folder.rglob("*")) if p.is_file()][:1]:
-                path.unlink()
+            for file in [p for p in sorted(path.rglob("*")) if p.is_file()][:1]:
+                file.unlink()
             die()
-        sweep(folder, **kwargs)
+        sweep(path, **kwargs)
 
     def dying_export(student, state, out):
         if what == "export" and at == 1:
@@ -82,16 +93,15 @@ def arm_first(what, at, counted, die, trainer, training):
         if what == "export":
             die()
 
-    files.write_json, trainer.shutil, train.write_model = (
-        dying_mark,
-        SimpleNamespace(rmtree=dying_sweep),
-        dying_export,
-    )
+    checkpoints.write_json, checkpoints.shutil = dying_mark, SimpleNamespace(rmtree=dying_sweep)
+    folder.write_model = dying_export
 
 
-def arm_other(what, at, counted, die, trainer, training):
+def arm_other(what, at, counted, die):
     "Other ranks say that their files are there, and give their share of the weights."
-    on_save, export = checkpoints.AtomicCheckpoints.on_save, train.export
+    from faithful_distill.training import checkpoints, train
+
+    on_save, write_student = checkpoints.AtomicCheckpoints.on_save, train.write_student
 
     def dying_on_save(self, *args, **kwargs):
         if what == "mark" and counted():
@@ -100,15 +110,15 @@ def arm_other(what, at, counted, die, trainer, training):
         if what == "sweep" and counted():
             die()
 
-    def dying_export(*args):
+    def dying_export(*args, **kwargs):
         if what == "export" and at == 1:
             die()
-        result = export(*args)
+        result = write_student(*args, **kwargs)
         if what == "export":
             die()
         return result
 
-    checkpoints.AtomicCheckpoints.on_save, train.export = dying_on_save, dying_export
+    checkpoints.AtomicCheckpoints.on_save, train.write_student = dying_on_save, dying_export
 
 
 def work(out, kill, rank, size, port, stage):
@@ -146,7 +156,11 @@ def work(out, kill, rank, size, port, stage):
 
 
 def attempt(out, kill=None, size=1, stage=2, victim=0, grace=0.0):
-    "One run on `size` ranks under a ZeRO stage, `victim` killed or none; True if it came to its end. As a launcher does, the others are brought down `grace` seconds after the first that died. What fails without having been killed is an error."
+    """One run on `size` ranks under a ZeRO stage, `victim` killed or none; True if it came to its end.
+
+    As a launcher does, the others are brought down `grace` seconds after the first that died. What fails without
+    having been killed is an error.
+    """
     from faithful_distill.ranks import free_port
 
     context, port, out = multiprocessing.get_context("forkserver"), free_port(), Path(out)

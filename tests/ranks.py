@@ -1,21 +1,25 @@
-"Run under torch.distributed.run by test_training.py: trains the same tiny student under every ZeRO stage and accumulation, and writes down what each rank held."
+"""Run under torch.distributed.run by test_training.py: trains the same tiny student under every ZeRO stage and
+accumulation, and writes down what each rank held.
+"""
 
-import json, sys
+import json
+import sys
 from pathlib import Path
 
 import torch
 from transformers import TrainerCallback
 
+from faithful_distill.records import read_records
 from faithful_distill.student.model import tiny_student
-from faithful_distill.training.zero import deepspeed_config
 from faithful_distill.training.train import train_student
+from faithful_distill.training.zero import deepspeed_config
 
 builds = {"beaver": "wood", "bird": "straw", "bee": "wax", "ant": "sand", "mole": "earth"}
 choices = ["a dam", "a nest", "a hive", "a hill", "a tunnel"]
 
 
 def records():
-    "Five animals, reasons of unequal length, a wrong reason for all but one."
+    "Rows of rationales: five animals, reasons of unequal length, a wrong reason for all but one."
     made = []
     for i, (animal, stuff) in enumerate(builds.items()):
         about = dict(
@@ -27,6 +31,10 @@ def records():
                 dict(about, target=i - 1, role="counterfactual", rationale=f"some {stuff} is far " * (6 - i))
             )
     return made
+
+
+def rationales():
+    return read_records(records())
 
 
 def base(kind="t5", **config):
@@ -61,10 +69,12 @@ class Held(TrainerCallback):
         self.resident = sum(p.numel() for p in model.parameters())
 
 
-def units(accumulation):
-    return (
-        8 if accumulation == 4 else 4
-    )  # per step; of five units, so that there are empty ones, and with four pieces on two ranks a piece that is all empty
+def examples_per_step(accumulation):
+    """Of five examples, so that there are empty ones.
+
+    With four micro-batches on two ranks one micro-batch is all empty.
+    """
+    return 8 if accumulation == 4 else 4
 
 
 alike = [("t5", stage, accumulation) for stage in (0, 1, 2, 3) for accumulation in (1, 2, 4)] + [
@@ -76,7 +86,7 @@ def run(out, stage, accumulation, kind="t5", **more):
     held = Held()
     given = dict(
         max_steps=4,
-        batch_size=units(accumulation),
+        batch_size=examples_per_step(accumulation),
         accumulation=accumulation,
         lr=1e-2,
         log_every=1,
@@ -87,15 +97,17 @@ def run(out, stage, accumulation, kind="t5", **more):
     return held, train_student(base(kind), records(), out=out, **{**given, **more})
 
 
+def other_answers():
+    return [dict(r, answer=(r["answer"] + 1) % 5, target=(r["target"] + 1) % 5) for r in records()]
+
+
 def chosen(folder, metric, *callbacks):
-    "Evaluates on dev, stops early, goes back to its best step: under stage 3 by the answers it writes, under stage 2 by a loss that must rise once the answers are known by heart (dev has others)."
+    """Evaluates on dev, stops early, goes back to its best step: under stage 3 by the answers it writes, under
+    stage 2 by a loss that must rise once the answers are known by heart (dev has others).
+    """
     given = dict(
         accuracy=dict(stage=3, dev=records(), evaluate_every=10),
-        loss_counterfactual=dict(
-            stage=2,
-            dev=[dict(r, answer=(r["answer"] + 1) % 5, target=(r["target"] + 1) % 5) for r in records()],
-            evaluate_every=2,
-        ),
+        loss_counterfactual=dict(stage=2, dev=other_answers(), evaluate_every=2),
     )
     return run(
         folder / f"best-{metric}",

@@ -437,7 +437,7 @@ TENSOR_PARALLEL = """
 import json, sys, torch.distributed as dist
 from decoding_models import prompts
 from faithful_distill.teacher.generate import contrastive_generate
-from faithful_distill.ranks import leave_launcher
+from faithful_distill.ranks import leave_ranks
 from faithful_distill.teacher.loading import load_teacher
 from faithful_distill.teacher.shards import rationalize_in_parts
 from faithful_distill.lab.world import world_questions
@@ -451,7 +451,7 @@ questions, out = world_questions("choice", limit=3), folder + "/together.jsonl"
 records = rationalize_in_parts(world, questions, out=out, **options)
 if dist.get_rank() == 0: print("MADE", json.dumps([[m.tokens for m in some] for some in made]))
 else: print("OTHER", len(records))
-leave_launcher()
+leave_ranks()
 """
 
 

@@ -1,6 +1,8 @@
 """Figures: stable bytes, small files, nothing cut off or overlapping; tables and reports that survive hostile text."""
 
-import io, json, re
+import io
+import json
+import re
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -10,11 +12,8 @@ import pytest
 from hypothesis import given, settings, strategies as st
 from scipy import stats
 
-from faithful_distill.lab import comparisons
-from faithful_distill.lab import plots
-from faithful_distill.lab import report
-from faithful_distill.lab import tables
 from faithful_distill.files import BadInput, shipped
+from faithful_distill.lab import comparisons, heatmaps, plots, report, style, tables
 
 METHODS = [
     "answer only",
@@ -57,18 +56,20 @@ def drawings():
         scores(method=METHODS[1:3], prefix=["factual", "none"], target=["gold", "wrong"]),
         ["method", "prefix", "target"],
     )
-    strip = plots.Strip("greedy", [" A", " spar", "row", " sings", "."], [0.0, 1.0, -2.0, 3.0, 0.1], "a note")
+    strip = heatmaps.Strip(
+        "greedy", [" A", " spar", "row", " sings", "."], [0.0, 1.0, -2.0, 3.0, 0.1], "a note"
+    )
     yield "dots", lambda: plots.dots(dots, "method", "dataset", label="accuracy", percent=True, bars=True)
     yield "lines", lambda: plots.lines(curve, "rho", "method", xlabel="share", label="accuracy", percent=True)
     yield "slopes", lambda: plots.slopes(sides, "side", "method", percent=True)
-    yield "matrix", lambda: plots.matrix(cross, "prefix", "target", "method", label="share")
-    yield "strip", lambda: plots.heat_strip([strip], "What sings?\nRationale for: bird.")
+    yield "matrix", lambda: heatmaps.matrix(cross, "prefix", "target", "method", label="share")
+    yield "strip", lambda: heatmaps.heat_strip([strip], "What sings?\nRationale for: bird.")
 
 
 @pytest.mark.parametrize("name, draw", list(drawings()), ids=lambda v: v if isinstance(v, str) else "")
 def test_the_same_figure_is_the_same_bytes_and_small(name, draw, tmp_path):
-    first = [p.read_bytes() for p in plots.save_figure(draw(), tmp_path / name)]
-    again = [p.read_bytes() for p in plots.save_figure(draw(), tmp_path / name)]
+    first = [p.read_bytes() for p in style.save_figure(draw(), tmp_path / name)]
+    again = [p.read_bytes() for p in style.save_figure(draw(), tmp_path / name)]
     assert first == again and len(first[0]) < 60_000
     assert (
         first[0].startswith(b"\x89PNG")
@@ -126,25 +127,14 @@ def test_a_figure_with_everything_missing_still_draws_and_says_why(tmp_path):
     summary = comparisons.summarise(none, ["method"])
     figure = plots.dots(summary, "method")
     assert any("empty bin" in t.get_text() for t in figure.axes[0].texts)
-    plots.save_figure(figure, tmp_path / "none", ["png"])
+    style.save_figure(figure, tmp_path / "none", ["png"])
     assert tables.crossed(summary, "method")[1][1] == "– (empty bin)"
-
-
-@settings(max_examples=60, deadline=None)
-@given(st.lists(st.floats(-1, 1), min_size=2, max_size=8), st.sampled_from([0.9, 0.95]))
-def test_t_interval_is_scipys(values, level):
-    mean, low, high = comparisons.t_interval(values, level)
-    assert mean == pytest.approx(np.mean(values), abs=1e-12)
-    if np.std(values) > 1e-6:
-        assert (low, high) == pytest.approx(
-            stats.t.interval(level, len(values) - 1, np.mean(values), stats.sem(values)), abs=1e-9
-        )
 
 
 @settings(max_examples=100, deadline=None)
 @given(st.lists(st.floats(0, 100), min_size=1, max_size=12), st.floats(0.5, 10))
-def test_spread_keeps_order_and_distance_and_moves_nothing_needlessly(places, gap):
-    moved = plots.spread(places, gap)
+def test_separated_places_keep_their_order_and_distance_and_move_no_more_than_needed(places, gap):
+    moved = style.separated(places, gap)
     order = sorted(range(len(places)), key=lambda i: places[i])
     assert all(moved[b] - moved[a] >= gap - 1e-6 for a, b in zip(order, order[1:]))
     if all(places[b] - places[a] >= gap for a, b in zip(order, order[1:])):
@@ -155,7 +145,7 @@ def test_spread_keeps_order_and_distance_and_moves_nothing_needlessly(places, ga
 @settings(max_examples=60, deadline=None)
 @given(st.lists(st.text("abcxyz ", min_size=1, max_size=9), min_size=1, max_size=25), st.integers(120, 500))
 def test_strip_boxes_stay_inside_and_apart(tokens, width):
-    places = plots.strip_places(tokens, width)
+    places = heatmaps.token_boxes(tokens, width)
     for (x, line, w), (x2, line2, _) in zip(places, places[1:]):
         assert line2 > line or (line2 == line and x2 >= x + w - 1e-9)
     starts_word = [t[:1].isspace() or i == 0 for i, t in enumerate(tokens)]
@@ -165,15 +155,15 @@ def test_strip_boxes_stay_inside_and_apart(tokens, width):
     )
 
 
-def test_colours_are_fixed_distinct_and_told_apart_in_grey_by_marker():
+def test_colours_are_fixed_and_distinct_and_so_are_markers():
     for group in (
         METHODS,
         ["greedy", "contrastive-empty", "contrastive-wrong", "all-wrong", "sampled"],
         ["factual", "counterfactual", "none"],
     ):
-        looks = plots.looks(group)
+        looks = style.looks(group)
         assert len({c for c, _ in looks.values()}) == len({m for _, m in looks.values()}) == len(group)
-        assert all(plots.looks([name])[name] == look for name, look in looks.items()), "whoever else is there"
+        assert all(style.looks([name])[name] == look for name, look in looks.items()), "whoever else is there"
 
 
 @pytest.mark.parametrize("kind", [None, "deuteranopia", "protanopia"])
@@ -187,7 +177,7 @@ def test_methods_differ_for_every_colour_vision(kind):
         "deuteranopia": np.array([[0.29275, 0.70725, 0], [0.29275, 0.70725, 0], [-0.02234, 0.02234, 1]]),
     }
     seen = [
-        np.clip(matrices[kind] @ np.power(to_rgb(plots.looks([m])[m][0]), 2.2), 0, 1) ** (1 / 2.2)
+        np.clip(matrices[kind] @ np.power(to_rgb(style.looks([m])[m][0]), 2.2), 0, 1) ** (1 / 2.2)
         for m in METHODS
     ]
     assert min(np.abs(a - b).max() for i, a in enumerate(seen) for b in seen[i + 1 :]) > 0.15
@@ -206,17 +196,18 @@ def test_summaries_count_seeds_and_questions_and_keep_the_order():
 
 def test_paired_differences_pair_and_refuse_ambiguity():
     table = scores(method=["a", "b"], metric=["accuracy", "las"])
+    twice = pd.concat([table, table.assign(value=0.5)])
     with pytest.raises(BadInput, match="several rows"):
-        comparisons.paired_difference(table, "method", "a", "b")
+        comparisons.difference(twice[twice.metric == "las"], "method", "a", "b")
     one = table[table.metric == "las"]
-    gap = comparisons.paired_difference(one, "method", "a", "b")
+    gap = comparisons.difference(one, "method", "a", "b")
     a, b = (one[one.method == m].value.to_numpy() for m in "ab")
     assert (
         gap["value"] == pytest.approx((a - b).mean())
-        and gap["n"] == 3
+        and gap["seeds"] == 3
         and gap["low"] < gap["value"] < gap["high"]
     )
-    assert comparisons.paired_difference(one, "method", "a", "c")["value"] is None
+    assert comparisons.difference(one, "method", "a", "c")["value"] is None
 
 
 def test_tables_escape_what_would_break_them():
@@ -251,7 +242,7 @@ class Page(HTMLParser):
 @pytest.fixture
 def section_folder(tmp_path):
     folder = tmp_path / "fig"
-    plots.save_figure(
+    style.save_figure(
         plots.dots(comparisons.summarise(scores(method=METHODS), ["method"]), "method"),
         folder / "fig01",
         ["png"],
@@ -292,7 +283,7 @@ def test_a_report_is_whole_escaped_and_fetches_nothing(section_folder, tmp_path)
     )
     assert (
         "✓ holds" in text
-        and "? cannot be told" in text
+        and "? inconclusive" in text
         and "0.10 [0.05, 0.20]" in text
         and "a|b" in text
         and "&lt;b&gt;1&lt;/b&gt;" in text
@@ -343,9 +334,7 @@ def test_the_report_notebook_gathers_what_figures_left(section_folder, tmp_path)
 
 # ---- the figures of the repository are what its tables give -------------------------------------------------------------------------
 
-DRAWN_WITH = (  # version of matplotlib that drew the pictures stored in nbs/figures; another one places text a pixel elsewhere
-    "3.11"
-)
+DRAWN_WITH = "3.11"  # matplotlib that drew the stored pictures; another version places text a pixel elsewhere
 FIGURES = sorted(p for p in shipped("nbs", "figures").glob("*.ipynb") if p.stem != "report")
 
 
@@ -454,22 +443,22 @@ def made_up_tables(tmp_path_factory) -> Path:
     teacher = {
         f"test.{role}.{kind}.{what}": v
         for role in ("gold", "counterfactual")
-        for kind in plots.kinds
+        for kind in style.kinds
         for what, v in [("supports", 0.7), ("vacuous", 0.2), ("argues against", 0.1)]
     }
-    teacher |= {f"test.gold.{kind}.tokens": 9.0 for kind in plots.kinds}
-    dials = {
+    teacher |= {f"test.gold.{kind}.tokens": 9.0 for kind in style.kinds}
+    axes_of = {
         "evaluation": ({}, METHODS, student),
         "size": ({"size": ["small", "large"]}, METHODS[1:5], student),
         "shortcut": ({"shortcut": [0.0, 0.5, 1.0]}, METHODS[1:5], student),
         "curve": ({"n_train": [100, 400]}, METHODS[:5], student | {"las": None}),
         "weight": ({"reduction": ["per_part", "per_token"], "weight": [0.1, 0.5, 0.9]}, [""], student),
-        "rationales": ({}, plots.strategies, teacher),
-        "vacuous": ({"vacuous": [0.0, 0.4]}, plots.strategies[:4], teacher),
+        "rationales": ({}, style.strategies, teacher),
+        "vacuous": ({"vacuous": [0.0, 0.4]}, style.strategies[:4], teacher),
         "alpha": ({"alpha": [0.0, 0.5, 0.9]}, [""], teacher),
         "times": ({"group": ["student", "evaluation"]}, METHODS, {"seconds": 1.0, "peak_mib": 1.0}),
     }
-    for name, (axes, names, metrics) in dials.items():
+    for name, (axes, names, metrics) in axes_of.items():
         points = [{}]
         for axis, values in {
             **axes,
@@ -526,6 +515,14 @@ def test_figures_of_the_study_draw_whatever_seeds_and_levels_are_there(
         )
         assert any("[" in c for c in cells)  # all but those of seeds that agree
         assert all("n = " in c or "empty bin" in c or c.strip(" |") in ("–", "") for c in cells), cells
+
+
+def test_a_figure_without_results_draws_nothing_and_says_so(tmp_path, monkeypatch):
+    _run_again(_figure("fig02"), tmp_path / "out", monkeypatch, tmp_path / "nowhere")
+    section = report.read_section(tmp_path / "out")
+    assert (
+        not section.figures and not section.tables and "`study_evaluation.csv` is not there" in section.text
+    )
 
 
 def _figure(name: str) -> Path:
@@ -683,15 +680,15 @@ def test_what_was_not_measured_has_no_panel_and_the_caption_says_why(made_up_tab
     monkeypatch.setattr(plots, "lines", lines)
     for name in ("fig06", "fig11"):
         _run_again(_figure(name), tmp_path / name, monkeypatch, made_up_tables)
-    said = {name: report.read_section(tmp_path / name).figures[0][1] for name in drawn}
+    captions = {name: report.read_section(tmp_path / name).figures[0][1] for name in drawn}
     assert (
         "LAS" in drawn["fig06"]
-        and "Not shown" not in said["fig06"]
+        and "Not shown" not in captions["fig06"]
         and "LAS" not in drawn["fig11"]
         and len(drawn["fig11"]) == 3
     )
     assert (
-        said["fig11"].endswith(" Not shown: LAS (empty bin).")
+        captions["fig11"].endswith(" Not shown: LAS (empty bin).")
         and "LAS" not in (tmp_path / "fig11" / "fig11_learning_curve.md").read_text()
     )
 
@@ -725,11 +722,11 @@ def test_the_shortcut_figure_says_where_the_loss_helps_and_costs_by_accuracy_and
     unclear = listed([s for s in (0.0, 0.6, 0.95) if s not in helps + costs])
     assert (
         f"By accuracy, against contrastive CoT, it helps at strengths {listed(helps)}; costs at"
-        f" {listed(costs)}; cannot be told apart at {unclear}." in caption
+        f" {listed(costs)}; no significant difference at {unclear}." in caption
     )
     assert (
-        f"wrong answer are followed, it helps at strengths {listed(costs)}; costs at {listed(helps)}; cannot"
-        f" be told apart at {unclear}." in caption
+        f"wrong answer are followed, it helps at strengths {listed(costs)}; costs at {listed(helps)}; no"
+        f" significant difference at {unclear}." in caption
     )
 
 
@@ -799,7 +796,7 @@ def test_costs_of_a_table_that_names_no_runs_say_so(tmp_path, monkeypatch):
     "metric, name, rest", [("rev", "REV", {0, 1, 2}), ("las", "LAS, in one of its versions,", {0})]
 )
 def test_metrics_of_too_few_students_are_not_called_blind(metric, name, rest, tmp_path, monkeypatch):
-    "REV with three seeds instead of one is judged, LAS with one instead of three is not; by-chance students without a value borrow none from the ends of the dial."
+    "REV with three seeds instead of one is judged, LAS with one instead of three is not; by-chance students without a value borrow none from the ends of the scale."
     from faithful_distill.lab.tables import read_table, write_table
 
     table = read_table(shipped("data", "results", "calibration.csv"))
@@ -823,12 +820,12 @@ def test_metrics_of_too_few_students_are_not_called_blind(metric, name, rest, tm
         == (len(rest) == 1)
     )
     means = table[table.metric == "accuracy"].groupby(["arm", "used"]).value.mean()
-    spread = {
+    ranges = {
         arm: comparisons.points(means[arm].max() - means[arm].min()) for arm in ("plausible", "shuffled")
     }
     assert (
         "RORA-lite (n = 5)" in few
-        and f"differs by at most: plausible, {spread['plausible']}; shuffled, {spread['shuffled']}"
+        and f"differs by at most: plausible, {ranges['plausible']}; shuffled, {ranges['shuffled']}"
         in section.text
     )
     cells = [
@@ -843,7 +840,7 @@ def test_metrics_of_too_few_students_are_not_called_blind(metric, name, rest, tm
 
 
 @pytest.mark.parametrize(
-    "name, said",
+    "name, phrase",
     [
         ("fig01", "one teacher"),
         ("fig06", "one base student of each size"),
@@ -851,7 +848,7 @@ def test_metrics_of_too_few_students_are_not_called_blind(metric, name, rest, tm
         ("fig08", "one teacher"),
     ],
 )
-def test_captions_say_what_seeds_do_not_redraw(name, said, made_up_tables, tmp_path, monkeypatch):
+def test_captions_say_what_seeds_do_not_redraw(name, phrase, made_up_tables, tmp_path, monkeypatch):
     "No interval here says how another teacher or base would come out; parameters stand in the caption only if the table gives them."
     from faithful_distill.lab.tables import read_table, write_table
 
@@ -861,7 +858,7 @@ def test_captions_say_what_seeds_do_not_redraw(name, said, made_up_tables, tmp_p
         for figure, caption in report.read_section(tmp_path / "out").figures
         if figure != "fig01_tokens"
     ]
-    assert captions and all(said in c for c in captions) and "seed redraws" in captions[0]
+    assert captions and all(phrase in c for c in captions) and "seed redraws" in captions[0]
     if name != "fig06":
         return
     assert "Parameters" not in captions[0]
@@ -972,10 +969,14 @@ def test_a_value_that_few_seeds_have_is_no_value():
     assert b["value"] == pytest.approx(0.6) and b["seeds"] == 2
 
 
-def test_numbers_that_are_missing_stay_missing_in_labels_and_in_pools():
-    assert tables._as_numbers(pd.Series(["0.5", "", "1"])).tolist()[::2] == [0.5, 1.0] and tables._as_numbers(
-        pd.Series(["small", ""])
-    ).tolist() == ["small", ""]
+def test_numbers_that_are_missing_stay_missing_in_labels_and_in_pools(tmp_path):
+    labels = pd.DataFrame(
+        {"alpha": ["0.5", "", "1"], "size": ["small", "", "2"], "metric": "x", "value": 0.0}
+    )
+    tables.write_table(tmp_path / "t.csv", labels)
+    read = tables.read_results(tmp_path / "t.csv")
+    assert read.alpha.tolist()[::2] == [0.5, 1.0] and pd.isna(read.alpha[1])
+    assert read["size"].tolist() == ["small", "", "2"]
     parts = pd.DataFrame(
         {
             "kind": ["a", "b"],

@@ -7,15 +7,15 @@ import pytest
 
 from faithful_distill.files import BadInput
 from faithful_distill.questions import (
+    answer_index,
     as_dataset,
     as_questions,
     choice_text,
-    load_questions,
     normalized,
     perturbed_index,
     require_answers,
-    sources,
 )
+from faithful_distill.sources import Source, load_questions, register_source, sources
 
 counts = [
     ("csqa", "train", 9741),
@@ -145,9 +145,68 @@ def test_through_datasets_on_disk(tmp_path, real_data):
     assert as_questions(load_questions("qasc", "dev", path=tmp_path / "qasc")) == local
 
 
-def test_every_source_has_all_its_names():
-    for name, source in sources.items():
-        assert set(source.files) == set(source.hub_splits), name
+rule = [  # answer, choices, kind, index or what the error says
+    (0, ["a", "b"], "choice", 0),
+    (1, ["1", "2"], "choice", 1),  # a number is an index, whatever the choices are
+    ("1", ["1", "2"], "choice", 0),  # a text is a text, never an index
+    (" B. ", ["a", "b"], "choice", 1),  # case, blanks and full stops do not count
+    ("(b)", ["a", "c"], "choice", "is not among the choices"),  # nor a letter
+    ("b", ["B", "a"], "choice", 0),
+    ("a", ["a", "A "], "choice", "fits 2 choices that read the same"),
+    ("c", ["a", "b"], "choice", "is not among the choices"),
+    (True, ["a", "b"], "choice", "is true/false"),
+    (True, ["yes", "no"], "boolean", 0),
+    (True, ["no", "yes"], "boolean", 1),
+    ("true", ["no", "yes"], "boolean", 1),
+    (False, ["true", "false"], "statement", 1),
+    ("no", ["true", "false"], "statement", 1),
+    (None, ["a", "b"], "choice", None),
+]
+
+
+@pytest.mark.parametrize("answer, choices, kind, expected", rule)
+def test_the_answer_rule(answer, choices, kind, expected):
+    if isinstance(expected, str):
+        with pytest.raises(BadInput, match=expected) as error:
+            answer_index(answer, choices, kind)
+        assert error.value.field == "answer" and error.value.value is answer
+        return
+    found = answer_index(answer, choices, kind)
+    assert found == expected and type(found) is type(expected)
+
+
+def read_toy(row):
+    return dict(question=row["q"], choices=row["c"].split(), answer=row.get("a"))
+
+
+@pytest.fixture
+def toy():
+    register_source("toy", Source(read=read_toy, files={"train": "toy.jsonl", "dev": "toy_dev.jsonl"}))
+    yield "toy"
+    del sources["toy"]
+
+
+def test_a_registered_dataset_is_loaded_as_the_others_are(toy, tmp_path):
+    (tmp_path / "toy.jsonl").write_text('{"q": "Who?", "c": "me you", "a": 1}\n{"q": "Where?"}\n')
+    with pytest.raises(BadInput, match=r"toy.jsonl:2: cannot be read as a question: KeyError: 'c'"):
+        load_questions("toy", path=tmp_path)
+    [q] = as_questions(load_questions("toy", path=tmp_path, limit=1))
+    assert (q.id, q.choices, q.answer, q.dataset) == ("toy-1", ("me", "you"), 1, "toy")
+    with pytest.raises(BadInput, match="is not on the hub"):
+        load_questions("toy")
+    with pytest.raises(BadInput, match="field 'split': is not a split.*toy has train, dev"):
+        load_questions("toy", "test", path=tmp_path)
+    with pytest.raises(BadInput, match="load it as 'toy' with path="):
+        load_questions(tmp_path / "toy.jsonl")
+
+
+def test_a_dataset_is_not_replaced_by_another_of_its_name(toy):
+    register_source("toy", sources["toy"])
+    with pytest.raises(BadInput, match="is the name of another dataset"):
+        register_source("toy", Source(read=read_toy, files={"train": "other.jsonl"}))
+    with pytest.raises(BadInput, match="names a split that files= does not have"):
+        register_source("new", Source(read=read_toy, files={"train": "t"}, hub_splits={"dev": "validation"}))
+    assert "new" not in sources
 
 
 @pytest.mark.parametrize("choices", [None, ["yes", "no"], ["no", "yes"], ["No", "Yes."]])
@@ -178,9 +237,11 @@ def test_yes_and_no_go_by_their_words_not_by_their_order(tmp_path, choices, answ
 def test_choices_that_are_not_those_of_the_kind_are_refused(tmp_path, kind, choices, answer):
     path = tmp_path / "own.jsonl"
     path.write_text(json.dumps({"question": "Q", "kind": kind, "choices": choices, "answer": answer}) + "\n")
-    with pytest.raises(BadInput, match="own.jsonl:1: field 'choices': are not "):
+    with pytest.raises(
+        BadInput, match="own.jsonl:1: field 'choices': must be (yes and no|true and false) for the kind"
+    ):
         load_questions(path)
-    with pytest.raises(BadInput, match="as those of a"):
+    with pytest.raises(BadInput, match="must be .* for the kind"):
         as_questions([{"id": "1", "question": "Q", "kind": kind, "choices": choices, "answer": 0}])
 
 
@@ -234,9 +295,9 @@ def test_fields_of_another_type_are_named_and_can_be_left_out(tmp_path, name, ro
 
 
 def test_what_no_check_foresaw_is_named_by_file_and_line(tmp_path, monkeypatch):
-    from faithful_distill import questions
+    from faithful_distill import sources as module
 
-    monkeypatch.setattr(questions, "plain_fields", lambda row: row["question"].strip() and None | row)
+    monkeypatch.setattr(module, "plain_fields", lambda row: row["question"].strip() and None | row)
     path = tmp_path / "own.jsonl"
     path.write_text(json.dumps(asked) + "\n")
     with pytest.raises(BadInput, match="own.jsonl:1: cannot be read as a question: TypeError"):

@@ -453,7 +453,8 @@ def test_prompt_longer_than_the_context(teacher):
 def test_the_pipeline_on_real_questions(tmp_path, real_data, name, split):
     "A tiny random teacher with a real few-shot prompt over each real dataset, through the command line."
     from faithful_distill.teacher.prompts import few_shot
-    from faithful_distill.questions import as_questions, load_questions
+    from faithful_distill.questions import as_questions
+    from faithful_distill.sources import load_questions
 
     questions = as_questions(load_questions(name, split, path=real_data / name, limit=6))
     tokenizer = build_tokenizer(

@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -45,7 +46,10 @@ def csqa_row(name, stem, key="A"):
 
 @pytest.fixture
 def folders(tmp_path):
-    "Six training questions (one of them a dev question in other clothes), one dev question, and what two models wrote about them."
+    """Six training questions and what two models wrote about them, and one dev question.
+
+    One of the training questions is the dev question, but for a blank.
+    """
     train = [csqa_row(f"t{i}", f"Where is money number {i}?") for i in range(5)] + [
         csqa_row("t5", "Where do people swim?")
     ]
@@ -110,7 +114,7 @@ def test_what_is_read_and_what_is_left_out(folders):
     }
 
 
-def test_folders_that_do_not_fit_are_told(folders):
+def test_folders_that_do_not_fit_are_refused(folders):
     with pytest.raises(BadInput, match="go together"):
         executed("def made_tokenizer", **folders | {"csqa_dir": ""})
     (Path(folders["palm_dir"]) / "train_CoT_1.json").unlink()
@@ -171,18 +175,18 @@ def test_growth_is_the_difference_of_two_log_probabilities(tmp_path):
     import torch
 
     space = executed(out=str(tmp_path))
-    record = space["records"]["greedy"][1] | {"rationale": "A bank keeps money."}
-    tokenizer, model, q = space["tokenizer"], space["teacher"].model, space["by_id"][record["id"]]
+    record = replace(space["records"]["greedy"][1], rationale="A bank keeps money.")
+    tokenizer, model, q = space["tokenizer"], space["teacher"].model, space["by_id"][record.id]
     slow = []
-    for i in (record["target"], q.answer):
+    for i in (record.target, q.answer):
         begin = tokenizer(space["context"](q, i)).input_ids
-        ids = tokenizer(space["text_of"](q, i, record["rationale"])).input_ids
+        ids = tokenizer(space["text_of"](q, i, record.rationale)).input_ids
         with torch.no_grad():
             logits = model(torch.tensor([ids])).logits[0].log_softmax(-1)
         slow.append(
             sum(logits[k - 1, ids[k]].item() for k in range(len(begin), len(ids))) / (len(ids) - len(begin))
         )
-    filler = record | {"rationale": "Money is a thing that people keep in a safe place for a long time."}
+    filler = replace(record, rationale="Money is a thing that people keep in a safe place for a long time.")
     fast = [space["log_p"]([record, filler], state)[0] for state in (space["stated"], space["other"])]
     assert fast == pytest.approx(slow, abs=1e-4)
 

@@ -1,23 +1,22 @@
 """Trained readers against plain ones, and rationales of any origin through `score_rationales`."""
 
 import json
-from pathlib import Path
-from types import SimpleNamespace
+from random import Random
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from faithful_distill.faithfulness.intervals import Score
+from faithful_distill.faithfulness.external import read_published, read_rationales, stated_choice
+from faithful_distill.faithfulness.families import Family, _some_groups, families, find_writer, register
+from faithful_distill.faithfulness.intervals import Score, mean_score
+from faithful_distill.faithfulness.readers import ChoiceReader, Reader, reading_scores, scratch_base
+from faithful_distill.faithfulness.scoring import score_rationales
+from faithful_distill.faithfulness.simulators import ModelBehaviour, cross_fitted
 from faithful_distill.files import BadInput
-from faithful_distill.faithfulness.readers import ChoiceReader, Reader, reading_scores
-from faithful_distill.faithfulness.simulators import ModelBehaviour
-from faithful_distill.questions import Question
 from faithful_distill.lab.score_report import _control_text, write_scored
-from faithful_distill.faithfulness.scoring import _some_groups, cross_fitted, score_rationales
-from faithful_distill.faithfulness.external import read_rationales, stated_choice
-from faithful_distill.faithfulness.readers import scratch_base
+from faithful_distill.questions import Question
 from faithful_distill.student.model import tiny_student
 
 words = ["what is it", "a red cow said so", "the sky", "cow", "two cows of the sky", "sky", "red"]
@@ -175,23 +174,23 @@ def without(field):
     "row, field, said",
     [
         (changed(prediction="sea"), "prediction", "null where the answer could not be parsed"),
-        (changed(prediction=3), "prediction", "not one of the choices"),
-        (changed(prediction=-1), "prediction", "not one of the choices"),
-        (changed(prediction=True), "prediction", "not one of the choices"),
-        (changed(gold="(d)"), "gold", "not one of the choices"),
+        (changed(prediction=3), "prediction", "must be one of the choices"),
+        (changed(prediction=-1), "prediction", "must be one of the choices"),
+        (changed(prediction=True), "prediction", "must be one of the choices"),
+        (changed(gold="(d)"), "gold", "must be one of the choices"),
         (without("rationale"), "rationale", "is missing"),
         (without("question"), "question", "is missing"),
-        (changed(rationale=7), "rationale", "is not a text"),
-        (changed(choices="lamp"), "choices", "is not a list"),
+        (changed(rationale=7), "rationale", "must be a text"),
+        (changed(choices="lamp"), "choices", "must be a list"),
         (changed(choices=["lamp"]), "choices", "at least two"),
         (changed(question=" "), "question", "empty"),
-        (changed(rating="good"), "rating", "neither a number"),
-        (changed(rating=[1, float("nan")]), "rating", "neither a number"),
+        (changed(rating="good"), "rating", "must be a number"),
+        (changed(rating=[1, float("nan")]), "rating", "must be a number"),
         (changed(id="q0"), "id", "already used in line 1"),
-        (changed(model=["a"]), "model", "is not a text"),
-        (changed(model={"a": 1}), "model", "is not a text"),
-        (changed(model=5), "model", "is not a text"),
-        (changed(rating=10**400), "rating", "neither a number"),
+        (changed(model=["a"]), "model", "must be a text"),
+        (changed(model={"a": 1}), "model", "must be a text"),
+        (changed(model=5), "model", "must be a text"),
+        (changed(rating=10**400), "rating", "must be a number"),
         (changed(rationale="x \ud83d"), "rationale", "half a character"),
         (changed(choices=["a", "\ud83d"], gold=0, prediction=0), "choices", "half a character"),
         (changed(id="\ud83d"), "id", "half a character"),
@@ -245,6 +244,55 @@ def test_a_letter_is_an_answer_where_nothing_after_it_says_another(said, choice)
         )
         == 1
     )
+
+
+@pytest.mark.parametrize(
+    "said, choice",
+    [
+        ("dog because it barks.", 0),
+        ("the dog.", 0),
+        ("dog house, for dogs.", None),
+        ("dog and not cat.", None),
+        ("kitty.", None),
+        ("cat. It is not a dog.", 1),
+        ("(b) cat. It is not (a).", 1),
+    ],
+)
+def test_an_answer_in_words_ends_with_the_choice_and_its_sentence(said, choice):
+    q = Question("q", "Which?", ("dog", "cat", "dogs", "dog house"), None)
+    assert stated_choice(q, f"It barks. So the answer is {said}") == choice
+
+
+def saints(choices: str, rationales: str) -> list[dict]:
+    "Ninety rationales that say nothing but their answer, a saint's name with its title spelt in one of two ways."
+    names = "Paul Louis Helena Lucia Thomas Martin George Anton Moritz Kitts Vincent Clara".split()
+    rng, rows = Random(0), []
+    for i in range(90):
+        three, y = rng.sample(names, 3), rng.randrange(3)
+        rows.append(
+            dict(
+                question=f"Which place is number {i} on the list?",
+                choices=[f"{choices} {name}" for name in three],
+                prediction=y,
+                rationale=f"That is how it is. So the answer is {rationales} {three[y]}.",
+            )
+        )
+    return rows
+
+
+def test_an_answer_that_holds_a_dot_leaks_no_more_than_one_without():
+    spelt = {(c, r): saints(c, r) for c, r in (("St.", "St."), ("St.", "Saint"), ("Saint", "Saint"))}
+    seen = {
+        t for rows in spelt.values() for r in rows for t in (*r["choices"], r["question"], r["rationale"])
+    }
+    asked = dict(cheap, metrics=("las",), simulator=scratch_base(sorted(seen)), settings=Reader(epochs=8))
+    found = {name: score_rationales(rows, **asked) for name, rows in spelt.items()}
+    first = found["St.", "St."].scores
+    for name in ("leakage", "las", "gain"):  # the same choices, the same rationales once the answer is off
+        assert found["St.", "Saint"].scores[name].to_dict() == first[name].to_dict(), name
+    for one in found.values():
+        assert one.scores["length"].value == 5 and one.scores["leakage"].value < 0.45
+        assert {row["names_prediction"] for row in one.rows} == {0.0}
 
 
 def test_fields_that_are_not_read_are_named_with_the_one_that_was_meant(caplog):
@@ -375,8 +423,8 @@ def test_every_interval_and_every_head_is_of_the_level_that_was_asked_for(tmp_pa
     [
         ((0.02, 0.3), "does not hold"),
         ((-0.3, -0.1), "holds, they mislead"),
-        ((-0.1, 0.1), "holds, it is not told from 0"),
-        ((-0.3, 0.4), "cannot be told"),
+        ((-0.1, 0.1), "holds, it does not differ significantly from 0"),
+        ((-0.3, 0.4), "inconclusive"),
     ],
 )
 def test_a_wide_interval_is_no_control_that_holds(other, said):
@@ -472,7 +520,7 @@ def test_a_part_of_the_file_is_whole_questions_spread_evenly(n, most):
 
 
 def test_what_fails_late_is_said_early_or_takes_nothing_with_it(tmp_path, monkeypatch):
-    from faithful_distill.faithfulness import scoring
+    from faithful_distill.faithfulness import families as module
 
     named = [dict(r, model=str(tmp_path / "gpt-4o")) for r in rows_of_a_file]
     scores = sound(score_rationales(named, metrics=("las", "interventions"), **cheap))
@@ -482,19 +530,16 @@ def test_what_fails_late_is_said_early_or_takes_nothing_with_it(tmp_path, monkey
         and "gpt-4o" in scores["perturb"].reason
     )
     trained = []
-    monkeypatch.setattr(scoring, "_simulated", lambda *_: lambda train, test: trained.append(train))
+    monkeypatch.setattr(module, "simulate", lambda base, train, *_, **__: trained.append(train))
     for asked in (dict(model=str(tmp_path / "gpt-4o")), dict(simulator=str(tmp_path / "gpt-4o"))):
         with pytest.raises(BadInput, match="cannot be loaded"):
             score_rationales(rows_of_a_file, **asked, **cheap)
     assert not trained
 
-    def broken(*_):
-        def evaluate(train, test):
-            raise BadInput("is out of luck today")
+    def broken(*_, **__):
+        raise BadInput("is out of luck today")
 
-        return evaluate
-
-    monkeypatch.setattr(scoring, "_simulated", broken)
+    monkeypatch.setattr(module, "simulate", broken)
     scores = sound(score_rationales(rows_of_a_file, metrics=("las", "controls", "rev"), **cheap))
     assert (
         scores["las"].reason == scores["gain_shuffled"].reason == "is out of luck today"
@@ -515,7 +560,7 @@ def test_a_question_with_most_of_the_rows_leaves_nothing_to_train_on():
 
 
 def test_a_part_of_few_questions_still_has_questions_to_train_and_to_test_on(monkeypatch):
-    from faithful_distill.faithfulness import scoring
+    from faithful_distill.faithfulness import families as module
 
     groups = [str(i // 1000) for i in range(6000)]
     chosen = _some_groups(groups, 600, 6)
@@ -523,17 +568,14 @@ def test_a_part_of_few_questions_still_has_questions_to_train_and_to_test_on(mon
         str(g): 100 for g in range(6)
     }
     assert _some_groups(["a", "b", *["c"] * 9000], 600, 6)[:2] == [0, 1]
-    monkeypatch.setattr(scoring, "_most_rora", 60)
+    monkeypatch.setattr(module, "_most_rora", 60)
     few = [dict(r, id=f"{i}", question=f"Which is it, {i % 6}?") for i, r in enumerate(rows_of_a_file * 10)]
-    monkeypatch.setattr(
-        scoring,
-        "_rora_logs",
-        lambda *_: (
-            lambda train, test: (
-                np.full((3, 1, len(test.questions)), -1.0) if len(train.questions) >= 20 else 1 / 0
-            )
-        ),
-    )
+
+    def logs(base, train, test, *_):
+        assert len(train.questions) >= 20
+        return np.full((2, 1, len(test.questions)), -1.0), 1.0
+
+    monkeypatch.setattr(module, "rora_logs", logs)
     assert sound(score_rationales(few, metrics=("rora",), **cheap))["rora_lite"].n == 60
 
 
@@ -602,49 +644,126 @@ def test_results_are_written_before_they_are_said(tmp_path, monkeypatch):
     assert {p.name for p in out.iterdir()} >= {"metrics.json", "scores.jsonl", "report.html"}
 
 
-# ---- the two real sets
-
-NOTEBOOK = Path(__file__).parents[1] / "nbs" / "experiments" / "score_real.ipynb"
+# ---- families
 
 
-@pytest.fixture(scope="module")
-def converters():
-    "The converters, as the notebook defines them."
-    space = {}
-    for cell in json.loads(NOTEBOOK.read_text(encoding="utf-8"))["cells"]:
-        source = "".join(cell["source"])
-        if cell["cell_type"] == "code" and source.startswith(
-            ("import csv", "out: str", "def only", "def gpt3_rows")
-        ):
-            exec(source, space)
-    return SimpleNamespace(**space)
+def test_a_registered_family_is_asked_for_by_name_scored_and_held_against_ratings(tmp_path):
+    @register
+    class Vowels(Family):
+        "Share of vowels."
+
+        name, scores, columns = "vowels", ("vowels",), ("vowels",)
+
+        def compute(self, task):
+            if not any(b.rationale for b in task.rows):
+                raise BadInput("no rationale has a letter")
+            share = [sum(c in "aeiou" for c in b.rationale) / 99 for b in task.rows]
+            return {"vowels": mean_score(share, **task.over(range(len(share))))}, {"vowels": share}
+
+    try:
+        rated = [dict(r, rationale="a" * (i % 9), rating=i % 9) for i, r in enumerate(rows_of_a_file)]
+        scored = score_rationales(rated, metrics=("vowels", "ratings"), **cheap)
+        assert sound(scored)["rating_vowels"].value == pytest.approx(1.0)
+        assert scored.rows[8]["vowels"] == 8 / 99 and scored.scores["vowels"].n == 60
+        assert "vowels" in write_scored(scored, tmp_path).read_text()
+        assert "vowels" not in score_rationales(rated, metrics=("ratings",), **cheap).scores
+        bare = [dict(r, rationale="") for r in rated]
+        assert (
+            score_rationales(bare, metrics=("vowels",)).scores["vowels"].reason == "no rationale has a letter"
+        )
+    finally:
+        del families["vowels"]
+    with pytest.raises(BadInput, match="must be one of las, controls, rev, rora, ratings, interventions"):
+        score_rationales(rows_of_a_file, metrics=("vowels",))
 
 
-def test_palm_is_cut_and_what_cannot_be_parsed_is_counted(real_data, converters):
-    rows = converters.palm_rows(real_data / "palm_cqa", "train")
-    read = read_rationales(rows, cut_at=["\n\nQ:"])
+def test_every_family_gives_the_scores_and_columns_that_it_names(tmp_path):
+    rows = [dict(r, rating=[i % 3, i % 2]) for i, r in enumerate(rows_of_a_file)]
+    scored = score_rationales(rows, model=student_folder(tmp_path), **cheap)
+    for family in families.values():
+        assert set(family.scores) <= set(sound(scored)), family.name
+        assert set(family.columns) <= set(scored.rows[0]), family.name
+
+
+def test_the_writer_is_a_model_or_a_reason(tmp_path):
+    rows = read_rationales(rows_of_a_file[:2])
+    student, reason = find_writer(rows)
+    assert student is None and reason.startswith("needs the model that wrote the rationales: give its folder")
+    named = read_rationales([dict(rows_of_a_file[0], model=str(tmp_path / "absent"))])
+    assert find_writer(named).student is None and "cannot be loaded" in find_writer(named).reason
+    with pytest.raises(BadInput, match="cannot be loaded"):
+        find_writer(rows, str(tmp_path / "absent"))
+    student, reason = find_writer(named, student_folder(tmp_path))
+    assert student.tokenizer is not None and reason == ""
+
+
+# ---- the two published sets
+
+
+def palm_files(folder, texts, n_questions=2):
+    questions = [
+        dict(id=f"q{i}", question=f"Which, {i}?", choices=["dog", "cat", "dog"][: 2 + i], answer="dog")
+        for i in range(n_questions)
+    ]
+    (folder / "cqa_test.json").write_text("".join(json.dumps(q) + "\n" for q in questions))
+    (folder / "test_CoT_1.json").write_text(json.dumps(texts[1:]))
+    (folder / "test_CoT_0.json").write_text(json.dumps(texts[:1]))
+
+
+def test_published_files_that_do_not_fit_together_are_refused(tmp_path):
+    with pytest.raises(BadInput, match="must be one of palm, gpt3"):
+        read_published("cot", tmp_path)
+    for name in ("palm", "gpt3"):
+        with pytest.raises(BadInput, match="no such file"):
+            read_published(name, tmp_path, "test")
+    said = ["It barks. So the answer is (b) cat.\n\nQ: What?", "It barks.\n\nQ: So the answer is (a)."]
+    palm_files(tmp_path, said)
+    first, second = read_published("palm", tmp_path, "test")
+    assert (first.prediction, first.question.answer, first.reasons) == (1, 0, "It barks.")
+    assert (second.prediction, second.question.answer) == (None, None)  # "dog" occurs twice
+    assert len(read_published("palm", tmp_path, "test", limit=1)) == 1
+    palm_files(tmp_path, said, n_questions=1)
+    with pytest.raises(BadInput, match="2 rationales for 1 questions"):
+        read_published("palm", tmp_path, "test")
+    (tmp_path / "test_CoT_1.json").write_text('{"a": 1}')
+    with pytest.raises(BadInput, match="test_CoT_1.json.*must be a JSON list of texts"):
+        read_published("palm", tmp_path, "test")
+    palm_files(tmp_path, said[:1], n_questions=1)
+    (tmp_path / "cqa_test.json").write_text('{"id": "q", "question": "Which?", "choices": ["a", "b"]}')
+    with pytest.raises(BadInput, match="cqa_test.json: field 'answer': is missing"):
+        read_published("palm", tmp_path, "test")
+    (tmp_path / "commonsenseqa_test.csv").write_text("Input.id,Input.question\nq,Which?\n")
+    with pytest.raises(BadInput, match="commonsenseqa_test.csv: field 'Answer.acceptable': is missing"):
+        read_published("gpt3", tmp_path, "test")
+
+
+def test_raters_of_one_question_saw_the_same_explanations(tmp_path):
+    head = ["Input.id", "Input.question", "Input.answer_choices", "Input.gold_label", "Answer.acceptable"]
+    head += [f"Input.explanation_{k}" for k in range(1, 6)]
+    rows = [["q", "Which?", "dog, or cat", "cat", accepted, *"vwxyz"] for accepted in ("", "2|5")]
+    file = tmp_path / "commonsenseqa_test.csv"
+    file.write_text("\n".join(",".join(f'"{c}"' for c in row) for row in (head, *rows)))
+    read = read_published("gpt3", tmp_path, "test")
+    assert [sum(b.ratings) for b in read] == [0, 1, 0, 0, 1] and [b.rationale for b in read] == [*"vwxyz"]
+    rows[1][-1] = "another"
+    file.write_text("\n".join(",".join(f'"{c}"' for c in row) for row in (head, *rows)))
+    with pytest.raises(BadInput, match="must have the same explanations for every rater"):
+        read_published("gpt3", tmp_path, "test")
+
+
+def test_palm_is_cut_and_what_cannot_be_parsed_is_counted(real_data):
+    read = read_published("palm", real_data / "palm_cqa", "train")
     unparsed = [b for b in read if b.prediction is None]
-    assert (
-        len(read) == len(rows) == 9741 and len(unparsed) == 288 and not any("Q:" in b.rationale for b in read)
-    )
+    assert len(read) == 9741 and len(unparsed) == 288 and not any("Q:" in b.rationale for b in read)
     right = sum(b.prediction == b.question.answer for b in read if b.question.answer is not None) / len(read)
-    assert 0.74 < right < 0.77 and all(
-        "either" in b.rationale or "answer is" in b.rationale for b in unparsed[:20]
-    )
+    assert 0.74 < right < 0.77
+    assert all("either" in b.rationale or "answer is" in b.rationale for b in unparsed[:20])
+    assert not any("So the answer is" in b.reasons for b in read)
 
 
-def test_gpt3_has_five_explanations_with_three_ratings_each(real_data, converters):
-    read = read_rationales(converters.gpt3_rows(real_data / "gpt3_csqa", "train"))
+def test_gpt3_has_five_explanations_with_three_ratings_each(real_data):
+    read = read_published("gpt3", real_data / "gpt3_csqa", "train")
     assert len(read) == 4955 and len({b.group for b in read}) == 991 and {len(b.ratings) for b in read} == {3}
     first = next(b for b in read if b.question.question.startswith("Where can you likely buy many poems"))
-    assert (
-        first.question.choices
-        == (
-            "literature book",
-            "bookshelf",
-            "poetry book",
-            "book of poetry",
-            "book store",
-        )
-        and first.prediction == 4
-    )
+    choices = ("literature book", "bookshelf", "poetry book", "book of poetry", "book store")
+    assert first.question.choices == choices and first.prediction == 4

@@ -1,6 +1,7 @@
-"The student room against slow and independent ways of doing the same."
+"The student against slow and independent ways of doing the same."
 
-import copy, random
+import copy
+import random
 from dataclasses import replace
 
 import pytest
@@ -8,23 +9,44 @@ import torch
 from hypothesis import given, settings, strategies as st
 
 from faithful_distill.files import BadInput, shipped
-from faithful_distill.questions import Question, load_questions
+from faithful_distill.lab.world import world_questions
+from faithful_distill.questions import Question, match_choice
+from faithful_distill.sources import load_questions
+from faithful_distill.student import answers
+from faithful_distill.student.answers import (
+    answer,
+    choice_tails,
+    explain,
+    read_answers,
+    split_answer,
+    write_rationales,
+)
+from faithful_distill.student.decoding import read_distinct, stacked
+from faithful_distill.student.loss import (
+    Objective,
+    check_needs,
+    combine,
+    distillation_loss,
+    find_objective,
+    objectives,
+    reference_loss,
+    register_objective,
+    student_logits,
+    target_log_probs,
+)
+from faithful_distill.student.model import Student, add_tags, expresses, load_student, tiny_student
 from faithful_distill.student.rows import (
     Row,
     collate,
     encode_sources,
     encode_targets,
+    examples_of,
     row_prefix,
     source_text,
     target_text,
     token_pieces,
     training_rows,
-    units,
 )
-from faithful_distill.student.model import Student, add_tags, expresses, load_student, tiny_student
-from faithful_distill.student.answers import answer
-from faithful_distill.student.loss import combine, distillation_loss, student_logits
-from faithful_distill.questions import match_choice
 
 questions = [
     Question("1", "What does a beaver build ?", ("a dam", "a bank", "a nest"), 0),
@@ -64,7 +86,7 @@ def student(request):
 
 
 def test_one_forward_equals_one_row_at_a_time(student):
-    "Padding and company change no row: summed losses and gradients of the batch are those of the rows alone."
+    "Padding and other rows change no row: summed losses and gradients of a batch are those of its rows alone."
     rows = rows_of(student)
     batch = collate(rows, student)
     whole = distillation_loss(student_logits(student.model, batch), batch["labels"], batch["counterfactual"])
@@ -104,10 +126,22 @@ def test_loss_is_the_slow_sum_over_tokens(student):
             else:
                 logits = student.model(input_ids=torch.tensor([row.source + written[:i]])).logits
             sums[row.counterfactual] -= float(logits[0, -1].log_softmax(-1)[written[i]])
-    assert float(loss.factual) == pytest.approx(sums[False], rel=1e-4) and float(
-        loss.counterfactual
-    ) == pytest.approx(sums[True], rel=1e-4)
+    assert float(loss.factual) == pytest.approx(sums[False], rel=1e-4)
+    assert float(loss.counterfactual) == pytest.approx(sums[True], rel=1e-4)
     assert int(loss.tokens_factual) == sum(len(r.target) for r in rows if not r.counterfactual)
+
+
+@pytest.mark.parametrize("reduction", ["per_part", "per_token"])
+@pytest.mark.parametrize("alpha_cf", [0.0, 0.3, 1.0])
+def test_loss_is_that_of_one_row_at_a_time(student, alpha_cf, reduction):
+    rows = rows_of(student)
+    batch = collate(rows, student)
+    logits = student_logits(student.model, batch)
+    how = dict(alpha_cf=alpha_cf, reduction=reduction)
+    fast = distillation_loss(logits, batch["labels"], batch["counterfactual"], **how).total
+    with torch.no_grad():
+        slow = reference_loss(rows, lambda row: target_log_probs(student, row), **how)
+    assert float(fast.detach()) == pytest.approx(slow, rel=1e-5)
 
 
 def test_rationales_of_counterfactual_rows_get_exactly_zero_gradient(student):
@@ -119,9 +153,8 @@ def test_rationales_of_counterfactual_rows_get_exactly_zero_gradient(student):
         distillation_loss(
             logits, batch["labels"], batch["counterfactual"], reduction=reduction
         ).total.backward(retain_graph=True)
-        assert (logits.grad[batch["labels"] == -100] == 0).all() and (
-            logits.grad[batch["labels"] != -100] != 0
-        ).any(-1).all()
+        learned = batch["labels"] != -100
+        assert (logits.grad[~learned] == 0).all() and (logits.grad[learned] != 0).any(-1).all()
     student.model.zero_grad()
 
 
@@ -139,11 +172,44 @@ def test_combine_weighs_tokens_as_written(alpha, tokens):
         )
 
 
+def test_an_objective_is_known_by_its_name_and_refused_without_its_rows():
+    gold, wrong = Row([1], [1], [1], False), Row([1], [1], [1], True)
+    pairs = Objective("pairs_toy", ("pairs",), lambda tokens, alpha_cf, reduction: tokens.nll.sum())
+    register_objective(pairs)
+    try:
+        assert find_objective("pairs_toy") is pairs
+        check_needs(pairs, [[gold], [gold, wrong]])
+        with pytest.raises(BadInput, match="needs pairs rows"):
+            check_needs(pairs, [[gold], [wrong]])
+        with pytest.raises(BadInput, match="is registered already"):
+            register_objective(pairs)
+    finally:
+        del objectives["pairs_toy"]
+    with pytest.raises(BadInput, match="is not an objective"):
+        find_objective("pairs_toy")
+    with pytest.raises(BadInput, match="must be one of gold, counterfactual, pairs"):
+        register_objective(Objective("silver_toy", ("silver",), print))
+    assert list(objectives) == ["factual", "counterfactual"]
+
+
+@given(st.lists(st.booleans(), min_size=1, max_size=6), st.integers(0, 99))
+def test_micro_batches_of_an_objective_add_up(flags, seed):
+    draw = torch.Generator().manual_seed(seed)
+    logits, flags = torch.randn(len(flags), 3, 5, generator=draw), torch.tensor(flags)
+    labels = torch.randint(0, 5, (len(flags), 3), generator=draw)
+    labels[torch.rand(labels.shape, generator=draw) < 0.3] = -100
+    for objective in objectives:
+        whole = distillation_loss(logits, labels, flags, objective=objective)
+        how = dict(objective=objective, totals=(whole.tokens_factual, whole.tokens_counterfactual))
+        each = [distillation_loss(logits[[i]], labels[[i]], flags[[i]], **how) for i in range(len(flags))]
+        assert sum(float(part.total) for part in each) == pytest.approx(float(whole.total), abs=1e-5)
+
+
 def slow_answer(student, q, rationale, prefix):
-    "Batch 1, no cache, transformers' generate for nothing: the words after the rationale, one forward a token."
+    "Batch 1, no cache: the words after the rationale, one forward pass per token."
     source = encode_sources(student, [q], [prefix])[0]
     [t] = encode_targets(student, [q], [0], [rationale], [prefix])
-    written = t.tag + t.rationale + t.sentence
+    written = t.before_answer
     begin = len(written)
     for _ in range(12):
         if student.is_seq2seq:
@@ -162,17 +228,15 @@ def slow_answer(student, q, rationale, prefix):
 @pytest.mark.parametrize("prefix", ["factual", "counterfactual", "none"])
 def test_batched_answers_are_those_of_a_slow_loop(student, prefix):
     many, why = questions * 3, (reasons + reasons[1:] + reasons[:1] + ["", "", ""])
-    said = answer(student, many, why, prefix=prefix, batch_size=5)
-    for q, r, a in zip(many, why, said, strict=True):
+    batched = answer(student, many, why, prefix=prefix, batch_size=5)
+    for q, r, a in zip(many, why, batched, strict=True):
         slow = slow_answer(student, q, r, prefix)
         assert slow.startswith(a.text) and a.rationale == r and a.id == q.id
-    assert any(a.text for a in said)
+    assert any(a.text for a in batched)
 
 
 def test_own_rationales_are_those_of_generate(student):
-    "The greedy loop with its cache and thinning against `transformers.generate`, batch 1."
-    from faithful_distill.student.answers import read_distinct, stacked, write_rationales
-
+    "The greedy loop, with its cache and with rows that leave, against `transformers.generate` at batch 1."
     sources = encode_sources(student, questions, ["factual"] * 3)
     with torch.no_grad():
         read = read_distinct(student, sources)
@@ -210,33 +274,89 @@ def test_batch_size_and_order_change_nothing(student):
             ) and a.scores == pytest.approx(b.scores, abs=1e-4)
 
 
-def test_a_trained_student_is_read_as_one_question_at_a_time_is(monkeypatch):
-    "What a student writes that names choices, and what one writes that does not: words, choice and likelihoods are those of `generate` and a forward pass a choice, and only the latter is written out."
-    from faithful_distill.student import answers
-    from faithful_distill.train_bench import plain_answer
-    from faithful_distill.lab.world import world_questions
+def plain_answer(student, q, rationale, limit):
+    "One question by `generate` and one forward pass per choice: (answer words, choice, scores)."
+    source = torch.tensor(encode_sources(student, [q], ["factual"]))
 
+    def written_after(ids, n):
+        given = dict(decoder_input_ids=torch.tensor([ids]), max_new_tokens=n, do_sample=False)
+        return student.model.generate(source, **given)[0, len(ids) :]
+
+    concluded = True
+    if rationale is None:
+        [t] = encode_targets(student, [q], [0], [""], ["factual"])
+        text = student.tokenizer.decode(
+            written_after([student.start, *t.tag], limit), skip_special_tokens=True
+        )
+        rationale, sentence, _ = text.rpartition("So the answer is")
+        rationale, concluded = (rationale, True) if sentence else (text, False)
+    [t] = encode_targets(student, [q], [0], [rationale], ["factual"])
+    ids, [tails] = [student.start, *t.tag, *t.rationale, *t.sentence], choice_tails(student, [q])
+    written = written_after(ids, max(map(len, tails)) + 4)
+    text = student.tokenizer.decode(written, skip_special_tokens=True).strip() if concluded else ""
+    scores = []
+    for tail in tails:
+        logits = student.model(input_ids=source, decoder_input_ids=torch.tensor([ids + tail[:-1]])).logits
+        scores.append(float(logits[0, -len(tail) :].log_softmax(-1)[range(len(tail)), tail].sum()))
+    ended = concluded and student.eos in written.tolist()
+    return text, match_choice(q, text) if ended else None, scores
+
+
+def test_a_trained_student_is_read_as_one_question_at_a_time_is(monkeypatch):
+    """Answers that name choices and answers that do not: words, choice and scores are those of `generate` and of
+    one forward pass per choice, and only answers that name none are written out."""
     trained = load_student(shipped("data", "models", "student"), device="cpu")
     asked = [q for kind in ("choice", "boolean") for q in world_questions(kind, "test", limit=12)]
-    asked += [
-        replace(q, id=f"{q.id}-odd", choices=("the moon", *q.choices[1:]), answer=0) for q in asked[:6]
-    ]  # choices that it has never seen
+    unseen = [replace(q, id=f"{q.id}-odd", choices=("the moon", *q.choices[1:]), answer=0) for q in asked[:6]]
+    asked += unseen
     why = [None if i % 3 else " ".join(reversed(q.question.split())) for i, q in enumerate(asked)]
-    written, greedy_continue = [], answers.greedy_continue
-    monkeypatch.setattr(
-        answers,
-        "write_on",
-        lambda reading, limits: written.append(limits) or greedy_continue(reading, limits),
-    )
-    said = answer(trained, asked, why, batch_size=7, max_new_tokens=40)
-    slow = [plain_answer(trained, q, r, 40) for q, r in zip(asked, why)]
-    for a, (text, choice, scores) in zip(said, slow, strict=True):
+    limits_of_calls, greedy_continue = [], answers.greedy_continue
+
+    def watched(batch, limits):
+        limits_of_calls.append(limits)
+        return greedy_continue(batch, limits)
+
+    monkeypatch.setattr(answers, "greedy_continue", watched)
+    batched = answer(trained, asked, why, batch_size=7, max_new_tokens=40)
+    with torch.no_grad():
+        slow = [plain_answer(trained, q, r, 40) for q, r in zip(asked, why)]
+    for a, (text, choice, scores) in zip(batched, slow, strict=True):
         assert (a.choice, a.scores) == (choice, pytest.approx(scores, abs=1e-4))
         if choice is not None:
             assert a.text == text
-    read = sum(len(limits) for limits in written if max(limits) < 40)  # 40: rationales
-    named = sum(a.choice is not None and a.text == q.choices[a.choice] for q, a in zip(asked, said))
-    assert 0 < named <= len(asked) - read < len(asked)
+    written_out = sum(len(limits) for limits in limits_of_calls if max(limits) < 40)  # 40: rationales
+    named = sum(a.choice is not None and a.text == q.choices[a.choice] for q, a in zip(asked, batched))
+    assert 0 < named <= len(asked) - written_out < len(asked)
+
+
+def test_token_ids_of_one_choice_decide_and_those_of_unknown_words_do_not(monkeypatch):
+    "Two choices that read alike as text are told apart by their ids; words that the tokenizer lacks name no choice."
+    q = Question("1", "How did the match end ?", ("3:1", "3 1", "the zyx"), 0)
+    student = tiny_student([q.question, "3:1 3 1 the"])
+    sources = encode_sources(student, [q], ["factual"])
+    with torch.no_grad():
+        encoded = stacked([read_distinct(student, sources)[tuple(sources[0])]])
+        for greedy, choice in ((0, 0), (1, 1), (2, None)):
+            monkeypatch.setattr(answers, "choice_scores", lambda batch, tails: ([[0.0] * 3], [greedy]))
+            [a] = read_answers(student, [q], encoded, sources, ["it did"], "factual")
+            assert a.choice == choice, (a.text, a.choice)
+
+
+@pytest.mark.parametrize(
+    "text, rationale, words",
+    [
+        ("It is wet . So the answer is a dam", "It is wet .", "a dam"),
+        ("So the answer is no . So the answer is yes .", "So the answer is no .", "yes"),
+        ("It is wet. The correct answer is bookstore.", "It is wet.", "bookstore"),
+        ("It is wet. Thus the statement is false.", "It is wet.", "false"),
+        ("The answer is wet", "", "wet"),
+        ("It is wet . So the answer", "It is wet . So the answer", None),
+        ("", "", None),
+    ],
+)
+def test_a_written_text_is_split_at_its_last_answer_sentence(text, rationale, words):
+    found, answer_words = split_answer(text)
+    assert (found, answer_words and answer_words.rstrip(" .")) == (rationale, words)
 
 
 @settings(max_examples=40, deadline=None)
@@ -244,7 +364,7 @@ def test_a_trained_student_is_read_as_one_question_at_a_time_is(monkeypatch):
     st.lists(st.tuples(st.sampled_from(["read", "back", "keep"]), st.integers(1, 70)), max_size=12),
     st.integers(0, 100),
 )
-def test_a_memory_with_room_ahead_holds_what_one_without_does(moves, seed):
+def test_a_growing_cache_holds_what_a_plain_one_does(moves, seed):
     from transformers.cache_utils import DynamicLayer
     from faithful_distill.caches import growing_layer
 
@@ -288,18 +408,15 @@ def test_a_student_goes_on_from_a_beginning(student):
     ),
     st.integers(10, 40),
 )
-def test_truncation_never_cuts_the_answer(rationale, room):
+def test_truncation_never_cuts_the_answer(rationale, max_target):
     student = tiny_student_once()
-    student.max_target = room
+    student.max_target = max_target
     [t] = encode_targets(student, questions[:1], [2], [" ".join(rationale)], ["factual"])
-    assert len(t.tag + t.rationale + t.sentence + t.answer) <= room
-    assert (
-        student.tokenizer.decode(t.answer, skip_special_tokens=True) == "a nest"
-        and t.answer[-1] == student.eos
-    )
-    assert len(t.rationale) + t.cut == len(
-        student.tokenizer(" ".join(rationale), add_special_tokens=False)["input_ids"]
-    )
+    assert len(t.before_answer + t.answer) <= max_target
+    assert student.tokenizer.decode(t.answer, skip_special_tokens=True) == "a nest"
+    assert t.answer[-1] == student.eos
+    whole = student.tokenizer(" ".join(rationale), add_special_tokens=False)["input_ids"]
+    assert len(t.rationale) + t.cut == len(whole)
 
 
 def tiny_student_once(made=[]):
@@ -308,7 +425,7 @@ def tiny_student_once(made=[]):
     return copy.copy(made[0])
 
 
-def test_too_little_room_is_an_error_with_the_number_needed():
+def test_lengths_that_are_too_short_are_an_error_with_the_number_needed():
     student = tiny_student_once()
     student.max_target = 5
     with pytest.raises(BadInput, match="at least 8"):
@@ -363,7 +480,7 @@ def test_pieces_add_up_for_subword_tokenizers(make):
 
 
 def test_real_questions_encode_whole(real_data):
-    "Every CommonsenseQA dev question: its text, its choices, duplicates told apart."
+    "Every CommonsenseQA dev question: its text, its choices, choices that read the same."
     dev = list(load_questions("csqa", "dev", path=real_data / "csqa"))
     qs = [Question(q["id"], q["question"], tuple(q["choices"]), q["answer"], q["kind"]) for q in dev]
     for q in qs:
@@ -382,28 +499,31 @@ def test_random_prefixes_are_even_and_independent_of_role():
     assert 0.45 < sum(a == b for a, b in zip(*drawn.values())) / n < 0.55
 
 
-def test_units_keep_every_row():
+def test_examples_keep_every_row():
     rng = random.Random(0)
     ids = [str(rng.randrange(9)) for _ in range(40)]
     rows = [Row([1], [1], [1], rng.random() < 0.6) for _ in ids]
-    made = units(rows, ids)
-    assert sum(map(len, made)) == 40 and all(
-        not u[0].counterfactual and all(r.counterfactual for r in u[1:]) for u in made
-    )
+    examples = examples_of(rows, ids)
+    assert sum(map(len, examples)) == 40
+    for first, *others in examples:
+        assert not first.counterfactual and all(row.counterfactual for row in others)
+    wrong = [(row, id) for row, id in zip(rows, ids) if row.counterfactual]
     with pytest.raises(BadInput, match="no gold rationale"):
-        units([r for r in rows if r.counterfactual], [i for i, r in zip(ids, rows) if r.counterfactual])
+        examples_of(*zip(*wrong))
 
 
 @pytest.mark.parametrize(
-    "field, value", [("role", "silver"), ("target", 7), ("target", None), ("rationale", ...)]
+    "field, changes",
+    [
+        ("role", dict(role="silver")),
+        ("target", dict(target=7)),
+        ("target", dict(target=None, role="counterfactual")),
+        ("rationale", dict(rationale=None)),
+    ],
 )
-def test_bad_records_are_named(field, value):
-    bad = record(questions[0], 0, reasons[0])
-    if value is ...:
-        del bad[field]
-    else:
-        bad[field] = value
-    with pytest.raises(BadInput, match=field):
+def test_bad_records_are_named(field, changes):
+    bad = record(questions[0], 0, reasons[0]) | changes
+    with pytest.raises(BadInput, match=f"field '{field}'"):
         training_rows(tiny_student_once(), [bad])
 
 
@@ -422,7 +542,7 @@ def test_a_student_without_end_or_padding_is_refused(tmp_path):
 
 
 def letters(lowercase=False):
-    "Letters and words without an unknown token: brackets are dropped without a word."
+    "Letters and words without an unknown token: brackets are dropped silently."
     from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
@@ -454,11 +574,11 @@ def model_for(tokenizer):
 
 
 def test_tags_that_a_tokenizer_loses_are_missed_only_where_they_are_needed():
-    "Dropped brackets are as bad as an unknown token: both roles would read alike. Without tags nothing is missed, and `add_tags` mends it, as the error says."
+    """Dropped brackets are as bad as an unknown token: both roles would read alike. Without tags nothing is missing,
+    and `add_tags` is the remedy, as the error says."""
     tokenizer = letters()
-    assert (
-        tokenizer.unk_token_id is None and tokenizer.decode(tokenizer("[factual]")["input_ids"]) == "factual"
-    )
+    assert tokenizer.unk_token_id is None
+    assert tokenizer.decode(tokenizer("[factual]")["input_ids"]) == "factual"
     model, rows = model_for(tokenizer), [record(q, q.answer, r) for q, r in zip(questions, reasons)]
     student = Student(model, tokenizer, "letters")
     for act in (
@@ -470,10 +590,8 @@ def test_tags_that_a_tokenizer_loses_are_missed_only_where_they_are_needed():
             BadInput, match=r"cannot express '\[.*factual\]'.*add_tags\(model, tokenizer\).*prefixes='none'"
         ):
             act()
-    assert (
-        len(training_rows(student, rows, prefixes="none")) == 3
-        and len(answer(student, questions, reasons, prefix="none")) == 3
-    )
+    assert len(training_rows(student, rows, prefixes="none")) == 3
+    assert len(answer(student, questions, reasons, prefix="none")) == 3
     add_tags(model, tokenizer)
     roles = [
         training_rows(student, [record(questions[0], target, reasons[0])])[0].source for target in (0, 1)
@@ -482,7 +600,7 @@ def test_tags_that_a_tokenizer_loses_are_missed_only_where_they_are_needed():
 
 
 def test_a_tokenizer_that_changes_the_answer_sentence_is_refused_and_can_be_taught():
-    "In small letters the sentence would never be found in what the student writes."
+    "Lower-cased, the sentence would never be found in what the student writes."
     tokenizer = letters(lowercase=True)
     model = model_for(tokenizer)
     with pytest.raises(BadInput, match=r"'So the answer is'.*add_tags\(model, tokenizer\)"):
@@ -501,9 +619,10 @@ def test_subword_tokenizers_express_the_tags(make):
 
 
 def test_a_tag_in_pieces_is_expressed_and_a_sentence_without_its_spaces_is_not():
-    "Word pieces come back apart, '[ factual ]', and still tell the roles apart; an answer sentence that comes back so would not be found."
+    """Word pieces come back apart, '[ factual ]', and the roles still differ; an answer sentence that comes back
+    in pieces would not be found."""
 
-    class Says:
+    class ComesBack:
         unk_token_id = 0
 
         def __init__(self, back):
@@ -515,12 +634,12 @@ def test_a_tag_in_pieces_is_expressed_and_a_sentence_without_its_spaces_is_not()
         def decode(self, ids):
             return self.back
 
-    assert expresses(Says("[ factual ]"), "[factual]") and not expresses(Says("factual"), "[factual]")
-    assert (
-        expresses(Says(" So the answer is"), "So the answer is")
-        and not expresses(Says("Sothe answer is"), "So the answer is")
-        and not expresses(Says("so the answer is"), "So the answer is")
+    assert expresses(ComesBack("[ factual ]"), "[factual]") and not expresses(
+        ComesBack("factual"), "[factual]"
     )
+    assert expresses(ComesBack(" So the answer is"), "So the answer is")
+    assert not expresses(ComesBack("Sothe answer is"), "So the answer is")
+    assert not expresses(ComesBack("so the answer is"), "So the answer is")
 
 
 def test_a_saved_student_is_loaded_as_it_was(student, tmp_path):
@@ -532,3 +651,16 @@ def test_a_saved_student_is_loaded_as_it_was(student, tmp_path):
     assert [a.scores for a in answer(loaded, questions, reasons)] == [
         a.scores for a in answer(student, questions, reasons)
     ]
+
+
+def test_a_student_prints_as_one_line_and_explains_from_its_folder(tmp_path):
+    student = tiny_student(vocabulary)
+    student.max_target = 24
+    student.model.save_pretrained(tmp_path / "mine")
+    student.tokenizer.save_pretrained(tmp_path / "mine")
+    (tmp_path / "mine" / "student.json").write_text('{"max_target": 24}')
+    loaded = load_student(tmp_path / "mine", device="cpu")
+    assert repr(loaded) == repr(student).replace("tiny-t5", "mine") and "\n" not in repr(student)
+    assert explain(tmp_path / "mine", questions[0], reasons[:1]) == explain(
+        student, questions[0], reasons[:1]
+    )

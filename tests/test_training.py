@@ -1,13 +1,25 @@
-"Training as it is met in earnest: several processes, killed processes, full disks, and the same numbers as ever."
+"Training under real conditions: several processes, killed processes, full disks, and the recorded numbers."
 
-import functools, importlib.util, json, os, random, re, resource, shlex, subprocess, sys, time
+import functools
+import importlib.util
+import json
+import os
+import random
+import re
+import resource
+import shlex
+import shutil
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
 
-import interrupted, ranks
-from faithful_distill.files import BadInput, write_json
-from faithful_distill.files import read_jsonl
+import interrupted
+import ranks
+from faithful_distill.files import BadInput, read_jsonl, write_json
+from faithful_distill.training import folder
 from faithful_distill.training.train import train_student
 
 here = Path(__file__).parent
@@ -56,21 +68,22 @@ def two_ranks(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def one_rank(tmp_path_factory):
-    "What one rank makes of a step of so many units, in one piece or in several."
+    "What one rank makes of a step of so many examples, in one micro-batch or in several."
     folder = tmp_path_factory.mktemp("one")
-    run = functools.cache(
-        lambda kind, units, pieces: ranks.run(
-            folder / f"{kind}-{units}x{pieces}", 2, pieces, kind, batch_size=units
-        )
-    )
-    return lambda kind="t5", units=4, pieces=1: run(kind, units, pieces)
+
+    @functools.cache
+    def run(kind, examples, micro_batches):
+        out = folder / f"{kind}-{examples}x{micro_batches}"
+        return ranks.run(out, 2, micro_batches, kind, batch_size=examples)
+
+    return lambda kind="t5", examples=4, micro_batches=1: run(kind, examples, micro_batches)
 
 
 @pytest.mark.parametrize("kind, stage, accumulation", ranks.alike)
 def test_two_ranks_train_as_one(two_ranks, one_rank, kind, stage, accumulation):
     "Losses, their parts, token counts and gradient norms do not depend on ranks, stage or accumulation."
     expected, found = (
-        history(one_rank(kind, ranks.units(accumulation))[1].out),
+        history(one_rank(kind, ranks.examples_per_step(accumulation))[1].out),
         history(two_ranks / f"{kind}-stage{stage}x{accumulation}"),
     )
     assert len(expected) == len(found) == 4
@@ -80,9 +93,10 @@ def test_two_ranks_train_as_one(two_ranks, one_rank, kind, stage, accumulation):
             assert got[name] == pytest.approx(want[name], rel=2e-4, abs=2e-4), name
 
 
-@pytest.mark.parametrize("pieces", [2, 4])
-def test_accumulation_on_one_rank_changes_nothing(one_rank, pieces):
-    for want, got in zip(history(one_rank()[1].out), history(one_rank(pieces=pieces)[1].out), strict=True):
+@pytest.mark.parametrize("micro_batches", [2, 4])
+def test_accumulation_on_one_rank_changes_nothing(one_rank, micro_batches):
+    whole, accumulated = one_rank()[1].out, one_rank(micro_batches=micro_batches)[1].out
+    for want, got in zip(history(whole), history(accumulated), strict=True):
         assert got == pytest.approx(want, rel=2e-4, abs=2e-4)
 
 
@@ -91,7 +105,7 @@ def test_gathered_weights_are_equal(two_ranks, one_rank, kind, stage, accumulati
     from safetensors.torch import load_file
 
     want, got = (
-        load_file(one_rank(kind, ranks.units(accumulation))[1].out / "model.safetensors"),
+        load_file(one_rank(kind, ranks.examples_per_step(accumulation))[1].out / "model.safetensors"),
         load_file(two_ranks / f"{kind}-stage{stage}x{accumulation}" / "model.safetensors"),
     )
     assert want.keys() == got.keys()
@@ -190,7 +204,7 @@ def same_result(a, b):
 
 
 @pytest.mark.parametrize(
-    "size, stage, kills, begun",
+    "size, stage, kills, continued_from",
     [
         (
             1,
@@ -203,14 +217,16 @@ def same_result(a, b):
     ],
 )
 def test_killed_and_called_again_ends_in_the_same_bytes(
-    undisturbed, tmp_path, size, stage, kills, continue_from
+    undisturbed, tmp_path, size, stage, kills, continued_from
 ):
-    "kill -9, of either rank, after a step, in the middle of a checkpoint's file, just before the checkpoint is marked whole, while the one before is removed, and while the finished student is written."
+    """kill -9, of either rank: after a step, in the middle of a checkpoint's file, just before the checkpoint is
+    marked whole, while the one before is removed, and while the finished student is written.
+    """
     for what, at, *victim in kills:
         assert not interrupted.attempt(tmp_path / "run", (what, at), size, stage, *victim)
     assert interrupted.attempt(tmp_path / "run", size=size, stage=stage)
     same_result(tmp_path / "run", undisturbed(size, stage))
-    assert [int(step) for step in (tmp_path / "run.0.begun").read_text().split()] == continue_from
+    assert [int(step) for step in (tmp_path / "run.0.begun").read_text().split()] == continued_from
 
 
 @pytest.mark.skipif(
@@ -218,7 +234,10 @@ def test_killed_and_called_again_ends_in_the_same_bytes(
 )
 @pytest.mark.parametrize("size", [1, 2])
 def test_ten_kills_at_random(undisturbed, tmp_path, size):
-    "Stage, rank, moment and how long the other rank outlives it; FAITHFUL_DISTILL_SEED draws others. What was done is printed (pytest -s)."
+    """Stage, rank, moment and how long the other rank outlives it; FAITHFUL_DISTILL_SEED draws others.
+
+    What was done is printed (pytest -s).
+    """
     rng = random.Random(f"{os.environ.get('FAITHFUL_DISTILL_SEED', 0)} {size}")
     killed = runs = 0
     while killed < 10:
@@ -241,31 +260,20 @@ def test_ten_kills_at_random(undisturbed, tmp_path, size):
 
 
 def test_other_runs_and_other_numbers_of_ranks_are_refused(tmp_path):
-    "A checkpoint of another run, or of two processes, is neither overwritten nor resumed; the error says what to do."
+    "A checkpoint of another run, or of two processes, is neither overwritten nor resumed."
     assert not interrupted.attempt(tmp_path / "run", ("step", 5), 2)
-    again = lambda **more: train_student(
-        ranks.base(dropout_rate=0.1),
-        ranks.records(),
-        out=tmp_path / "run",
-        **{
-            **dict(max_steps=interrupted.steps, batch_size=2, lr=1e-2, deepspeed=ranks.stage_config(2)),
-            **more,
-        },
-    )
+    given = dict(max_steps=interrupted.steps, batch_size=2, lr=1e-2, deepspeed=ranks.stage_config(2))
+
+    def again(base=None, **more):
+        base = base or ranks.base(dropout_rate=0.1)
+        return train_student(base, ranks.records(), out=tmp_path / "run", **{**given, **more})
+
     with pytest.raises(BadInput, match=r"nproc_per_node 2|launch\(2, "):
         again()  # the second where a notebook ran in this process before
     with pytest.raises(BadInput, match="another run"):
         again(lr=1e-3)
     with pytest.raises(BadInput, match="another run"):
-        train_student(
-            ranks.base("llama"),
-            ranks.records(),
-            out=tmp_path / "run",
-            max_steps=interrupted.steps,
-            batch_size=2,
-            lr=1e-2,
-            deepspeed=ranks.stage_config(2),
-        )
+        again(ranks.base("llama"))
     assert len(list((tmp_path / "run" / "checkpoints").glob("*/whole.json"))) == 1
     assert again(overwrite=True).steps == interrupted.steps
 
@@ -322,8 +330,11 @@ def test_other_runs_and_other_numbers_of_ranks_are_refused(tmp_path):
         ),
     ],
 )
-def test_the_command_named_is_one_that_works_from_here(monkeypatch, argv, module, ranks, nodes, said):
-    "Neither the kernel of a notebook nor the deleted call of `launch` is a command; a module goes by its name; several nodes meet somewhere."
+def test_the_error_names_a_command_that_works_from_here(monkeypatch, argv, module, ranks, nodes, said):
+    """Neither the kernel of a notebook nor the deleted call of `launch` is a command.
+
+    A module goes by its name; several nodes need an address to meet at.
+    """
     from types import ModuleType, SimpleNamespace
     from faithful_distill.ranks import resume_command
 
@@ -373,7 +384,10 @@ def trajectory(kind, folder):
 
 @pytest.mark.parametrize("kind", ["t5", "llama"])
 def test_golden_trajectories(tmp_path, kind):
-    "Loss and gradient norm of the first 20 steps are those recorded. Record anew with FAITHFUL_DISTILL_RECORD=1, and say why in the commit."
+    """Loss and gradient norm of the first 20 steps are those recorded.
+
+    Record anew with FAITHFUL_DISTILL_RECORD=1, and say why in the commit.
+    """
     found = trajectory(kind, tmp_path)
     if os.environ.get("FAITHFUL_DISTILL_RECORD"):
         import deepspeed, torch, transformers
@@ -467,7 +481,10 @@ def test_a_full_disk_is_a_clear_error_and_earlier_checkpoints_stay(tmp_path, mon
 
 
 def test_a_disk_that_is_really_full_is_a_clear_error(tmp_path):
-    "The kernel refuses to let a file grow (a limit of this process stands in for the disk); the checkpoint before stays, and the run goes on from it."
+    """The kernel refuses to let a file grow; a limit of this process stands in for the disk.
+
+    The checkpoint before stays, and the run goes on from it.
+    """
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     try:
         with pytest.raises(BadInput, match="Make room"):
@@ -521,7 +538,10 @@ def test_the_last_step_is_logged_and_every_student_has_a_card(tmp_path):
 
 
 def test_metrics_go_to_reporters_that_are_there(tmp_path, monkeypatch):
-    "One stands for all: through the Trainer's own callback, which gets the log; a missing package is said before anything is computed."
+    """One stands for all: through the Trainer's own callback, which gets the log.
+
+    A missing package is reported before anything is computed.
+    """
     find_spec = importlib.util.find_spec
     with monkeypatch.context() as patch, pytest.raises(BadInput, match="pip install tensorboard"):
         patch.setattr(
@@ -534,7 +554,6 @@ def test_metrics_go_to_reporters_that_are_there(tmp_path, monkeypatch):
     told = []
     from transformers import TrainerCallback
     from transformers.integrations import integration_utils
-    from faithful_distill.training import train
 
     class Reporter(TrainerCallback):
         def on_log(self, args, state, control, logs=None, **_):
@@ -586,7 +605,10 @@ def test_every_configuration_that_is_shipped_trains_alike(tmp_path, name):
 @pytest.mark.parametrize("ranks_", [1, 8])
 @pytest.mark.parametrize("model", ["t5-3b", "t5-11b"])
 def test_memory_with_offload_is_what_deepspeed_says(model, ranks_):
-    "DeepSpeed's own estimator knows the largest layer of the model by itself; gradients leave the GPU with the optimizer."
+    """DeepSpeed's own estimator finds the largest layer of the model by itself.
+
+    Gradients leave the GPU with the optimizer.
+    """
     from deepspeed.runtime.zero.stage3 import estimate_zero3_model_states_mem_needs, model_to_params
     from faithful_distill.training.sizing import meta_model, memory_table
 
@@ -601,8 +623,11 @@ def test_memory_with_offload_is_what_deepspeed_says(model, ranks_):
 
 
 def test_a_dry_run_of_the_authors_recipe_asks_no_hub(tmp_path, monkeypatch):
-    "T5-3B's shape is known here, whoever's name stands before it; every shipped configuration has its memory, main memory too; a folder of that name is what it is."
-    import re, socket
+    """T5-3B's shape is known here, whoever's name stands before it; a folder of that name is what it holds.
+
+    Every shipped configuration has its memory, main memory too.
+    """
+    import socket
     from click.testing import CliRunner
     from faithful_distill.cli import main
 
@@ -670,7 +695,7 @@ def test_a_dry_run_of_the_authors_recipe_asks_no_hub(tmp_path, monkeypatch):
         ("peft refuses", dict(lora=dict(rank=8))),
     ],
 )
-def test_what_cannot_be_trained_is_said_before_anything_is_written(tmp_path, match, given):
+def test_what_cannot_be_trained_is_refused_before_anything_is_written(tmp_path, match, given):
     with pytest.raises(BadInput, match=match):
         train(tmp_path / "out", **given)
     assert not list((tmp_path / "out").glob("*")) and not list((tmp_path / "out").glob("checkpoints/*"))
@@ -681,7 +706,7 @@ def whole_batch(student):
     from faithful_distill.student.rows import collate, training_rows
     from faithful_distill.student.loss import student_logits
 
-    batch = collate(training_rows(student, ranks.records()), student)
+    batch = collate(training_rows(student, ranks.rationales()), student)
     return batch, student_logits(student.model, batch).detach()
 
 
@@ -700,17 +725,9 @@ def test_lora_leaves_a_plain_student(tmp_path, kind, stage):
     "Only adapters are trained, and the merged student computes what the adapted one did."
     import torch
     from faithful_distill.student.model import load_student
-    from faithful_distill.questions import Question
 
     targets = dict(t5=["q", "v"], llama=["q_proj", "v_proj"], gpt2=["c_attn"])[kind]
-    base, questions = (
-        ranks.base(kind),
-        [
-            Question(r["id"], r["question"], tuple(r["choices"]), r["answer"])
-            for r in ranks.records()
-            if r["role"] == "gold"
-        ],
-    )
+    base = ranks.base(kind)
     result = train(
         tmp_path,
         base,
@@ -768,7 +785,7 @@ def test_a_run_that_stops_early_stops_there_after_an_interruption_too(tmp_path, 
     assert whole.steps == history(whole.out)[-1]["step"] < 60
     with monkeypatch.context() as patch, pytest.raises(Broken):
         if when.startswith("while"):
-            patch.setattr(train, "write_model", broken)
+            patch.setattr(folder, "write_model", broken)
         ranks.chosen(
             tmp_path / "again",
             "loss_counterfactual",
@@ -781,9 +798,7 @@ def test_a_run_that_stops_early_stops_there_after_an_interruption_too(tmp_path, 
 
 
 def test_checkpoints_of_a_finished_run_go_even_if_it_died_before_they_went(tmp_path, monkeypatch):
-    from faithful_distill import training
-
-    remove = training.shutil.rmtree
+    remove = shutil.rmtree
 
     def dying(path, *args, **kwargs):
         if Path(path).name == "checkpoints":
@@ -791,7 +806,7 @@ def test_checkpoints_of_a_finished_run_go_even_if_it_died_before_they_went(tmp_p
         return remove(path, *args, **kwargs)
 
     with monkeypatch.context() as patch, pytest.raises(InterruptedError):
-        patch.setattr(training.shutil, "rmtree", dying)
+        patch.setattr(folder.shutil, "rmtree", dying)
         train(tmp_path / "out", save_every=2)
     assert (tmp_path / "out" / "student.json").exists() and (tmp_path / "out" / "checkpoints").exists()
     assert train(tmp_path / "out", save_every=2).seconds == 0
@@ -799,12 +814,15 @@ def test_checkpoints_of_a_finished_run_go_even_if_it_died_before_they_went(tmp_p
 
 
 def test_a_finished_run_that_was_not_written_is_only_written(tmp_path, monkeypatch):
-    "The last step is in a checkpoint, in the middle of an epoch: not one more is trained, at a learning rate that would show it."
+    """The last step is in a checkpoint, in the middle of an epoch.
+
+    Not one more is trained, at a learning rate that would show it.
+    """
 
     given = dict(max_steps=5, save_every=1, schedule="constant")
     whole = train(tmp_path / "whole", **given)
     with monkeypatch.context() as patch, pytest.raises(Broken):
-        patch.setattr(train, "write_model", broken)
+        patch.setattr(folder, "write_model", broken)
         train(tmp_path / "again", **given)
     again = train(tmp_path / "again", **given)
     assert again.steps == 5
@@ -814,7 +832,7 @@ def test_a_finished_run_that_was_not_written_is_only_written(tmp_path, monkeypat
 
 @pytest.mark.parametrize("kind", ["t5", "llama"])
 def test_bf16_and_recomputing_change_no_more_than_rounding(tmp_path, kind):
-    from faithful_distill.training.settings import make_settings
+    from faithful_distill.training.settings import Settings
     from faithful_distill.training.train import prepared
 
     base = ranks.base(kind)
@@ -826,14 +844,15 @@ def test_bf16_and_recomputing_change_no_more_than_rounding(tmp_path, kind):
     for a, b, c in zip(plain, half, again, strict=True):
         assert b["loss"] == pytest.approx(a["loss"], rel=1e-2) and c == pytest.approx(a, rel=1e-5)
     assert [row["loss"] for row in half] != [row["loss"] for row in plain]  # it was bf16
-    assert (
-        prepared(base, make_settings(dict(recompute=True))).model.is_gradient_checkpointing
-        and not prepared(base, make_settings({})).model.is_gradient_checkpointing
-    )
+    assert prepared(base, Settings(recompute=True)).model.is_gradient_checkpointing
+    assert not prepared(base, Settings()).model.is_gradient_checkpointing
 
 
 def test_smoothed_labels_and_what_is_logged_of_them(tmp_path):
-    "One step over all records: the logged loss and its parts are the smoothed ones, token by token; dev stays unsmoothed."
+    """One step over all rationales: the logged loss and its parts are the smoothed ones, token by token.
+
+    Dev stays unsmoothed.
+    """
     row, dev = history(
         train(
             tmp_path,
@@ -883,7 +902,10 @@ def test_adafactor_keeps_its_learning_rate(tmp_path):
 
 
 def test_the_authors_recipe_runs_on_a_small_t5(tmp_path):
-    "Adafactor without relative steps, bf16, ZeRO-2, linear decay after warm-up, the best epoch on dev by its factual loss."
+    """Adafactor without relative steps, bf16, ZeRO-2, linear decay after warm-up.
+
+    The best epoch on dev by its factual loss is kept.
+    """
     from transformers import TrainerCallback
     from faithful_distill.training.settings import recipe
 
@@ -1009,7 +1031,10 @@ parts = (
 
 
 def test_tensorboard_gets_the_numbers_of_the_log(tmp_path):
-    "The event file, read back record by record (length, checksum, event, checksum), says what metrics.jsonl does, dev and its steps too."
+    """The event file, read back one by one (length, checksum, event, checksum), has what metrics.jsonl has.
+
+    Dev and its steps too.
+    """
     Event = pytest.importorskip("tensorboardX.proto.event_pb2", reason="tensorboardX is not installed").Event
     out = train(tmp_path, max_steps=3, evaluate_every=2, dev=ranks.records(), report_to="tensorboard").out
     [file] = [p for p in (out / "tensorboard").rglob("events.out.tfevents.*")]
@@ -1037,7 +1062,10 @@ def test_tensorboard_gets_the_numbers_of_the_log(tmp_path):
 
 @pytest.mark.skipif(not importlib.util.find_spec("wandb"), reason="wandb is not installed: pip install wandb")
 def test_wandb_gets_the_numbers_of_the_log(tmp_path, monkeypatch):
-    "Offline: the run's file, a log of records in blocks of 32 kB, is under the student's name and says what metrics.jsonl does."
+    """Offline: the run's file, a log in blocks of 32 kB, is under the student's name.
+
+    It has what metrics.jsonl has.
+    """
     import wandb
     from wandb.proto.wandb_internal_pb2 import Record
 
@@ -1084,7 +1112,7 @@ def test_wandb_gets_the_numbers_of_the_log(tmp_path, monkeypatch):
 
 
 @pytest.mark.skipif(not importlib.util.find_spec("wandb"), reason="wandb is not installed: pip install wandb")
-def test_two_students_are_two_runs_of_wandb_and_ones_own_stays_open(tmp_path, monkeypatch):
+def test_two_students_are_two_runs_of_wandb_and_an_open_run_stays_open(tmp_path, monkeypatch):
     import wandb
 
     (tmp_path / "wandb").mkdir()
@@ -1173,7 +1201,10 @@ def torchrun(n):
 
 
 def test_the_command_trains_a_student_that_loads(tmp_path, command):
-    "From files to a folder: what it prints, what it leaves, what a second call finds, and that its options arrive."
+    """From files to a folder: what it prints, what it leaves, what a second call finds.
+
+    Its options arrive.
+    """
     from click.testing import CliRunner
     from transformers import AutoModelForSeq2SeqLM
     from faithful_distill.cli import main
@@ -1204,8 +1235,11 @@ def test_the_command_trains_a_student_that_loads(tmp_path, command):
     assert refused.exit_code == 2 and "another run" in refused.output
 
 
-def test_the_card_says_the_settings_and_what_evaluate_measured(tmp_path):
-    "Recipe and machinery from training; then values with their intervals, as metrics.json has them, which stay when the card is written once more."
+def test_the_card_has_the_settings_and_what_evaluate_measured(tmp_path):
+    """Recipe and engine from training; then values with their intervals, as metrics.json has them.
+
+    They stay when the card is written once more.
+    """
     from click.testing import CliRunner
     from faithful_distill.cli import main
     from faithful_distill.training.settings import recipe
@@ -1286,7 +1320,10 @@ def test_the_card_says_the_settings_and_what_evaluate_measured(tmp_path):
     reason="launches processes from cold: set FAITHFUL_DISTILL_SLOW=1",
 )
 def test_the_command_that_the_error_names_resumes(tmp_path, command):
-    "Two processes from the command line, killed; one process is refused, and the command it is told to give ends in the bytes of a run never interrupted."
+    """Two processes from the command line, killed; one process is refused.
+
+    The command that the error names ends in the bytes of a run never interrupted.
+    """
     import psutil
 
     call = [*command, "--max-steps", "300", "--save-every", "20", "--out", str(tmp_path / "run")]
@@ -1380,7 +1417,10 @@ def test_launchers_and_nodes_agree(tmp_path, command):
     reason="launches processes from cold: set FAITHFUL_DISTILL_SLOW=1",
 )
 def test_a_host_file_without_ssh_trains_the_same_student(tmp_path, command):
-    "deepspeed with a file of two hosts, started on each by hand, as where there is no ssh between them; the run knows of both processes."
+    """deepspeed with a file of two hosts, started on each by hand, as where there is no ssh between them.
+
+    The run counts both processes.
+    """
     from faithful_distill.ranks import free_port
 
     def call(out, *more):

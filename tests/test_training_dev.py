@@ -1,4 +1,4 @@
-"Training that is watched on dev data: what is chosen, saved, logged and said of it."
+"Training with dev data: which student is kept, what is saved and logged, and what the card says."
 
 import json
 
@@ -87,10 +87,8 @@ def test_the_clock_saves_beside_a_metric(tmp_path, monkeypatch):
     assert saved == [1, 2, 3, 4, 5, 6]
 
 
-def test_a_run_that_stops_early_logs_its_last_steps_and_says_which_student_it_kept(tmp_path):
-    wrong = [
-        dict(r, answer=(r["answer"] + 1) % 5, target=(r["target"] + 1) % 5) for r in ranks.records()
-    ]  # must get worse once the right ones are known
+def test_a_run_that_stops_early_logs_its_last_steps_and_its_card_names_the_step_kept(tmp_path):
+    wrong = ranks.other_answers()  # must get worse once the right ones are known
     result = train(
         tmp_path / "out",
         dev=wrong,
@@ -107,13 +105,16 @@ def test_a_run_that_stops_early_logs_its_last_steps_and_says_which_student_it_ke
     assert [row["step"] for row in result.history if "loss" in row][-1] == note["steps"]
 
 
-def test_accuracy_on_dev_is_of_answers_as_long_as_those_learned(tmp_path, monkeypatch):
-    from faithful_distill.student import answers
+def test_dev_accuracy_allows_answers_as_long_as_those_learned(tmp_path, monkeypatch):
+    from faithful_distill.training import dev
 
-    asked, answer = [], answers.answer
-    monkeypatch.setattr(
-        answers, "answer", lambda *args, **more: asked.append(more["max_new_tokens"]) or answer(*args, **more)
-    )
+    asked, answer = [], dev.answer
+
+    def noted(*args, **more):
+        asked.append(more["max_new_tokens"])
+        return answer(*args, **more)
+
+    monkeypatch.setattr(dev, "answer", noted)
     result = train(
         tmp_path / "out",
         dev=ranks.records(),

@@ -1,34 +1,39 @@
-"What a training run is asked to do: told apart from other runs, refused where it cannot be, and never at the cost of what is there."
+"What is asked of a training run: recognised, refused where it cannot be done, never at the cost of what is there."
 
 import json
 import os
+from pathlib import Path
 
 import pytest
 from transformers import T5Config, T5ForConditionalGeneration
 
 import ranks
 from faithful_distill.files import BadInput
-from faithful_distill.training.sizing import count_parameters, dry_run
-from faithful_distill.training.launch import launch, train_seeds
+from faithful_distill.records import read_records
 from faithful_distill.student.answers import answer
 from faithful_distill.student.model import load_student
-from faithful_distill.training.settings import Settings, make_settings
+from faithful_distill.training.folder import run_key, weights_key
+from faithful_distill.training.launch import launch, train_seeds
+from faithful_distill.training.settings import Settings
+from faithful_distill.training.sizing import count_parameters, dry_run
 from faithful_distill.training.zero import deepspeed_config, session_config
-from faithful_distill.records import read_records
-from faithful_distill.training.train import run_key
-from faithful_distill.training.checkpoints import weights_key
 from test_training import at_step, train
 
 
-def test_a_record_that_moves_from_training_to_dev_makes_another_run():
-    records = ranks.records()
-    keys = [run_key(Settings(), records[:n], records[n:] or None, "w") for n in (5, 7, len(records))] + [
-        run_key(Settings(), records, records, "w")
-    ]
-    assert len(set(keys)) == 4
+def test_a_rationale_that_moves_from_training_to_dev_makes_another_run():
+    all_of_them = ranks.rationales()
+    splits = [(all_of_them[:n], all_of_them[n:] or None) for n in (5, 7, len(all_of_them))]
+    keys = {run_key(Settings(), train, dev, "w") for train, dev in [*splits, (all_of_them, all_of_them)]}
+    assert len(keys) == 4
 
 
-def test_weights_are_told_apart_wherever_in_a_file_they_differ(tmp_path):
+def test_equal_numbers_are_the_same_run():
+    "However they are written: 3 epochs are 3.0, and a path is its text."
+    a, b = Settings(epochs=3, deepspeed=Path("own.json")), Settings(epochs=3.0, deepspeed="own.json")
+    assert run_key(a, ranks.rationales(), None, "w") == run_key(b, ranks.rationales(), None, "w")
+
+
+def test_weights_differ_wherever_in_a_file_they_differ(tmp_path):
     model = T5ForConditionalGeneration(
         T5Config(
             vocab_size=2000,
@@ -77,16 +82,45 @@ def test_weights_are_told_apart_wherever_in_a_file_they_differ(tmp_path):
         dict(weight_decay=-1),
     ],
 )
-def test_a_number_that_cannot_be_is_refused_by_name(given):
+def test_a_number_out_of_range_is_refused_by_name(given):
     with pytest.raises(BadInput, match=f"field '{next(iter(given))}'"):
-        make_settings(given)
+        Settings(**given)
+
+
+@pytest.mark.parametrize(
+    "given, match",
+    [
+        (dict(recompute="false"), "field 'recompute': must be a valid boolean .got 'false'."),
+        (dict(answer_only=0), "field 'answer_only': must be a valid boolean"),
+        (dict(epochs="3"), "field 'epochs': must be a valid number"),
+        (
+            dict(schedule="exp"),
+            "field 'schedule': must be one of 'linear', 'constant' or 'cosine' .got 'exp'.",
+        ),
+        (dict(precision="fp16"), "field 'precision': must be one of 'fp32' or 'bf16'"),
+        (dict(deepspeed=2), "field 'deepspeed': must be a valid string or be a valid dictionary .got 2."),
+        (dict(lora="r=8"), "field 'lora': must be a valid dictionary"),
+        (dict(report_to=3), "field 'report_to': must be a valid list"),
+        (dict(report_to=[3]), "field 'report_to': is not a reporter"),
+        (dict(max_step=3), "field 'max_step': is not a setting. Did you mean 'max_steps'?"),
+        (dict(lr="a", seed=-1), "field 'lr'"),
+    ],
+)
+def test_a_value_of_another_type_is_not_converted_but_refused(given, match):
+    with pytest.raises(BadInput, match=match):
+        Settings(**given)
+
+
+def test_settings_do_not_change():
+    with pytest.raises(ValueError, match="frozen"):
+        Settings().lr = 1.0
 
 
 @pytest.mark.parametrize(
     "written, match",
     [
-        ("[]", "no DeepSpeed configuration"),
-        ('{"zero_optimization": 2}', "no DeepSpeed configuration"),
+        ("[]", "not a DeepSpeed configuration"),
+        ('{"zero_optimization": 2}', "not a DeepSpeed configuration"),
         (b"\xff\xfe{}", "not UTF-8"),
         ("{", "broken JSON"),
     ],
@@ -100,9 +134,9 @@ def test_a_file_that_is_no_deepspeed_configuration_is_refused(tmp_path, written,
 
 def test_settings_decide_in_a_configuration_of_ones_own(tmp_path):
     for section in ("optimizer", "scheduler"):
-        with pytest.raises(BadInput, match=f"section '{section}'"):
+        with pytest.raises(BadInput, match=f"section '{section}', which would replace the settings"):
             train(tmp_path / section, deepspeed={section: {"type": "SGD"}})
-    with pytest.raises(BadInput, match="says other than the settings.*gradient_clipping"):
+    with pytest.raises(BadInput, match="gradient_clipping, which conflicts with settings.clip"):
         train(tmp_path / "mismatch", deepspeed=dict(gradient_clipping=3.0), clip=1.0)
     short = [
         train(
@@ -118,12 +152,12 @@ def test_settings_decide_in_a_configuration_of_ones_own(tmp_path):
     assert a[0] == b[0] and a != b
     bare = train(
         tmp_path / "bare", deepspeed=dict(zero_optimization=dict(stage=3)), max_steps=2
-    )  # gathered in the end, though nobody said so
+    )  # gathered in the end, though the configuration does not ask for it
     assert (
         load_student(bare.out)
-        and session_config(make_settings(dict(deepspeed=dict(zero_optimization=dict(stage=3)))), 1)[
-            "zero_optimization"
-        ]["stage3_gather_16bit_weights_on_model_save"]
+        and session_config(Settings(deepspeed=dict(zero_optimization=dict(stage=3))), 1)["zero_optimization"][
+            "stage3_gather_16bit_weights_on_model_save"
+        ]
     )
 
 
@@ -138,10 +172,10 @@ def test_settings_decide_in_a_configuration_of_ones_own(tmp_path):
         dict(question=5),
         dict(target="0"),
         dict(answer="0"),
-        dict(role=None),
+        dict(role="silver"),
     ],
 )
-def test_a_record_of_the_wrong_kind_is_refused_with_its_line(tmp_path, change):
+def test_a_rationale_of_the_wrong_kind_is_refused_with_its_line(tmp_path, change):
     [field], broken = change, {**ranks.records()[1], **change}
     path = tmp_path / "records.jsonl"
     path.write_text("".join(json.dumps(r) + "\n" for r in (ranks.records()[0], broken)))
@@ -151,7 +185,7 @@ def test_a_record_of_the_wrong_kind_is_refused_with_its_line(tmp_path, change):
         read_records([broken])
 
 
-def test_records_in_a_list_are_checked_as_a_file_is(tmp_path):
+def test_rationales_in_a_list_are_checked_as_a_file_is(tmp_path):
     with pytest.raises(BadInput, match="field 'question': is missing"):
         train(tmp_path / "out", records=[dict(id=1)])
     assert not list((tmp_path / "out").iterdir())
@@ -176,7 +210,7 @@ def test_adapters_that_cannot_be_merged_are_refused_and_cost_nothing(tmp_path, l
     assert not list((tmp_path / "out").iterdir())
 
 
-def test_a_dry_run_says_what_is_wrong_with_adapters(tmp_path):
+def test_a_dry_run_refuses_wrong_adapters(tmp_path):
     with pytest.raises(BadInput, match="peft refuses it"):
         dry_run(ranks.base(), ranks.records(), lora=dict(rank=8))
 
@@ -191,7 +225,7 @@ def test_a_dry_run_says_what_is_wrong_with_adapters(tmp_path):
         dict(max_target=2),
     ],
 )
-def test_overwriting_begins_when_everything_else_is_in_order(tmp_path, wrong):
+def test_nothing_is_overwritten_before_everything_else_is_in_order(tmp_path, wrong):
     out = train(tmp_path / "out", max_steps=2).out
     before = {p.name: p.read_bytes() for p in out.iterdir() if p.is_file()}
     with pytest.raises(BadInput):
@@ -200,7 +234,10 @@ def test_overwriting_begins_when_everything_else_is_in_order(tmp_path, wrong):
 
 
 def test_only_the_first_rank_discards_what_is_there(tmp_path, monkeypatch):
-    "A run on more ranks, come to overwrite a folder that another still trains into: its first rank is refused, and the others have nothing to remove."
+    """A run on more ranks is to overwrite a folder that another still trains into.
+
+    Its first rank is refused, and the others have nothing to remove.
+    """
     from faithful_distill.training import zero
 
     seen = []
@@ -239,13 +276,13 @@ def test_a_student_with_few_positions_never_leaves_them():
 
 
 def test_seeds_are_named_once(tmp_path):
-    with pytest.raises(BadInput, match="stands beside seeds"):
+    with pytest.raises(BadInput, match="conflicts with seeds"):
         train_seeds(ranks.base(), ranks.records(), out=tmp_path, seeds=2, seed=3)
 
 
 def test_a_metric_that_dev_cannot_give_is_refused_at_once(tmp_path):
     gold = [r for r in ranks.records() if r["role"] == "gold"]
-    with pytest.raises(BadInput, match="needs counterfactual dev records"):
+    with pytest.raises(BadInput, match="needs counterfactual dev rationales"):
         train(tmp_path / "out", dev=gold, metric="loss_counterfactual")
     assert not list((tmp_path / "out").iterdir())
 
@@ -262,7 +299,7 @@ def test_processes_that_take_too_long_are_all_stopped(tmp_path, capfd, monkeypat
     base.model.save_pretrained(tmp_path / "base")
     base.tokenizer.save_pretrained(tmp_path / "base")
     call = dict(out=tmp_path / "out", max_steps=100000, batch_size=2, log_every=1, save_every=50)
-    with pytest.raises(BadInput, match="field 'timeout': was not enough"):
+    with pytest.raises(BadInput, match="field 'timeout'"):
         launch(1, tmp_path / "base", ranks.records(), timeout=40, **call)
     lines = (tmp_path / "out" / "metrics.jsonl").read_text()
     time.sleep(2)

@@ -1,3 +1,10 @@
+from .loss import (
+    DistillationLoss as DistillationLoss,
+    Objective as Objective,
+    distillation_loss as distillation_loss,
+    objectives as objectives,
+    register_objective as register_objective,
+)
 from .model import (
     Student as Student,
     load_student as load_student,
@@ -8,7 +15,6 @@ from .rows import (
     target_text as target_text,
     training_rows as training_rows,
 )
-from .loss import DistillationLoss as DistillationLoss, distillation_loss as distillation_loss
 from .answers import (
     Answer as Answer,
     answer as answer,

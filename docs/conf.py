@@ -1,0 +1,66 @@
+"""The site: every notebook as stored (nothing is executed), the API from its docstrings, the command line from itself.
+
+Built by `make docs`, offline, warnings as errors."""
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+here = Path(__file__).parent
+root = here.parent
+
+
+def stage():
+    "Copies what lies outside this folder: the notebooks, and the help of every command."
+    pages = here / "pages"
+    shutil.rmtree(pages, ignore_errors=True)
+    for source in sorted(root.glob("nbs/**/*.ipynb")):
+        if ".ipynb_checkpoints" in source.parts:
+            continue
+        target = pages / source.relative_to(root / "nbs")
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy2(source, target)
+    (here / "cli.md").write_text(command_line(), encoding="utf-8")
+
+
+def command_line() -> str:
+    "The reference of the command line: the help that the commands print themselves."
+    ask = lambda *words: subprocess.run(
+        [sys.executable, "-m", "faithful_distill", *words, "--help"], capture_output=True, text=True, check=True
+    ).stdout
+    from faithful_distill.cli import main
+
+    parts = ["# The command line\n", "```text\n" + ask() + "```\n"]
+    parts += [f"## {name}\n\n```text\n{ask(name)}```\n" for name in main.commands]
+    return "\n".join(parts)
+
+
+stage()
+
+project = "faithful_distill"
+author = "The faithful_distill authors"
+copyright = "2026 onwards, The faithful_distill authors"
+extensions = [
+    "myst_nb",
+    "sphinx.ext.autodoc",
+    "sphinx.ext.autosummary",
+    "sphinx.ext.napoleon",
+    "sphinx.ext.viewcode",
+    "sphinx_copybutton",
+]
+exclude_patterns = ["_build"]
+html_theme = "furo"
+html_title = "faithful_distill"
+html_static_path = ["_static"]
+
+nb_execution_mode = "off"
+nb_merge_streams = True
+myst_enable_extensions = ["dollarmath", "colon_fence", "tasklist"]
+myst_heading_anchors = 3
+autosummary_generate = True
+autodoc_typehints = "description"
+autodoc_typehints_description_target = "documented"
+autodoc_member_order = "bysource"
+autodoc_default_options = {"members": True, "imported-members": False}
+napoleon_google_docstring = False
+suppress_warnings = ["myst.header", "mystnb.unknown_mime_type"]
