@@ -46,7 +46,7 @@ def _check_context(ids: list[int], limit: int | None, vocabulary: int, name: str
             remedy="Use fewer examples in the prompt, or a teacher with a longer context.",
         )
 
-
+# %% ../../nbs/30_generate.ipynb #76e8b4d4
 def _rows(model, gold_ids, perturbed_ids, max_new_tokens: int, ids: Sequence | None) -> list[Row]:
     "A `Row` for each gold context, checked, with the number of tokens that it may get."
     if max_new_tokens < 1:

@@ -59,7 +59,7 @@ class Job:
         asked = dict(question=q.question, choices=q.choices, answer=q.answer, kind=q.kind)
         return asked | dict(target=self.target, perturbed=perturbed)
 
-
+# %% ../../nbs/40_rationales.ipynb #d62431e7
 def _jobs(questions: Iterable[Question], roles: Sequence[str], perturbation: str, seed: int) -> list[Job]:
     "The work for all questions. Raises `BadInput` for two questions of one id."
     jobs = []
@@ -85,7 +85,7 @@ def _provenance(teacher: Teacher, strategy: Strategy, examples: str, seed: int, 
     made = dict(prompt=prompt_hash(examples), version=__version__)
     return asdict(strategy) | teacher.provenance() | made | dict(seed=seed, max_new_tokens=max_new_tokens)
 
-
+# %% ../../nbs/40_rationales.ipynb #a2ac15cc
 def _rationale(job: Job, text: str, generation, provenance: dict) -> Rationale:
     "What was written, without the sentence in which the teacher states the answer."
     q, growth = job.question, generation.growth
@@ -117,7 +117,7 @@ def _prompts(teacher: Teacher, jobs: list[Job], shots: str) -> tuple[list, list]
         others.append([[ids[i] for i in context] for context in rest])
     return gold, others
 
-
+# %% ../../nbs/40_rationales.ipynb #99a74b4b
 def _decode(teacher: Teacher, jobs: list[Job], strategy: Strategy, shots: str, finished, **options) -> None:
     "Decode all jobs together; `finished(job, text, generation)` is called as each one ends."
     from faithful_distill.teacher.contrast import rationale_text, stop_rule
@@ -185,7 +185,7 @@ class _Expected:
         asked = self.jobs[_key(r)].fields()
         _refuse_difference(r, asked, "was written for another question of this id", file, line)
 
-
+# %% ../../nbs/40_rationales.ipynb #87ead408
 def _key(r: Rationale) -> str:
     return f"{r.id}/{r.role}"
 
