@@ -132,7 +132,7 @@ def _sentence(text: str) -> str:
     text = text[:1].upper() + text[1:] if first.rstrip(":").replace("-", "").isalpha() else text
     return text if not text or text.endswith((".", ")", "...")) else text + "."
 
-# %% ../nbs/95_cli.ipynb #01d709ef
+# %% ../nbs/95_cli.ipynb #007dc6d6
 inherit = type("Inherit", (), {"__repr__": lambda self: "inherit"})()
 
 
@@ -148,7 +148,7 @@ def command_parameters(function, library=(), settings=None, without=()) -> list[
     Parameters
     ----------
     function
-        positional-only parameters become arguments, the others options
+        keyword-only parameters become options, those before them arguments
     library
         functions that `inherit`ed parameters are looked up in
     settings
@@ -165,7 +165,7 @@ def command_parameters(function, library=(), settings=None, without=()) -> list[
     docs |= parameter_docs(function)
     hints, made = get_type_hints(function, include_extras=True), []
     for name, p in inspect.signature(function).parameters.items():
-        if p.kind is p.POSITIONAL_ONLY:
+        if p.kind is p.POSITIONAL_OR_KEYWORD:
             made.append(click.Argument([name]))
         elif p.kind is p.VAR_KEYWORD:
             taken = {m.name for m in made} | {*without}
@@ -438,7 +438,7 @@ def rationales(
     from faithful_distill.files import shipped, writable_folder
     from faithful_distill.ranks import leave_ranks
     from faithful_distill.teacher.loading import load_teacher
-    from faithful_distill.teacher.strategy import as_strategy
+    from faithful_distill.teacher.rationales import as_strategy
     from faithful_distill.teacher.shards import rationalize_in_parts
 
     writable_folder(Path(out).absolute().parent)
@@ -636,11 +636,10 @@ def evaluate(
     for name, s in scores.items():
         click.echo(f"{name:32s}{s}")
 
-# %% ../nbs/95_cli.ipynb #830003c7
+# %% ../nbs/95_cli.ipynb #56f252cb
 @command("faithfulness.scoring:score_rationales")
 def score(
     file: str,
-    /,
     *,
     out: str,
     cut_at: tuple[str, ...] = (),

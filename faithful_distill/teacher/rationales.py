@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Iterable, Iterator, Sequence
 
-import faithful_distill
+from .. import __version__
 
 from ..files import BadInput, Journal, did_you_mean, progress, read_jsonl, sole_writer
 from ..questions import Question, require_answers
@@ -82,7 +82,7 @@ provenance_fields = (
 
 def _provenance(teacher: Teacher, strategy: Strategy, examples: str, seed: int, max_new_tokens: int) -> dict:
     "What every rationale of a call says of how it was made."
-    made = dict(prompt=prompt_hash(examples), version=faithful_distill.__version__)
+    made = dict(prompt=prompt_hash(examples), version=__version__)
     return asdict(strategy) | teacher.provenance() | made | dict(seed=seed, max_new_tokens=max_new_tokens)
 
 
