@@ -1,5 +1,6 @@
 """The metrics as functions of arrays: against independent computations, and properties that must hold on any input."""
 
+import functools
 import json
 import math
 
@@ -531,7 +532,7 @@ students = st.lists(
 
 @settings(max_examples=60, deadline=None)
 @given(students, st.randoms())
-def test_neighbours_ordered_counts_pairs_and_knows_no_order_of_rows(rows, random):
+def test_adjacent_concordance_counts_pairs_in_any_order_of_rows(rows, random):
     def ours(rows):
         return calibration.adjacent_concordance(*map(list, zip(*rows)), draws=50)
 
@@ -558,20 +559,20 @@ def test_neighbours_ordered_counts_pairs_and_knows_no_order_of_rows(rows, random
         shuffled = random.sample(rows, len(rows))
         assert abs(ours(shuffled).value - score.value) < 1e-12
         turned = ours([(None if v is None else -v, d, g) for v, d, g in rows])
-        assert abs(turned.value + score.value - 1) < 1e-12, "a metric turned round orders the other pairs"
+        assert abs(turned.value + score.value - 1) < 1e-12, "a negated metric orders the other pairs"
 
 
-@pytest.mark.parametrize("per_dial, per_nuisance", [(2.0, 0.5), (-1.0, 0.3), (0.5, -0.2)])
-def test_what_a_metric_mistakes_for_the_dial_is_the_ratio_of_its_slopes_in_any_unit(per_dial, per_nuisance):
+@pytest.mark.parametrize("slope, nuisance_slope", [(2.0, 0.5), (-1.0, 0.3), (0.5, -0.2)])
+def test_confounding_is_the_ratio_of_slopes_in_any_unit(slope, nuisance_slope):
     rng = np.random.default_rng(1)
-    dial, nuisance = np.tile([0.0, 0.3, 1.0], 20), rng.uniform(0.4, 0.9, 60)
-    values = 7 + per_dial * dial + per_nuisance * nuisance + rng.normal(0, 0.01, 60)
-    score = calibration.confounding(values, dial, nuisance, draws=500)
-    assert score.low < per_nuisance / per_dial < score.high and score.high - score.low < 0.1
-    scaled = calibration.confounding(100 * values - 3, dial, nuisance / 10, draws=500)
+    planted, nuisance = np.tile([0.0, 0.3, 1.0], 20), rng.uniform(0.4, 0.9, 60)
+    values = 7 + slope * planted + nuisance_slope * nuisance + rng.normal(0, 0.01, 60)
+    score = calibration.confounding(values, planted, nuisance, draws=500)
+    assert score.low < nuisance_slope / slope < score.high and score.high - score.low < 0.1
+    scaled = calibration.confounding(100 * values - 3, planted, nuisance / 10, draws=500)
     assert abs(scaled.value - 10 * score.value) < 1e-6
     assert (
-        calibration.confounding([None] * 60, dial, nuisance).value is None
+        calibration.confounding([None] * 60, planted, nuisance).value is None
         and calibration.confounding(values, np.ones(60), nuisance).value is None
     )
 
@@ -851,7 +852,7 @@ def test_records_of_other_questions_are_named_as_the_reason():
 
 @few
 @given(st.lists(st.integers(0, 5), min_size=2, max_size=25), st.integers(0, 3))
-def test_rationales_are_dealt_to_other_groups_only(groups, seed):
+def test_shuffled_rationales_come_from_other_groups_only(groups, seed):
     from faithful_distill.files import stable_seed
     from faithful_distill.faithfulness.perturb import shuffle_across
 
@@ -1003,15 +1004,21 @@ def evaluate(student, out, *more):
     return done, {p.name: json.loads(p.read_text()) for p in out.glob("*.json")}
 
 
-def test_a_simulator_that_cannot_be_had_is_told_before_anything_is_measured(embedded, tmp_path, monkeypatch):
+def test_a_simulator_that_cannot_be_loaded_is_refused_before_anything_is_measured(
+    embedded, tmp_path, monkeypatch
+):
     from faithful_distill.faithfulness import interventions
 
-    monkeypatch.setattr(interventions, "measure", lambda *a, **k: pytest.fail("measured first"))
+    @functools.wraps(interventions.measure)  # its signature gives the command its options
+    def measured_first(*a, **k):
+        pytest.fail("measured first")
+
+    monkeypatch.setattr(interventions, "measure", measured_first)
     done, _ = evaluate(embedded, tmp_path, "--simulator", str(tmp_path / "nowhere"))
     assert done.exit_code and "cannot be loaded as a reader" in done.output
 
 
-def test_what_was_measured_is_kept_whatever_becomes_of_the_simulators(embedded, tmp_path, monkeypatch):
+def test_what_was_measured_is_kept_if_the_simulators_fail(embedded, tmp_path, monkeypatch):
     from faithful_distill.faithfulness import simulators
 
     done, files = evaluate(
@@ -1032,12 +1039,9 @@ def test_what_was_measured_is_kept_whatever_becomes_of_the_simulators(embedded, 
         raise RuntimeError("out of memory")
 
     monkeypatch.setattr(simulators, "try_las", dies)
-    with pytest.raises(AssertionError, match="out of memory"):
-        evaluate(embedded, tmp_path / "dies", "--simulator", str(embedded))
-    assert (
-        json.loads((tmp_path / "dies" / "metrics.json").read_text())["accuracy"]["n"] == 24
-        and (tmp_path / "dies" / "answers.json").exists()
-    )
+    done, files = evaluate(embedded, tmp_path / "dies", "--simulator", str(embedded))
+    assert done.exit_code and "out of memory" in done.output
+    assert files["metrics.json"]["accuracy"]["n"] == 24 and len(files["answers.json"]) == 24
 
 
 def test_a_student_without_rationales_has_no_las():

@@ -93,7 +93,7 @@ def choose_interventions(metrics: Iterable[str | Intervention]) -> list[Interven
             chosen.setdefault(name, interventions[name])
     return list(chosen.values())
 
-
+# %% ../../nbs/75_interventions.ipynb #11aeb726
 def _labelled(questions: Iterable, draws: int) -> list[Question]:
     "The questions, checked to be labelled, there, and of different ids."
     if draws < 1:

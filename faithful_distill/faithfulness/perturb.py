@@ -95,7 +95,7 @@ def _exchangeable_tokens(tokenizer) -> list[list[int]]:
             groups[token[0] in " \u2581\u0120"].append(i)
     return groups
 
-
+# %% ../../nbs/71_perturb.ipynb #f8dcaad7
 class TokenPerturber:
     """Replaces tokens of texts: (text, rho, seed) -> text.
 
@@ -170,7 +170,7 @@ def shuffle_across(ids: Sequence[str], seed: int = 0, groups: Sequence | None = 
         given |= {i: inside[k % len(inside)] for k, i in enumerate(outside)}
     return [given[i] for i in range(len(ids))]
 
-
+# %% ../../nbs/71_perturb.ipynb #679316d1
 def permute_words(rationale: str, seed: int) -> str:
     "The same words in random order."
     words = rationale.split()
