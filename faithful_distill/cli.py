@@ -50,7 +50,7 @@ class Words(click.ParamType):
             value if isinstance(value, (list, tuple)) else [w.strip() for w in value.split(",") if w.strip()]
         )
 
-
+# %% ../nbs/95_cli.ipynb #2cf1f6fe
 class Pairs(click.ParamType):
     "name=value,name=value: numbers, true, false and none are read as such; a+b is a list."
 
@@ -84,7 +84,7 @@ def _without_none(annotation) -> list:
         return [one for part in get_args(annotation) for one in _without_none(part)]
     return [] if annotation is type(None) else [annotation]
 
-
+# %% ../nbs/95_cli.ipynb #77a9fff1
 def _option_type(annotation) -> dict:
     "How click reads a value of this annotation."
     kinds = _without_none(annotation)
@@ -103,7 +103,7 @@ def _option_type(annotation) -> dict:
         return {"type": outer}
     return {"type": str}
 
-
+# %% ../nbs/95_cli.ipynb #7e8796ff
 def make_option(
     name: str, annotation, default: Any, text: str, shown: str | None = None, required: bool = False
 ) -> click.Option:
@@ -125,7 +125,7 @@ def make_option(
         **more,
     )
 
-
+# %% ../nbs/95_cli.ipynb #91bf3549
 def _sentence(text: str) -> str:
     "A clause as a sentence; one that begins with a list of values stays as it is."
     first = text.split(" ")[0]
@@ -141,7 +141,7 @@ def _function(path: str):
     module, name = path.split(":")
     return getattr(import_module(f"faithful_distill.{module}"), name)
 
-
+# %% ../nbs/95_cli.ipynb #9015f6dc
 def command_parameters(function, library=(), settings=None, without=()) -> list[click.Parameter]:
     """Arguments and options of a command.
 
@@ -181,7 +181,7 @@ def command_parameters(function, library=(), settings=None, without=()) -> list[
             )
     return made
 
-
+# %% ../nbs/95_cli.ipynb #244b9c3a
 def _setting_options(settings) -> list[click.Option]:
     "An option for each field; what is not given stays None, so that recipe and library decide."
     made = []
@@ -203,7 +203,7 @@ class Refused(click.ClickException):
 
     exit_code = 2
 
-
+# %% ../nbs/95_cli.ipynb #7cc88367
 class Commands(click.Group):
     "A group that lists commands in the order of the pipeline and turns every failure into one line."
 
@@ -220,7 +220,7 @@ class Commands(click.Group):
         except Exception as e:
             raise click.ClickException(_one_line(e)) from e
 
-
+# %% ../nbs/95_cli.ipynb #ebb2f4de
 def _one_line(error: Exception) -> str:
     "What went wrong, and the file that its traceback was written to."
     with tempfile.NamedTemporaryFile("w", prefix="faithful-distill-", suffix=".log", delete=False) as f:
@@ -251,7 +251,7 @@ class Command(click.Command):
         except BadInput as e:
             raise Refused(str(e)) from e
 
-
+# %% ../nbs/95_cli.ipynb #51f61cbf
 def command(*library: str, settings: str | None = None, without: tuple[str, ...] = ()):
     "Decorator: the function becomes a command of `main`; it stays callable under its own name."
 
@@ -282,7 +282,7 @@ class _LogLines(logging.Handler):
 
         tqdm.write(self.format(record), file=sys.stderr)
 
-
+# %% ../nbs/95_cli.ipynb #55058680
 @contextmanager
 def shown_log():
     "Within, the library's log lines are shown."
@@ -438,7 +438,7 @@ def rationales(
     from faithful_distill.files import shipped, writable_folder
     from faithful_distill.ranks import leave_ranks
     from faithful_distill.teacher.loading import load_teacher
-    from faithful_distill.teacher.rationales import as_strategy
+    from faithful_distill.teacher.strategy import as_strategy
     from faithful_distill.teacher.shards import rationalize_in_parts
 
     writable_folder(Path(out).absolute().parent)
@@ -475,7 +475,7 @@ def rationales(
         f"{len(records)} rationales for {n_questions} questions in {out}; {cut} cut at {max_new_tokens} tokens"
     )
 
-
+# %% ../nbs/95_cli.ipynb #fbe28419
 def _prompt_for(prompt: str | None, data: str) -> str | None:
     "The worked examples to use: those asked for, else the dataset's own; none for the world and plain files."
     from faithful_distill.sources import sources

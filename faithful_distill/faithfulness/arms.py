@@ -101,7 +101,7 @@ def _check_fraction(rho: float) -> None:
     if not 0 <= rho <= 1:
         raise BadInput("must be a fraction from 0 to 1", field="rho", value=rho)
 
-
+# %% ../../nbs/74_arms.ipynb #4fc7a6b0
 @register_intervention
 @dataclass(frozen=True)
 class Perturb(Intervention):

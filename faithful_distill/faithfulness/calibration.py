@@ -193,7 +193,7 @@ _arms = ("plausible", "shuffled")
 _shared_ends = {"shuffled": (1,), "by chance": (0, 1)}
 _nuisances = {"accuracy": ("less true", "more true"), "shortcut": ("shortcut",)}
 
-
+# %% ../../nbs/72_calibration.ipynb #26508488
 def planted_students(table, metric: str, n_relations: int = 6):
     """One row a student of the calibration experiment: arm, used, seed, accuracy, f, value.
 
@@ -240,7 +240,7 @@ def _order_scores(rows) -> dict[str, Score]:
         "error": calibration_rmse(values, f),
     }
 
-
+# %% ../../nbs/72_calibration.ipynb #aeda36ab
 def _confounding_score(students, nuisance: str) -> Score:
     "`confounding` among plausible students and the arms of the nuisance, at the levels that both have."
     others = _nuisances[nuisance]

@@ -106,7 +106,7 @@ def _labelled(questions: Iterable, draws: int) -> list[Question]:
         raise BadInput("two questions have the same id", field="questions", remedy=remedy)
     return questions
 
-
+# %% ../../nbs/75_interventions.ipynb #9651329f
 def _handed(rationales, questions: list[Question]) -> dict:
     "The teacher's rationales for these questions, and the reason if there are none, as `Context` takes them."
     if not isinstance(rationales, (str, Path)):

@@ -219,7 +219,7 @@ def las_from_credit(
 # %% ../../nbs/70_metrics.ipynb #7f19efa9
 _bins = {"las_0": "does not leak the answer", "las_1": "leaks the answer"}
 
-
+# %% ../../nbs/70_metrics.ipynb #8823655f
 def _las_score(found, each: list[dict], n: int, min_bin: int, level: float, details: dict) -> Score:
     "LAS with its parts in the details, each None with its reason where its bin is too small."
     point, low, high, info = found

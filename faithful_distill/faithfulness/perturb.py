@@ -35,7 +35,7 @@ def strip_words(rationale: str, phrase: str, instead: str = "") -> str:
 # %% ../../nbs/71_perturb.ipynb #9736f51c
 _step_ends = {"sentence": r"(?<=[.!?;])\s+", "clause": r"(?<=[.!?;,])\s+", "word": r"\s+"}
 
-
+# %% ../../nbs/71_perturb.ipynb #21ca4a0a
 def split_steps(rationale: str, step: str = "sentence", max_steps: int = 8) -> list[str]:
     """The rationale in steps; joined by blanks they are the rationale.
 

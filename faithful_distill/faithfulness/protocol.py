@@ -193,7 +193,7 @@ class Context:
 # %% ../../nbs/73_protocol.ipynb #b781c280
 Answers = dict[str, list[list[Any]]]
 
-
+# %% ../../nbs/73_protocol.ipynb #1f9886a4
 @dataclass(frozen=True)
 class Intervention:
     """Something done to what a student is given. Subclasses say what is asked, and score the answers.
@@ -280,7 +280,7 @@ def choice_of(answer: Any) -> int:
     "The index of the choice; -1 where the answer is unparsable."
     return -1 if answer.choice is None else int(answer.choice)
 
-
+# %% ../../nbs/73_protocol.ipynb #9d3db33f
 def credit_of(y: Sequence[int], column: Sequence[Any], probability: bool = False) -> np.ndarray:
     "(n,) credit of the labels y in a column of answers; NaN where there is no answer, or none with scores."
     credit = np.full(len(column), np.nan)

@@ -16,7 +16,7 @@ from ..files import BadInput
 # %% ../../nbs/88_comparisons.ipynb #07346eb0
 as_scores = ("value", "low", "high", "n", "reason")
 
-
+# %% ../../nbs/88_comparisons.ipynb #ed104365
 def summarise(table, by: Sequence[str], level: float = 0.95):
     """One row per group of a tidy table, in order of appearance.
 
@@ -111,7 +111,7 @@ def paired(table, axis: str, a, b):
     reasons = [next((str(r) for r in pair if isinstance(r, str) and r), "") for pair in pairs]
     return pd.DataFrame({**both[labels], **scores, "reason": reasons})
 
-
+# %% ../../nbs/88_comparisons.ipynb #0da37f8c
 def _hypotenuse(a, b):
     return (a**2 + b**2) ** 0.5
 
@@ -182,7 +182,7 @@ def measured(table, names: dict[str, str], by: Sequence[str], **orders):
     summary = summarise(found.assign(panel=found["metric"].map(names)), [*by, "panel"])
     return with_values(in_order(summary, panel=names.values(), **orders))
 
-
+# %% ../../nbs/88_comparisons.ipynb #06df1bc9
 def with_values(summary, panel: str = "panel"):
     "A summary without those panels in which nothing has a value."
     valued = summary.loc[summary["value"].notna(), panel]
@@ -224,7 +224,7 @@ def along(table, metric: str, parameter: str, axis: str, a, b) -> dict:
     groups = rows.groupby(parameter, sort=False)
     return {value: difference(part.drop(columns=parameter), axis, a, b) for value, part in groups}
 
-
+# %% ../../nbs/88_comparisons.ipynb #e62d6e56
 def growth_of_difference(table, metric: str, parameter: str, axis: str, a, b, high, low) -> dict:
     """By how much the difference of a and b is larger at one value of a parameter than at another, on the same seeds.
 

@@ -39,7 +39,7 @@ def _yaml_loader():
     Loader.add_constructor(f"{tag}map", _mapping)
     return Loader
 
-
+# %% ../../nbs/84_grid.ipynb #42def32f
 def _mapping(loader, node) -> dict:
     "A mapping whose keys are scalars and all different."
     from yaml.constructor import ConstructorError
@@ -90,7 +90,7 @@ class GroupSpec(BaseModel):
     skip: list[dict[str, Any]] | None = Field(None, description="a list of mappings")
     like: Any = None
 
-
+# %% ../../nbs/84_grid.ipynb #74850be7
 class GridSpec(BaseModel):
     "What a grid file says."
 
@@ -125,7 +125,7 @@ def _spec_error(error: dict, file) -> BadInput:
     expected = described.get(place[-1]) or kinds.get(error["type"], "a mapping")
     return BadInput(f"should be {expected}", file=file, field=where(place), value=value)
 
-
+# %% ../../nbs/84_grid.ipynb #77da39d1
 def _read_spec(file) -> GridSpec:
     try:
         return GridSpec.model_validate(_read_yaml(file))
@@ -181,7 +181,7 @@ def _choices(axis: str, values, file, where: str) -> list[tuple[Any, dict]]:
     problem = "should be a list of values, or names that stand for parameters"
     raise BadInput(problem, file=file, field=f"{where}.for.{axis}", value=values)
 
-
+# %% ../../nbs/84_grid.ipynb #8fa9e158
 def _points(spec: GroupSpec, seeds: list[int] | None, file, where: str) -> Iterator[tuple[dict, dict]]:
     "(labels, parameters) of each combination of a group's axes."
     axes = {axis: _choices(axis, values, file, where) for axis, values in (spec.axes or {}).items()}
@@ -210,7 +210,7 @@ def _group_notebook(name: str, spec: GroupSpec, file: Path) -> Path:
         where = {"file": file, "field": f"{name}.notebook", "value": spec.notebook}
         raise BadInput(e.problem, **where, remedy=e.remedy) from None
 
-
+# %% ../../nbs/84_grid.ipynb #80f31767
 def _group_cells(name: str, spec: GroupSpec, file: Path, grids_seeds, asked, needs: tuple) -> list[Cell]:
     "All cells of a group, their references not yet resolved."
     notebook, params = _group_notebook(name, spec, file), spec.params or {}
@@ -269,7 +269,7 @@ def _matching(groups: _Groups, group: str, wanted: dict, reader: Cell, where: st
             place[axis] = [reader.labels[axis]]
     return groups.at(group, place)
 
-
+# %% ../../nbs/84_grid.ipynb #d06e4cb3
 def _check_axis(axis: str, values: list, axes: dict[str, list], file, where: str) -> None:
     if axis not in axes:
         remedy = did_you_mean(axis, axes) if axes else "It has none."
@@ -351,7 +351,7 @@ class Grid:
     figures: list[str]
     report: str | None
 
-
+# %% ../../nbs/84_grid.ipynb #97d5a327
 def _shipped_grid(profile) -> Path:
     folder = shipped("data", "grids")
     known = sorted(p.stem for p in folder.glob("*.yaml"))

@@ -24,7 +24,7 @@ from .keys import package_folder, package_name
 # %% ../../nbs/81_kernel.ipynb #494c0688
 _kernel: dict = {}  # in a kernel: environment and module path as they were at its start, and the lock it holds
 
-
+# %% ../../nbs/81_kernel.ipynb #92463aad
 def fresh_start(folder: str, lock: str, seed: int) -> None:
     """Called in a kernel before each notebook: as if it had just started, but for the modules imported already.
 
@@ -55,7 +55,7 @@ def fresh_start(folder: str, lock: str, seed: int) -> None:
     _reset_libraries(seed)
     gc.collect()
 
-
+# %% ../../nbs/81_kernel.ipynb #4ee5342a
 def _change_lock(path: str) -> None:
     if "lock" in _kernel:
         _kernel.pop("lock").release()
@@ -80,7 +80,7 @@ def _reset_libraries(seed: int) -> None:
         plt.close("all")
         sys.modules["matplotlib"].rc_file_defaults()
 
-
+# %% ../../nbs/81_kernel.ipynb #8cc94090
 def _die_with_parent() -> None:
     "On Linux: a kernel whose driver was killed is killed at once, not after a while."
     if sys.platform != "linux":
@@ -119,7 +119,7 @@ def _kernel_environment(folder: str, threads: int) -> dict[str, str]:
         "PYDEVD_DISABLE_FILE_VALIDATION": "1",
     }
 
-
+# %% ../../nbs/81_kernel.ipynb #3a78d3ea
 def _this_python():
     "A kernel-spec manager that knows one kernel: the Python that is running."
     from jupyter_client.kernelspec import KernelSpec, KernelSpecManager
@@ -234,7 +234,7 @@ def _launch(kernel: WarmKernel) -> None:
             if kernel.killed or attempt == 2:
                 raise
 
-
+# %% ../../nbs/81_kernel.ipynb #a6686149
 def _launch_once(kernel: WarmKernel) -> None:
     "Starts the process and waits until it answers."
     from jupyter_client import AsyncKernelManager

@@ -47,7 +47,7 @@ class Parameter:
     kind: str = ""
     help: str = ""
 
-
+# %% ../../nbs/80_keys.ipynb #93eb5a17
 def _declared(statement: ast.stmt, comments: dict[int, str], notebook) -> Parameter:
     "The parameter that one statement of a parameters cell declares."
     single = isinstance(statement, ast.Assign) and len(statement.targets) == 1
@@ -103,7 +103,7 @@ def _parameters_in(cells: list[dict], notebook) -> dict[str, Parameter]:
     found = [_declared(s, comments, notebook) for s in statements]
     return {p.name: p for p in found}
 
-
+# %% ../../nbs/80_keys.ipynb #70d04685
 def notebook_parameters(notebook) -> dict[str, Parameter]:
     """What a notebook declares in its `parameters` cell, by name.
 
@@ -124,6 +124,8 @@ _type_names = _TypeNames(
     | {name: getattr(typing, name) for name in ("Any", "Literal", "Optional", "Union", "List", "Dict")}
     | {"typing": typing}
 )
+
+# %% ../../nbs/80_keys.ipynb #804281a4
 _type_nodes = (
     (ast.Expression, ast.Name, ast.Attribute, ast.Subscript, ast.Tuple, ast.Load)
     + (ast.Constant, ast.UnaryOp, ast.USub)  # of Literal["a", -1], and None
@@ -137,7 +139,7 @@ def _names_types_only(tree: ast.AST) -> bool:
         getattr(a.value, "id", None) == "typing" for a in attributes
     )
 
-
+# %% ../../nbs/80_keys.ipynb #f2e1d590
 @lru_cache(maxsize=None)
 def _validator(annotation: str) -> TypeAdapter:
     "What checks values against an annotation; one that is not understood accepts everything."
@@ -183,7 +185,7 @@ class Upstream:
     run: str
     file: str = ""
 
-
+# %% ../../nbs/80_keys.ipynb #c32593c6
 @dataclass(frozen=True)
 class Table:
     """The metrics of many runs as the value of a parameter.
@@ -201,7 +203,7 @@ class Table:
     rows: tuple[tuple[tuple[tuple[str, Any], ...], str], ...]
     times: bool = False
 
-
+# %% ../../nbs/80_keys.ipynb #b85347a3
 def _refers(value) -> bool:
     "Whether a value stands for results of other runs."
     return isinstance(value, (Upstream, Table)) or (
@@ -220,7 +222,7 @@ def _check_names(params: dict, declared: dict[str, Parameter], notebook) -> None
             remedy = did_you_mean(name, sorted(declared.keys() - {"out"}))
             raise BadInput("is not a parameter of this notebook", file=notebook, field=name, remedy=remedy)
 
-
+# %% ../../nbs/80_keys.ipynb #73bcfd7c
 def _checked(value, parameter: Parameter, notebook):
     kind = parameter.kind
     if not kind and parameter.default is not None:
@@ -270,7 +272,7 @@ def _tree(source: str) -> ast.Module:
         except SyntaxError:
             return ast.parse(repr(source))  # it fails when it runs; until then it is compared as text
 
-
+# %% ../../nbs/80_keys.ipynb #614050af
 @lru_cache(maxsize=None)
 def code_text(source: str) -> str:
     "Source reduced to what runs: no comments, docstrings or layout."
@@ -431,7 +433,7 @@ def _shipped_path(parts: tuple[str, ...]) -> Path | None:
     except BadInput:
         return None  # an example in a test, or a file that this installation lacks
 
-
+# %% ../../nbs/80_keys.ipynb #a01dc0e0
 def shipped_inputs(sources: Iterable[str]) -> dict[str, str]:
     "Checksums of the package's own data that the sources read, by path below the root."
     found = {}
@@ -566,7 +568,7 @@ class NotebookCode:
     declared: dict[str, Parameter]
     recipe: dict
 
-
+# %% ../../nbs/80_keys.ipynb #8ee85ed0
 class Snapshot:
     "Notebooks, modules and data as they are now; each is read and hashed once, when it is first asked for."
 

@@ -38,7 +38,7 @@ class TableOf:
     cells: tuple[str, ...]
     times: bool = False
 
-
+# %% ../../nbs/83_plan.ipynb #ad651815
 def _cells_read(value) -> Iterable[str]:
     "Names of the cells that a parameter's value refers to."
     if isinstance(value, From):
@@ -185,7 +185,7 @@ def _remember_seconds(runs, name: str, seconds: float) -> None:
     with open(Path(runs) / ".seconds.jsonl", "a", encoding="utf-8") as f:
         f.write(json.dumps([name, round(seconds, 1)]) + "\n")
 
-
+# %% ../../nbs/83_plan.ipynb #32894119
 def _seconds_ahead(plan: Plan, seconds: dict[str, float]) -> dict[str, float]:
     "Seconds from the start of a cell to the end of the longest chain of cells that read it."
     ahead = dict.fromkeys(plan.order, 0.0)

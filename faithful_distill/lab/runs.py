@@ -48,7 +48,7 @@ def hold_run(run: Run, wait: bool) -> Iterator[Path]:
     finally:
         mine.release()
 
-
+# %% ../../nbs/82_runs.ipynb #816dcc4d
 def _driver_lock(path: Path, kernels: Path):
     "The driver's lock, once no kernel of an earlier driver holds its own; else None."
     mine = try_lock(path)
@@ -68,7 +68,7 @@ _dated = re.compile(r"^.{0,3}\d{4}-\d\d-\d\d[ T]\d\d:\d\d:\d\d.*\n?", re.MULTILI
 def _without_addresses(text: str) -> str:
     return re.sub(r"\bat 0x[0-9a-f]{6,}", "at 0x...", text)
 
-
+# %% ../../nbs/82_runs.ipynb #74081bca
 def _stable_output(output, number: int, times: dict):
     "An output of the cell of this number without what differs between executions; None if nothing is left."
     if "execution_count" in output:
@@ -123,7 +123,7 @@ def _own_version() -> str:
     text = (package_folder() / "__init__.py").read_text(encoding="utf-8")
     return re.search(r'__version__\s*=\s*"([^"]+)"', text)[1]
 
-
+# %% ../../nbs/82_runs.ipynb #57fb1e3d
 def _commit() -> str | None:
     "The commit that the package is checked out at; None if it is installed, or git is not there."
     git = ["git", "-C", str(package_folder())]
@@ -135,7 +135,7 @@ def _commit() -> str | None:
     except OSError:
         return None
 
-
+# %% ../../nbs/82_runs.ipynb #ae23ec88
 @lru_cache(maxsize=None)
 def _environment() -> str:
     "Version of this package and of what it builds on, commit and machine, as JSON text."
@@ -169,7 +169,7 @@ class NotebookFailed(RuntimeError):
         where = "" if cell is None else f" in cell {cell}"
         super().__init__(f"{name} failed{where}: {problem}\n  executed notebook: {notebook}")
 
-
+# %% ../../nbs/82_runs.ipynb #0e243e12
 _known_failures = {
     "DeadKernelError": "the kernel died; out of memory?",
     "CellTimeoutError": "the cell took longer than allowed",
@@ -245,7 +245,7 @@ def _prepare(run: Run) -> None:
         pairs = [(dict(labels), run.folder.parent / folder) for labels, folder in table.rows]
         write_table(run.partial / name, tidy(pairs, times=table.times))
 
-
+# %% ../../nbs/82_runs.ipynb #f6689cf0
 def compute_run(
     run: Run, kernel: WarmKernel, lock: Path, needs: Iterable[str], timeout: int | None, label: str = ""
 ) -> None:

@@ -92,7 +92,7 @@ def _same_grid(file: Path, other: Path) -> bool:
     "Whether a folder gathered from `other` may be replaced by what comes of `file`. A grid may have moved."
     return file.resolve() == other or not other.is_file() or file.read_bytes() == other.read_bytes()
 
-
+# %% ../../nbs/93_study.ipynb #5d5c94a0
 def _check_gathered_folder(grid: Grid, runs: Path) -> None:
     "Raises `BadInput` if what lies at `runs/<profile>` was not gathered from this grid."
     folder, remedy = runs / grid.name, "Rename the grid file, or name another folder with --runs."
@@ -126,7 +126,7 @@ def _gathering(runs: Path, name: str):
 _gathered = {".png": "figures", ".svg": "figures", ".pdf": "figures"}  # by ending: the folder it goes to
 _gathered |= {".md": "tables", ".tex": "tables", ".csv": "results"}
 
-
+# %% ../../nbs/93_study.ipynb #fe9ed027
 def _gather_figure(name: str, folder: Path, into: Path) -> None:
     """Copies pictures, tables and data of a figure's run.
 
@@ -153,7 +153,7 @@ def _gather_results(grid: Grid, done: dict[str, Run], into: Path) -> None:
     write_table(into / "results.csv", tidy(pairs))
     write_table(into / "times" / "times.csv", tidy(pairs, times=True))
 
-
+# %% ../../nbs/93_study.ipynb #edade482
 def _gather_figures(grid: Grid, done: dict[str, Run], into: Path) -> None:
     "Figures, tables and the report; those that show seconds and memory apart from the others."
     drawn = [n for n in grid.figures if n in done]
@@ -287,7 +287,7 @@ def _kept_tables(gathered: Path, groups: Iterable[str] | dict[str, Iterable[str]
     tables = {name: results[results["group"].isin(list(of))] for name, of in wanted.items()}
     return {**tables, "times": read_table(gathered / "times" / "times.csv")}
 
-
+# %% ../../nbs/93_study.ipynb #4dd665fe
 def _kept_files(gathered: Path, files: Iterable[tuple[str, str]]) -> dict[str, Path]:
     "The files of runs to be kept: name in `data/results` -> where it lies now."
     files = list(files)
@@ -344,7 +344,7 @@ def read_by_figures(grid: Grid) -> tuple[dict[str, list[str]], list[tuple[str, s
     files = [(v.cell, v.file) for v in given if isinstance(v, From) and v.file]
     return tables, list(dict.fromkeys(files))
 
-
+# %% ../../nbs/93_study.ipynb #1963c4b2
 def keep_profile(profile, into="data/results", runs="runs", seeds=None) -> list[Path]:
     """Keeps all that the figures of a profile read, after `reproduce` has made it.
 

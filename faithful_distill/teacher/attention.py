@@ -253,7 +253,7 @@ class Plan:
     layer: int = 0
     moved: dict = field(default_factory=dict)
 
-
+# %% ../../nbs/27_attention.ipynb #4b4cb173
 _plan: ContextVar[Plan | None] = ContextVar("plan", default=None)
 
 # %% ../../nbs/27_attention.ipynb #9222f71c
@@ -304,7 +304,7 @@ def wide_kernel() -> bool:
 def _wide_linear(layer, x):
     return torch.ops.mkldnn._linear_pointwise(x, layer.weight, layer.bias, "none", [], "")
 
-
+# %% ../../nbs/27_attention.ipynb #33834d9c
 def _takes_wide_kernel(module) -> bool:
     if type(module) is not torch.nn.Linear or "forward" in vars(module):
         return False

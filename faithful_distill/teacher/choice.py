@@ -109,7 +109,7 @@ def draw(scores: torch.Tensor, uniforms: torch.Tensor, temperature: float, alpha
     at = uniforms.to(steps)[:, None] * steps[:, -1:]
     return torch.searchsorted(steps, at, right=True).squeeze(-1).clamp_max(scores.shape[-1] - 1)
 
-
+# %% ../../nbs/26_choice.ipynb #bc5d8dbf
 def row_uniforms(seed: int, name, n: int) -> torch.Tensor:
     "`n` numbers in [0, 1) that belong to one row."
     generator = torch.Generator().manual_seed(stable_seed(seed, "decoding", name))

@@ -79,7 +79,7 @@ def group_rows(rows: list, root: int) -> list[Group]:
             groups[-1] = both
     return sorted(groups, key=lambda g: -(g.trunk + g.tail))
 
-
+# %% ../../nbs/28_engine.ipynb #9785167a
 def _joined(last: Group, one: Group, most: int) -> Group | None:
     "Both groups as one, None where that is no gain."
     if len(last.streams) + len(one.streams) > most:
@@ -223,7 +223,7 @@ def refused(model) -> str:
         _verdicts[model] = _try(model)
     return _verdicts[model]
 
-
+# %% ../../nbs/28_engine.ipynb #8098fb95
 @torch.inference_mode()
 def _try(model) -> str:
     try:
@@ -268,7 +268,7 @@ def _trial_distance(model) -> float:
             logits = engine.step()
     return worst
 
-
+# %% ../../nbs/28_engine.ipynb #f37b8a97
 def _plain_logits(model, ids: list[int], device) -> torch.Tensor:
     at = torch.tensor([ids], device=device)
     return model(input_ids=at, attention_mask=torch.ones_like(at), use_cache=False).logits[0, -1].to(device)
@@ -331,7 +331,7 @@ def needed_bytes(model, tokens: int, streams: int, at_once: int) -> tuple[int, i
         at_once * (8 * config.hidden_size + 2 * inner) * weight.element_size(),
     )
 
-
+# %% ../../nbs/28_engine.ipynb #1d48cb25
 def needs(model, tokens: int, streams: int, at_once: int) -> str:
     "What a run will take, in words."
     kept, logits, work = (b / 2**20 for b in needed_bytes(model, tokens, streams, at_once))

@@ -31,7 +31,7 @@ def context_limit(model) -> int | None:
     config = model.config.get_text_config()
     return None if getattr(config, "alibi", False) else getattr(config, "max_position_embeddings", None)
 
-
+# %% ../../nbs/30_generate.ipynb #b382d001
 def _check_context(ids: list[int], limit: int | None, vocabulary: int, name: str) -> None:
     if not ids:
         remedy = "Give at least one token, such as the beginning-of-text token."
@@ -89,7 +89,7 @@ def _run(engine, choice: Choice, done: Callable[[Row], None]) -> None:
         if engine.waiting and (entered := engine.admit()):
             turn(*entered)
 
-
+# %% ../../nbs/30_generate.ipynb #bbe88d2e
 def out_of_memory(error: Exception) -> bool:
     "Whether an error says that the memory of a device or of the computer is full."
     if isinstance(error, torch.OutOfMemoryError):

@@ -37,7 +37,7 @@ def context(q: Question, i: int | None) -> str:
     stated = "" if i is None else f" {choice_text(q, i).rstrip('.')}."
     return "\n".join([*lines, lead + stated])
 
-
+# %% ../../nbs/20_prompts.ipynb #0ad62238
 def block(q: Question, i: int, rationale: str) -> str:
     "The whole block: `context`, rationale, blank line."
     return f"{context(q, i)} {rationale}\n\n"

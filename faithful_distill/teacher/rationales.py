@@ -217,7 +217,7 @@ def _other_parts(out) -> Iterator[Path]:
         if part.fullmatch(path.name) and path.name not in (out.name, journal_path(out).name):
             yield path
 
-
+# %% ../../nbs/40_rationales.ipynb #fff7b096
 def _from_other_parts(out, expected: _Expected) -> dict[str, Rationale]:
     "What those have finished of these jobs; what is of other questions, or made otherwise, is passed over."
     found = {}

@@ -37,7 +37,7 @@ def merge_shards(out: str | Path, n: int) -> list[Rationale]:
     write_records(out, rationales)
     return rationales
 
-
+# %% ../../nbs/42_shards.ipynb #39100243
 def _unfinished(parts: list[Path]) -> list[Path]:
     return [p for p in parts if not p.exists() or journal_path(p).exists()]
 

@@ -116,7 +116,7 @@ def model_card(folder: str | Path, metrics: dict | None = None, data: str = "") 
     write_text(Path(folder) / "README.md", text)
     return text
 
-
+# %% ../../nbs/62_card.ipynb #52c5ce62
 def _kept(measure):
     if not isinstance(measure, dict):
         return measure

@@ -33,7 +33,7 @@ from .settings import Settings
 _no_part_of_the_key = {"log_every", "save_every", "report_to", "recipe"}
 _read_of_a_rationale = ("id", "question", "choices", "answer", "target", "role", "rationale", "kind")
 
-
+# %% ../../nbs/61_folder.ipynb #78788ff2
 def run_key(
     settings: Settings, rationales: list[Rationale], dev: list[Rationale] | None, weights: str
 ) -> str:
@@ -225,7 +225,7 @@ def _note(trainer, student, run, result) -> dict:
         **run.settings.model_dump(),
     )
 
-
+# %% ../../nbs/61_folder.ipynb #e3cd7eed
 def about_rationales(rationales: list[Rationale]) -> dict:
     "What a card says about the data: how many questions, and whose rationales."
     return dict(

@@ -177,7 +177,7 @@ def largest_layer(student: Student | str | Path) -> int:
     layers = meta_model(student).modules()
     return max(sum(p.numel() for p in layer.parameters(recurse=False)) for layer in layers)
 
-
+# %% ../../nbs/65_sizing.ipynb #66f3bf44
 def count_parameters(student: Student | str | Path, lora: dict | None = None) -> tuple[int, int]:
     "Parameters of a student (as for `meta_model`), and how many of them are trained. No weights are read."
     import torch

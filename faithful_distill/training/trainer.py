@@ -60,7 +60,7 @@ def collate_examples(examples: list[list[Row]], student: Student) -> dict:
     nothing = Row([student.eos], [student.eos], [], False)
     return collate([row for example in examples for row in example] or [nothing], student)
 
-
+# %% ../../nbs/58_trainer.ipynb #e17d61f2
 def example_lengths(examples: list[list[Row]]) -> list[int]:
     "The longest row of each example, in tokens."
     return [max(row.length for row in example) for example in examples]
@@ -150,7 +150,7 @@ def loss_sums(loss):
     "[factual, counterfactual] losses summed over tokens, and their token counts: what is added up over batches."
     return torch.stack([loss.factual, loss.counterfactual, loss.tokens_factual, loss.tokens_counterfactual])
 
-
+# %% ../../nbs/58_trainer.ipynb #af0cb28c
 def loss_parts(sums: list[float]) -> dict:
     "Summed losses and token counts as means per token; None where there were no tokens."
     l_f, l_c, n_f, n_c = sums
@@ -299,7 +299,7 @@ class MetricsFile(TrainerCallback):
         with open(self.path, "a", encoding="utf-8") as f:
             f.write(json.dumps({"step": state.global_step, **logs}, sort_keys=True) + "\n")
 
-
+# %% ../../nbs/58_trainer.ipynb #1442eb86
 class Bar(TrainerCallback):
     "A progress bar with the loss, the rate and the time left, on rank 0."
 

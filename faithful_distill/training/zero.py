@@ -142,7 +142,7 @@ _defaults = {
     "zero_optimization": {"stage": 0},
 }
 
-
+# %% ../../nbs/56_zero.ipynb #ed94e68e
 def session_config(settings: Settings, ranks: int) -> dict:
     "The DeepSpeed configuration of a run. Raises `BadInput` for one that contradicts the settings."
     config = deepspeed_config(settings.deepspeed)
