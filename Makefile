@@ -1,10 +1,10 @@
-# Two commands do everything: `make quickstart` walks the whole road in minutes, `make test` checks all of it.
+# Two commands do everything: `make quickstart` runs the whole pipeline in minutes, `make test` checks all of it.
 # Both make their own environment in .venv first.
 PYTHON ?= python3
 BIN := .venv/bin
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: quickstart study results test slow notebooks figures drift clean help
+.PHONY: quickstart study results test slow notebooks figures drift docs clean help
 
 help:            ## list what can be made
 	@grep -hE '^[a-z]+: .*##' $(MAKEFILE_LIST) | sed 's/:.*##/:/'
@@ -16,7 +16,7 @@ help:            ## list what can be made
 	$(BIN)/python -m pip install --quiet --editable '.[dev]'
 	@touch $@
 
-quickstart: .venv/.ready ## the whole road on the embedded world: runs/quickstart/report.html
+quickstart: .venv/.ready ## the whole pipeline on the embedded world: runs/quickstart/report.html
 	$(BIN)/faithful-distill reproduce --profile quickstart
 
 study: .venv/.ready ## every figure and table on several seeds, resumable: runs/study/report.html
@@ -31,8 +31,10 @@ test: .venv/.ready drift notebooks ## everything that must hold
 slow: .venv/.ready ## the tests that `make test` leaves out: kills at random, launchers, long comparisons
 	FAITHFUL_DISTILL_SLOW=1 $(BIN)/python -m pytest tests -q
 
-drift: .venv/.ready ## notebooks and modules say the same
+drift: .venv/.ready ## notebooks and modules are the same, and formatted
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python tests/drift.py
+	$(BIN)/ruff format --check --quiet nbs tests setup.py
+	$(BIN)/ruff check --quiet nbs tests setup.py
 
 notebooks: .venv/.ready ## every notebook runs, top to bottom
 	OMP_NUM_THREADS=1 $(BIN)/nbdev_test --n_workers 2 --timing --skip_folder_re "experiments|figures"
@@ -42,5 +44,9 @@ figures: .venv/.ready ## draw all figures once more from data/results, in their 
 	cd nbs/figures && for notebook in fig*.ipynb claims.ipynb; do "$(CURDIR)/$(BIN)/exec_nb" --exc_stop $$notebook --dest $$notebook || exit 1; done
 	PATH="$(CURDIR)/$(BIN):$$PATH" nbdev_clean
 
+docs: .venv/.ready ## the site, from the stored notebooks: docs/_build/html/index.html
+	$(BIN)/python -m pip install --quiet --editable '.[docs]'
+	$(BIN)/python -m sphinx -W --keep-going -q -b html docs docs/_build/html
+
 clean: ## remove the environment and whatever was computed
-	rm -rf .venv runs data/runs data/cache build *.egg-info
+	rm -rf .venv runs data/runs data/cache build *.egg-info docs/_build docs/pages docs/generated

@@ -58,6 +58,11 @@ setup(
         f"{lib}.shipped.nbs": ["*.ipynb", "experiments/*.ipynb", "figures/*.ipynb"],
     },
     install_requires=c["requirements"].split(),
-    extras_require={"gguf": ["gguf"], "dev": c["dev_requirements"].split(), "lora": ["peft"]},
+    extras_require={
+        "gguf": ["gguf"],
+        "docs": ["myst-nb", "furo", "sphinx-copybutton"],
+        "dev": c["dev_requirements"].split(),
+        "lora": ["peft"],
+    },
     entry_points={"console_scripts": c["console_scripts"].split()},
 )
