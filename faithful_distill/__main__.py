@@ -1,4 +1,5 @@
 """`python -m faithful_distill`: the same as `faithful-distill`."""
 from faithful_distill.cli import main
 
-main(prog_name="faithful-distill")
+if __name__ == "__main__":
+    main(prog_name="faithful-distill")

@@ -17,7 +17,7 @@ def input_device(model):
     device = embedding.weight.device
     return torch.device(embedding._hf_hook.execution_device) if device.type == "meta" else device
 
-
+# %% ../nbs/07_caches.ipynb #bbae9f37
 def forward_arguments(model) -> set[str]:
     """Names of the arguments that a model's forward pass takes, its cache's included.
 

@@ -50,7 +50,7 @@ class Words(click.ParamType):
             value if isinstance(value, (list, tuple)) else [w.strip() for w in value.split(",") if w.strip()]
         )
 
-
+# %% ../nbs/95_cli.ipynb #2cf1f6fe
 class Pairs(click.ParamType):
     "name=value,name=value: numbers, true, false and none are read as such; a+b is a list."
 
@@ -84,7 +84,7 @@ def _without_none(annotation) -> list:
         return [one for part in get_args(annotation) for one in _without_none(part)]
     return [] if annotation is type(None) else [annotation]
 
-
+# %% ../nbs/95_cli.ipynb #77a9fff1
 def _option_type(annotation) -> dict:
     "How click reads a value of this annotation."
     kinds = _without_none(annotation)
@@ -103,7 +103,7 @@ def _option_type(annotation) -> dict:
         return {"type": outer}
     return {"type": str}
 
-
+# %% ../nbs/95_cli.ipynb #7e8796ff
 def make_option(
     name: str, annotation, default: Any, text: str, shown: str | None = None, required: bool = False
 ) -> click.Option:
@@ -125,14 +125,14 @@ def make_option(
         **more,
     )
 
-
+# %% ../nbs/95_cli.ipynb #91bf3549
 def _sentence(text: str) -> str:
     "A clause as a sentence; one that begins with a list of values stays as it is."
     first = text.split(" ")[0]
     text = text[:1].upper() + text[1:] if first.rstrip(":").replace("-", "").isalpha() else text
     return text if not text or text.endswith((".", ")", "...")) else text + "."
 
-# %% ../nbs/95_cli.ipynb #01d709ef
+# %% ../nbs/95_cli.ipynb #007dc6d6
 inherit = type("Inherit", (), {"__repr__": lambda self: "inherit"})()
 
 
@@ -141,14 +141,14 @@ def _function(path: str):
     module, name = path.split(":")
     return getattr(import_module(f"faithful_distill.{module}"), name)
 
-
+# %% ../nbs/95_cli.ipynb #9015f6dc
 def command_parameters(function, library=(), settings=None, without=()) -> list[click.Parameter]:
     """Arguments and options of a command.
 
     Parameters
     ----------
     function
-        positional-only parameters become arguments, the others options
+        keyword-only parameters become options, those before them arguments
     library
         functions that `inherit`ed parameters are looked up in
     settings
@@ -165,7 +165,7 @@ def command_parameters(function, library=(), settings=None, without=()) -> list[
     docs |= parameter_docs(function)
     hints, made = get_type_hints(function, include_extras=True), []
     for name, p in inspect.signature(function).parameters.items():
-        if p.kind is p.POSITIONAL_ONLY:
+        if p.kind is p.POSITIONAL_OR_KEYWORD:
             made.append(click.Argument([name]))
         elif p.kind is p.VAR_KEYWORD:
             taken = {m.name for m in made} | {*without}
@@ -181,7 +181,7 @@ def command_parameters(function, library=(), settings=None, without=()) -> list[
             )
     return made
 
-
+# %% ../nbs/95_cli.ipynb #244b9c3a
 def _setting_options(settings) -> list[click.Option]:
     "An option for each field; what is not given stays None, so that recipe and library decide."
     made = []
@@ -203,7 +203,7 @@ class Refused(click.ClickException):
 
     exit_code = 2
 
-
+# %% ../nbs/95_cli.ipynb #7cc88367
 class Commands(click.Group):
     "A group that lists commands in the order of the pipeline and turns every failure into one line."
 
@@ -220,7 +220,7 @@ class Commands(click.Group):
         except Exception as e:
             raise click.ClickException(_one_line(e)) from e
 
-
+# %% ../nbs/95_cli.ipynb #ebb2f4de
 def _one_line(error: Exception) -> str:
     "What went wrong, and the file that its traceback was written to."
     with tempfile.NamedTemporaryFile("w", prefix="faithful-distill-", suffix=".log", delete=False) as f:
@@ -251,7 +251,7 @@ class Command(click.Command):
         except BadInput as e:
             raise Refused(str(e)) from e
 
-
+# %% ../nbs/95_cli.ipynb #51f61cbf
 def command(*library: str, settings: str | None = None, without: tuple[str, ...] = ()):
     "Decorator: the function becomes a command of `main`; it stays callable under its own name."
 
@@ -282,7 +282,7 @@ class _LogLines(logging.Handler):
 
         tqdm.write(self.format(record), file=sys.stderr)
 
-
+# %% ../nbs/95_cli.ipynb #55058680
 @contextmanager
 def shown_log():
     "Within, the library's log lines are shown."
@@ -348,7 +348,7 @@ def reproduce(
     for path in keep_profile(profile, keep, runs, seeds) if keep else []:
         click.echo(f"Kept: {path}")
 
-# %% ../nbs/95_cli.ipynb #803bcd38
+# %% ../nbs/95_cli.ipynb #6a4e07a3
 def read_questions(
     data: str,
     path: str | None = None,
@@ -372,7 +372,8 @@ def read_questions(
         list bad records in this file (rejected.jsonl) and go on without them
     """
     from faithful_distill.lab.world import world_questions
-    from faithful_distill.questions import as_questions, load_questions
+    from faithful_distill.questions import as_questions
+    from faithful_distill.sources import load_questions
 
     if data.split("-")[0] != "world":
         return as_questions(load_questions(data, split, path, limit, skip_bad))
@@ -380,11 +381,11 @@ def read_questions(
     found = [world_questions(kind, split, 2) for kind in kinds]
     return [q for same_rank in zip(*found) for q in same_rank][:limit]
 
-# %% ../nbs/95_cli.ipynb #6f7fca1d
+# %% ../nbs/95_cli.ipynb #21aaab7d
 @command(
     "cli:read_questions",
     "teacher.rationales:rationalize",
-    "teacher.rationales:load_teacher",
+    "teacher.loading:load_teacher",
     "teacher.generate:contrastive_generate",
 )
 def rationales(
@@ -435,8 +436,10 @@ def rationales(
         JSON-lines file; a second call goes on where the first one stopped
     """
     from faithful_distill.files import shipped, writable_folder
-    from faithful_distill.ranks import leave_launcher
-    from faithful_distill.teacher.rationales import as_strategy, load_teacher, rationalize_in_parts
+    from faithful_distill.ranks import leave_ranks
+    from faithful_distill.teacher.loading import load_teacher
+    from faithful_distill.teacher.strategy import as_strategy
+    from faithful_distill.teacher.shards import rationalize_in_parts
 
     writable_folder(Path(out).absolute().parent)
     questions = read_questions(data, path, split, limit, skip_bad)
@@ -465,17 +468,17 @@ def rationales(
             out=out,
         )
     if loaded.tensor_parallel:
-        leave_launcher()
+        leave_ranks()
     cut = sum(r.stop == "length" for r in records)
     n_questions = len({r.id for r in records})
     click.echo(
         f"{len(records)} rationales for {n_questions} questions in {out}; {cut} cut at {max_new_tokens} tokens"
     )
 
-
+# %% ../nbs/95_cli.ipynb #fbe28419
 def _prompt_for(prompt: str | None, data: str) -> str | None:
     "The worked examples to use: those asked for, else the dataset's own; none for the world and plain files."
-    from faithful_distill.questions import sources
+    from faithful_distill.sources import sources
 
     if prompt == "none":
         return None
@@ -633,11 +636,10 @@ def evaluate(
     for name, s in scores.items():
         click.echo(f"{name:32s}{s}")
 
-# %% ../nbs/95_cli.ipynb #830003c7
+# %% ../nbs/95_cli.ipynb #56f252cb
 @command("faithfulness.scoring:score_rationales")
 def score(
     file: str,
-    /,
     *,
     out: str,
     cut_at: tuple[str, ...] = (),

@@ -27,7 +27,7 @@ import filelock
 # %% ../nbs/00_files.ipynb #4fe9c89a
 _unset = object()
 
-
+# %% ../nbs/00_files.ipynb #c1d26a41
 class BadInput(ValueError):
     """Input that cannot be used.
 
@@ -135,7 +135,7 @@ def _read_text(path) -> str:
 # %% ../nbs/00_files.ipynb #fb3ad2ef
 _one_a_line = "Write each record on a line of its own (`jq -c '.[]'` does it)."
 
-
+# %% ../nbs/00_files.ipynb #17d2c2a3
 def _parse_line(line: str, path, number: int) -> dict:
     broken = partial(BadInput, file=path, line=number, remedy="Mend or remove the line.")
     opens_document = line.strip() in ("[", "{") or (number == 1 and line.lstrip().startswith("["))
@@ -250,7 +250,7 @@ def writable_folder(path) -> Path:
 # %% ../nbs/00_files.ipynb #85f5204c
 _without_locks = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL}
 
-
+# %% ../nbs/00_files.ipynb #00085182
 def try_lock(path) -> filelock.BaseFileLock | None:
     """The lock at `path`, or None if another process (or another lock of this one) holds it.
 
@@ -305,28 +305,12 @@ def sole_writer(path, lock=None):
                 done.unlink()
         held.release()
 
-
+# %% ../nbs/00_files.ipynb #97951acb
 def _holder_in(file: Path) -> str:
     try:
         return file.read_text(encoding="utf-8")
     except OSError:
         return "a process that has just started, or just ended"
-
-# %% ../nbs/00_files.ipynb #a35be915
-def _locked(handle) -> bool:
-    "Holds the lock from now on; False if somebody else does."
-    try:
-        return filelock.lock_descriptor(handle, blocking=False)
-    except OSError:
-        return True  # a file system without locks: then nobody is kept out
-
-
-def _is_free(path) -> bool:
-    handle = os.open(path, os.O_RDWR | os.O_CREAT)
-    try:
-        return _locked(handle)
-    finally:
-        os.close(handle)
 
 # %% ../nbs/00_files.ipynb #26ef8e5c
 def sha256_file(path) -> str:
@@ -404,7 +388,7 @@ def _progress_file() -> str | None:
     asked = os.environ.get("FAITHFUL_DISTILL_PROGRESS", "")
     return asked if os.path.isabs(asked) else None
 
-
+# %% ../nbs/00_files.ipynb #25dffc37
 class _LastLine:
     "A stream for a bar that keeps only what the bar shows at the moment, in a file."
 

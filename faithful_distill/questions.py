@@ -17,7 +17,7 @@ from .files import BadInput, stable_seed
 # %% ../nbs/02_questions.ipynb #cc8b14be
 fixed_choices = {"boolean": ("yes", "no"), "statement": ("true", "false")}
 
-
+# %% ../nbs/02_questions.ipynb #dbba2547
 @dataclass(frozen=True)
 class Question:
     """A question with its choices and the index of the right one.
@@ -86,7 +86,7 @@ def _check_fixed_choices(kind: str, choices) -> None:
             remedy="Leave them out, or call the kind choice.",
         )
 
-
+# %% ../nbs/02_questions.ipynb #3f17c47f
 def _check_index(answer, choices) -> None:
     whole = isinstance(answer, int) and not isinstance(answer, bool)
     if not whole or not 0 <= answer < len(choices):
@@ -223,7 +223,7 @@ def _index_of_text(answer: str, choices, kind: str) -> int:
         )
     return same[0]
 
-
+# %% ../nbs/02_questions.ipynb #a103a134
 def _reading_like(text: str, choices) -> list[int]:
     return [i for i, c in enumerate(choices) if isinstance(c, str) and normalized(c) == normalized(text)]
 

@@ -76,7 +76,7 @@ def placement(tensor_parallel: bool = False) -> dict:
     memory = {c: torch.cuda.get_device_properties(c).total_memory * 9 // 10 for c in mine}
     return dict(device_map="auto", max_memory=memory)
 
-
+# %% ../nbs/06_ranks.ipynb #bfc2c588
 def _tensor_parallel() -> dict:
     if int(os.environ.get("WORLD_SIZE", 1)) < 2:
         raise BadInput(
@@ -159,7 +159,7 @@ def count_nodes() -> int:
     on_this_one = os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or ranks
     return -(-ranks // int(on_this_one))
 
-
+# %% ../nbs/06_ranks.ipynb #3e0330cc
 def resume_command(ranks: int, nodes: int = 1) -> str:
     """This very call, for `ranks` processes.
 

@@ -20,7 +20,7 @@ from .questions import Question, normalized, plain_fields
 # %% ../nbs/05_records.ipynb #13671cde
 roles = ("gold", "counterfactual")
 
-
+# %% ../nbs/05_records.ipynb #ee1f3549
 @dataclass(frozen=True)
 class Rationale:
     """A rationale for one choice of one question, with its provenance.
@@ -132,7 +132,7 @@ class Rationale:
             self.extra
         )
 
-
+# %% ../nbs/05_records.ipynb #6873a1cd
 @lru_cache(maxsize=4096)
 def _question(*parts) -> Question:
     return Question(*parts)
@@ -150,7 +150,7 @@ _kinds = {
     "alpha": ((int, float), "a number"),
 }
 
-
+# %% ../nbs/05_records.ipynb #0645ddb1
 def _check_types(r: Rationale) -> None:
     for name, (kind, words) in _kinds.items():
         value = getattr(r, name)
@@ -161,7 +161,7 @@ def _check_types(r: Rationale) -> None:
     if not all(isinstance(c, str) for c in r.choices):
         raise BadInput(f"is not a list of texts (question {r.id!r})", field="choices", value=list(r.choices))
 
-
+# %% ../nbs/05_records.ipynb #7b3b59d5
 def _check_target(r: Rationale) -> None:
     if r.role not in roles:
         raise BadInput("must be one of gold, counterfactual", field="role", value=r.role)
@@ -178,7 +178,7 @@ def _check_target(r: Rationale) -> None:
 # %% ../nbs/05_records.ipynb #4ff45b70
 _known = {f.name for f in fields(Rationale)} - {"extra"}
 
-
+# %% ../nbs/05_records.ipynb #0b48c664
 def rationale_from_row(
     row: Mapping, file=None, line: int | None = None, question: Question | None = None
 ) -> Rationale:
@@ -198,7 +198,7 @@ def rationale_from_row(
     except BadInput as e:
         raise e.located(file, line) from None
 
-
+# %% ../nbs/05_records.ipynb #277c1ab8
 def _from_row(row: Mapping, question: Question | None) -> Rationale:
     if isinstance(row, Rationale):
         return row
@@ -230,7 +230,7 @@ def _from_row(row: Mapping, question: Question | None) -> Rationale:
     extra = {k: v for k, v in row.items() if k not in _known}
     return Rationale(**named | asked | {"target": target, "kind": read["kind"], "extra": extra})
 
-
+# %% ../nbs/05_records.ipynb #28c13fbb
 def _target_index(named: Mapping) -> int:
     "The index of the choice argued for; an error names the field `target`."
     try:
@@ -288,7 +288,7 @@ def read_records(
         )
     return found
 
-
+# %% ../nbs/05_records.ipynb #986310c7
 def write_records(path, records: Iterable[Rationale | dict]) -> Path:
     "Write records as JSON lines, whole or not at all. Raises `BadInput` if the file cannot be written."
     rows = [r.to_row() if isinstance(r, Rationale) else r for r in records]
@@ -297,18 +297,21 @@ def write_records(path, records: Iterable[Rationale | dict]) -> Path:
 
 # %% ../nbs/05_records.ipynb #8e38f396
 answer_sentence = "So the answer is"
-
 _opening = re.compile(
-    r"(?:(?P<link>\b(?:so|thus|hence|therefore|and so|which means)\b,?\s+)|(?P<start>(?:^|(?<=[.!?\n;:\"')])\s*|(?<=\n))))"
+    r"(?:\b(?:so|thus|hence|therefore|and so|which means)\b,?\s+|^\s*|(?<=[.!?;:\"')])\s*)"
     r"(?:(?:the|my|our|this)\s+(?:correct |right |best |final |only )?answer\s+is\b\s*:?\s*"
-    r"|(?:the|this)\s+statement\s+is\b\s*:?\s*(?=(?P<verdict>true|false|correct|incorrect|right|wrong)\b)"
-    r"|(?:the|this)\s+statement\s+is\b\s*:?\s*(?(link)|(?!)))",
+    r"|(?:the|this)\s+statement\s+is\b\s*:?\s*(?=(?:true|false|correct|incorrect|right|wrong)\b))",
     re.IGNORECASE | re.MULTILINE,
 )
-_sentence_end = re.compile(r"[.!?]+[\"')\]]*(?=\s+[\"'(\[]?[A-Z])|[.!?]+\s*$|(?=\n)|$", re.MULTILINE)
+_stop = re.compile(r"[.!?]+[\"')\]]*(?=\s+[\"'(\[]?[A-Z])|[.!?]+\s*$|(?=\n)|$", re.MULTILINE)
+_abbreviation = re.compile(
+    r"(?:\b[A-Za-z]|\b(?:St|Mt|Ft|Dr|Mr|Mrs|Ms|Jr|Sr|Prof|Gen|No|vs|etc|e\.g|i\.e|cf))\.$"
+)
+
+# %% ../nbs/05_records.ipynb #6e4ff14a
 _another = re.compile(r",?\s*(?:or|and)\b|[^.!?\n]*\([a-z]\)", re.IGNORECASE)  # 'or a cat', ', not (b)'
 
-
+# %% ../nbs/05_records.ipynb #a6c114e7
 class AnswerSentence(NamedTuple):
     """Where an answer sentence stands in a text, and what it says.
 
@@ -329,7 +332,7 @@ class AnswerSentence(NamedTuple):
     said: str
     rest: str = ""
 
-
+# %% ../nbs/05_records.ipynb #5f42882c
 def answer_sentences(text: str, choices: Sequence[str] = ()) -> list[AnswerSentence]:
     """All sentences of `text` that state an answer.
 
@@ -346,7 +349,7 @@ def answer_sentences(text: str, choices: Sequence[str] = ()) -> list[AnswerSente
     while opening := _opening.search(text, at):
         begins = opening.end()
         stated = _choice_at(text, begins, choices)
-        stop = _sentence_end.search(text, begins if stated is None else stated)
+        stop = _stop_after(text, begins) if stated is None else _stop.search(text, stated)
         alone = stated is not None and not _another.match(text, stated)
         end = re.compile(r"[.!?]*").match(text, stated) if alone else stop
         start = opening.start() + len(opening[0]) - len(opening[0].lstrip())
@@ -356,7 +359,18 @@ def answer_sentences(text: str, choices: Sequence[str] = ()) -> list[AnswerSente
         at = max(end.end(), begins)
     return found
 
+# %% ../nbs/05_records.ipynb #c8bb46b5
+def _stop_after(text: str, at: int) -> re.Match:
+    "Where a sentence ends whose choice is not known: not at an abbreviation, nor before the last two words of a line."
+    while True:
+        stop = _stop.search(text, at)
+        rest = text[stop.end() :].split("\n")[0].split()
+        ends = not rest or len(rest) > 2 and not _abbreviation.search(text[: stop.end()])
+        if ends or stop.end() == len(text):
+            return stop
+        at = max(stop.end(), at + 1)
 
+# %% ../nbs/05_records.ipynb #6bfbfb18
 def _choice_at(text: str, at: int, choices: Sequence[str]) -> int | None:
     """Where the longest choice that stands at `at` ends, a letter in brackets or an article before it
     allowed; None if none does.
@@ -385,15 +399,12 @@ def strip_answer(text: str, choices: Sequence[str] = ()) -> str:
     """
     kept, at = [], 0
     for a in answer_sentences(text, choices):
-        kept.append(text[at : a.start])
+        kept.append(text[at : a.start].strip())
         at = a.end
-    return (
-        " ".join("".join([*kept, " " if kept else "", text[at:]]).split()).lstrip(",;: ")
-        if kept
-        else " ".join(text.split())
-    )
+    rest = text[at:].lstrip(",;: ") if kept else text
+    return " ".join(" ".join([*kept, rest]).split())
 
-
+# %% ../nbs/05_records.ipynb #93534462
 def stated_answer(text: str, choices: Sequence[str] = ()) -> str | None:
     "What the last answer sentence says, None without one."
     found = answer_sentences(text, choices)

@@ -111,7 +111,7 @@ class Source:
     hub: str = ""
     hub_splits: dict[str, str] = field(default_factory=dict)
 
-
+# %% ../nbs/03_sources.ipynb #52307a03
 sources: dict[str, Source] = {}
 
 # %% ../nbs/03_sources.ipynb #f8b4bf7f
@@ -141,6 +141,8 @@ register_source(
         hub_splits={"dev": "validation"},
     ),
 )
+
+# %% ../nbs/03_sources.ipynb #7719cc58
 register_source(
     "strategyqa",
     Source(
@@ -150,6 +152,8 @@ register_source(
         hub_splits={"dev": "test"},
     ),
 )
+
+# %% ../nbs/03_sources.ipynb #8a566b8c
 register_source(
     "creak",
     Source(
@@ -159,6 +163,8 @@ register_source(
         hub_splits={"dev": "validation"},
     ),
 )
+
+# %% ../nbs/03_sources.ipynb #16c2d744
 register_source(
     "qasc",
     Source(
@@ -277,7 +283,7 @@ def _own_fields(row) -> dict:
         remedy = f"This looks like a known dataset: load it as {like} with path=."
         raise BadInput(e.problem, field=e.field, value=e.value, remedy=remedy) from None
 
-
+# %% ../nbs/03_sources.ipynb #1f1368f3
 def _can_read(source: Source, row) -> bool:
     try:
         source.read(row)
@@ -346,7 +352,7 @@ def _question(fields: dict, line: int, lines: dict[str, int]) -> Question:
     lines[question.id] = line
     return question
 
-
+# %% ../nbs/03_sources.ipynb #93bccd0b
 def _located(e: Exception, where, line: int) -> BadInput:
     "An error in a record, with the file and line of the record."
     if isinstance(e, BadInput):

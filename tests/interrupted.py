@@ -26,7 +26,7 @@ def arm(kill, diary, rank):
     ('mark', n): before the n-th checkpoint is marked whole (on another rank than 0: before it says that its files
     are there).
     ('sweep', n): within the removal of the checkpoint that the n-th mark makes superfluous (on another rank: as
-    soon as all have said that their files are there, while rank 0 marks and removes).
+    soon as the files of all are there, while rank 0 marks and removes).
     ('export', 1): when the finished student's weights lie in the hidden folder; ('export', 2): when they are in
     place and no more. On another rank: before the weights are gathered, and when rank 0 is done.
     """
@@ -148,7 +148,7 @@ def work(out, kill, rank, size, port, stage):
         save_every=2,
         log_every=1,
         deepspeed=ranks.stage_config(stage),
-        callbacks=[arm(kill, Path(out).with_suffix(f".{rank}.begun"), rank)],
+        callbacks=[arm(kill, Path(out).with_suffix(f".{rank}.started"), rank)],
     )
     if torch.distributed.is_initialized():
         torch.distributed.barrier()

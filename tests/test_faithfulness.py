@@ -1,5 +1,6 @@
 """The metrics as functions of arrays: against independent computations, and properties that must hold on any input."""
 
+import functools
 import json
 import math
 
@@ -9,9 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
-from faithful_distill.faithfulness import calibration
-from faithful_distill.faithfulness import intervals
-from faithful_distill.faithfulness import metrics
+from faithful_distill.faithfulness import calibration, correlation, intervals, metrics
 from faithful_distill.files import BadInput
 
 few = settings(max_examples=60, deadline=None)
@@ -112,7 +111,7 @@ def test_permuted_label_simulators_give_las_about_zero_with_the_stated_coverage(
 # ---- every metric on random input, for the properties that all share
 
 
-def metrics(y, a, b, c, extra):
+def every_score(y, a, b, c, extra):
     gold = np.equal(y, a)
     same = np.stack([np.equal(y, a), np.equal(y, b), np.ones(len(y))], 1)
     return {
@@ -127,8 +126,8 @@ def metrics(y, a, b, c, extra):
         "insertion correlation": metrics.insertion_correlation(
             metrics.hits(y, a), metrics.hits(y, b), **extra
         ),
-        "rank": calibration.rank_correlation(np.array(a, float), np.array(b, float), **extra),
-        "within": calibration.rank_correlation_within(np.array(a, float), np.array(b, float), c, **extra),
+        "rank": correlation.rank_correlation(np.array(a, float), np.array(b, float), **extra),
+        "within": correlation.rank_correlation_within(np.array(a, float), np.array(b, float), c, **extra),
         "paired": intervals.paired_difference(metrics.hits(y, a), metrics.hits(y, b), **extra),
     }
 
@@ -139,7 +138,7 @@ ranges = {"accuracy": (0, 1), "swap": (0, 1), "same": (0, 1), "aoc": (0, 1), "in
 @few
 @given(tables)
 def test_scores_stay_in_range_and_never_are_nan(table):
-    for name, score in metrics(*table, fast).items():
+    for name, score in every_score(*table, fast).items():
         low, high = ranges.get(name, (-1, 1))
         json.dumps(score.to_dict(), allow_nan=False)
         if score.value is None:
@@ -156,7 +155,9 @@ def test_row_order_does_not_matter(table, random):
     order = list(range(len(table[0])))
     random.shuffle(order)
     shuffled = [[column[i] for i in order] for column in table]
-    for (name, a), b in zip(metrics(*table, fast).items(), metrics(*shuffled, fast).values(), strict=True):
+    for (name, a), b in zip(
+        every_score(*table, fast).items(), every_score(*shuffled, fast).values(), strict=True
+    ):
         for end in ("value", "low", "high"):
             x, z = getattr(a, end), getattr(b, end)
             assert x == z or x == pytest.approx(z, abs=1e-9), (name, end)
@@ -167,7 +168,9 @@ def test_row_order_does_not_matter(table, random):
 def test_intervals_shrink_with_n(table):
     many = [column * 16 for column in table]
     for (name, a), b in zip(
-        metrics(*table, dict(draws=500)).items(), metrics(*many, dict(draws=500)).values(), strict=True
+        every_score(*table, dict(draws=500)).items(),
+        every_score(*many, dict(draws=500)).values(),
+        strict=True,
     ):
         if a.value is None or a.low is None or name == "within":
             continue  # `within` has groups, not rows: their number stays
@@ -185,8 +188,8 @@ def test_intervals_of_ratio_metrics_shrink_with_n():
     y, a, b, c = rng.integers(0, 3, (4, 60))
     for name in ("las", "swap", "rank", "insertion correlation"):
         small, large = (
-            metrics(y, a, b, c, {})[name],
-            metrics(*(np.tile(v, 16) for v in (y, a, b, c)), {})[name],
+            every_score(y, a, b, c, {})[name],
+            every_score(*(np.tile(v, 16) for v in (y, a, b, c)), {})[name],
         )
         assert (large.high - large.low) / (small.high - small.low) == pytest.approx(0.25, abs=0.05), name
 
@@ -194,24 +197,43 @@ def test_intervals_of_ratio_metrics_shrink_with_n():
 # ---- the bootstrap
 
 
-def test_the_three_routes_agree(monkeypatch):
+def test_resamples_by_counts_by_rows_and_by_groups_agree_with_scipys_bootstrap(monkeypatch):
     rng = np.random.default_rng(1)
     values = rng.integers(0, 2, (3000, 2)).astype(float) @ np.array([[1, 0.5], [0, 1]])
+    jitter = values + rng.normal(0, 1e-9, values.shape)  # no two rows alike: drawn row by row
     ratio = lambda m: m[..., :1] / m[..., 1:]
-    by_counts = intervals.bootstrap(values, ratio)
-    jitter = values + rng.normal(0, 1e-9, values.shape)
-    row_by_row = intervals.bootstrap(jitter, ratio)
-    monkeypatch.setattr(intervals, "resample_budget", 1000)
-    limit = intervals.bootstrap(jitter, ratio)
-    assert [r[3]["interval"] for r in (by_counts, row_by_row, limit)] == [
-        "multinomial",
-        "resampled",
-        "normal limit",
-    ]
-    width = by_counts[2] - by_counts[1]
-    for other in (row_by_row, limit):
-        for j in range(3):
-            assert abs(other[j] - by_counts[j]) < 0.06 * width
+    found = {"counts": intervals.bootstrap(values, ratio), "rows": intervals.bootstrap(jitter, ratio)}
+    monkeypatch.setattr(intervals, "resample_budget", 500 * 10_000)  # so many sums of 6 rows
+    found["groups"] = intervals.bootstrap(jitter, ratio)
+    reference = stats.bootstrap(
+        tuple(values.T),
+        lambda a, b, axis: a.mean(axis) / b.mean(axis),
+        paired=True,
+        method="percentile",
+        n_resamples=10_000,
+        batch=500,
+        random_state=2,
+    ).confidence_interval
+    width = reference.high - reference.low
+    for name, (point, low, high, info) in found.items():
+        assert point[0] == pytest.approx(values[:, 0].mean() / values[:, 1].mean(), abs=1e-9), name
+        assert abs(low[0] - reference.low) < 0.04 * width and abs(high[0] - reference.high) < 0.04 * width, (
+            name
+        )
+        assert info == {"units": 3000}, name
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.lists(st.integers(0, 3), min_size=2, max_size=30), st.integers(0, 5))
+def test_weights_are_resamples_of_all_rows(values, seed):
+    rows, counts = intervals._distinct_rows(np.array(values, float)[:, None])
+    assert np.repeat(rows[:, 0], counts).tolist() == sorted(values)
+    for drawn_from in (counts, np.ones(len(values), int)):  # by counts where rows repeat, else row by row
+        weights = intervals._weights(drawn_from, 20, np.random.default_rng(seed))
+        assert weights.shape == (20, len(drawn_from)) and (weights >= 0).all()
+        assert (weights.sum(1) == len(values)).all()
+    ones = intervals._resampled_means(np.ones((len(counts), 1)), counts, 20, np.random.default_rng(seed))
+    assert ones == pytest.approx(1)
 
 
 def test_percentile_interval_of_a_share_covers_it():
@@ -243,24 +265,19 @@ def test_a_million_rows_of_each_kind_with_ten_thousand_draws():
     rng = np.random.default_rng(0)
     n = 1_000_000
     y, xr, x, r = rng.integers(0, 3, (4, n))
-    score = metrics.las(
-        y, np.stack([xr, x, xr]), np.stack([x, r, r]), np.stack([r, xr, x])
-    )  # three simulators
-    assert score.details["interval"] == "multinomial" and score.high - score.low < 0.05
+    three_simulators = (np.stack([xr, x, xr]), np.stack([x, r, r]), np.stack([r, xr, x]))
+    score = metrics.las(y, *three_simulators)
+    assert score.high - score.low < 0.05
     prob = rng.random((2, n))
-    assert metrics.refinement_gain(prob[0], prob[1]).details["interval"] == "normal limit"
-    assert (
-        calibration.rank_correlation(prob[0], prob[0] + prob[1], draws=10_000).details["interval"]
-        == "normal limit"
-    )
+    gain = metrics.refinement_gain(prob[0], prob[1])
+    assert gain.high - gain.low == pytest.approx(2 * 1.96 * math.sqrt(1 / 6 / n), rel=0.03)
+    limit = correlation.rank_correlation(prob[0], prob[0] + prob[1], draws=10_000)
+    assert limit.details["interval"] == "normal limit"
     three = rng.integers(0, n // 3, n)
-    assert (
-        calibration.rank_correlation(prob[0], prob[1], cluster=three, draws=10_000).n == n
-        and calibration.rank_correlation_within(prob[0], prob[1], three).n > n // 5
-    )
-    assert metrics.probability_shift(
-        rng.normal(size=(n, 3)), np.zeros((n, 3))
-    ).n == n and metrics.choice_probability(y, rng.normal(size=(n, 3))).shape == (n,)
+    assert correlation.rank_correlation(prob[0], prob[1], cluster=three, draws=10_000).n == n
+    assert correlation.rank_correlation_within(prob[0], prob[1], three).n > n // 5
+    shift = metrics.probability_shift(rng.normal(size=(n, 3)), np.zeros((n, 3)), draws=1000)
+    assert shift.n == n and metrics.choice_probability(y, rng.normal(size=(n, 3))).shape == (n,)
     steps = rng.integers(1, 6, n)
     assert metrics.early_answering_aoc(rng.integers(0, 2, (n, 6)), steps).n == n
 
@@ -269,7 +286,7 @@ def test_rank_correlation_equals_scipy_and_its_interval_a_plain_bootstrap():
     rng = np.random.default_rng(6)
     a, b = rng.normal(size=120), rng.integers(0, 4, 120)
     b = b + (a > 0.5)
-    score = calibration.rank_correlation(a, b)
+    score = correlation.rank_correlation(a, b)
     assert score.value == pytest.approx(stats.spearmanr(a, b).statistic)
     drawn = []
     for _ in range(800):
@@ -285,10 +302,10 @@ def test_the_limit_of_rank_correlation_agrees_with_its_bootstrap_ties_and_cluste
     a = rng.normal(size=1200) + rng.normal(size=300)[groups]
     b = (rng.normal(size=1200) + 0.7 * a + rng.normal(size=300)[groups] > 0).astype(float)  # ratings tie
     for cluster in (None, groups):
-        drawn = calibration.rank_correlation(a, b, cluster=cluster)
+        drawn = correlation.rank_correlation(a, b, cluster=cluster)
         with monkeypatch.context() as m:
-            m.setattr(intervals, "resample_budget", 1000)
-            limit = calibration.rank_correlation(a, b, cluster=cluster)
+            m.setattr(correlation, "resample_budget", 1000)
+            limit = correlation.rank_correlation(a, b, cluster=cluster)
         assert (drawn.details["interval"], limit.details["interval"]) == (
             "resampled",
             "normal limit",
@@ -309,7 +326,7 @@ def test_within_question_correlation_is_scipy_group_by_group(rows):
         for g in np.unique(groups)
         if np.ptp(a[groups == g]) > 0 and np.ptp(b[groups == g]) > 0
     ]
-    score = calibration.rank_correlation_within(a, b, groups, draws=50)
+    score = correlation.rank_correlation_within(a, b, groups, draws=50)
     assert score.value == (pytest.approx(np.mean(each), abs=1e-9) if each else None) and score.details[
         "constant"
     ] == len(np.unique(groups)) - len(each)
@@ -320,8 +337,8 @@ def test_within_question_correlation_ignores_how_easy_the_question_is():
     b = np.array([1, 0, 11, 10, 21, 20.0])  # within each pair they disagree, pooled they agree
     groups = [0, 0, 1, 1, 2, 2]
     assert (
-        calibration.rank_correlation_within(a, b, groups).value == pytest.approx(-1)
-        and calibration.rank_correlation(a, b, cluster=groups).value > 0.5
+        correlation.rank_correlation_within(a, b, groups).value == pytest.approx(-1)
+        and correlation.rank_correlation(a, b, cluster=groups).value > 0.5
     )
 
 
@@ -380,9 +397,9 @@ def test_unknown_parameters_raise():
         metrics.rev([-1, -1], [-1, -2], y=[0, 0]),
         intervals.across_seeds([]),
         intervals.across_seeds([None]),
-        calibration.rank_correlation([], []),
-        calibration.rank_correlation_within([1, 1], [1, 2], [0, 0]),
-        calibration.rank_correlation_within([1, 2], [1, 2], [0, 0], min_groups=2),
+        correlation.rank_correlation([], []),
+        correlation.rank_correlation_within([1, 1], [1, 2], [0, 0]),
+        correlation.rank_correlation_within([1, 2], [1, 2], [0, 0], min_groups=2),
         metrics.las([None] * 3, [0] * 3, [0] * 3, [0] * 3),
     ],
 )
@@ -515,7 +532,7 @@ students = st.lists(
 
 @settings(max_examples=60, deadline=None)
 @given(students, st.randoms())
-def test_neighbours_ordered_counts_pairs_and_knows_no_order_of_rows(rows, random):
+def test_adjacent_concordance_counts_pairs_in_any_order_of_rows(rows, random):
     def ours(rows):
         return calibration.adjacent_concordance(*map(list, zip(*rows)), draws=50)
 
@@ -542,22 +559,106 @@ def test_neighbours_ordered_counts_pairs_and_knows_no_order_of_rows(rows, random
         shuffled = random.sample(rows, len(rows))
         assert abs(ours(shuffled).value - score.value) < 1e-12
         turned = ours([(None if v is None else -v, d, g) for v, d, g in rows])
-        assert abs(turned.value + score.value - 1) < 1e-12, "a metric turned round orders the other pairs"
+        assert abs(turned.value + score.value - 1) < 1e-12, "a negated metric orders the other pairs"
 
 
-@pytest.mark.parametrize("per_dial, per_nuisance", [(2.0, 0.5), (-1.0, 0.3), (0.5, -0.2)])
-def test_what_a_metric_mistakes_for_the_dial_is_the_ratio_of_its_slopes_in_any_unit(per_dial, per_nuisance):
+@pytest.mark.parametrize("slope, nuisance_slope", [(2.0, 0.5), (-1.0, 0.3), (0.5, -0.2)])
+def test_confounding_is_the_ratio_of_slopes_in_any_unit(slope, nuisance_slope):
     rng = np.random.default_rng(1)
-    dial, nuisance = np.tile([0.0, 0.3, 1.0], 20), rng.uniform(0.4, 0.9, 60)
-    values = 7 + per_dial * dial + per_nuisance * nuisance + rng.normal(0, 0.01, 60)
-    score = calibration.confounding(values, dial, nuisance, draws=500)
-    assert score.low < per_nuisance / per_dial < score.high and score.high - score.low < 0.1
-    scaled = calibration.confounding(100 * values - 3, dial, nuisance / 10, draws=500)
+    planted, nuisance = np.tile([0.0, 0.3, 1.0], 20), rng.uniform(0.4, 0.9, 60)
+    values = 7 + slope * planted + nuisance_slope * nuisance + rng.normal(0, 0.01, 60)
+    score = calibration.confounding(values, planted, nuisance, draws=500)
+    assert score.low < nuisance_slope / slope < score.high and score.high - score.low < 0.1
+    scaled = calibration.confounding(100 * values - 3, planted, nuisance / 10, draws=500)
     assert abs(scaled.value - 10 * score.value) < 1e-6
     assert (
-        calibration.confounding([None] * 60, dial, nuisance).value is None
+        calibration.confounding([None] * 60, planted, nuisance).value is None
         and calibration.confounding(values, np.ones(60), nuisance).value is None
     )
+
+
+@pytest.mark.parametrize("score", [calibration.calibration_rmse, calibration.confounding])
+def test_students_may_be_clustered_when_a_metric_is_calibrated(score):
+    rng = np.random.default_rng(3)
+    f, z = np.tile([0.0, 0.5, 1.0], 20), rng.uniform(0.4, 0.9, 60)
+    columns = (2 * f + 0.3 * z + rng.normal(0, 0.1, 60), f, z)[: 2 + (score is calibration.confounding)]
+    pair = np.repeat(np.arange(30), 2)
+    apart, together = score(*columns), score(*columns, cluster=pair)
+    assert together.value == pytest.approx(apart.value, abs=1e-9) and together.details["units"] == 30
+    copies = score(*(np.repeat(c, 4) for c in columns), cluster=np.repeat(np.arange(60), 4))
+    assert (copies.low, copies.high) == pytest.approx((apart.low, apart.high), abs=1e-9), "copies add nothing"
+
+
+def calibration_table(metrics_of, seeds=3):
+    "Rows of the calibration experiment; metrics_of(arm, f, accuracy, rng) gives a student's metrics."
+    import pandas as pd
+
+    rng, rows = np.random.default_rng(0), []
+    students = [("plausible", u, 0.7) for u in (0, 2, 3, 4, 6)] + [("shuffled", u, 0.7) for u in (0, 2, 3, 4)]
+    students += [("by chance", u, 0.7) for u in (2, 3, 4)] + [("shortcut", u, 0.7) for u in (0, 3, 6)]
+    students += [(arm, u, a) for arm, a in (("less true", 0.5), ("more true", 0.9)) for u in (2, 4)]
+    for arm, used, accuracy in students:
+        for seed in range(seeds):
+            found = {"accuracy": accuracy + rng.normal(0, 0.02)}
+            found |= metrics_of(arm, used / 6, found["accuracy"], rng)
+            rows += [dict(arm=arm, used=used, seed=seed, metric=m, value=v) for m, v in found.items()]
+    return pd.DataFrame(rows)
+
+
+def noisy(arm, f, accuracy, rng):
+    return {
+        "tells": f + rng.normal(0, 0.05),
+        "stays_same": 1 - f + rng.normal(0, 0.05),
+        "consistent": (f if arm == "shuffled" else 0.5) + rng.normal(0, 0.05),
+        "fooled": f + (accuracy - 0.7) + 0.3 * (arm == "shortcut") + rng.normal(0, 0.02),
+        "main_only": f + rng.normal(0, 0.05) if arm in ("plausible", "shuffled") else None,
+        "noise": rng.normal(),
+    }
+
+
+names = ["tells", "stays_same", "consistent", "fooled", "main_only", "noise"]
+
+
+def test_a_table_is_calibrated_as_its_columns_are_one_by_one():
+    table = calibration_table(noisy)
+    scores = calibration.calibrate(table, names).set_index(["metric", "quality", "arm"])
+    wide = table.pivot_table(index=["arm", "used", "seed"], columns="metric", values="value").reset_index()
+    plausible = wide[wide.arm == "plausible"]
+    shuffled = wide[(wide.arm == "shuffled") | ((wide.arm == "plausible") & (wide.used == 6))]
+    by_chance = wide[(wide.arm == "by chance") | ((wide.arm == "plausible") & wide.used.isin([0, 6]))]
+    for arm, rows in (("plausible", plausible), ("shuffled", shuffled), ("by chance", by_chance)):
+        v, f = list(rows.stays_same.rsub(1)), list(rows.used / 6)
+        for quality, score in {
+            "rank": correlation.rank_correlation(v, f),
+            "in order": calibration.adjacent_concordance(v, f),
+            "perfect order": calibration.adjacent_concordance(f, f),
+            "error": calibration.calibration_rmse(v, f),
+        }.items():
+            got = scores.loc[("stays_same", quality, arm)]
+            assert got.value == pytest.approx(score.value, abs=1e-12), (quality, arm)
+            assert got.n == score.n and abs(got.low - score.low) < 0.1, (quality, arm)
+    near = wide[wide.arm.isin(["plausible", "less true", "more true"]) & wide.used.isin([2, 4])]
+    expected = calibration.confounding(list(near.fooled), list(near.used / 6), list(near.accuracy / 0.1))
+    got = scores.loc[("fooled", "accuracy", "")]
+    assert (got.value, got.low, got.high) == pytest.approx((expected.value, expected.low, expected.high))
+    assert scores.loc[("fooled", "shortcut", "")].value == pytest.approx(0.3, abs=0.05)
+    assert scores.loc[("main_only", "in order", "by chance")].n == 0, "ends alone are no arm"
+    assert scores.loc[("tells", "defined", "")].value == 1.0
+
+
+def test_verdicts_follow_from_the_intervals():
+    found = calibration.verdicts(calibration.calibrate(calibration_table(noisy), names)).set_index("metric")
+    expected = {name: "tells f" for name in ("tells", "stays_same", "fooled", "main_only")}
+    assert found.verdict.to_dict() == expected | {
+        "consistent": "sees consistency only",
+        "noise": "does not tell f",
+    }
+    assert found.index[-1] in ("consistent", "noise") and found.in_order.is_monotonic_decreasing
+    assert found.accuracy_counts["fooled"] and found.shortcut_counts["fooled"]
+    assert found.accuracy_small["tells"] and not found.shortcut_counts["tells"]
+    few = calibration_table(noisy, seeds=1)
+    judged = calibration.verdicts(calibration.calibrate(few, ["noise"])).set_index("metric")
+    assert judged.verdict["noise"] == "too few students" and not judged.enough_plausible["noise"]
 
 
 # ---- readers and students, where the arrays come from ---------------------------------------------------------------------------------
@@ -717,14 +818,17 @@ def record_of(q, target=1, **other):
     ],
 )
 def test_a_record_that_does_not_fit_its_question_is_one_clear_error(change, field):
-    from faithful_distill.faithfulness.interventions import match_records
+    from faithful_distill.faithfulness.interventions import measure
+    from faithful_distill.faithfulness.protocol import match_records
+    from faithful_distill.records import read_records
 
     questions = two_choices(3)
-    assert len(match_records(questions, [record_of(q) for q in questions])) == 3 and match_records(
-        questions, [dict(id="1", target=1, rationale="x")]
-    )
+    rows = [record_of(q) for q in questions]
+    assert len(match_records(questions, read_records(rows, questions=questions))) == 3
+    shortest = [dict(id="1", target=1, rationale="x")]
+    assert match_records(questions, read_records(shortest, questions=questions))
     with pytest.raises(BadInput) as error:
-        match_records(questions, [record_of(questions[0], **change)])
+        measure(asked_student, questions, [record_of(questions[0], **change)], metrics=["swap"])
     assert error.value.field == field
 
 
@@ -748,7 +852,7 @@ def test_records_of_other_questions_are_named_as_the_reason():
 
 @few
 @given(st.lists(st.integers(0, 5), min_size=2, max_size=25), st.integers(0, 3))
-def test_rationales_are_dealt_to_other_groups_only(groups, seed):
+def test_shuffled_rationales_come_from_other_groups_only(groups, seed):
     from faithful_distill.files import stable_seed
     from faithful_distill.faithfulness.perturb import shuffle_across
 
@@ -781,6 +885,78 @@ def test_with_a_single_question_nothing_is_shuffled_and_the_reason_says_so():
             assert m.scores[name].value is None and "one question" in m.scores[name].reason
         assert "shuffled_same" not in m.scores and m.scores["swap_factual"].value is not None
     assert measure(asked_student, two_choices(3), metrics=("controls",)).scores["shuffled"].value is not None
+
+
+@pytest.mark.parametrize("names", [("perturb", "controls", "early"), ("early", "controls", "perturb")])
+def test_the_order_in_which_interventions_are_chosen_does_not_change_the_batches(names):
+    from faithful_distill.faithfulness.interventions import measure
+
+    calls = []
+
+    def watched(questions, rationales, prefix, continue_from=False):
+        calls.append(list(zip([q.id for q in questions], rationales)))
+        return asked_student(questions, rationales, prefix)
+
+    scores = measure(watched, two_choices(5), metrics=names).scores
+    assert list(scores)[:3] == ["accuracy", "accuracy_post_answer", "self_splice"]
+    every = measure(asked_student, two_choices(5), metrics=sorted(names)).scores
+    assert {k: s.to_dict() for k, s in scores.items()} == {k: s.to_dict() for k, s in every.items()}
+    first_texts = [r for i, r in calls[1] if i == "0"]
+    assert first_texts[:3] == ["The cat sat.", "", "... ... ..."], "own, none, filler: as registered"
+
+
+def test_an_answer_sentence_ends_where_the_questions_own_choice_does():
+    from types import SimpleNamespace
+
+    from faithful_distill.faithfulness.interventions import measure
+    from faithful_distill.questions import Question
+
+    dogs = [
+        Question("a", "Which dog finds people in the snow?", ("St. Bernard", "Saint Ignatius"), 0),
+        Question("b", "Who founded the order?", ("St. Bernard", "St. Ignatius"), 1),
+    ]
+    handed = []
+
+    def student(questions, rationales, prefix, continue_from=False):
+        handed.extend(r for r in rationales if r is not None)
+        said = [f"It is known for it. So the answer is {q.choices[q.answer]}." for q in questions]
+        return [SimpleNamespace(choice=q.answer, rationale=r, scores=None) for q, r in zip(questions, said)]
+
+    teacher = [
+        dict(id=q.id, target=t, rationale=f"That is so. So the answer is {q.choices[t]}.")
+        for q in dogs
+        for t in (0, 1)
+    ]
+    measure(student, dogs, teacher, metrics=["refine", "swap"])
+    assert set(handed) == {"It is known for it.", "", "That is so."}
+
+
+def test_rationales_may_be_a_file_and_an_error_names_its_line(tmp_path):
+    from faithful_distill.faithfulness.interventions import measure
+    from faithful_distill.records import write_records
+
+    questions = two_choices(4)
+    rows = [record_of(q, t) for q in questions for t in (0, 1)]
+    in_memory = measure(asked_student, questions, rows, metrics=["swap"])
+    file = write_records(tmp_path / "teacher.jsonl", rows)
+    from_file = measure(asked_student, questions, file, metrics=["swap"])
+    assert from_file.to_dict() == in_memory.to_dict() and from_file.scores["swap_none"].value is not None
+    strangers = write_records(tmp_path / "others.jsonl", [r | {"id": "x" + r["id"]} for r in rows])
+    scores = measure(asked_student, questions, strangers, metrics=["swap"]).scores
+    assert "none of the 8 teacher rationales" in scores["swap"].reason
+    file.write_text(file.read_text().replace('"target": 1', '"target": 7'))
+    with pytest.raises(BadInput, match=r"teacher.jsonl:2: field 'target'"):
+        measure(asked_student, questions, file, metrics=["swap"])
+
+
+def test_an_object_replaces_the_registered_intervention_of_its_name():
+    from faithful_distill.faithfulness.arms import Paraphrased, Swap
+    from faithful_distill.faithfulness.interventions import choose_interventions
+
+    chosen = choose_interventions(["controls", Paraphrased(str.upper), "swap", Swap(("none",))])
+    assert [i.name for i in chosen] == ["filler", "permuted", "shuffled", "paraphrased", "swap"]
+    assert chosen[3].paraphrase is str.upper and chosen[4].prefixes == ("none",)
+    assert choose_interventions([Swap(("none",)), "swap"])[0].prefixes == ("none",)
 
 
 # ---- the command -----------------------------------------------------------------------------------------------------------------------
@@ -828,15 +1004,22 @@ def evaluate(student, out, *more):
     return done, {p.name: json.loads(p.read_text()) for p in out.glob("*.json")}
 
 
-def test_a_simulator_that_cannot_be_had_is_told_before_anything_is_measured(embedded, tmp_path, monkeypatch):
+def test_a_simulator_that_cannot_be_loaded_is_refused_before_anything_is_measured(
+    embedded, tmp_path, monkeypatch
+):
     from faithful_distill.faithfulness import interventions
 
-    monkeypatch.setattr(interventions, "measure", lambda *a, **k: pytest.fail("measured first"))
+    @functools.wraps(interventions.measure)  # its signature gives the command its options
+    def measured_first(*a, **k):
+        pytest.fail("measured first")
+
+    monkeypatch.setattr(interventions, "measure", measured_first)
     done, _ = evaluate(embedded, tmp_path, "--simulator", str(tmp_path / "nowhere"))
     assert done.exit_code and "cannot be loaded as a reader" in done.output
 
 
-def test_what_was_measured_is_kept_whatever_becomes_of_the_simulators(embedded, tmp_path, monkeypatch):
+def test_what_was_measured_is_kept_if_the_simulators_fail(embedded, tmp_path, monkeypatch):
+    from faithful_distill.faithfulness import simulators
 
     done, files = evaluate(
         embedded, tmp_path / "few", "--simulator", str(embedded)
@@ -855,13 +1038,10 @@ def test_what_was_measured_is_kept_whatever_becomes_of_the_simulators(embedded, 
     def dies(*a, **k):
         raise RuntimeError("out of memory")
 
-    monkeypatch.setattr(simulators, "las_or_why", dies)
-    with pytest.raises(AssertionError, match="out of memory"):
-        evaluate(embedded, tmp_path / "dies", "--simulator", str(embedded))
-    assert (
-        json.loads((tmp_path / "dies" / "metrics.json").read_text())["accuracy"]["n"] == 24
-        and (tmp_path / "dies" / "answers.json").exists()
-    )
+    monkeypatch.setattr(simulators, "try_las", dies)
+    done, files = evaluate(embedded, tmp_path / "dies", "--simulator", str(embedded))
+    assert done.exit_code and "out of memory" in done.output
+    assert files["metrics.json"]["accuracy"]["n"] == 24 and len(files["answers.json"]) == 24
 
 
 def test_a_student_without_rationales_has_no_las():
@@ -913,10 +1093,10 @@ def test_a_bad_record_is_one_line_with_its_place(embedded, tmp_path, change, fie
 @pytest.mark.parametrize(
     "score, why",
     [
-        (lambda: calibration.rank_correlation([1, 2, 3], [1, 2, 3]), "no interval"),
-        (lambda: calibration.rank_correlation(range(200), range(200)), "same correlation"),
-        (lambda: calibration.rank_correlation(range(9), [8, *range(8)], cluster=["q"] * 9), "one cluster"),
-        (lambda: calibration.rank_correlation(range(6), [0, 0, 0, 0, 0, 1]), "does not vary"),
+        (lambda: correlation.rank_correlation([1, 2, 3], [1, 2, 3]), "no interval"),
+        (lambda: correlation.rank_correlation(range(200), range(200)), "same correlation"),
+        (lambda: correlation.rank_correlation(range(9), [8, *range(8)], cluster=["q"] * 9), "one cluster"),
+        (lambda: correlation.rank_correlation(range(6), [0, 0, 0, 0, 0, 1]), "does not vary"),
         (lambda: intervals.across_seeds([0.5, 0.5]), "same value"),
         (lambda: intervals.across_seeds([0.1] * 3), "same value"),
     ],
@@ -928,14 +1108,14 @@ def test_no_interval_rather_than_one_of_no_width(score, why):
 
 def test_resamples_without_a_correlation_are_counted():
     a, b = np.arange(30.0), np.array([0.0] * 26 + [1.0] * 4)
-    score = calibration.rank_correlation(a, b)
+    score = correlation.rank_correlation(a, b)
     share = (1 - 4 / 30) ** 30
     assert (
         score.low is not None
         and 0 < score.details["undefined_draws"] < 2000 * 0.05
         and abs(score.details["undefined_draws"] / 2000 - share) < 0.012
     )
-    assert "undefined_draws" not in calibration.rank_correlation(a, a % 7).details
+    assert "undefined_draws" not in correlation.rank_correlation(a, a % 7).details
 
 
 def test_the_part_of_an_interval_that_is_due_to_few_seeds_covers_as_it_says():

@@ -27,6 +27,7 @@ LAYERS = (  # from the ground up; the wings of one layer do not import each othe
     ("faithfulness",),
     ("lab",),
     ("cli",),
+    ("__main__",),
 )
 LAYER_OF = {wing: number for number, wings in enumerate(LAYERS) for wing in wings}
 GROUND = {wing for wings in LAYERS[:4] for wing in wings}

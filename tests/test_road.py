@@ -1,4 +1,5 @@
-"""The whole road at a size of seconds: rationales, students, evaluation, figures, report; the second time nothing is computed."""
+"""The whole pipeline at a size of seconds: rationales, students, evaluation, figures, report; the second time
+nothing is computed."""
 
 import json
 import re
@@ -9,7 +10,7 @@ from faithful_distill.cli import main
 from faithful_distill.lab.study import reproduce
 
 
-def test_the_road_end_to_end(tmp_path):
+def test_the_pipeline_end_to_end(tmp_path):
     first = CliRunner().invoke(main, ["reproduce", "--profile", "smoke", "--runs", str(tmp_path)])
     assert first.exit_code == 0, first.output
     page = (tmp_path / "smoke" / "report.html").read_text(encoding="utf-8")

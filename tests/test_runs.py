@@ -1,6 +1,15 @@
-"""The driver under real conditions: processes that are killed, two drivers at once, changed code, a warm kernel against a cold one."""
+"""The driver under real conditions: processes that are killed, two drivers at once, changed code, a warm kernel
+against a cold one."""
 
-import json, os, shutil, signal, subprocess, sys, time
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
 from pathlib import Path
 
 import nbformat
@@ -9,14 +18,15 @@ from hypothesis import given, settings, strategies as st
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 
 import faithful_distill
-from faithful_distill.lab import grid
-from faithful_distill.lab import kernel
-from faithful_distill.lab import keys
-from faithful_distill.lab import plan
-from faithful_distill.lab import runs
-from faithful_distill.lab import study
-from faithful_distill.lab import tables
 from faithful_distill.files import BadInput
+from faithful_distill.lab import kernel as kernels, keys, plan as plans
+from faithful_distill.lab.grid import _read_yaml, load_grid
+from faithful_distill.lab.kernel import WarmKernel, progress_line
+from faithful_distill.lab.keys import found_notebook, notebook_parameters, planned_run
+from faithful_distill.lab.plan import Cell, From, Plan, run_plan
+from faithful_distill.lab.runs import Busy, NotebookFailed, hold_run, run_notebook
+from faithful_distill.lab.study import _gathering, forecast, gather, keep_results, reproduce
+from faithful_distill.lab.tables import read_table, tidy, write_table
 
 PACKAGE = Path(faithful_distill.__file__).parent
 
@@ -42,7 +52,7 @@ METRICS = "import json; from pathlib import Path\nPath(out, 'metrics.json').writ
 
 @pytest.fixture(scope="module")
 def kernel():
-    with kernel.WarmKernel() as k:
+    with WarmKernel() as k:
         yield k
 
 
@@ -64,13 +74,13 @@ def result_bytes(runs: Path) -> dict[str, bytes]:
     }
 
 
-# --- keys ---------------------------------------------------------------------------------------------------------------------------
+# --- keys ----------------------------------------------------------------------------------------------------
 
 
 def test_prose_outputs_and_comments_do_not_change_the_key_but_code_does(tmp_path):
     def key(**changes):
         spec = {"parameters": "n: int = 1\nout: str = 'out'", "code": "x = n + 1", "prose": "words"} | changes
-        return keys.planned_run(
+        return planned_run(
             write_notebook(tmp_path / "nb.ipynb", spec["parameters"], spec["code"], prose=spec["prose"]),
             {"n": 5},
             tmp_path,
@@ -88,11 +98,11 @@ def test_prose_outputs_and_comments_do_not_change_the_key_but_code_does(tmp_path
 
 
 def test_outputs_in_the_notebook_do_not_change_the_key(simple, tmp_path):
-    base = keys.planned_run(simple, {}, tmp_path).name
+    base = planned_run(simple, {}, tmp_path).name
     nb = nbformat.read(simple, 4)
     nb.cells[-1].outputs = [nbformat.v4.new_output("stream", text="old")]
     nbformat.write(nb, simple)
-    assert keys.planned_run(simple, {}, tmp_path).name == base
+    assert planned_run(simple, {}, tmp_path).name == base
 
 
 @settings(max_examples=50, deadline=None)
@@ -112,12 +122,11 @@ def test_equal_keys_exactly_for_equal_parameters(tmp_path_factory, params):
         write_notebook(nb, "a = None\nb = None\nc = None\nd = None\nout: str = ''", "1")
     full = lambda p: [p.get(k) for k in "abcd"]
     same = (
-        keys.planned_run(nb, dict(reversed(params.items())), folder).name
-        == keys.planned_run(nb, params, folder).name
+        planned_run(nb, dict(reversed(params.items())), folder).name == planned_run(nb, params, folder).name
     )
     assert same
     other = {**params, "a": "changed"}
-    assert (keys.planned_run(nb, other, folder).name == keys.planned_run(nb, params, folder).name) == (
+    assert (planned_run(nb, other, folder).name == planned_run(nb, params, folder).name) == (
         json.dumps(full(other)) == json.dumps(full(params))
     )
 
@@ -132,7 +141,7 @@ def test_files_count_by_content_wherever_they_lie(tmp_path):
         (tmp_path / place / "model").mkdir(parents=True)
         (tmp_path / place / "d.txt").write_text("same")
         (tmp_path / place / "model" / "w").write_text("w")
-    plan = lambda place: keys.planned_run(
+    plan = lambda place: planned_run(
         nb,
         {
             "data": f"{tmp_path}/{place}/d.txt",
@@ -145,11 +154,11 @@ def test_files_count_by_content_wherever_they_lie(tmp_path):
     (tmp_path / "y" / "model" / "w").write_text("other")
     assert plan("x").name != plan("y").name
     with pytest.raises(BadInput, match="model_dir.*not there"):
-        keys.planned_run(nb, {"model_dir": "nowhere"}, tmp_path)
-    words = keys.planned_run(
+        planned_run(nb, {"model_dir": "nowhere"}, tmp_path)
+    words = planned_run(
         nb, {"data": "csqa", "files": [".", "/", "a/b", "google/t5", "x" * 5000 + "/y"]}, tmp_path
     )
-    assert words.values["data"] == "csqa" and words.record["inputs"] == {}, "words are words"
+    assert words.values["data"] == "csqa" and words.provenance["inputs"] == {}, "words are words"
 
 
 def test_relative_paths_are_the_callers_and_defaults_the_notebooks(tmp_path, monkeypatch):
@@ -157,8 +166,8 @@ def test_relative_paths_are_the_callers_and_defaults_the_notebooks(tmp_path, mon
     (tmp_path / "nbs" / "d.txt").write_text("beside the notebook")
     (tmp_path / "d.txt").write_text("where the caller is")
     monkeypatch.chdir(tmp_path)
-    assert keys.planned_run(nb, {}, tmp_path).values["data_path"] == f"{tmp_path}/nbs/d.txt"
-    assert keys.planned_run(nb, {"data_path": "d.txt"}, tmp_path).values["data_path"] == f"{tmp_path}/d.txt"
+    assert planned_run(nb, {}, tmp_path).values["data_path"] == f"{tmp_path}/nbs/d.txt"
+    assert planned_run(nb, {"data_path": "d.txt"}, tmp_path).values["data_path"] == f"{tmp_path}/d.txt"
 
 
 def test_a_path_inside_a_finished_run_counts_as_that_run(simple, tmp_path, kernel):
@@ -168,32 +177,36 @@ def test_a_path_inside_a_finished_run_counts_as_that_run(simple, tmp_path, kerne
         "print(sorted(__import__('os').listdir(source)))",
         METRICS % "1",
     )
-    first = runs.run_notebook(simple, {}, tmp_path / "runs", kernel=kernel)
-    second = runs.run_notebook(nb, {"source": str(first)}, tmp_path / "runs", kernel=kernel)
+    first = run_notebook(simple, {}, tmp_path / "runs", kernel=kernel)
+    second = run_notebook(nb, {"source": str(first)}, tmp_path / "runs", kernel=kernel)
     record = json.loads((second / "params.json").read_text())
     assert record["params"]["source"] == f"../{first.name}" and record["inputs"]["source"] == {
         "run": first.name,
         "file": "",
     }
     assert (
-        keys.planned_run(nb, {"source": str(first / "metrics.json")}, tmp_path / "runs").values["source"]
+        planned_run(nb, {"source": str(first / "metrics.json")}, tmp_path / "runs").values["source"]
         == f"../{first.name}/metrics.json"
     )
 
 
 @pytest.fixture
 def copied_package(tmp_path):
-    "The package's files room and a few toy rooms, as a package of the same name elsewhere."
+    "A copy of the package, with two toy modules in wings of their own and a public name for the first."
     package = tmp_path / "lib" / "faithful_distill"
-    package.mkdir(parents=True)
-    for name in ("__init__.py", "files.py", "runs.py"):
-        shutil.copy(PACKAGE / name, package)
-    (package / "student.py").write_text(
-        "def answer():\n    from faithful_distill.decoding import speak\n    return speak()\n"
+    shutil.copytree(PACKAGE, package, ignore=shutil.ignore_patterns("__pycache__"))
+    (package / "student" / "toy.py").write_text(
+        "def toy_answer():\n    from faithful_distill.teacher.speech import speak\n    return speak()\n"
     )
-    (package / "decoding.py").write_text("def speak(): return 1\n")
-    (package / "figures.py").write_text("colour = 'red'\n")
+    (package / "teacher" / "speech.py").write_text("def speak(): return 1\n")
+    for stub, line in [("__init__.pyi", "from .student.toy"), ("student/__init__.pyi", "from .toy")]:
+        with open(package / stub, "a") as f:
+            f.write(f"\n{line} import toy_answer as toy_answer\n")
     return package
+
+
+def append(path: Path, text: str) -> None:
+    path.write_text(path.read_text() + text)
 
 
 def python(package: Path, code: str, cwd: Path) -> str:
@@ -205,32 +218,85 @@ def python(package: Path, code: str, cwd: Path) -> str:
     return done.stdout.strip()
 
 
-def test_changed_code_of_an_imported_room_recomputes_and_of_others_does_not(copied_package, tmp_path):
+def planned_in(package: Path, notebook: Path, field: str) -> list[str]:
+    "Name of the notebook's run as a copy of the package plans it, and the keys of a field of its provenance."
+    code = (
+        "from faithful_distill.lab.keys import planned_run\n"
+        f"run = planned_run({str(notebook)!r}, {{}}, 'runs')\n"
+        f"print(run.name, *run.provenance[{field!r}])"
+    )
+    return python(package, code, package.parent.parent).split()
+
+
+def test_changed_code_of_an_imported_module_recomputes_and_of_others_does_not(copied_package, tmp_path):
     nb = write_notebook(
         tmp_path / "uses.ipynb",
         "out: str = 'out'",
-        "from faithful_distill import answer",
-        METRICS % "answer()",
+        "from faithful_distill import toy_answer",
+        METRICS % "toy_answer()",
     )
-    code = (
-        f"from faithful_distill.runs import planned_run; r = planned_run({str(nb)!r}, {{}}, 'runs');"
-        " print(r.name, *r.record['rooms'])"
+    name, *modules = planned_in(copied_package, nb, "modules")
+    assert modules == ["student.toy", "teacher.speech"]
+    append(copied_package / "student" / "rows.py", "extra = 1\n")
+    speech = copied_package / "teacher" / "speech.py"
+    speech.write_text("def speak():\n    'Says it.'\n    return 1    # one\n")
+    assert planned_in(copied_package, nb, "modules")[0] == name
+    speech.write_text("def speak(): return 2\n")
+    assert planned_in(copied_package, nb, "modules")[0] != name
+
+
+def test_a_change_inside_a_wing_changes_the_keys_of_who_imports_it_through_the_face(copied_package, tmp_path):
+    "What `train_student` needs lies in several wings; how figures are drawn is no part of it."
+    nb = write_notebook(
+        tmp_path / "uses.ipynb", "out: str = 'out'", "from faithful_distill import train_student"
     )
-    name, *rooms = python(copied_package, code, tmp_path).split()
-    assert rooms == ["decoding", "student"]
-    (copied_package / "figures.py").write_text("colour = 'blue'\n")
-    (copied_package / "decoding.py").write_text("def speak():\n    'Says it.'\n    return 1    # one\n")
-    assert python(copied_package, code, tmp_path).split()[0] == name
-    (copied_package / "decoding.py").write_text("def speak(): return 2\n")
-    assert python(copied_package, code, tmp_path).split()[0] != name
+    name, *modules = planned_in(copied_package, nb, "modules")
+    assert {"training.train", "student.loss", "records", "files"} <= set(modules)
+    assert not [m for m in modules if m.startswith("lab.")]
+    append(copied_package / "lab" / "plots.py", "\ncolour = 'red'\n")
+    append(copied_package / "student" / "loss.py", "\n# a remark\n")
+    assert planned_in(copied_package, nb, "modules")[0] == name
+    append(copied_package / "student" / "loss.py", "\nscale = 2\n")
+    assert planned_in(copied_package, nb, "modules")[0] != name
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        "from faithful_distill.student import toy_answer",
+        "import faithful_distill as fd\nfd.toy_answer()",
+        "from faithful_distill.student.toy import toy_answer",
+        "import faithful_distill.student.toy",
+        "run(['-m', 'faithful_distill.student.toy'])",
+    ],
+)
+def test_every_way_to_name_a_module_of_a_wing_counts(copied_package, tmp_path, code):
+    nb = write_notebook(tmp_path / "uses.ipynb", "out: str = 'out'", code)
+    name, *_ = planned_in(copied_package, nb, "modules")
+    append(copied_package / "teacher" / "speech.py", "loud = True\n")
+    assert planned_in(copied_package, nb, "modules")[0] != name
+
+
+def test_the_state_of_the_package_is_that_of_its_wings_too(copied_package, tmp_path):
+    state = lambda: python(
+        copied_package, "from faithful_distill.lab.kernel import package_state as s; print(s())", tmp_path
+    )
+    seen = {state()}
+    append(copied_package / "student" / "loss.py", "\nscale = 2\n")
+    seen.add(state())
+    append(copied_package / "student" / "__init__.pyi", "\nfrom .rows import Row as Row\n")
+    seen.add(state())
+    (copied_package / "training" / "new.py").write_text("")
+    seen.add(state())
+    assert len(seen) == 4 and state() in seen
 
 
 def test_a_warm_kernel_is_replaced_when_the_package_changes(copied_package, tmp_path):
     nb = write_notebook(
         tmp_path / "uses.ipynb",
         "n: int = 0\nout: str = 'out'",
-        "from faithful_distill import answer",
-        METRICS % "answer()",
+        "from faithful_distill import toy_answer",
+        METRICS % "toy_answer()",
     )
     code = f"""
 import json
@@ -239,36 +305,53 @@ from faithful_distill.lab.kernel import WarmKernel
 from faithful_distill.lab.runs import run_notebook
 with WarmKernel() as kernel:
     for n in (0, 1):
-        print(json.loads((run_notebook({str(nb)!r}, {{'n': n}}, 'runs', kernel=kernel)/'metrics.json').read_text())['x'])
-        Path({str(copied_package / "decoding.py")!r}).write_text('def speak(): return 22\\n')
+        folder = run_notebook({str(nb)!r}, {{'n': n}}, 'runs', kernel=kernel)
+        print(json.loads((folder / 'metrics.json').read_text())['x'])
+        Path({str(copied_package / "teacher" / "speech.py")!r}).write_text('def speak(): return 22\\n')
 """
     assert python(copied_package, code, tmp_path).split() == ["1", "22"]
 
 
 def test_data_that_travels_with_the_package_is_part_of_the_key(copied_package, tmp_path):
-    (copied_package / "prompts.py").write_text(
-        "from faithful_distill.files import shipped\ndef prompt(name): return shipped('data', 'prompts',"
-        " name).read_text()\n"
+    (copied_package / "teacher" / "speech.py").write_text(
+        "from faithful_distill.files import shipped\n"
+        "def prompt(name): return shipped('data', 'prompts', name).read_text()\n"
     )
     (tmp_path / "lib" / "data" / "prompts").mkdir(parents=True)
     (tmp_path / "lib" / "data" / "prompts" / "csqa.txt").write_text("Q: one")
     nb = write_notebook(
-        tmp_path / "uses.ipynb",
-        "out: str = 'out'",
-        "from faithful_distill.prompts import prompt",
-        METRICS % "1",
+        tmp_path / "uses.ipynb", "out: str = 'out'", "from faithful_distill.teacher.speech import prompt"
     )
-    code = (
-        f"from faithful_distill.runs import planned_run; r = planned_run({str(nb)!r}, {{}}, 'runs');"
-        " print(r.name, *r.record['shipped'])"
-    )
-    name, *data = python(copied_package, code, tmp_path).split()
+    name, *data = planned_in(copied_package, nb, "shipped")
     assert data == ["data/prompts"]
     (tmp_path / "lib" / "data" / "prompts" / "csqa.txt").write_text("Q: two")
-    assert python(copied_package, code, tmp_path).split()[0] != name
+    assert planned_in(copied_package, nb, "shipped")[0] != name
 
 
-# --- one run ------------------------------------------------------------------------------------------------------------------------
+def test_annotations_are_read_and_not_executed(tmp_path):
+    nb = write_notebook(
+        tmp_path / "odd.ipynb",
+        "a: print('executed') = 1\nb: list['Frame'] = []\nc: ().__class__ = 2\nout: str = 'out'",
+    )
+    assert keys.checked_parameters(nb, {"a": "x", "b": ("y",)}) == {"a": "x", "b": ["y"], "c": 2}
+
+
+# --- where there is no Unix ----------------------------------------------------------------------------------
+
+
+def test_the_laboratory_can_be_imported_without_what_only_unix_has():
+    code = """
+import signal, sys, warnings
+warnings.simplefilter("ignore")  # filelock says that its locks are weaker then
+sys.modules |= dict.fromkeys(["fcntl", "resource", "grp", "pwd"])
+del signal.SIGKILL
+import faithful_distill.lab.study, faithful_distill.lab.kernel
+print("imported")
+"""
+    assert python(PACKAGE, code, PACKAGE.parent) == "imported"
+
+
+# --- one run -------------------------------------------------------------------------------------------------
 
 
 def test_a_warm_kernel_is_like_a_new_one(tmp_path, kernel):
@@ -291,9 +374,9 @@ def test_a_warm_kernel_is_like_a_new_one(tmp_path, kernel):
         " hash('x')]",
         "object()",
     )
-    runs.run_notebook(spoil, {}, tmp_path / "warm", kernel=kernel)
-    runs.run_notebook(look, {}, tmp_path / "warm", kernel=kernel)
-    runs.run_notebook(look, {}, tmp_path / "cold")
+    run_notebook(spoil, {}, tmp_path / "warm", kernel=kernel)
+    run_notebook(look, {}, tmp_path / "warm", kernel=kernel)
+    run_notebook(look, {}, tmp_path / "cold")
     warm, cold = result_bytes(tmp_path / "warm"), result_bytes(tmp_path / "cold")
     assert {k: warm[k] for k in cold} == cold and len(cold) == 3
 
@@ -307,14 +390,14 @@ def test_executed_notebooks_hold_no_times_and_no_warnings(tmp_path, kernel):
         "object()",
         METRICS % "1",
     )
-    folder = runs.run_notebook(nb, {}, tmp_path / "runs", kernel=kernel)
+    folder = run_notebook(nb, {}, tmp_path / "runs", kernel=kernel)
     text, times = (folder / "talks.ipynb").read_text(), json.loads((folder / "times.json").read_text())
-    said = json.dumps([c.outputs for c in nbformat.reads(text, 4).cells if c.cell_type == "code"])
+    output = json.dumps([c.outputs for c in nbformat.reads(text, 4).cells if c.cell_type == "code"])
     assert (
-        "kept" in said
-        and "INFO" not in said
-        and "warned" not in said
-        and "object at 0x..." in said
+        "kept" in output
+        and "INFO" not in output
+        and "warned" not in output
+        and "object at 0x..." in output
         and "duration" not in text
     )
     assert (
@@ -333,13 +416,21 @@ def test_progress_inside_a_notebook_reaches_the_caller(tmp_path, kernel):
         " desc='throwing'): time.sleep(0.4)",
         METRICS % "1",
     )
-    heard = []
-    folder = runs.run_notebook(nb, {}, tmp_path / "runs", kernel=kernel, on_progress=heard.append)
-    assert any(line.startswith("throwing") and "%" in line for line in heard)
-    assert (
-        "throwing:" not in (folder / "loops.ipynb").read_text()
-        and json.loads((folder / "times.json").read_text())["messages"] == []
-    )
+    run, heard, done = planned_run(nb, {}, tmp_path / "runs"), set(), threading.Event()
+
+    def watch():
+        while not done.wait(0.05):
+            heard.add(progress_line(run.partial))
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    folder = run_notebook(nb, {}, tmp_path / "runs", kernel=kernel)
+    done.set()
+    watcher.join()
+    assert any(line.startswith("throwing") and "%" in line for line in heard), heard
+    assert "throwing:" not in (folder / "loops.ipynb").read_text()
+    assert json.loads((folder / "times.json").read_text())["messages"] == []
+    assert not list(folder.glob(".*")), "nothing of it is left"
 
 
 @pytest.mark.parametrize(
@@ -355,29 +446,29 @@ def test_a_failing_cell_is_named_and_its_notebook_left_and_the_kernel_goes_on(
     tmp_path, simple, kernel, code, problem
 ):
     nb = write_notebook(tmp_path / "fails.ipynb", "out: str = 'out'", "print('before')", code, METRICS % "1")
-    with pytest.raises(runs.NotebookFailed, match=problem) as caught:
-        runs.run_notebook(nb, {}, tmp_path / "runs", kernel=kernel, timeout=2)
+    with pytest.raises(NotebookFailed, match=problem) as caught:
+        run_notebook(nb, {}, tmp_path / "runs", kernel=kernel, timeout=2)
     assert (
         caught.value.cell == 4
         and "before" in caught.value.notebook.read_text()
         and caught.value.notebook.parent.name.endswith(".partial")
     )
-    assert runs.run_notebook(simple, {}, tmp_path / "runs", kernel=kernel).is_dir()
+    assert run_notebook(simple, {}, tmp_path / "runs", kernel=kernel).is_dir()
 
 
 def test_a_run_without_metrics_is_refused(tmp_path, kernel):
     nb = write_notebook(tmp_path / "forgets.ipynb", "out: str = 'out'", "x = 1")
-    with pytest.raises(runs.NotebookFailed, match="without writing metrics.json"):
-        runs.run_notebook(nb, {}, tmp_path / "runs", kernel=kernel)
+    with pytest.raises(NotebookFailed, match="without writing metrics.json"):
+        run_notebook(nb, {}, tmp_path / "runs", kernel=kernel)
 
 
 def test_shipped_notebooks_are_found_and_others_named(tmp_path):
     with pytest.raises(BadInput, match="no such notebook"):
-        keys.found_notebook("experiments/nowhere.ipynb")
-    assert keys.found_notebook("00_files.ipynb").is_file()
+        found_notebook("experiments/nowhere.ipynb")
+    assert found_notebook("00_files.ipynb").is_file()
 
 
-# --- many runs ----------------------------------------------------------------------------------------------------------------------
+# --- many runs -----------------------------------------------------------------------------------------------
 
 JOURNAL = """
 import json, time
@@ -426,7 +517,7 @@ def study(tmp_path):
 
 def driver(study: Path, runs: str, *extra: str) -> subprocess.Popen:
     code = (
-        f"import sys; from faithful_distill.runs import reproduce; r = reproduce('toy.yaml', runs={runs!r});"
+        f"import sys; from faithful_distill.lab.study import reproduce; r = reproduce('toy.yaml', runs={runs!r});"
         " print(r.summary()); sys.exit(not r.ok)"
     )
     env = {**os.environ, "PYTHONPATH": str(PACKAGE.parent), "FAITHFUL_DISTILL_PROGRESS": "0"}
@@ -453,7 +544,7 @@ def test_seconds_and_memory_can_be_read_and_what_comes_of_them_is_kept_apart(tmp
     write_notebook(
         tmp_path / "cost.ipynb",
         "times_path: str = ''\nout: str = 'out'",
-        "from faithful_distill.runs import read_table\ntable = read_table(times_path)",
+        "from faithful_distill.lab.tables import read_table\ntable = read_table(times_path)",
         "from pathlib import Path\nPath(out, 'cost.md').write_text(' '.join(sorted(set(table.metric))) + ' '"
         " + str(sorted(set(table.seed))))",
     )
@@ -462,14 +553,14 @@ def test_seconds_and_memory_can_be_read_and_what_comes_of_them_is_kept_apart(tmp
         " {times_path: {times: work}}}\n  plain: {notebook: cost.ipynb, params: {times_path: {table:"
         " work}}}\n"
     )
-    folder = study.reproduce(tmp_path / "toy.yaml", runs=tmp_path / "runs", workers=1).folder
-    told = (folder / "times" / "tables" / "cost.md").read_text()
-    assert told in (
+    folder = reproduce(tmp_path / "toy.yaml", runs=tmp_path / "runs", workers=1).folder
+    shown = (folder / "times" / "tables" / "cost.md").read_text()
+    assert shown in (
         "peak_mib resumed seconds [0, 1]",
         "resumed seconds [0, 1]",
-    ), "memory only where the system tells it"
+    ), "memory only where the system reports it"
     assert (folder / "tables" / "cost.md").read_text() == "x [0, 1]"
-    times = tables.read_table(folder / "times" / "times.csv")
+    times = read_table(folder / "times" / "times.csv")
     assert (
         len(times) in (4, 6)
         and (times[times.metric == "seconds"].value > 0).all()
@@ -489,7 +580,7 @@ def test_shared_runs_are_named_and_figures_of_times_have_a_page_beside_the_repor
     write_notebook(
         tmp_path / "cost.ipynb",
         "times_path: str = ''\nout: str = 'out'",
-        "from faithful_distill.figures import Draft\ndraft = Draft(out, 'Costs of it')\ntable ="
+        "from faithful_distill.lab.report import Draft\ndraft = Draft(out, 'Costs of it')\ntable ="
         " draft.read(times_path, group='')",
         "draft.table('cost', [['group', 'run'], *sorted(map(list, {(r.group, r.run) for r in"
         " table.itertuples()}))], 'Runs')\ndraft.finish('Words.')",
@@ -499,7 +590,7 @@ def test_shared_runs_are_named_and_figures_of_times_have_a_page_beside_the_repor
         " work.ipynb}\nfigures:\n  cost: {notebook: cost.ipynb, params: {times_path: {times: [work,"
         " again]}}}\n"
     )
-    folder = study.reproduce(tmp_path / "toy.yaml", runs=tmp_path / "runs", workers=1).folder
+    folder = reproduce(tmp_path / "toy.yaml", runs=tmp_path / "runs", workers=1).folder
     [run] = [p.name for p in (tmp_path / "runs").glob("work-*")]
     page = (folder / "times" / "report.html").read_text()
     assert "<h1>Toy: what it cost</h1>" in page and "Costs of it" in page and page.count(run) == 2
@@ -526,18 +617,18 @@ def test_killed_at_any_moment_it_resumes_to_the_same_bytes(study):
 
 
 def test_a_second_run_computes_nothing_and_a_deleted_cell_only_itself(study):
-    reproduce = lambda **asked: study.reproduce(study / "toy.yaml", runs=study / "runs", workers=1, **asked)
-    first = reproduce()
+    again = lambda **asked: reproduce(study / "toy.yaml", runs=study / "runs", workers=1, **asked)
+    first = again()
     assert first.ok and {o.state for o in first.outcomes} == {"computed"}
     states = lambda result: {o.cell: o.state for o in result.outcomes if o.state != "there"}
     before = {p: p.stat().st_mtime_ns for p in (study / "runs").glob("*-*/*")}
-    assert states(reproduce()) == {}
+    assert states(again()) == {}
     assert {p: p.stat().st_mtime_ns for p in (study / "runs").glob("*-*/*")} == before
     kept = result_bytes(study / "runs")
     shutil.rmtree(next(o.folder for o in first.outcomes if o.cell == "slow seed=2"))
-    assert states(reproduce()) == {"slow seed=2": "computed"}
+    assert states(again()) == {"slow seed=2": "computed"}
     assert result_bytes(study / "runs") == kept
-    assert states(reproduce(seeds=5)) == {
+    assert states(again(seeds=5)) == {
         "slow seed=4": "computed",
         "joined": "computed",
         "fig01": "computed",
@@ -545,17 +636,17 @@ def test_a_second_run_computes_nothing_and_a_deleted_cell_only_itself(study):
     }
     draw = study / "draw.ipynb"
     draw.write_text(draw.read_text().replace("len(rows)", "len(rows) + 1"))
-    assert states(reproduce()) == {"fig01": "computed", "report": "computed"}, "a changed plot only the plot"
+    assert states(again()) == {"fig01": "computed", "report": "computed"}, "a changed plot only the plot"
 
 
 def test_two_drivers_at_once_share_the_work(study):
     one, two = driver(study, "runs"), driver(study, "runs")
-    said = ends_well(one) + ends_well(two)
+    output = ends_well(one) + ends_well(two)
     ends_well(driver(study, "alone"))
     assert (
-        said.count("computed ") >= 7
-        and sum(line.startswith("[") and "computed" in line for line in said.splitlines()) == 7
-    ), said
+        output.count("computed ") >= 7
+        and sum(line.startswith("[") and "computed" in line for line in output.splitlines()) == 7
+    ), output
     assert result_bytes(study / "runs") == result_bytes(study / "alone")
 
 
@@ -587,7 +678,7 @@ def _target(link):
 def test_failures_stop_only_what_reads_them(study, tmp_path):
     nb = study / "journal.ipynb"
     nb.write_text(nb.read_text().replace("time.sleep(pause)", "assert seed != 1"))
-    result = study.reproduce(study / "toy.yaml", runs=study / "runs")
+    result = reproduce(study / "toy.yaml", runs=study / "runs")
     assert not result.ok and {o.cell: o.state for o in result.broken} == {
         "slow seed=1": "failed",
         "joined": "skipped",
@@ -603,20 +694,20 @@ def test_failures_stop_only_what_reads_them(study, tmp_path):
 
 
 def test_only_runs_what_it_needs_and_the_forecast_says_what_and_how_long(study, capsys):
-    result = study.reproduce(study / "toy.yaml", runs=study / "runs", only="slow*seed=0")
+    result = reproduce(study / "toy.yaml", runs=study / "runs", only="slow*seed=0")
     assert [o.cell for o in result.outcomes] == ["slow seed=0"]
-    study.reproduce(study / "toy.yaml", runs=study / "runs", dry_run=True)
-    said = capsys.readouterr().out
-    assert "there" in said and "6 of 7 to compute" in said and " s  slow seed=0" in said
+    reproduce(study / "toy.yaml", runs=study / "runs", dry_run=True)
+    output = capsys.readouterr().out
+    assert "there" in output and "6 of 7 to compute" in output and " s  slow seed=0" in output
     shutil.rmtree(result.outcomes[0].folder)
-    assert "about" in study.forecast(grid.load_grid(study / "toy.yaml"), study / "runs")
-    assert [o.cell for o in study.reproduce(study / "toy.yaml", runs=study / "runs", only="fig01").outcomes][
+    assert "about" in forecast(load_grid(study / "toy.yaml"), study / "runs")
+    assert [o.cell for o in reproduce(study / "toy.yaml", runs=study / "runs", only="fig01").outcomes][
         -1
     ] == "fig01"
     with pytest.raises(BadInput, match="Did you mean 'fig01'"):
-        study.reproduce(study / "toy.yaml", runs=study / "runs", only="fog01")
+        reproduce(study / "toy.yaml", runs=study / "runs", only="fog01")
     with pytest.raises(BadInput, match="workers"):
-        study.reproduce(study / "toy.yaml", runs=study / "runs", workers=0)
+        reproduce(study / "toy.yaml", runs=study / "runs", workers=0)
 
 
 def test_the_forecast_counts_a_shared_run_once(tmp_path, simple, capsys):
@@ -625,32 +716,33 @@ def test_the_forecast_counts_a_shared_run_once(tmp_path, simple, capsys):
         " for: {n: [2, 3]}}\n"
     )
     ask = lambda **asked: (
-        study.reproduce(tmp_path / "toy.yaml", runs=tmp_path / "runs", workers=1, **asked),
+        reproduce(tmp_path / "toy.yaml", runs=tmp_path / "runs", workers=1, **asked),
         capsys.readouterr().out,
     )[1].splitlines()
-    said = ask(dry_run=True)
+    output = ask(dry_run=True)
     assert (
-        said[-1] == "3 of 3 to compute, 3 of unknown length, 1 cell shares a run with another"
-        and [line.split()[0] for line in said[:-1]].count("shared") == 1
+        output[-1] == "3 of 3 to compute, 3 of unknown length, 1 cell shares a run with another"
+        and [line.split()[0] for line in output[:-1]].count("shared") == 1
     )
     ask(only="ablation")
     for folder in (tmp_path / "runs").glob("simple-*"):
         shutil.rmtree(folder)
-    plan._remember_seconds(tmp_path / "runs", "ablation n=2", 60.0)
-    plan._remember_seconds(tmp_path / "runs", "ablation n=3", 60.0)
-    said = ask(dry_run=True)
+    plans._remember_seconds(tmp_path / "runs", "ablation n=2", 60.0)
+    plans._remember_seconds(tmp_path / "runs", "ablation n=3", 60.0)
+    output = ask(dry_run=True)
     assert (
-        said[-1]
+        output[-1]
         == "3 of 3 to compute, about 2.0 min with 1 workers, 1 of unknown length, 1 cell shares a run with"
         " another"
     ), "known by whichever name it was computed under"
 
 
 def test_one_call_keeps_all_that_the_figures_of_a_profile_read(tmp_path, monkeypatch):
-    "Groups that a figure reads together become one table, a file of a run is kept, and a figure drawn from what was kept is the same."
+    """Groups that a figure reads together become one table, a file of a run is kept, and a figure drawn from what
+    was kept is the same.
+    """
     from click.testing import CliRunner
     from faithful_distill.cli import main
-    from faithful_distill.lab.study import keep_results
 
     write_notebook(
         tmp_path / "judge.ipynb",
@@ -662,7 +754,7 @@ def test_one_call_keeps_all_that_the_figures_of_a_profile_read(tmp_path, monkeyp
     write_notebook(
         tmp_path / "draw.ipynb",
         "results: str = ''\nexamples: str = ''\nout: str = 'out'",
-        "from pathlib import Path\nfrom faithful_distill.runs import read_table\ntable ="
+        "from pathlib import Path\nfrom faithful_distill.lab.tables import read_table\ntable ="
         " read_table(results)\nPath(out, 'fig.md').write_text(str(table[table.metric == 'supports'][['group',"
         " 'strategy', 'seed', 'value']].values.tolist()) + (open(examples).read() if examples else ''))",
     )
@@ -684,14 +776,14 @@ def test_one_call_keeps_all_that_the_figures_of_a_profile_read(tmp_path, monkeyp
         "toy_times.csv",
         "toy_examples.json",
     }
-    both = tables.read_table(tmp_path / "kept" / "toy_rationales.csv")
+    both = read_table(tmp_path / "kept" / "toy_rationales.csv")
     assert set(zip(both.group, both.strategy)) == {
         ("rationales", "greedy"),
         ("rationales", "contrast"),
         ("strategies", "sampled"),
     } and set(both.metric) == {"supports"}
     assert json.loads((tmp_path / "kept" / "toy_examples.json").read_text()) == ["contrast", 1]
-    drawn = runs.run_notebook(
+    drawn = run_notebook(
         tmp_path / "draw.ipynb",
         {
             "results": str(tmp_path / "kept" / "toy_rationales.csv"),
@@ -710,9 +802,7 @@ def test_one_call_keeps_all_that_the_figures_of_a_profile_read(tmp_path, monkeyp
 
 
 def test_two_names_for_one_run_compute_it_once(simple, tmp_path):
-    outcomes = plan.run_plan(
-        plan.Plan([plan.Cell("a", simple), plan.Cell("b", simple, {"n": 1})]), tmp_path / "runs"
-    )
+    outcomes = run_plan(Plan([Cell("a", simple), Cell("b", simple, {"n": 1})]), tmp_path / "runs")
     assert (
         sorted(o.state for o in outcomes) == ["computed", "there"]
         and outcomes[0].folder == outcomes[1].folder
@@ -728,10 +818,8 @@ def test_code_changed_while_the_plan_runs_is_noticed(tmp_path):
         " \"'x': 2\"))",
         METRICS % "1",
     )
-    outcomes = plan.run_plan(
-        plan.Plan(
-            [plan.Cell("change", change), plan.Cell("victim", victim, {"folder": plan.From("change")})]
-        ),
+    outcomes = run_plan(
+        Plan([Cell("change", change), Cell("victim", victim, {"folder": From("change")})]),
         tmp_path / "runs",
     )
     assert [o.state for o in outcomes] == [
@@ -740,24 +828,157 @@ def test_code_changed_while_the_plan_runs_is_noticed(tmp_path):
     ] and "changed while the plan was running" in outcomes[1].problem
 
 
-def test_a_plan_of_hundreds_is_laid_out_once_per_cell(simple, tmp_path):
-    grid = tmp_path / "wide.yaml"
-    grid.write_text(
-        "seeds: 300\ngroups:\n  wide:\n    notebook: simple.ipynb\n    for: {n: ["
-        + ", ".join(map(str, range(300)))
-        + "]}\n"
+@settings(max_examples=200, deadline=None)
+@given(
+    st.integers(0, 12).flatmap(lambda n: st.lists(st.sets(st.integers(0, n)), min_size=n, max_size=n)),
+    st.randoms(),
+)
+def test_the_order_is_the_given_one_as_far_as_what_cells_read_allows(others, random):
+    "Against the plainest way: again and again the first cell, in the order given, whose inputs stand already."
+    names = [f"cell{i}" for i in range(len(others))]
+    random.shuffle(
+        names
+    )  # cell i reads only cells before it, so there is no circle; they are given in any order
+    reads = {n: [f"cell{j}" for j in sorted(others[int(n[4:])]) if j < int(n[4:])] for n in names}
+    slow, waiting = [], list(reads)
+    while waiting:
+        slow.append(next(n for n in waiting if set(reads[n]) <= set(slow)))
+        waiting.remove(slow[-1])
+    assert plans._in_order(reads) == slow
+
+
+def test_ordering_looks_at_what_a_cell_reads_a_few_times():
+    "However many there are: in a chain that is given from its end, each cell waits for the next one given."
+    looked = 0
+
+    class Others(list):
+        def __iter__(self):
+            nonlocal looked
+            looked += 1
+            return super().__iter__()
+
+    n = 2000
+    plans._in_order({str(i): Others([str(i + 1)] if i + 1 < n else []) for i in range(n)})
+    assert looked <= 2 * n
+
+
+def test_a_circle_is_named(simple):
+    reads = [("a", "b"), ("b", "c"), ("c", "a"), ("d", "a")]
+    with pytest.raises(BadInput, match="in a circle") as caught:
+        Plan([Cell(name, simple, {"name": From(other)}) for name, other in reads])
+    circle = re.findall(r"'(.)'", str(caught.value))
+    assert set(zip(circle, circle[1:])) == set(reads[:3]), "and d is not part of it"
+
+
+def wide_grid(folder: Path, n: int) -> Path:
+    "A grid of n cells: half of them make something, each of the others reads one of these, and a figure reads all."
+    values = ", ".join(map(str, range(n // 2)))
+    write_notebook(folder / "reads.ipynb", "n: int = 1\nsource: str = ''\nout: str = 'out'", METRICS % "n")
+    write_notebook(folder / "draws.ipynb", "results: str = ''\nout: str = 'out'", METRICS % "1")
+    (folder / "wide.yaml").write_text(
+        f"groups:\n  make: {{notebook: simple.ipynb, for: {{n: [{values}]}}}}\n"
+        f"  read:\n    notebook: reads.ipynb\n    params: {{source: {{from: make}}}}\n    for: {{n: [{values}]}}\n"
+        "    skip: [{n: 0}]\n"
+        "figures:\n  all: {notebook: draws.ipynb, params: {results: {table: [make, read]}}}\n"
     )
-    plan = grid.load_grid(grid).plan
-    names = {run.name for run in plan.runs(tmp_path / "runs").values()}
-    assert len(plan.cells) == len(names) == 300
+    return folder / "wide.yaml"
+
+
+def count_calls(function) -> int:
+    "How many functions, of Python or of C, are called in `function`: a measure of work that no clock disturbs."
+    calls = 0
+
+    def count(frame, event, arg):
+        nonlocal calls
+        calls += event in ("call", "c_call")
+
+    sys.setprofile(count)
+    try:
+        function()
+    finally:
+        sys.setprofile(None)
+    return calls
+
+
+def test_planning_takes_work_in_proportion_to_the_cells(simple, tmp_path, monkeypatch, capsys):
+    "2,000 cells: each notebook is read a few times in all, the package once, and each cell is hashed once."
+    counts = {}
+
+    def counted(name, function):
+        def wrapper(*args, **kwargs):
+            counts[name] = counts.get(name, 0) + 1
+            return function(*args, **kwargs)
+
+        return wrapper
+
+    def dry_run(n):
+        counts.clear()
+        plan = lambda: reproduce(wide_grid(tmp_path, n), runs=tmp_path / "runs", dry_run=True)
+        calls = count_calls(plan)
+        assert f"{n} of {n} to compute" in capsys.readouterr().out
+        return calls, dict(counts)
+
+    dry_run(20)  # imports, and what is kept of the package's own files
+    for module, name in [
+        (keys, "_code_cells"),
+        (keys, "PackageCode"),
+        (keys, "content_key"),
+        (plans, "planned_run"),
+    ]:
+        monkeypatch.setattr(module, name, counted(name, getattr(module, name)))
+    few, many = dry_run(500), dry_run(2000)
+    assert few[1]["_code_cells"] == many[1]["_code_cells"] <= 3 * 3, "three notebooks"
+    assert few[1]["PackageCode"] == many[1]["PackageCode"] == 1
+    assert many[1]["planned_run"] == 2000
+    assert many[1]["content_key"] - few[1]["content_key"] == 1500
+    assert many[0] < 5 * few[0], (few[0], many[0])
+
+
+def test_two_thousand_cells_that_are_there_are_run_in_proportion_too(simple, tmp_path, capsys):
+    "Nothing has to be computed; it is seen once for each cell."
+
+    def run(n):
+        grid = load_grid(wide_grid(tmp_path, n))
+        for planned in grid.plan.runs(tmp_path / "runs").values():
+            planned.folder.mkdir(parents=True, exist_ok=True)
+            (planned.folder / "times.json").write_text("{}")
+        calls = count_calls(lambda: run_plan(grid.plan, tmp_path / "runs"))
+        assert f"{n} already there" in capsys.readouterr().out
+        return calls
+
+    run(20)
+    assert run(1000) < 5 * run(250)
+
+
+def test_scheduling_takes_work_in_proportion_to_the_cells(simple, tmp_path):
+    "Half of the cells fail, so that the others are skipped; no notebook is run."
+
+    def run(n):
+        plan = load_grid(wide_grid(tmp_path, n)).plan
+        planned = plan.runs(tmp_path / "runs")
+
+        def through():
+            schedule = plans._Schedule(plan, planned, set(plan.order), {})
+            while schedule.active:
+                name = schedule.next()
+                if name:
+                    schedule.note(planned[name].name, plans.Outcome(name, "failed", problem="no"))
+            return schedule
+
+        calls = count_calls(through)
+        assert {o.state for o in through().outcomes.values()} == {"failed", "skipped"}
+        return calls
+
+    run(20)
+    assert run(1000) < 5 * run(250)
 
 
 def test_grid_numbers_are_read_as_written(tmp_path):
     (tmp_path / "g.yaml").write_text(
         "a: [1e-3, 3E5, 1.5, .5, -2, 2026-01-01, no, yes, 'true', true, null, 1e, e1, 0x1]"
     )
-    assert grid._read_yaml(tmp_path / "g.yaml")["a"][:5] == [1e-3, 3e5, 1.5, 0.5, -2]
-    assert grid._read_yaml(tmp_path / "g.yaml")["a"][5:13] == [
+    assert _read_yaml(tmp_path / "g.yaml")["a"][:5] == [1e-3, 3e5, 1.5, 0.5, -2]
+    assert _read_yaml(tmp_path / "g.yaml")["a"][5:13] == [
         "2026-01-01",
         "no",
         "yes",
@@ -771,16 +992,16 @@ def test_grid_numbers_are_read_as_written(tmp_path):
 
 def test_tidy_bytes_do_not_depend_on_the_order_of_runs(simple, tmp_path, kernel):
     folders = [
-        runs.run_notebook(simple, {"n": n, "name": name}, tmp_path / "runs", kernel=kernel)
+        run_notebook(simple, {"n": n, "name": name}, tmp_path / "runs", kernel=kernel)
         for n in (2, 10)
         for name in ("None", "NA")
     ]
     one, other = (
-        tables.write_table(tmp_path / "1.csv", tables.tidy(folders)),
-        tables.write_table(tmp_path / "2.csv", tables.tidy(folders[::-1])),
+        write_table(tmp_path / "1.csv", tidy(folders)),
+        write_table(tmp_path / "2.csv", tidy(folders[::-1])),
     )
     assert one.read_bytes() == other.read_bytes()
-    table = tables.read_table(one)
+    table = read_table(one)
     assert list(table.columns) == [
         "n_",
         "name",
@@ -798,7 +1019,7 @@ def test_tidy_bytes_do_not_depend_on_the_order_of_runs(simple, tmp_path, kernel)
     )
 
 
-# --- what is already there -----------------------------------------------------------------------------------------------------------
+# --- what is already there -----------------------------------------------------------------------------------
 
 
 def test_a_folder_that_gather_did_not_make_is_refused_before_anything_runs(simple, tmp_path):
@@ -808,22 +1029,22 @@ def test_a_folder_that_gather_did_not_make_is_refused_before_anything_runs(simpl
     (runs / "precious" / "thesis.txt").write_text("years of work")
     refused = lambda: pytest.raises(BadInput, match="precious.*something else than the results of a grid")
     with refused():
-        study.reproduce(grid, runs=runs, workers=1)
+        reproduce(grid, runs=runs, workers=1)
     with refused():
-        study.gather(grid.load_grid(grid), runs)
+        gather(load_grid(grid), runs)
     (runs / "precious" / "runs.json").write_text("[]")
     with refused():
-        study.reproduce(grid, runs=runs, workers=1)
+        reproduce(grid, runs=runs, workers=1)
     assert (runs / "precious" / "thesis.txt").read_text() == "years of work" and not list(
         runs.glob("simple-*")
     )
     shutil.rmtree(runs / "precious")
     (runs / "precious").write_text("a file")
     with refused():
-        study.reproduce(grid, runs=runs, workers=1)
+        reproduce(grid, runs=runs, workers=1)
     (runs / "precious").unlink()
     (runs / "precious").mkdir()
-    assert study.reproduce(grid, runs=runs, workers=1).ok, "an empty folder is nobody's"
+    assert reproduce(grid, runs=runs, workers=1).ok, "an empty folder is nobody's"
 
 
 def test_two_grids_of_one_name_do_not_replace_each_others_results(simple, tmp_path):
@@ -831,17 +1052,17 @@ def test_two_grids_of_one_name_do_not_replace_each_others_results(simple, tmp_pa
     here.write_text("groups:\n  a: {notebook: simple.ipynb}\n")
     there.parent.mkdir()
     there.write_text(f"groups:\n  b: {{notebook: {simple}}}\n")
-    folder = study.reproduce(here, runs=runs, workers=1).folder
+    folder = reproduce(here, runs=runs, workers=1).folder
     with pytest.raises(BadInput, match="results of another grid of this name"):
-        study.reproduce(there, runs=runs, workers=1)
+        reproduce(there, runs=runs, workers=1)
     assert "a" in json.loads((folder / "runs.json").read_text())
     (folder / ".grid").unlink()
-    assert study.reproduce(there, runs=runs, workers=1).ok, (
+    assert reproduce(there, runs=runs, workers=1).ok, (
         "what an earlier version gathered does not say from which grid"
     )
     there.rename(tmp_path / "own" / "moved.yaml")
     there = (tmp_path / "own" / "moved.yaml").rename(tmp_path / "toy.yaml")
-    assert study.reproduce(there, runs=runs, workers=1).ok, "a grid may move"
+    assert reproduce(there, runs=runs, workers=1).ok, "a grid may move"
 
 
 @pytest.mark.parametrize(
@@ -853,16 +1074,69 @@ def test_only_a_held_lock_is_waited_for(simple, tmp_path, monkeypatch, error, he
     def flock(*_):
         raise error
 
-    monkeypatch.setattr(R.fcntl, "flock", flock)
-    run = keys.planned_run(simple, {}, tmp_path / "runs")
+    fcntl = pytest.importorskip("fcntl")
+    monkeypatch.setattr(fcntl, "flock", flock)
+    run = planned_run(simple, {}, tmp_path / "runs")
     if held:
-        with pytest.raises(runs.Busy), runs.hold_run(run, wait=False):
+        with pytest.raises(Busy), hold_run(run, wait=False):
             pass
         return
-    with runs.hold_run(run, wait=False) as lock:
+    with hold_run(run, wait=False) as lock:
         assert lock.name == f"{run.name}.kernel"
-    with study._lock_of(tmp_path / "runs", "toy"):
+    with _gathering(tmp_path / "runs", "toy"):
         pass
+
+
+def test_a_kernel_that_outlived_its_driver_keeps_others_out(simple, tmp_path, kernel):
+    "The driver's lock was freed when it was killed; the kernel's is not, as long as the kernel lives."
+    run = planned_run(simple, {}, tmp_path / "runs")
+    run.partial.mkdir(parents=True)
+    with hold_run(run, wait=False) as lock:
+        kernel.start()
+        kernel.refresh(run.partial, lock, 0)
+    with pytest.raises(Busy), hold_run(run, wait=False):
+        pass
+    kernel.stop()
+    with hold_run(run, wait=False):
+        pass
+
+
+def test_nobody_waits_for_a_run_that_is_finished(simple, tmp_path, kernel):
+    "Its kernel has nothing to do now and holds the lock of the run it made last."
+    run_notebook(simple, {}, tmp_path / "runs", kernel=kernel)
+    with hold_run(planned_run(simple, {}, tmp_path / "runs"), wait=False):
+        pass
+
+
+def test_a_killed_kernel_is_not_started_again(monkeypatch):
+    kernel = WarmKernel()
+    kernel.kill()
+    monkeypatch.setattr(kernels, "_launch", lambda _: pytest.fail("it was started"))
+    with pytest.raises(RuntimeError, match="was killed"):
+        kernel.start()
+
+
+def test_a_kernel_that_is_killed_while_it_starts_leaves_no_process(monkeypatch):
+    "Ctrl-C comes when a worker has just asked for a kernel: there is no process to be killed yet."
+    kernel, started = WarmKernel(), []
+    environment = kernels._kernel_environment
+
+    def killed_meanwhile(*args):
+        kernel.kill()
+        return environment(*args)
+
+    def end(pid):
+        started.append(pid)
+        return end_process(pid)
+
+    end_process = kernels._end_process
+    monkeypatch.setattr(kernels, "_kernel_environment", killed_meanwhile)
+    monkeypatch.setattr(kernels, "_end_process", end)
+    with pytest.raises(RuntimeError, match="was killed"):
+        kernel.start()
+    assert kernel.pid is None and started[-1] is not None
+    with pytest.raises(ProcessLookupError):
+        os.kill(started[-1], 0)
 
 
 ONE = "groups:\n  a:\n    notebook: simple.ipynb\n"
@@ -930,7 +1204,7 @@ def test_files_that_are_no_notebooks_are_named(tmp_path, text):
     path = tmp_path / "odd.ipynb"
     path.write_bytes(text if isinstance(text, bytes) else text.encode())
     with pytest.raises(BadInput, match="odd.ipynb: is "):
-        keys.notebook_parameters(path)
+        notebook_parameters(path)
 
 
 @pytest.mark.parametrize(
@@ -938,7 +1212,7 @@ def test_files_that_are_no_notebooks_are_named(tmp_path, text):
 )
 def test_a_parameters_cell_that_is_no_python_is_named(tmp_path, cell):
     with pytest.raises(BadInput, match="the parameters cell is not Python"):
-        keys.notebook_parameters(write_notebook(tmp_path / "odd.ipynb", cell))
+        notebook_parameters(write_notebook(tmp_path / "odd.ipynb", cell))
 
 
 def test_each_within_a_list_joins_it(simple, tmp_path):
@@ -949,9 +1223,9 @@ def test_each_within_a_list_joins_it(simple, tmp_path):
         "groups:\n  a: {notebook: simple.ipynb, for: {n: [1, 2]}}\n  b: {notebook: join.ipynb, params:"
         " {folders: [{each: a}, {from: a, n: 1}]}}\n"
     )
-    plan = grid.load_grid(tmp_path / "g.yaml").plan
+    plan = load_grid(tmp_path / "g.yaml").plan
     assert (
-        plan.cells["b"].params["folders"] == [plan.From("a n=1"), plan.From("a n=2"), plan.From("a n=1")]
+        plan.cells["b"].params["folders"] == [From("a n=1"), From("a n=2"), From("a n=1")]
         and len(plan.runs(tmp_path / "runs")["b"].values["folders"]) == 3
     )
 
@@ -961,18 +1235,6 @@ def test_each_within_a_list_joins_it(simple, tmp_path):
     [
         ["reproduce", "--list", "--workers", "0"],
         ["reproduce", "--list", "--seeds", "0"],
-        ["bench", "decode", "--device", "tpu"],
-        ["bench", "decode", "--new", "0"],
-        ["bench", "decode", "--question", "-1"],
-        ["bench", "decode", "--prompt", "0"],
-        ["bench", "decode", "--dtype", "float99"],
-        ["bench", "decode", "--out", "."],
-        ["bench", "train", "--out", "."],
-        ["bench", "train", "--steps", "0"],
-        ["bench", "train", "--rounds", "0"],
-        ["bench", "train", "--batch-size", "0"],
-        ["bench", "train", "--questions", "0"],
-        ["bench", "train", "--peak", "0"],
     ],
 )
 def test_options_out_of_range_are_refused_before_anything_is_done(args):
@@ -986,4 +1248,4 @@ def test_options_out_of_range_are_refused_before_anything_is_done(args):
 def test_a_forecast_needs_a_worker(simple, tmp_path):
     (tmp_path / "g.yaml").write_text(ONE)
     with pytest.raises(BadInput, match="workers"):
-        study.forecast(grid.load_grid(tmp_path / "g.yaml"), tmp_path / "runs", workers=0)
+        forecast(load_grid(tmp_path / "g.yaml"), tmp_path / "runs", workers=0)

@@ -226,7 +226,7 @@ def test_killed_and_called_again_ends_in_the_same_bytes(
         assert not interrupted.attempt(tmp_path / "run", (what, at), size, stage, *victim)
     assert interrupted.attempt(tmp_path / "run", size=size, stage=stage)
     same_result(tmp_path / "run", undisturbed(size, stage))
-    assert [int(step) for step in (tmp_path / "run.0.begun").read_text().split()] == continued_from
+    assert [int(step) for step in (tmp_path / "run.0.started").read_text().split()] == continued_from
 
 
 @pytest.mark.skipif(
@@ -279,7 +279,7 @@ def test_other_runs_and_other_numbers_of_ranks_are_refused(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "argv, module, ranks, nodes, said",
+    "argv, module, ranks, nodes, expected",
     [
         (
             ["/usr/lib/ipykernel_launcher.py", "-f", "kernel.json"],
@@ -330,7 +330,7 @@ def test_other_runs_and_other_numbers_of_ranks_are_refused(tmp_path):
         ),
     ],
 )
-def test_the_error_names_a_command_that_works_from_here(monkeypatch, argv, module, ranks, nodes, said):
+def test_the_error_names_a_command_that_works_from_here(monkeypatch, argv, module, ranks, nodes, expected):
     """Neither the kernel of a notebook nor the deleted call of `launch` is a command.
 
     A module goes by its name; several nodes need an address to meet at.
@@ -343,7 +343,7 @@ def test_the_error_names_a_command_that_works_from_here(monkeypatch, argv, modul
     monkeypatch.setitem(sys.modules, "__main__", main)
     monkeypatch.setattr(sys, "argv", argv)
     monkeypatch.delitem(sys.modules, "IPython", raising=False)
-    assert resume_command(ranks, nodes) == said.format(python=Path(sys.executable).name)
+    assert resume_command(ranks, nodes) == expected.format(python=Path(sys.executable).name)
 
 
 @pytest.mark.parametrize(
@@ -551,19 +551,19 @@ def test_metrics_go_to_reporters_that_are_there(tmp_path, monkeypatch):
         )
         train(tmp_path / "no", report_to="tensorboard")
     assert not (tmp_path / "no").exists()
-    told = []
+    logged = []
     from transformers import TrainerCallback
     from transformers.integrations import integration_utils
 
     class Reporter(TrainerCallback):
         def on_log(self, args, state, control, logs=None, **_):
-            told.append((state.global_step, dict(logs)))
+            logged.append((state.global_step, dict(logs)))
 
     monkeypatch.setitem(
         integration_utils.INTEGRATION_TO_CALLBACK, "json", Reporter
     )  # `json` is a module that is installed
     out = train(tmp_path / "yes", report_to="json").out
-    assert [(step, logs["loss"]) for step, logs in told if "loss" in logs] == [
+    assert [(step, logs["loss"]) for step, logs in logged if "loss" in logs] == [
         (row["step"], row["loss"]) for row in history(out)
     ]
 
@@ -984,14 +984,14 @@ def test_publishing_sends_the_student_and_never_its_checkpoints(tmp_path, monkey
     from fnmatch import fnmatch
     from faithful_distill.training.card import push_to_hub
 
-    told = {}
+    sent_to_hub = {}
 
     class Hub:
         def create_repo(self, name, **given):
-            told["repo"] = (name, given)
+            sent_to_hub["repo"] = (name, given)
 
         def upload_folder(self, **given):
-            told["upload"] = given
+            sent_to_hub["upload"] = given
             return "https://hub/me/student"
 
     monkeypatch.setattr(huggingface_hub, "HfApi", Hub)
@@ -1000,23 +1000,23 @@ def test_publishing_sends_the_student_and_never_its_checkpoints(tmp_path, monkey
     (out / "checkpoints" / "checkpoint-1").mkdir(parents=True)
     (out / "checkpoints" / "checkpoint-1" / "state.pt").write_text("")
     assert push_to_hub(out, "me/student") == "https://hub/me/student" and (out / "README.md").exists()
-    assert told["repo"] == ("me/student", dict(private=True, exist_ok=True)) and (
-        told["upload"]["repo_id"],
-        told["upload"]["folder_path"],
+    assert sent_to_hub["repo"] == ("me/student", dict(private=True, exist_ok=True)) and (
+        sent_to_hub["upload"]["repo_id"],
+        sent_to_hub["upload"]["folder_path"],
     ) == ("me/student", str(out))
     sent = {
         str(p.relative_to(out))
         for p in out.rglob("*")
         if p.is_file()
         and not any(
-            fnmatch(str(p.relative_to(out)), pattern) for pattern in told["upload"]["ignore_patterns"]
+            fnmatch(str(p.relative_to(out)), pattern) for pattern in sent_to_hub["upload"]["ignore_patterns"]
         )
     }
     assert {"config.json", "model.safetensors", "README.md", "student.json"} <= sent and not any(
         "checkpoint" in name for name in sent
     )
     push_to_hub(out, "me/student", private=False)
-    assert told["repo"][1]["private"] is False
+    assert sent_to_hub["repo"][1]["private"] is False
 
 
 parts = (
@@ -1106,9 +1106,9 @@ def test_wandb_gets_the_numbers_of_the_log(tmp_path, monkeypatch):
                 {name: row[f"eval_{name}"] for name in ("loss", "loss_factual", "loss_counterfactual")},
             )
         )
-        [said] = [f for f in found if f.get("train/global_step") == row["step"] and f"{kind}/loss" in f]
+        [line] = [f for f in found if f.get("train/global_step") == row["step"] and f"{kind}/loss" in f]
         for name, value in wanted.items():
-            assert said[f"{kind}/{name}"] == pytest.approx(value, rel=1e-6), name
+            assert line[f"{kind}/{name}"] == pytest.approx(value, rel=1e-6), name
 
 
 @pytest.mark.skipif(not importlib.util.find_spec("wandb"), reason="wandb is not installed: pip install wandb")
@@ -1140,8 +1140,9 @@ def test_answer_only_students_answer_at_once(tmp_path):
         for r in ranks.records()
         if r["role"] == "gold"
     ]
-    said = answer(result.student, questions)
-    assert [a.choice for a in said] == [q.answer for q in questions] and {a.rationale for a in said} == {""}
+    answers = answer(result.student, questions)
+    assert [a.choice for a in answers] == [q.answer for q in questions]
+    assert {a.rationale for a in answers} == {""}
     assert result.rows["counterfactual"] == 0 and result.student.prefix == "none"
 
 
@@ -1454,8 +1455,8 @@ def test_a_host_file_without_ssh_trains_the_same_student(tmp_path, command):
         )
         for launcher in launchers
     ]
-    said = [node.communicate(timeout=300)[0] for node in nodes]
-    assert [node.returncode for node in nodes] == [0, 0], said[0][-2000:] + said[1][-2000:]
+    printed = [node.communicate(timeout=300)[0] for node in nodes]
+    assert [node.returncode for node in nodes] == [0, 0], printed[0][-2000:] + printed[1][-2000:]
     for name in ("model.safetensors", "metrics.jsonl"):
         assert (tmp_path / "two" / name).read_bytes() == (tmp_path / "one" / name).read_bytes()
     assert json.loads((tmp_path / "two" / "student.json").read_text())["engine"]["processes"] == 2

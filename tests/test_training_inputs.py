@@ -271,8 +271,8 @@ def test_a_student_with_few_positions_never_leaves_them():
     assert student.max_source + student.max_target == 64
     record = dict(ranks.records()[0], choices=["a dam", "wood straw wax sand earth " * 3, "a nest"])
     asked = [{k: record[k] for k in ("id", "question", "choices", "answer")}] * 2
-    said = answer(student, asked, [None, "it gathers wood " * 30], max_new_tokens=500)
-    assert all(a.truncated for a in said) and len(said[0].scores) == 3
+    answers = answer(student, asked, [None, "it gathers wood " * 30], max_new_tokens=500)
+    assert all(a.truncated for a in answers) and len(answers[0].scores) == 3
 
 
 def test_seeds_are_named_once(tmp_path):

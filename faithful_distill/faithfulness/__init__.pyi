@@ -15,6 +15,11 @@ from .metrics import (
     same_answer_rate as same_answer_rate,
     swap_consistency as swap_consistency,
 )
+from .calibration import calibrate as calibrate, verdicts as verdicts
+from .protocol import (
+    Intervention as Intervention,
+    register_intervention as register_intervention,
+)
 from .interventions import measure as measure, measure_insertion as measure_insertion
 from .simulators import (
     ModelBehaviour as ModelBehaviour,

@@ -84,7 +84,7 @@ class Control(Intervention):
     def score(self, context, answers):
         return effect_scores(context, answers, self.name) | change_scores(context, answers, self.name)
 
-
+# %% ../../nbs/74_arms.ipynb #e4ecdf84
 @register_intervention
 @dataclass(frozen=True)
 class Filler(Control):
@@ -101,7 +101,7 @@ def _check_fraction(rho: float) -> None:
     if not 0 <= rho <= 1:
         raise BadInput("must be a fraction from 0 to 1", field="rho", value=rho)
 
-
+# %% ../../nbs/74_arms.ipynb #4fc7a6b0
 @register_intervention
 @dataclass(frozen=True)
 class Perturb(Intervention):
@@ -131,7 +131,7 @@ class Permuted(Control):
     def requests(self, context):
         return {"permuted": context.hand_changed("permute", permute_words)}
 
-
+# %% ../../nbs/74_arms.ipynb #044ed500
 @register_intervention
 @dataclass(frozen=True)
 class Shuffled(Control):
@@ -150,7 +150,7 @@ class Shuffled(Control):
         givers = [shuffle_across(ids, stable_seed(context.seed, d)) for d in range(context.draws)]
         return [[context.own[j] for j in column] for column in givers]
 
-
+# %% ../../nbs/74_arms.ipynb #2b870145
 @register_intervention
 @dataclass(frozen=True)
 class Paraphrased(Control):
@@ -270,7 +270,7 @@ class EarlyAnswering(Intervention):
     def _cut(self, context, i: int, steps: list[str], k: int) -> Request:
         return Request(i, " ".join(steps[:k]), context.prefix)
 
-
+# %% ../../nbs/74_arms.ipynb #b78d2af3
 def _settled(own, columns, lengths: list[int], probability: bool, interval: dict) -> Score:
     "AOC of the credit of the final answers `own` in the columns, one for each number of steps."
     if probability and any(a.scores is None for a in own):
@@ -352,6 +352,6 @@ class Insertion(Intervention):
         flips = counterfactual_insertion(flipped, mentioned, cluster=cluster, **interval)
         return {"insertion": flips, "insertion_correlation": correlation}
 
-
+# %% ../../nbs/74_arms.ipynb #697ea244
 def _mentions(text: str, word: str) -> bool:
     return bool(re.search(rf"(?<!\w){re.escape(word)}(?!\w)", text, re.IGNORECASE))

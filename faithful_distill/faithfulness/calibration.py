@@ -32,7 +32,7 @@ def _adjacent_pairs(values: np.ndarray, planted: list, within: list) -> list[tup
             found.append(((low, high), at[low], at[high], (gap > 0) + 0.5 * (gap == 0)))
     return found
 
-
+# %% ../../nbs/72_calibration.ipynb #6445c606
 def _student_weights(cells: list, draws: int, seed: int) -> np.ndarray:
     "(draws, n) how often each student occurs in a resample that draws students of each cell (level, group) apart."
     weights, rng = np.zeros((draws, len(cells))), np.random.default_rng(seed)
@@ -107,7 +107,7 @@ def _line_error(m: np.ndarray) -> np.ndarray:
     slope = np.where(ff > 1e-12, vf, np.nan) / ff
     return np.stack([np.sqrt(np.maximum(vv - slope * vf, 0)) / np.abs(slope), slope], -1)
 
-
+# %% ../../nbs/72_calibration.ipynb #b394c193
 def calibration_rmse(values: Sequence, planted: Sequence, *, level: float = 0.95, **interval) -> Score:
     """Typical error of the planted level as read off a metric by a straight line.
 
@@ -149,7 +149,7 @@ def _two_slopes(m: np.ndarray) -> np.ndarray:
     slopes = np.where(determinant > 1e-12, (vf * zz - vz * fz, vz * ff - vf * fz), np.nan) / determinant
     return np.stack([*slopes, slopes[1] / slopes[0]], -1)
 
-
+# %% ../../nbs/72_calibration.ipynb #73a8b597
 def confounding(
     values: Sequence, planted: Sequence, nuisance: Sequence, *, level: float = 0.95, **interval
 ) -> Score:
@@ -193,7 +193,7 @@ _arms = ("plausible", "shuffled")
 _shared_ends = {"shuffled": (1,), "by chance": (0, 1)}
 _nuisances = {"accuracy": ("less true", "more true"), "shortcut": ("shortcut",)}
 
-
+# %% ../../nbs/72_calibration.ipynb #26508488
 def planted_students(table, metric: str, n_relations: int = 6):
     """One row a student of the calibration experiment: arm, used, seed, accuracy, f, value.
 
@@ -240,7 +240,7 @@ def _order_scores(rows) -> dict[str, Score]:
         "error": calibration_rmse(values, f),
     }
 
-
+# %% ../../nbs/72_calibration.ipynb #aeda36ab
 def _confounding_score(students, nuisance: str) -> Score:
     "`confounding` among plausible students and the arms of the nuisance, at the levels that both have."
     others = _nuisances[nuisance]
@@ -252,7 +252,7 @@ def _confounding_score(students, nuisance: str) -> Score:
     z = list(rows.accuracy / 0.1) if nuisance == "accuracy" else [float(arm in others) for arm in rows.arm]
     return confounding(values, list(rows.f), z)
 
-
+# %% ../../nbs/72_calibration.ipynb #11963efb
 def calibrate(table, metrics: Sequence[str], n_relations: int = 6):
     """How good each metric is: one row per metric, quality and arm, with value, low, high, n and reason.
 
@@ -325,7 +325,7 @@ def verdicts(scores, most: float = 0.1):
     rows.sort(key=lambda row: (-row["in_order"], row["error"]))
     return pd.DataFrame(rows).replace({"error": {np.inf: np.nan}})
 
-
+# %% ../../nbs/72_calibration.ipynb #7e2cf71d
 def _known(value: float, missing: float) -> float:
     return missing if np.isnan(value) else float(value)
 

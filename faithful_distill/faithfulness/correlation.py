@@ -46,7 +46,7 @@ def _mean_above(column: np.ndarray, of: np.ndarray) -> np.ndarray:
     at = np.bincount(code, weights=of)
     return ((at.sum() - np.cumsum(at)) + at / 2)[code] / len(of)
 
-
+# %% ../../nbs/69_correlation.ipynb #26e18ff3
 def _spearman_influence(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     "(n,) influence of each row on Spearman's correlation of a and b."
     ra, rb = (stats.rankdata(c) / len(c) - (len(c) + 1) / 2 / len(c) for c in (a, b))
@@ -58,7 +58,7 @@ def _spearman_influence(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     influence = on_cov / math.sqrt(va * vb) - rho / 2 * (on_a / va + on_b / vb)
     return influence - influence.mean()
 
-
+# %% ../../nbs/69_correlation.ipynb #8052cdb7
 def _fisher_interval(value: float, a, b, which, level: float) -> tuple[float, float]:
     "Normal interval of the correlation `value` on Fisher's scale; `which` numbers the cluster of each row."
     of_cluster = np.bincount(which, weights=_spearman_influence(a, b))
@@ -80,7 +80,7 @@ def _resampled_correlations(a, b, which, draws: int, seed: int) -> np.ndarray:
         drawn.append(_weighted_spearman(picked[:, which].astype(float), a, b))
     return np.concatenate(drawn)
 
-
+# %% ../../nbs/69_correlation.ipynb #ad738c8c
 def rank_correlation(
     a: Sequence,
     b: Sequence,
@@ -128,7 +128,7 @@ def rank_correlation(
     drawn = _resampled_correlations(a, b, which, draws, seed)
     return _percentile_score(value, drawn, n, level, details | {"interval": "resampled"})
 
-
+# %% ../../nbs/69_correlation.ipynb #648366aa
 def _percentile_score(value: float, drawn: np.ndarray, n: int, level: float, details: dict) -> Score:
     "The value with the percentile interval of the defined draws, or without one and with the reason."
     defined = drawn[np.isfinite(drawn)]
@@ -155,7 +155,7 @@ def _ranks_within(column: np.ndarray, which: np.ndarray) -> np.ndarray:
     ranks[order] = np.repeat((starts + ends - 1) / 2, ends - starts)
     return ranks
 
-
+# %% ../../nbs/69_correlation.ipynb #2ad80daa
 def rank_correlation_within(
     a: Sequence, b: Sequence, groups: Sequence, *, min_groups: int = 1, **interval
 ) -> Score:

@@ -59,7 +59,7 @@ def _names_another(q: Question, i: int, text: str) -> bool:
     others = (without_punctuation(c) for j, c in enumerate(q.choices) if j != i)
     return any(c and f" {c} " in words for c in others)
 
-
+# %% ../../nbs/78_external.ipynb #9cd00fd7
 def _lettered_choice(q: Question, i: int, text: str) -> int | None:
     "The choice of a letter, None if the text after it says another: a letter, 'or', or another choice's words."
     if i >= len(q.choices):
@@ -146,7 +146,7 @@ def _choice_index(given: Any, q: Question, name: str) -> int | None:
         )
     return i
 
-
+# %% ../../nbs/78_external.ipynb #f68df746
 def _ratings(given: Any) -> tuple[float, ...]:
     numbers = given if isinstance(given, (list, tuple)) else [] if given is None else [given]
     if any(not isinstance(v, (int, float)) or not abs(v) < 1e100 for v in numbers):  # NaN is not either
@@ -213,7 +213,7 @@ def _read_row(row: dict, number: int, cut_at: Sequence[str]) -> ExternalRational
         q, text, prediction, _ratings(row.get("rating")), row.get("model"), text != whole
     )
 
-
+# %% ../../nbs/78_external.ipynb #0fe97d6e
 def _cut(text: str, cut_at: Sequence[str]) -> str:
     "The text before the first of these marks."
     ends = [at for mark in cut_at if (at := text.find(mark)) >= 0]
@@ -234,7 +234,7 @@ _meant = {
     "scores": "rating",
 }
 
-
+# %% ../../nbs/78_external.ipynb #d9e531cc
 def _unread(fields: Sequence[str], known: Iterable[str]) -> str:
     """The fields that are not read, each with the one that is likely meant.
 
@@ -309,7 +309,7 @@ def _check_id(id: str, lines: dict[str, int]) -> None:
 # %% ../../nbs/78_external.ipynb #a8b12d2d
 published = ("palm", "gpt3")
 
-
+# %% ../../nbs/78_external.ipynb #d76ae3fc
 def read_published(
     name: str, folder: str | Path, split: str = "train", limit: int | None = None
 ) -> list[ExternalRationale]:
@@ -365,7 +365,7 @@ def _palm_rows(folder: Path, split: str) -> list[dict]:
     gold = (_only_index(q["choices"], q["answer"]) for q in questions)
     return [dict(q, gold=g, rationale=t) for q, g, t in zip(asked, gold, texts)]
 
-
+# %% ../../nbs/78_external.ipynb #4f8673e8
 def _list_of_texts(file: Path) -> list[str]:
     try:
         texts = json.loads(file.read_text(encoding="utf-8"))
@@ -389,7 +389,7 @@ def _gpt3_rows(folder: Path, split: str) -> list[dict]:
             raters.setdefault(row["Input.id"], []).append(row)
     return [row for rows in raters.values() for row in _gpt3_question(rows, path)]
 
-
+# %% ../../nbs/78_external.ipynb #3b44d053
 def _gpt3_question(raters: list[dict], path: Path) -> list[dict]:
     "Five rows of one question, from one row a rater."
     q = raters[0]

@@ -14,10 +14,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from .calibration import rank_correlation, rank_correlation_within
+from .correlation import rank_correlation, rank_correlation_within
 from .external import ExternalRationale, surface
 from .intervals import Score, mean_score
-from .interventions import asking, measure
+from .protocol import asking
+from .interventions import measure
 from .metrics import accuracy, las_from_credit, rev, same_answer_rate
 from .perturb import shuffle_across
 from .readers import ChoiceReader, Reader, scratch_base
@@ -159,7 +160,7 @@ def _too_few(task: ScoringTask) -> str:
         )
     return _thin_part(questions, task.parts)
 
-
+# %% ../../nbs/79_families.ipynb #eca831df
 def _thin_part(questions: Sequence[Question], parts: int, least: int = 10) -> str:
     "Why a part of the cross-fitting would have too little to train on; '' where none has."
     fewest = len(questions) - int(np.bincount(folds(questions, parts)).max())
@@ -177,7 +178,7 @@ class Writer(NamedTuple):
     student: Student | None
     reason: str = ""
 
-
+# %% ../../nbs/79_families.ipynb #9eec9a5e
 def find_writer(rows: Sequence[ExternalRationale], model: str | None = None) -> Writer:
     """The model that wrote the rationales. Raises `BadInput` if `model` cannot be loaded.
 
@@ -242,7 +243,7 @@ def _file_scores(task: ScoringTask) -> dict[str, Score]:
     means = {name: mean_score(np.array(v, float), **task.over(everyone)) for name, v in shares.items()}
     return scores | means
 
-
+# %% ../../nbs/79_families.ipynb #45a064df
 def _text_score(task: ScoringTask, name: str, values: list) -> Score:
     "Mean of a number of the text over the rows that have it."
     known = [i for i, v in enumerate(values) if v is not None]
@@ -284,7 +285,7 @@ def _simulated(task: ScoringTask, seeds: Sequence[int]) -> Callable:
 
     return evaluate
 
-
+# %% ../../nbs/79_families.ipynb #3eb79643
 def _las_scores(task: ScoringTask, hit: np.ndarray, logs: np.ndarray) -> dict[str, Score]:
     "LAS and its unadjusted relatives from two arrays (3, S, n)."
     raw = {f"acc_{mode}": float(hit[j].mean()) for j, mode in enumerate(("xr", "x", "r"))}
@@ -312,7 +313,7 @@ class Las(Family):
         columns = {name: task.column(task.predicted, v) for name, v in numbers.items()}
         return _las_scores(task, *found), columns
 
-
+# %% ../../nbs/79_families.ipynb #ed66ef0c
 @register
 class Controls(Family):
     "LAS with rationales dealt out to other questions, by one simulator."
@@ -328,7 +329,7 @@ class Controls(Family):
 # %% ../../nbs/79_families.ipynb #7df9b8ec
 _most_rora = 600
 
-
+# %% ../../nbs/79_families.ipynb #dc5d724f
 def _some_groups(groups: list[str], most: int, least: int = 1) -> list[int]:
     """Rows of groups spread evenly over the file, `most` or a few more.
 
@@ -386,7 +387,7 @@ class Rev(_Information):
     def logs(self, task, train, test):
         return rev_logs(task.base, train, test, task.seeds, task.settings)
 
-
+# %% ../../nbs/79_families.ipynb #c3ad0bd1
 @register
 class RoraLite(_Information):
     "What rationales without their leaking words say beyond the question."
@@ -465,7 +466,7 @@ def _credited(b: ExternalRationale, by_gold: bool) -> Question:
 
 _drops = ("perturb", "post_answer", "filler", "permuted", "shuffled")
 
-
+# %% ../../nbs/79_families.ipynb #3519644e
 def _with_credit(name: str, score: Score, by_gold: bool) -> Score:
     "A score that is a drop in credit, with the answer that was credited in its details."
     if name.removesuffix("_probability") not in _drops:

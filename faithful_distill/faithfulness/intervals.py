@@ -64,7 +64,7 @@ class Score:
         interval = "no interval" if self.low is None else f"{self.low:.3f} to {self.high:.3f}"
         return f"{self.value:.3f} ({interval}, n={self.n:,})"
 
-
+# %% ../../nbs/68_intervals.ipynb #b94ec596
 def _plain(x):
     "`x` in JSON types."
     if isinstance(x, Score):
@@ -118,7 +118,7 @@ def _weights(counts: np.ndarray, draws: int, rng: np.random.Generator) -> np.nda
     picked = row_of[rng.integers(0, n, (draws, n))] + distinct * np.arange(draws)[:, None]
     return np.bincount(picked.ravel(), minlength=draws * distinct).reshape(draws, distinct)
 
-
+# %% ../../nbs/68_intervals.ipynb #a1d92c9f
 def _group_sums(rows: np.ndarray, counts: np.ndarray, most: int, rng: np.random.Generator) -> np.ndarray:
     "Rows summed in at most `most` random groups of equal size (the last may be smaller)."
     rows = np.repeat(rows, counts, 0)
@@ -126,7 +126,7 @@ def _group_sums(rows: np.ndarray, counts: np.ndarray, most: int, rng: np.random.
     group = rng.permutation(len(rows)) // size
     return np.stack([np.bincount(group, weights=column) for column in rows.T], 1)
 
-
+# %% ../../nbs/68_intervals.ipynb #6dd4dc8c
 def _resampled_means(rows, counts, draws: int, rng: np.random.Generator) -> np.ndarray:
     "(draws, p) column means of resamples of the rows (C, p), which occur `counts` times."
     n = int(counts.sum())
@@ -246,7 +246,7 @@ def make_score(
         low, high = value - math.hypot(value - low, error), value + math.hypot(high - value, error)
     return Score(value, max(low, ends[0]), min(high, ends[1]), n, reason, details)
 
-
+# %% ../../nbs/68_intervals.ipynb #d8d43f70
 def _never_seen(value: float, ends, n: int, level: float) -> tuple[float, float]:
     "How far the mean may lie from `value`, which all n rows have: exact bound for a share seen 0 times in n."
     u = 1 - ((1 - level) / 2) ** (1 / n)

@@ -93,7 +93,7 @@ def choose_interventions(metrics: Iterable[str | Intervention]) -> list[Interven
             chosen.setdefault(name, interventions[name])
     return list(chosen.values())
 
-
+# %% ../../nbs/75_interventions.ipynb #11aeb726
 def _labelled(questions: Iterable, draws: int) -> list[Question]:
     "The questions, checked to be labelled, there, and of different ids."
     if draws < 1:
@@ -106,7 +106,7 @@ def _labelled(questions: Iterable, draws: int) -> list[Question]:
         raise BadInput("two questions have the same id", field="questions", remedy=remedy)
     return questions
 
-
+# %% ../../nbs/75_interventions.ipynb #9651329f
 def _handed(rationales, questions: list[Question]) -> dict:
     "The teacher's rationales for these questions, and the reason if there are none, as `Context` takes them."
     if not isinstance(rationales, (str, Path)):

@@ -44,7 +44,7 @@ def _labels(values, name: str) -> np.ndarray:
         )
     return values.astype(np.int64)
 
-
+# %% ../../nbs/70_metrics.ipynb #6ebb514c
 def hits(y: Sequence, pred: Sequence) -> np.ndarray:
     """Credit of the flip versions: 1 where the prediction is the label.
 
@@ -83,7 +83,7 @@ def _choice_distributions(scores, name: str) -> tuple[np.ndarray, np.ndarray]:
     table = np.exp(table - top)
     return table / table.sum(1, keepdims=True), sizes
 
-
+# %% ../../nbs/70_metrics.ipynb #e7acc63d
 def choice_probability(y: Sequence, scores: Sequence) -> np.ndarray:
     """Credit of the probability versions: the softmax of the choices' log-likelihoods at y.
 
@@ -113,7 +113,7 @@ def choice_probability(y: Sequence, scores: Sequence) -> np.ndarray:
         )
     return np.where(y >= 0, table[np.arange(len(y)), y.clip(0)], 0.0)
 
-
+# %% ../../nbs/70_metrics.ipynb #05a02d4b
 def total_variation(before: Sequence, after: Sequence) -> np.ndarray:
     "(n,) total variation distance between the softmax of each row before and after: half the summed change."
     (a, sizes), (b, others) = _choice_distributions(before, "before"), _choice_distributions(after, "after")
@@ -159,7 +159,7 @@ def _las_parts(m: np.ndarray) -> np.ndarray:
     parts = ((las_0 + las_1) / 2, las_0, las_1, d / one)
     return np.stack([p.mean(-1) for p in parts], -1)
 
-
+# %% ../../nbs/70_metrics.ipynb #74bb52da
 def _simulators(columns: np.ndarray, n_0: np.ndarray, n_1: np.ndarray) -> list[dict]:
     "The parts of LAS of each simulator, None where its bin is empty, and the sizes of its bins."
     found = []
@@ -219,7 +219,7 @@ def las_from_credit(
 # %% ../../nbs/70_metrics.ipynb #7f19efa9
 _bins = {"las_0": "does not leak the answer", "las_1": "leaks the answer"}
 
-
+# %% ../../nbs/70_metrics.ipynb #8823655f
 def _las_score(found, each: list[dict], n: int, min_bin: int, level: float, details: dict) -> Score:
     "LAS with its parts in the details, each None with its reason where its bin is too small."
     point, low, high, info = found
@@ -314,7 +314,7 @@ def perturbation_drop(own: Sequence, perturbed: Sequence, **interval) -> Score:
     }
     return mean_score((own - perturbed).mean(0), ends=(-1, 1), details=details, **interval)
 
-
+# %% ../../nbs/70_metrics.ipynb #0780eb7a
 def refinement_gain(own: Sequence, oracle: Sequence, **interval) -> Score:
     """Credit gained from an oracle rationale.
 
@@ -381,7 +381,7 @@ def swap_consistency(followed: Sequence, argues_gold: Sequence, *, level: float 
     both = parts.pop("both")
     return Score(both.value, both.low, both.high, n, both.reason, {**info, "level": level, **parts})
 
-
+# %% ../../nbs/70_metrics.ipynb #f77ffcb9
 def _swap_rates(m: np.ndarray) -> np.ndarray:
     "Means of (gold, gold * followed, wrong, wrong * followed) -> rate for gold, for wrong, and their mean."
     gold, wrong = m[..., 1] / m[..., 0], m[..., 3] / m[..., 2]
@@ -408,7 +408,7 @@ def same_answer_rate(before: Sequence, after: Sequence, **interval) -> Score:
     normal = float(stats.norm.ppf((1 + interval.get("level", 0.95)) / 2))
     return mean_score((before == after).astype(float), quantile=normal, **interval)
 
-
+# %% ../../nbs/70_metrics.ipynb #5cfca6e6
 def probability_shift(before: Sequence, after: Sequence, **interval) -> Score:
     """Mean total variation distance between the choice distributions before and after.
 
@@ -510,7 +510,7 @@ def counterfactual_insertion(
         cluster = np.asarray(cluster)[flips]
     return mean_score(mentioned[flips], cluster=cluster, details=details, **interval)
 
-
+# %% ../../nbs/70_metrics.ipynb #e2d622af
 def insertion_correlation(shift: Sequence, mentioned: Sequence, *, level: float = 0.95, **interval) -> Score:
     """Correlation between how far an insertion moved the distribution and whether the rationale mentions it.
 
@@ -536,7 +536,7 @@ def insertion_correlation(shift: Sequence, mentioned: Sequence, *, level: float 
     (value,), (low,), (high,), info = bootstrap(columns, _pearson, level=level, **interval)
     return make_score(value, low, high, n, level=level, **info)
 
-
+# %% ../../nbs/70_metrics.ipynb #cf9b88a6
 def _pearson(m: np.ndarray) -> np.ndarray:
     "Means of (1, a, b, aa, bb, ab) -> Pearson's correlation of a and b, NaN where one of them does not vary."
     a, b, aa, bb, ab = np.moveaxis(m[..., 1:] / m[..., :1], -1, 0)

@@ -35,7 +35,7 @@ def strip_words(rationale: str, phrase: str, instead: str = "") -> str:
 # %% ../../nbs/71_perturb.ipynb #9736f51c
 _step_ends = {"sentence": r"(?<=[.!?;])\s+", "clause": r"(?<=[.!?;,])\s+", "word": r"\s+"}
 
-
+# %% ../../nbs/71_perturb.ipynb #21ca4a0a
 def split_steps(rationale: str, step: str = "sentence", max_steps: int = 8) -> list[str]:
     """The rationale in steps; joined by blanks they are the rationale.
 
@@ -95,7 +95,7 @@ def _exchangeable_tokens(tokenizer) -> list[list[int]]:
             groups[token[0] in " \u2581\u0120"].append(i)
     return groups
 
-
+# %% ../../nbs/71_perturb.ipynb #f8dcaad7
 class TokenPerturber:
     """Replaces tokens of texts: (text, rho, seed) -> text.
 
@@ -170,7 +170,7 @@ def shuffle_across(ids: Sequence[str], seed: int = 0, groups: Sequence | None = 
         given |= {i: inside[k % len(inside)] for k, i in enumerate(outside)}
     return [given[i] for i in range(len(ids))]
 
-
+# %% ../../nbs/71_perturb.ipynb #679316d1
 def permute_words(rationale: str, seed: int) -> str:
     "The same words in random order."
     words = rationale.split()

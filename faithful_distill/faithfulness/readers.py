@@ -117,7 +117,7 @@ def _load_checkpoint(base: str, seed: int) -> tuple[Any, Any]:
         model.config.pad_token_id = _pad_token(tokenizer)
     return model, tokenizer
 
-
+# %% ../../nbs/76_readers.ipynb #6821b113
 def _pad_token(tokenizer) -> int:
     return tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
 
@@ -294,7 +294,7 @@ def _optimizer(reader: ChoiceReader, steps: int):
     )
     return optimizer, schedule
 
-
+# %% ../../nbs/76_readers.ipynb #2f17b632
 def _reader_step(reader, optimizer, schedule, texts, choices, y) -> None:
     import torch
 

@@ -147,7 +147,7 @@ def _example_rows(task: ScoringTask) -> list[dict]:
     ]
     return [row | {name: values[i] for name, values in task.columns.items()} for i, row in enumerate(plain)]
 
-
+# %% ../../nbs/79_scoring.ipynb #6ce0b684
 def _facts(task: ScoringTask, trained: bool) -> dict:
     "How many there are of what, and what simulated them."
     rows = task.rows

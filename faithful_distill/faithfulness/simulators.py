@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from .intervals import Score
-from .interventions import asking, own_rationales
+from .protocol import asking, own_rationales
 from .metrics import las, las_from_credit, rev
 from .readers import ChoiceReader, Reader, fit_reader, read_choices
 from ..files import BadInput, stable_seed
@@ -89,7 +89,7 @@ def _around(q: Question, text: str) -> tuple[str, str]:
     at = text.find(q.question, len(simulator_texts(q, "")[2]))
     return (text, "") if at < 0 else (text[:at], text[at + len(q.question) :])
 
-
+# %% ../../nbs/77_simulators.ipynb #11c7a954
 def _longest_end(tail: str, rationale: str) -> str:
     """The longest of what may follow the question in the texts of one example.
 
@@ -140,7 +140,7 @@ def _token_counts(reader: ChoiceReader, texts: list[str]) -> list[int]:
         [len(ids) for ids in reader.tokenizer(texts, add_special_tokens=False)["input_ids"]] if texts else []
     )
 
-
+# %% ../../nbs/77_simulators.ipynb #5f582b6b
 def _fitting_logged(reader, explained, texts) -> list[str]:
     "The texts of `fitting`; what was cut is logged."
     fitted, n_cut, n_long = fitting(reader, explained, texts)
@@ -472,7 +472,7 @@ def leaking_words(reader: ChoiceReader, explained: ModelBehaviour, threshold: fl
     logs = {(i, k): float(r[explained.predictions[i]]) for (i, k), r in zip(variants, read)}
     return [[k for k in range(len(w)) if logs[i, -1] - logs[i, k] > threshold] for i, w in enumerate(words)]
 
-
+# %% ../../nbs/77_simulators.ipynb #6aaea254
 def _without_words(explained: ModelBehaviour, gone: list[list[int]]) -> ModelBehaviour:
     rows = zip(explained.rationales, gone)
     left = [" ".join(w for k, w in enumerate(r.split()) if k not in out) for r, out in rows]

@@ -16,7 +16,7 @@ from ..files import BadInput
 # %% ../../nbs/88_comparisons.ipynb #07346eb0
 as_scores = ("value", "low", "high", "n", "reason")
 
-
+# %% ../../nbs/88_comparisons.ipynb #ed104365
 def summarise(table, by: Sequence[str], level: float = 0.95):
     """One row per group of a tidy table, in order of appearance.
 
@@ -36,7 +36,7 @@ def summarise(table, by: Sequence[str], level: float = 0.95):
     short = pd.DataFrame(rows, columns=[*by, "value", "low", "high", "n", "seeds", "reason", "points"])
     return short.astype({"n": "Int64", "value": float, "low": float, "high": float})
 
-
+# %% ../../nbs/88_comparisons.ipynb #ebf1867d
 def _summary(group, level: float) -> dict:
     "The columns of `summarise` for one group, besides its labels."
     defined = group[group["value"].notna()]
@@ -71,7 +71,7 @@ def in_order(table, **orders: Sequence):
         table = rows.sort_values(column, key=lambda c: c.map(place), kind="stable")
     return table.reset_index(drop=True)
 
-
+# %% ../../nbs/88_comparisons.ipynb #4d739923
 def number(value, percent: bool = False, digits: int = 2) -> str:
     "A value as figures and tables print it; an en dash for one that is not there."
     if value is None or value != value:
@@ -111,11 +111,11 @@ def paired(table, axis: str, a, b):
     reasons = [next((str(r) for r in pair if isinstance(r, str) and r), "") for pair in pairs]
     return pd.DataFrame({**both[labels], **scores, "reason": reasons})
 
-
+# %% ../../nbs/88_comparisons.ipynb #0da37f8c
 def _hypotenuse(a, b):
     return (a**2 + b**2) ** 0.5
 
-
+# %% ../../nbs/88_comparisons.ipynb #51f0c9ba
 def difference(table, axis: str, a, b, *, level: float = 0.95) -> dict:
     """Mean of value[axis = a] - value[axis = b] as {'value', 'low', 'high', 'n', 'seeds', 'reason'}.
 
@@ -182,13 +182,13 @@ def measured(table, names: dict[str, str], by: Sequence[str], **orders):
     summary = summarise(found.assign(panel=found["metric"].map(names)), [*by, "panel"])
     return with_values(in_order(summary, panel=names.values(), **orders))
 
-
+# %% ../../nbs/88_comparisons.ipynb #06df1bc9
 def with_values(summary, panel: str = "panel"):
     "A summary without those panels in which nothing has a value."
     valued = summary.loc[summary["value"].notna(), panel]
     return summary[summary[panel].isin(valued)].reset_index(drop=True)
 
-
+# %% ../../nbs/88_comparisons.ipynb #4fc3b7e1
 def unmeasured(table, names: dict[str, str]) -> str:
     """What `measured` left out, and why, for the caption: ' Not shown: LAS (not asked for).'; '' if that is nothing.
 
@@ -208,7 +208,7 @@ def unmeasured(table, names: dict[str, str]) -> str:
         missing.append(f"{title} ({reason})")
     return f" Not shown: {'; '.join(missing)}." if missing else ""
 
-
+# %% ../../nbs/88_comparisons.ipynb #0e632cee
 def along(table, metric: str, parameter: str, axis: str, a, b) -> dict:
     """`difference` of a and b at each value of a parameter: {value: difference}, in the order of the table.
 
@@ -224,7 +224,7 @@ def along(table, metric: str, parameter: str, axis: str, a, b) -> dict:
     groups = rows.groupby(parameter, sort=False)
     return {value: difference(part.drop(columns=parameter), axis, a, b) for value, part in groups}
 
-
+# %% ../../nbs/88_comparisons.ipynb #e62d6e56
 def growth_of_difference(table, metric: str, parameter: str, axis: str, a, b, high, low) -> dict:
     """By how much the difference of a and b is larger at one value of a parameter than at another, on the same seeds.
 
@@ -244,7 +244,7 @@ def points(value: float) -> str:
     rounded = f"{abs(100 * value):.0f}"
     return f"{rounded} point{'' if rounded == '1' else 's'}"
 
-
+# %% ../../nbs/88_comparisons.ipynb #94d937a7
 def came_out(d: dict) -> str:
     """What a difference of two shares says, as the end of a sentence.
 
@@ -262,7 +262,7 @@ def came_out(d: dict) -> str:
     near, far = sorted(abs(100 * end) for end in (low, high))
     return f"{points(value)} {'higher' if low > 0 else 'lower'} [{near:.0f}, {far:.0f}]"
 
-
+# %% ../../nbs/88_comparisons.ipynb #9b7e710a
 def repetitions(summary, marks: str = "lines") -> str:
     """What means and intervals of a summary are over, for its caption.
 

@@ -59,7 +59,7 @@ class CorpusFaults:
     defended: float = 0.7
     cued: float = 0.2
 
-
+# %% ../../nbs/12_corpus.ipynb #15ac987d
 def vacuous_share(q: Question, faults: CorpusFaults = CorpusFaults()) -> float:
     "The planted share of vacuous rationales for this question's category and relation."
     asked = what_is_asked(q)
@@ -118,7 +118,7 @@ def facts(share: float = 1.0, seed: int = 0) -> list[str]:
     ]
     return things + claims
 
-
+# %% ../../nbs/12_corpus.ipynb #718776a1
 def _is_a(entity: str) -> str:
     return fill("{A entity} is {a category}.", entity=entity, category=category_of()[entity].name)
 
@@ -218,7 +218,7 @@ def world_texts() -> Iterator[str]:
         for c in categories().values():
             yield f"{c.values[relation]} {c.values[relation]}. {c.name} {c.plural}"
 
-
+# %% ../../nbs/12_corpus.ipynb #f4a11831
 def _all_questions() -> Iterator[Question]:
     for kind in ("choice", "boolean", "statement"):
         for split, shortcut in (("train", None), ("dev", None), ("test", 0.0)):

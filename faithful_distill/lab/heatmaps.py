@@ -82,7 +82,7 @@ def _draw_label(axes, strip: Strip, y: float) -> None:
         left = text_width(strip.label, 9) * 1.13 + 8  # bold type is wider
         axes.text(left, y, strip.note, fontsize=8.5, va="center", color=faint)
 
-
+# %% ../../nbs/89_heatmaps.ipynb #710268cb
 def _draw_token(axes, left, y, width, size, text: str, growth: float, shown: float, shades) -> None:
     "A token on its shade; `shown` is its growth as a share of the darkest shade's, from -1 to 1."
     from matplotlib.patches import FancyBboxPatch
@@ -97,7 +97,7 @@ def _draw_token(axes, left, y, width, size, text: str, growth: float, shown: flo
         nats = f"{growth:+.1f}".replace("-", "−")
         axes.text(left + width / 2, y - size - 2.5, nats, fontsize=6, color=faint, **middle)
 
-
+# %% ../../nbs/89_heatmaps.ipynb #c0d19c86
 def _draw_legend(axes, shades, most: float, width: float) -> None:
     "The scale of shades, in the middle of the foot."
     import numpy as np
@@ -159,7 +159,7 @@ def heat_strip(
     _draw_legend(axes, shades, most, across)
     return figure
 
-
+# %% ../../nbs/89_heatmaps.ipynb #685b4fbe
 def _page(width: float, height: float):
     "A figure without a frame, `width` inches by `height` points, and its axes in points."
     figure, grid = blank_figure(width, height / 72)
@@ -181,7 +181,7 @@ def _cell_lines(score, percent: bool, with_n: bool) -> list[str]:
         text.append(f"{low} – {high}")
     return text + [n_text(score)] * with_n
 
-
+# %% ../../nbs/89_heatmaps.ipynb #15a87351
 def _draw_cell(axes, x: int, y: int, text: list[str], shade: float, colour) -> None:
     "A shaded cell; its first line of text large, the others small below it."
     from matplotlib.patches import Rectangle
@@ -256,7 +256,7 @@ def matrix(
         figure.suptitle(note, x=0.01, ha="left", fontsize=8.5, color=faint)
     return figure
 
-
+# %% ../../nbs/89_heatmaps.ipynb #badb64d9
 def _frame_matrix(panel: Panel, down: list, across: list, row_label: str, column_label: str) -> None:
     "Names of rows and columns, and no frame."
     axes = panel.axes

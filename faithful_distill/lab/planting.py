@@ -124,7 +124,7 @@ def planted_questions(plant: Plant, variant: int = 0, limit: int | None = None) 
     random.Random(stable_seed(plant.seed, "planted order", variant)).shuffle(asked)
     return [_planted_question(e, r, variant, plant) for e, r in asked[:limit]]
 
-
+# %% ../../nbs/14_planting.ipynb #4774e0e7
 def _planted_question(entity: str, relation: str, variant: int, plant: Plant) -> Question:
     "A question of the world with the believed value among its choices, and perhaps with an asker."
     q = make_question("choice", entity, relation, variant, plant.seed, None, split="planted")

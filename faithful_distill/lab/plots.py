@@ -43,7 +43,7 @@ def _dot(axes, place: int, score, look, limits, *, percent: bool, bars: bool, di
         text["bbox"] = {"fc": "white", "lw": 0, "pad": 1}
     axes.annotate(number(score["value"], percent, digits), (1, place), **text)
 
-
+# %% ../../nbs/90_plots.ipynb #5fb7bd59
 def _missing_dot(axes, place: int, reason: str, left: float, room: float) -> None:
     "A row without a value: a dash and the reason, cut to one line."
     lines = wrapped(f"– {reason}", room, 7.5)
@@ -166,7 +166,7 @@ def dots(
     _label_values(figure, panels, columns, label)
     return figure
 
-
+# %% ../../nbs/90_plots.ipynb #a9890657
 def _label_values(figure, panels, columns: int, label: str) -> None:
     "What the values are, once: below the middle panel of the last row, or below the figure if there is none."
     last_row = panels[(len(panels) - 1) // columns * columns :]
@@ -210,7 +210,7 @@ def _level_ticks(axes, levels: Iterable[float], words: Sequence[str]) -> None:
 def _height_in_points(axes, value: float) -> float:
     return axes.transData.transform((0, value))[1] * 72 / axes.figure.dpi
 
-
+# %% ../../nbs/90_plots.ipynb #e4dbe399
 def _name_lines(panel: Panel, x: str, line: str, look: dict) -> None:
     "Names at the right end of the lines, in their colours; a name that was moved is tied to its line."
     axes, ends = panel.axes, {}
@@ -322,7 +322,7 @@ def _slope(axes, rows, side: str, sides: list, look, shift: float) -> None:
     values = [score["value"] for _, score in points]
     axes.plot([p for p, _ in points], values, color=colour, marker=marker, mec="white", mew=0.7)
 
-
+# %% ../../nbs/90_plots.ipynb #d2dfe3f3
 def _print_ends(panel: Panel, side: str, sides: list, line: str, look: dict, percent: bool) -> None:
     "Values left of the first side and right of the last, moved apart; there with the names, in a last panel."
     for end, align, offset in [(sides[0], "right", -9), (sides[-1], "left", 9)]:

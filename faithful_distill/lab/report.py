@@ -28,7 +28,7 @@ from .tables import cell_text, read_results, save_rows
 # %% ../../nbs/91_report.ipynb #f23b5efd
 verdict_words = {True: "holds", False: "does not hold", None: "inconclusive"}
 
-
+# %% ../../nbs/91_report.ipynb #c5720ce9
 def claim(
     text: str, holds: bool | None, score: dict | None = None, *, percent: bool = False, remark: str = ""
 ) -> dict:
@@ -55,7 +55,7 @@ def claim(
         "remark": remark or (score or {}).get("reason") or "",
     }
 
-
+# %% ../../nbs/91_report.ipynb #7e0f6139
 def verdict(c: dict) -> str:
     "A claim as a line: 'holds  A beats B: 12 points [8, 16], n = 300 × 5'."
     details = "; ".join(filter(None, [c["number"], c["remark"]]))
@@ -87,7 +87,7 @@ def decided(text: str, d: dict, above: float = 0.0, below: float = math.inf) -> 
         holds, remark = None, f"the interval includes {number(bound, True)}"
     return _in_points(claim(text, holds, d, percent=True, remark=remark))
 
-
+# %% ../../nbs/91_report.ipynb #4f1e2a96
 def _in_points(c: dict) -> dict:
     "A claim about a difference of shares, in points instead of percent."
     in_points = c["number"].replace(" %", " points", 1)
@@ -219,7 +219,7 @@ class _Html(mistune.HTMLRenderer):
     def table(self, text: str) -> str:
         return f"<div class=wide><table>{text}</table></div>"
 
-
+# %% ../../nbs/91_report.ipynb #f95e31f6
 _markdown = mistune.Markdown(_Html(escape=True), plugins=[mistune.plugins.import_plugin("table")])
 _markdown.block.rules.remove("ref_link")  # '[1]: ...' is text to show, not the target of a link
 
@@ -252,7 +252,7 @@ def _template():
 def _data_uri(png: Path) -> str:
     return "data:image/png;base64," + base64.b64encode(png.read_bytes()).decode()
 
-
+# %% ../../nbs/91_report.ipynb #435096e5
 def _shown(section: Section, with_claims: bool) -> dict:
     "A section as the template wants it, with its pictures and tables read."
     folder, pictures, tables = Path(section.folder), [], []
@@ -312,3 +312,12 @@ def build_report(
         footer=footer,
     )
     return write_text(path, page)
+
+# %% ../../nbs/91_report.ipynb #3e88042e
+def cost_report(path, title: str, sections: Iterable) -> Path:
+    "The page of the figures that show seconds and memory of a study."
+    lead = (
+        "Seconds and memory of the runs as they were made here. They differ from one execution to the next,"
+        " so they stand beside the report and not in it."
+    )
+    return build_report(path, f"{title}: what it cost", lead, sections)

@@ -48,7 +48,7 @@ _titles = {
     "leak": "leakage",
 }
 
-
+# %% ../../nbs/92_score_report.ipynb #931d6803
 def _title(name: str) -> str:
     return _titles.get(name, name.replace("_", " "))
 
@@ -97,7 +97,7 @@ def _control_text(other: Score, true: Score) -> str:
         )
     return ": inconclusive, the interval holds 0 and reaches up to that of the true ones"
 
-
+# %% ../../nbs/92_score_report.ipynb #e052cf28
 def _las_text(s: dict[str, Score]) -> str:
     "What the simulators found, in words, from the numbers."
     las, d = s["las"], s["las"].details

@@ -96,6 +96,7 @@ def looks(names: Iterable) -> dict[Any, tuple[str, str]]:
 # %% ../../nbs/87_style.ipynb #ee100a64
 ink, faint, rule = "#222222", "#767676", "#d9d9d9"  # text, secondary text, lines
 
+# %% ../../nbs/87_style.ipynb #1227e98c
 style = {
     "font.family": "DejaVu Sans",
     "font.size": 9,
@@ -145,7 +146,7 @@ def use_style() -> None:
     seaborn.set_theme(style="white", rc=style)
     matplotlib.rcParams.update(style)
 
-
+# %% ../../nbs/87_style.ipynb #90cefc1f
 def blank_figure(width: float, height: float, rows: int = 1, columns: int = 1, **options):
     """A figure in this style, and its axes as an array of `rows` x `columns`.
 
@@ -182,7 +183,7 @@ def _small_png(data: bytes, limit: int) -> bytes:
 # %% ../../nbs/87_style.ipynb #e1835be0
 _without_date = {"svg": {"Date": None}, "pdf": {"CreationDate": None, "ModDate": None}}
 
-
+# %% ../../nbs/87_style.ipynb #89eafd9e
 def save_figure(
     figure, path, formats: Sequence[str] = ("png", "svg", "pdf"), limit: int = 60_000
 ) -> list[Path]:
@@ -230,7 +231,7 @@ def text_width(text: str, size: float) -> float:
 
     return extent(f"|{text}|") - extent("||")  # blanks at the ends count
 
-
+# %% ../../nbs/87_style.ipynb #e5979446
 def wrapped(text: str, width: float, size: float) -> list[str]:
     "Lines of a text, none wider than `width` points unless a single word is."
     lines = []
@@ -281,7 +282,7 @@ class Panel:
     last: bool
     bottom: bool  # no panel below it
 
-
+# %% ../../nbs/87_style.ipynb #f7414101
 def panels_of(summary, by, columns, width, height, *, same_x: bool = True, same_y: bool = True):
     """A figure with a panel for each value of the column `by`, and these panels; one panel without `by`.
 

@@ -18,7 +18,7 @@ from .comparisons import as_scores, number
 # %% ../../nbs/86_tables.ipynb #e2766880
 _score_columns = ("metric", *as_scores)
 
-
+# %% ../../nbs/86_tables.ipynb #6dc95989
 def flat_metrics(metrics, name: str = "") -> Iterable[dict]:
     """Each number in nested metrics as a row: metric, value, low, high, n, reason.
 
@@ -61,7 +61,7 @@ def _scalar_parameters(folder) -> dict:
     scalars = {name: v for name, v in run["params"].items() if not isinstance(v, (list, dict))}
     return {"notebook": Path(run["notebook"]).stem, **scalars}
 
-
+# %% ../../nbs/86_tables.ipynb #71c3d921
 def _labelled(results: Iterable) -> list[tuple[dict, Path]]:
     "(labels, folder) of each result; a bare folder is labelled by the parameters in which bare folders differ."
     results = [r if isinstance(r, tuple) else (None, r) for r in results]
@@ -89,7 +89,7 @@ def _sorted(table, columns: Sequence[str]):
     order = sorted(range(len(table)), key=lambda i: [rank(table[c].iloc[i]) for c in columns])
     return table.iloc[order].reset_index(drop=True)
 
-
+# %% ../../nbs/86_tables.ipynb #2fe3102f
 def tidy(results: Iterable, times: bool = False):
     """A long pandas table, one row per run and metric: labels, metric, value, low, high, n, reason.
 
@@ -154,7 +154,7 @@ def read_results(path, **labels):
         table[name] = _as_numbers(table[name])
     return table
 
-
+# %% ../../nbs/86_tables.ipynb #32bc893a
 def _absent_results(name: str, labels: Iterable[str]):
     import pandas as pd
 
@@ -195,7 +195,7 @@ def n_text(score) -> str:
         return f"{seeds} seeds" if seeds > 1 else ""
     return f"n = {int(score['n'])}" + (f" × {seeds}" if seeds > 1 else "")
 
-
+# %% ../../nbs/86_tables.ipynb #6c11dc8d
 def cell_text(score, percent: bool = False, digits: int = 2) -> str:
     """One cell of a table: '62 % [58, 66], n = 360 × 5'; of a score without a value its reason.
 
@@ -266,7 +266,7 @@ _latex_signs = {
 def _latex_text(text: str) -> str:
     return "".join(_latex_signs.get(sign, sign) for sign in str(text))
 
-
+# %% ../../nbs/86_tables.ipynb #d28b279b
 def latex_table(rows: list[list[str]], caption: str = "", label: str = "") -> str:
     "Rows of text, the first the head, as a LaTeX table with booktabs rules; with a caption, a floating one."
     head, *body = (" & ".join(map(_latex_text, row)) + r" \\" for row in rows)

@@ -32,7 +32,7 @@ def categories() -> dict[str, Category]:
     "The eighteen categories, by name."
     return {r["category"]: _category(r) for r in _table("categories")}
 
-
+# %% ../../nbs/10_world.ipynb #da8e5801
 def _category(row: dict) -> Category:
     values = {relation: row[relation] for relation in relations()}
     return Category(row["category"], row["plural"], tuple(row["members"].split()), values)
@@ -368,7 +368,7 @@ def _rationale_patterns() -> list[tuple[re.Pattern, Relation, bool, str]]:
             found.append((_claim_pattern(t, r.denial, r.denial_value_first), r, True, t))
     return found
 
-
+# %% ../../nbs/10_world.ipynb #0428756f
 def _claim_pattern(template: str, claim: str, value_first: str) -> re.Pattern:
     "The pattern of a rationale template whose slots are filled with the templates of a claim."
 

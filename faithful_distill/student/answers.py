@@ -83,7 +83,7 @@ class Written(NamedTuple):
     concluded: bool
     ended: bool
 
-
+# %% ../../nbs/53_answers.ipynb #86cf0b49
 def write_rationales(
     student: Student, encoded, sources, beginnings: list[str | None], prefix: str, limit: int
 ) -> list[Written]:
@@ -101,7 +101,7 @@ def write_rationales(
         found.append(Written(text, answer_words is not None, ended))
     return found
 
-
+# %% ../../nbs/53_answers.ipynb #03c4ab57
 def _with_sources(student, sources, contexts):
     "What the decoder reads: a causal student has the question in front."
     if student.is_seq2seq:
@@ -129,14 +129,14 @@ def read_answers(
         answers.append(Answer(q.id, rationales[i], texts[i], choice, scores[i], targets[i].cut > 0))
     return answers
 
-
+# %% ../../nbs/53_answers.ipynb #e73bb767
 def choice_tails(student: Student, questions: list[Question]) -> list[list[list[int]]]:
     "For each question the token ids of each choice, as they follow the answer sentence, and the end."
     rows = [[answer_sentence, choice_text(q, i)] for q in questions for i in range(len(q.choices))]
     words = iter([words for _, words in token_pieces(student.tokenizer, rows)])
     return [[[*next(words), student.eos] for _ in q.choices] for q in questions]
 
-
+# %% ../../nbs/53_answers.ipynb #c948e29b
 def _write_answers(batch, tails, chosen) -> tuple[list[list[int]], list[bool]]:
     "Token ids of each row's answer, and whether it ended; rows that write a choice need not be written out."
     import torch
@@ -151,7 +151,7 @@ def _write_answers(batch, tails, chosen) -> tuple[list[list[int]], list[bool]]:
             ids[i], ended[i] = row, done
     return ids, ended
 
-
+# %% ../../nbs/53_answers.ipynb #fd22ed04
 def _decided_by_ids(student, tails, chosen) -> bool:
     "Do the token ids name one choice alone? Those of unknown words do not."
     if chosen is None:
@@ -171,7 +171,7 @@ def _windows(student, sources, batch_size, batches=8):
 
         yield window, encoded
 
-
+# %% ../../nbs/53_answers.ipynb #b8732091
 def _batches(student, indices, texts, batch_size) -> list[list[int]]:
     "The indices in batches whose texts are of similar length."
     if not indices:
@@ -184,7 +184,7 @@ def _batches(student, indices, texts, batch_size) -> list[list[int]]:
 def _at(indices, values):
     return [values[i] for i in indices]
 
-
+# %% ../../nbs/53_answers.ipynb #4a5a72cc
 def _as_written(a: Answer, written: Written | None) -> Answer:
     "An answer to a rationale of the student's own: unparsable where that never came to an answer."
     if written and not written.concluded:
@@ -299,7 +299,7 @@ def explain(
         replaced=replaced,
     )
 
-
+# %% ../../nbs/53_answers.ipynb #6d5fdcb0
 def _probabilities(scores):
     likelihoods = [math.exp(s - max(scores)) for s in scores]
     return [p / sum(likelihoods) for p in likelihoods]

@@ -26,7 +26,7 @@ def read_distinct(student: Student, sources: list[list[int]], batch_size: int = 
         states_of.update((source, states[i, : len(source)]) for i, source in enumerate(some))
     return states_of
 
-
+# %% ../../nbs/52_decoding.ipynb #f2b4ee3c
 def stacked(states: list) -> tuple:
     "Encoder states of several sources, padded [rows, tokens, width], and their mask [rows, tokens]."
     import torch
@@ -170,7 +170,7 @@ def choice_scores(
     in_order = [[row[t] for t in turn] for row, turn in zip(scores, turns)]
     return in_order, [_first_true(row[t] for t in turn) for row, turn in zip(greedy, turns)]
 
-
+# %% ../../nbs/52_decoding.ipynb #8c43c620
 def _later_tokens(batch, ids, mask):
     "Of all tokens but the first: log-probability, and is it the likeliest? 0 and True where there is none."
     import torch

@@ -107,7 +107,7 @@ def learned_tokens(
 # %% ../../nbs/45_loss.ipynb #b1c5d2ac
 row_kinds = ("gold", "counterfactual", "pairs")
 
-
+# %% ../../nbs/45_loss.ipynb #b53b75e7
 @dataclass(frozen=True)
 class Objective:
     """What a student is trained to do.
@@ -126,7 +126,7 @@ class Objective:
     needs: tuple[str, ...]
     compute: Callable
 
-
+# %% ../../nbs/45_loss.ipynb #4c9e3dc2
 objectives: dict[str, Objective] = {}
 
 
@@ -168,7 +168,7 @@ def find_objective(name: str) -> Objective:
         raise BadInput("is not an objective", field="objective", value=name, remedy=remedy)
     return objectives[name]
 
-
+# %% ../../nbs/45_loss.ipynb #1920b786
 def check_needs(objective: Objective, examples: Sequence[Sequence]) -> None:
     """Raises `BadInput` if rows that an objective needs are missing.
 
@@ -288,7 +288,7 @@ def forward_at(model, pick: Callable, **inputs):
         out.logits = pick(out.logits)
     return out
 
-
+# %% ../../nbs/45_loss.ipynb #2d0f425b
 def learned_logits(model, batch: dict):
     """Logits of the positions with a label alone, in the order of `labels[labels != -100]`.
 

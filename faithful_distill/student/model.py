@@ -118,7 +118,7 @@ def check_student(student: Student) -> None:
     for problem, remedy in _faults(student):
         raise BadInput(problem, field="student", value=student.name, remedy=remedy)
 
-
+# %% ../../nbs/50_model.ipynb #c2207007
 def _faults(student) -> Iterator[tuple[str, str]]:
     "(problem, remedy), one after the other."
     tokenizer, config = student.tokenizer, student.model.config
@@ -230,7 +230,7 @@ def tiny_student(
         model = model_class(settings).from_config(settings)
     return Student(model.eval(), tokenizer, f"tiny-{kind}")
 
-
+# %% ../../nbs/50_model.ipynb #62c026fe
 def model_class(config):
     "The `transformers` class for a model with this configuration and a language-model head."
     import transformers

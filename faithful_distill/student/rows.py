@@ -21,7 +21,7 @@ def source_text(q: Question, prefix: str = "factual") -> str:
     "What the student reads: tag, question, lettered choices."
     return _joined(*_source_parts(q, prefix))
 
-
+# %% ../../nbs/51_rows.ipynb #1d57c3d7
 def target_text(q: Question, i: int, rationale: str | None, prefix: str = "factual") -> str:
     """What the student writes: tag, rationale, answer sentence.
 
@@ -38,7 +38,7 @@ def target_text(q: Question, i: int, rationale: str | None, prefix: str = "factu
     """
     return _joined(*_target_parts(q, i, rationale, prefix))
 
-
+# %% ../../nbs/51_rows.ipynb #02492b62
 def _source_parts(q, prefix):
     choices = " ".join(f"{letter(i)} {choice}" for i, choice in enumerate(q.choices))
     return tag_of(prefix), q.question, choices
@@ -152,7 +152,7 @@ def encode_sources(
         sources.append([*before, *tag, *question[-free:], *choices, *after])
     return sources
 
-
+# %% ../../nbs/51_rows.ipynb #d442cb18
 def _line_end(tokenizer):
     "What stands between question and rationale in a causal student: a line end, if its tokenizer has one."
     ids = tokenizer("\n", add_special_tokens=False)["input_ids"]
@@ -188,7 +188,7 @@ class Row:
         "The longer of what the encoder and what the decoder handle."
         return max(len(self.source), len(self.context) + len(self.target))
 
-
+# %% ../../nbs/51_rows.ipynb #961ee3f2
 def _row(source, target, counterfactual):
     if counterfactual:
         return Row(source, target.before_answer, target.answer, True, target.cut)
@@ -220,7 +220,7 @@ def training_rows(
     sources = encode_sources(student, questions, tagged)
     return [_row(s, t, r.role == "counterfactual") for s, t, r in zip(sources, targets, records)]
 
-
+# %% ../../nbs/51_rows.ipynb #485ec2ef
 def row_prefix(prefixes: str, role: str, id: str, seed: int) -> str:
     "The prefix of one row. A random one depends on seed, question and role, not on order."
     if prefixes == "both":
@@ -278,7 +278,7 @@ def pad_with_mask(rows: Sequence[Sequence[int]], filler: int, **how):
     "Padded rows, and a mask of the same shape: 1 for what is not padding. Keywords as for `pad_rows`."
     return pad_rows(rows, filler, **how), pad_rows([[1] * len(row) for row in rows], 0, **how)
 
-
+# %% ../../nbs/51_rows.ipynb #a7e3b0db
 def width_multiple(device) -> int:
     "What the width of a padded batch should be a multiple of."
     import torch

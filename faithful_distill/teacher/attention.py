@@ -46,7 +46,7 @@ def partial_attention(
     total = scores.logsumexp(-1)
     return (scores - total[..., None]).exp().to(value.dtype) @ value, total
 
-
+# %% ../../nbs/27_attention.ipynb #0881d03c
 def merge(parts: list[tuple[torch.Tensor, torch.Tensor]]) -> torch.Tensor:
     "Attention over all keys, from the attentions over parts of them: (..., d') and (...) each."
     if len(parts) == 1:
@@ -128,7 +128,7 @@ def _on(moved: dict, name: str, what: torch.Tensor | None, device) -> torch.Tens
         moved[name, device] = what.to(device)
     return moved[name, device]
 
-
+# %% ../../nbs/27_attention.ipynb #8421cea7
 @dataclass
 class Reach:
     """How the tokens of one forward pass meet one store.
@@ -196,7 +196,7 @@ def lay_out(owners: list[int], count: int) -> tuple[torch.Tensor, torch.Tensor]:
             back[token] = owner * width + i
     return torch.tensor([line + [0] * (width - len(line)) for line in lines]), torch.tensor(back)
 
-
+# %% ../../nbs/27_attention.ipynb #f27480b5
 def meet(store: Store, first: int, trunks: list[int], tokens: list[tuple[int, int, int]]) -> Reach:
     """How tokens meet the slots of a store. A token sees its group's trunk and its own stream's tail, both
     up to its own place.
@@ -253,7 +253,7 @@ class Plan:
     layer: int = 0
     moved: dict = field(default_factory=dict)
 
-
+# %% ../../nbs/27_attention.ipynb #4b4cb173
 _plan: ContextVar[Plan | None] = ContextVar("plan", default=None)
 
 # %% ../../nbs/27_attention.ipynb #9222f71c
@@ -262,7 +262,7 @@ _known = frozenset(
     output_attentions output_hidden_states output_router_logits""".split()
 )
 
-
+# %% ../../nbs/27_attention.ipynb #b6888c85
 def shared_attention(module, query, key, value, attention_mask=None, scaling=None, **kwargs):
     """Attention of one layer by the current `Plan`.
 
@@ -304,7 +304,7 @@ def wide_kernel() -> bool:
 def _wide_linear(layer, x):
     return torch.ops.mkldnn._linear_pointwise(x, layer.weight, layer.bias, "none", [], "")
 
-
+# %% ../../nbs/27_attention.ipynb #33834d9c
 def _takes_wide_kernel(module) -> bool:
     if type(module) is not torch.nn.Linear or "forward" in vars(module):
         return False

@@ -86,7 +86,7 @@ def branches(
     mean.index_add_(0, owner, _lines(logits, list(others)) * share[:, None])
     return rows, _lines(logits, gold), mean
 
-
+# %% ../../nbs/26_choice.ipynb #77a5c6c3
 def _lines(logits: torch.Tensor, at: list[int]) -> torch.Tensor:
     "The lines `at` of `logits`, without a copy where they are evenly spaced."
     step = at[1] - at[0] if len(at) > 1 else 1
@@ -109,7 +109,7 @@ def draw(scores: torch.Tensor, uniforms: torch.Tensor, temperature: float, alpha
     at = uniforms.to(steps)[:, None] * steps[:, -1:]
     return torch.searchsorted(steps, at, right=True).squeeze(-1).clamp_max(scores.shape[-1] - 1)
 
-
+# %% ../../nbs/26_choice.ipynb #bc5d8dbf
 def row_uniforms(seed: int, name, n: int) -> torch.Tensor:
     "`n` numbers in [0, 1) that belong to one row."
     generator = torch.Generator().manual_seed(stable_seed(seed, "decoding", name))
@@ -155,7 +155,7 @@ class Choice:
         for row, token, favourite in zip(rows, chosen.tolist(), favourites.tolist()):
             row.take(token, favourite, self.stop)
 
-
+# %% ../../nbs/26_choice.ipynb #a7d37f8a
 def _refuse_not_finite(rows: list[Row], best: torch.Tensor) -> None:
     for row, finite in zip(rows, best.isfinite().tolist()):
         if not finite:
@@ -164,7 +164,7 @@ def _refuse_not_finite(rows: list[Row], best: torch.Tensor) -> None:
                 "Its weights are broken, or half precision overflows: try bfloat16 or float32."
             )
 
-
+# %% ../../nbs/26_choice.ipynb #2c293b4e
 def _keep_scores(rows: list[Row], chosen: torch.Tensor, gold: torch.Tensor, perturbed: torch.Tensor) -> None:
     logp, logp_perturbed = (x.gather(1, chosen[:, None]).squeeze(1).tolist() for x in (gold, perturbed))
     for row, a, b in zip(rows, logp, logp_perturbed):

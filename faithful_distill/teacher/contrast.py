@@ -124,7 +124,7 @@ def stop_rule(
         raise BadInput(problem, field="tokenizer", remedy="Give it an eos_token.")
     return Stop(ids, text, pieces, rule)
 
-
+# %% ../../nbs/24_contrast.ipynb #1de5da47
 def _first_tokens_of(text: str, tokenizer, pieces: Sequence[str]) -> set[int]:
     "The tokens with which `text` begins where it follows the end of a sentence."
     found = set()
@@ -171,10 +171,30 @@ class Generation:
     logp: list[float] | None = None
     logp_perturbed: list[float] | None = None
 
-
+# %% ../../nbs/24_contrast.ipynb #b56a1929
 def rationale_text(tokenizer, generation: Generation) -> str:
     "The rationale as text, with what the ending token still carried."
     return (tokenizer.decode(generation.tokens, skip_special_tokens=True) + generation.tail).strip()
+
+# %% ../../nbs/24_contrast.ipynb #a9c73a91
+def as_contexts(gold_ids, perturbed_ids) -> list[list[list[int]]]:
+    "Of each question its contexts, the gold one first. Raises `BadInput` if the two lists differ in length."
+    if perturbed_ids is None:
+        return [[list(gold)] for gold in gold_ids]
+    if len(gold_ids) != len(perturbed_ids):
+        problem = f"has {len(perturbed_ids)} rows where gold_ids has {len(gold_ids)}"
+        raise BadInput(problem, field="perturbed_ids", remedy="Give one entry per row.")
+    rows = []
+    for gold, others in zip(gold_ids, perturbed_ids):
+        one = not len(others) or isinstance(others[0], int)  # ids, not lists of ids
+        rows.append([list(gold), *([list(others)] if one else map(list, others))])
+    return rows
+
+# %% ../../nbs/24_contrast.ipynb #e65890f6
+def _log_p(model, ids: list[int]) -> torch.Tensor:
+    "Log-probabilities of the token after `ids`, (V,)."
+    ids = torch.tensor([ids], device=input_device(model))
+    return model(ids).logits[0, -1].float().log_softmax(-1)
 
 # %% ../../nbs/24_contrast.ipynb #b09ad123
 @torch.no_grad()
@@ -215,23 +235,3 @@ def reference_generate(
             generation if scores else Generation(generation.tokens, generation.stop, generation.tail)
         )
     return generations
-
-
-def _log_p(model, ids: list[int]) -> torch.Tensor:
-    "Log-probabilities of the token after `ids`, (V,)."
-    ids = torch.tensor([ids], device=input_device(model))
-    return model(ids).logits[0, -1].float().log_softmax(-1)
-
-# %% ../../nbs/24_contrast.ipynb #a9c73a91
-def as_contexts(gold_ids, perturbed_ids) -> list[list[list[int]]]:
-    "Of each question its contexts, the gold one first. Raises `BadInput` if the two lists differ in length."
-    if perturbed_ids is None:
-        return [[list(gold)] for gold in gold_ids]
-    if len(gold_ids) != len(perturbed_ids):
-        problem = f"has {len(perturbed_ids)} rows where gold_ids has {len(gold_ids)}"
-        raise BadInput(problem, field="perturbed_ids", remedy="Give one entry per row.")
-    rows = []
-    for gold, others in zip(gold_ids, perturbed_ids):
-        one = not len(others) or isinstance(others[0], int)  # ids, not lists of ids
-        rows.append([list(gold), *([list(others)] if one else map(list, others))])
-    return rows

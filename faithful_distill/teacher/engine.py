@@ -79,7 +79,7 @@ def group_rows(rows: list, root: int) -> list[Group]:
             groups[-1] = both
     return sorted(groups, key=lambda g: -(g.trunk + g.tail))
 
-
+# %% ../../nbs/28_engine.ipynb #9785167a
 def _joined(last: Group, one: Group, most: int) -> Group | None:
     "Both groups as one, None where that is no gain."
     if len(last.streams) + len(one.streams) > most:
@@ -107,7 +107,7 @@ def _first_tokens(batch: list[Group], store: Store) -> tuple[list, list, list, l
         last += [ends[number] for number in range(len(group.streams))]
     return ids, positions, tokens, write, last
 
-
+# %% ../../nbs/28_engine.ipynb #98cf0eb7
 def _next_tokens(streams: list, home: dict, store: Store) -> tuple[list, list, list, list]:
     "The newest token of each stream's row, in the same form; `home` says (group, number) of each stream."
     homes = [home[row.index, k] for row, k in streams]
@@ -223,7 +223,7 @@ def refused(model) -> str:
         _verdicts[model] = _try(model)
     return _verdicts[model]
 
-
+# %% ../../nbs/28_engine.ipynb #8098fb95
 @torch.inference_mode()
 def _try(model) -> str:
     try:
@@ -251,7 +251,7 @@ def _trial_rows(size: int) -> list:
         rows.append(SimpleNamespace(index=q, contexts=contexts, limit=3, generation=generation))
     return rows
 
-
+# %% ../../nbs/28_engine.ipynb #80d3cd0f
 def _trial_distance(model) -> float:
     "How far the engine's logits are from plain passes, at worst, over three steps of the trial."
     size = model.get_input_embeddings().weight.shape[0]
@@ -268,12 +268,12 @@ def _trial_distance(model) -> float:
             logits = engine.step()
     return worst
 
-
+# %% ../../nbs/28_engine.ipynb #f37b8a97
 def _plain_logits(model, ids: list[int], device) -> torch.Tensor:
     at = torch.tensor([ids], device=device)
     return model(input_ids=at, attention_mask=torch.ones_like(at), use_cache=False).logits[0, -1].to(device)
 
-
+# %% ../../nbs/28_engine.ipynb #d1a43e4a
 def _distance(logits: torch.Tensor, truth: torch.Tensor) -> float:
     "Root mean square difference in standard deviations of the logits; inf where not the same are finite."
     a, b = logits.float(), truth.float()
@@ -300,7 +300,7 @@ def token_budget(model) -> int:
         memory, most = _computer_memory() / 8, 32768
     return max(1, min(most, int(memory / cached_bytes(model))))
 
-
+# %% ../../nbs/28_engine.ipynb #d160aa1e
 def cached_bytes(model) -> int:
     "Memory of one cached token: keys and values of all layers."
     c = model.config.get_text_config()
@@ -308,7 +308,7 @@ def cached_bytes(model) -> int:
     size = getattr(c, "head_dim", None) or c.hidden_size // c.num_attention_heads
     return 2 * c.num_hidden_layers * heads * size * model.get_input_embeddings().weight.element_size()
 
-
+# %% ../../nbs/28_engine.ipynb #dea2590b
 def _computer_memory() -> int:
     import os
 
@@ -331,7 +331,7 @@ def needed_bytes(model, tokens: int, streams: int, at_once: int) -> tuple[int, i
         at_once * (8 * config.hidden_size + 2 * inner) * weight.element_size(),
     )
 
-
+# %% ../../nbs/28_engine.ipynb #1d48cb25
 def needs(model, tokens: int, streams: int, at_once: int) -> str:
     "What a run will take, in words."
     kept, logits, work = (b / 2**20 for b in needed_bytes(model, tokens, streams, at_once))

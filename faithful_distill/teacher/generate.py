@@ -31,7 +31,7 @@ def context_limit(model) -> int | None:
     config = model.config.get_text_config()
     return None if getattr(config, "alibi", False) else getattr(config, "max_position_embeddings", None)
 
-
+# %% ../../nbs/30_generate.ipynb #b382d001
 def _check_context(ids: list[int], limit: int | None, vocabulary: int, name: str) -> None:
     if not ids:
         remedy = "Give at least one token, such as the beginning-of-text token."
@@ -46,7 +46,7 @@ def _check_context(ids: list[int], limit: int | None, vocabulary: int, name: str
             remedy="Use fewer examples in the prompt, or a teacher with a longer context.",
         )
 
-
+# %% ../../nbs/30_generate.ipynb #76e8b4d4
 def _rows(model, gold_ids, perturbed_ids, max_new_tokens: int, ids: Sequence | None) -> list[Row]:
     "A `Row` for each gold context, checked, with the number of tokens that it may get."
     if max_new_tokens < 1:
@@ -89,7 +89,7 @@ def _run(engine, choice: Choice, done: Callable[[Row], None]) -> None:
         if engine.waiting and (entered := engine.admit()):
             turn(*entered)
 
-
+# %% ../../nbs/30_generate.ipynb #bbe88d2e
 def out_of_memory(error: Exception) -> bool:
     "Whether an error says that the memory of a device or of the computer is full."
     if isinstance(error, torch.OutOfMemoryError):

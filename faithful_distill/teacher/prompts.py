@@ -37,7 +37,7 @@ def context(q: Question, i: int | None) -> str:
     stated = "" if i is None else f" {choice_text(q, i).rstrip('.')}."
     return "\n".join([*lines, lead + stated])
 
-
+# %% ../../nbs/20_prompts.ipynb #0ad62238
 def block(q: Question, i: int, rationale: str) -> str:
     "The whole block: `context`, rationale, blank line."
     return f"{context(q, i)} {rationale}\n\n"
@@ -99,7 +99,7 @@ def few_shot(name_or_file: str | None, shots: int | None = None) -> str:
 # %% ../../nbs/20_prompts.ipynb #7d07b17e
 perturbations = ("none", "empty", "wrong", "all_wrong")
 
-
+# %% ../../nbs/20_prompts.ipynb #57ab6262
 def perturbed_answers(q: Question, target: int, perturbation: str, seed: int = 0) -> list[int | None]:
     """The answers that the other contexts state.
 

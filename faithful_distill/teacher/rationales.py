@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Iterable, Iterator, Sequence
 
-import faithful_distill
+from .. import __version__
 
 from ..files import BadInput, Journal, did_you_mean, progress, read_jsonl, sole_writer
 from ..questions import Question, require_answers
@@ -59,7 +59,7 @@ class Job:
         asked = dict(question=q.question, choices=q.choices, answer=q.answer, kind=q.kind)
         return asked | dict(target=self.target, perturbed=perturbed)
 
-
+# %% ../../nbs/40_rationales.ipynb #d62431e7
 def _jobs(questions: Iterable[Question], roles: Sequence[str], perturbation: str, seed: int) -> list[Job]:
     "The work for all questions. Raises `BadInput` for two questions of one id."
     jobs = []
@@ -82,10 +82,10 @@ provenance_fields = (
 
 def _provenance(teacher: Teacher, strategy: Strategy, examples: str, seed: int, max_new_tokens: int) -> dict:
     "What every rationale of a call says of how it was made."
-    made = dict(prompt=prompt_hash(examples), version=faithful_distill.__version__)
+    made = dict(prompt=prompt_hash(examples), version=__version__)
     return asdict(strategy) | teacher.provenance() | made | dict(seed=seed, max_new_tokens=max_new_tokens)
 
-
+# %% ../../nbs/40_rationales.ipynb #a2ac15cc
 def _rationale(job: Job, text: str, generation, provenance: dict) -> Rationale:
     "What was written, without the sentence in which the teacher states the answer."
     q, growth = job.question, generation.growth
@@ -117,7 +117,7 @@ def _prompts(teacher: Teacher, jobs: list[Job], shots: str) -> tuple[list, list]
         others.append([[ids[i] for i in context] for context in rest])
     return gold, others
 
-
+# %% ../../nbs/40_rationales.ipynb #99a74b4b
 def _decode(teacher: Teacher, jobs: list[Job], strategy: Strategy, shots: str, finished, **options) -> None:
     "Decode all jobs together; `finished(job, text, generation)` is called as each one ends."
     from faithful_distill.teacher.contrast import rationale_text, stop_rule
@@ -185,7 +185,7 @@ class _Expected:
         asked = self.jobs[_key(r)].fields()
         _refuse_difference(r, asked, "was written for another question of this id", file, line)
 
-
+# %% ../../nbs/40_rationales.ipynb #87ead408
 def _key(r: Rationale) -> str:
     return f"{r.id}/{r.role}"
 
@@ -217,7 +217,7 @@ def _other_parts(out) -> Iterator[Path]:
         if part.fullmatch(path.name) and path.name not in (out.name, journal_path(out).name):
             yield path
 
-
+# %% ../../nbs/40_rationales.ipynb #fff7b096
 def _from_other_parts(out, expected: _Expected) -> dict[str, Rationale]:
     "What those have finished of these jobs; what is of other questions, or made otherwise, is passed over."
     found = {}

@@ -37,11 +37,11 @@ def merge_shards(out: str | Path, n: int) -> list[Rationale]:
     write_records(out, rationales)
     return rationales
 
-
+# %% ../../nbs/42_shards.ipynb #39100243
 def _unfinished(parts: list[Path]) -> list[Path]:
     return [p for p in parts if not p.exists() or journal_path(p).exists()]
 
-
+# %% ../../nbs/42_shards.ipynb #c3a64956
 def _refuse_other_settings(r: Rationale, first: Rationale, part: Path, line: int) -> None:
     for name in provenance_fields:
         before, now = getattr(first, name), getattr(r, name)

@@ -52,7 +52,7 @@ class Strategy:
             )
             raise BadInput(problem, field="alpha", value=self.alpha, remedy=remedy)
 
-
+# %% ../../nbs/36_strategy.ipynb #0eb30afa
 def _number(name: str, value) -> float:
     if isinstance(value, bool) or not isinstance(value, Real):
         raise BadInput("is not a number", field=name, value=value)
@@ -74,7 +74,7 @@ strategies = {
     "contrastive-all-wrong": Strategy("all_wrong", 0.5),
 }
 
-
+# %% ../../nbs/36_strategy.ipynb #69056a05
 def as_strategy(strategy: str | Strategy, **changes) -> Strategy:
     """A `Strategy` from its name (or as it is), with some of its settings changed.
 

@@ -62,7 +62,7 @@ def add_adapters(model, lora: dict):
         )
     return model
 
-
+# %% ../../nbs/59_adapters.ipynb #54aeabc0
 def _unmergeable(model) -> Iterator[str]:
     "Names of what is trained beside A and B of linear layers and those layers' own biases."
     for name, p in model.named_parameters():
@@ -75,7 +75,7 @@ def _unmergeable(model) -> Iterator[str]:
         if adapted and type(layer.base_layer).__name__ not in ("Linear", "Conv1D"):
             yield name
 
-
+# %% ../../nbs/59_adapters.ipynb #9ed4c579
 def with_lora(student: Student, settings: Settings):
     "The student's model with adapters; their first values depend on the seed alone."
     import torch

@@ -42,7 +42,7 @@ card_settings = (
     "max_target",
 )
 
-
+# %% ../../nbs/62_card.ipynb #a1a7697d
 def card_text(note: dict, data: str = "") -> str:
     """The model card of a student.
 
@@ -79,7 +79,7 @@ def card_text(note: dict, data: str = "") -> str:
         )
     )
 
-
+# %% ../../nbs/62_card.ipynb #1cdd51a2
 def _plain(value):
     return int(value) if isinstance(value, float) and value.is_integer() else value
 
@@ -116,7 +116,7 @@ def model_card(folder: str | Path, metrics: dict | None = None, data: str = "") 
     write_text(Path(folder) / "README.md", text)
     return text
 
-
+# %% ../../nbs/62_card.ipynb #52c5ce62
 def _kept(measure):
     if not isinstance(measure, dict):
         return measure

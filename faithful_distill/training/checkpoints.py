@@ -29,7 +29,7 @@ def _sizes(checkpoint):
     files = (p for p in sorted(checkpoint.rglob("*")) if p.is_file() and p.name != "whole.json")
     return {str(p.relative_to(checkpoint)): p.stat().st_size for p in files}
 
-
+# %% ../../nbs/57_checkpoints.ipynb #3e3b43bd
 def checkpoints(folder: Path) -> list[Path]:
     "The whole checkpoints of a run, newest first."
     found = [p for p in Path(folder).glob("checkpoint-*") if is_whole(p)]

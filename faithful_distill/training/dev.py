@@ -51,7 +51,7 @@ def dev_evaluation(
 
     return evaluate
 
-
+# %% ../../nbs/64_dev.ipynb #bb816001
 def _sums(trainer, batches) -> list[float]:
     "Losses and token counts of both parts, over all ranks."
     sums = torch.zeros(4, dtype=torch.float64, device=trainer.args.device)
@@ -63,7 +63,7 @@ def _sums(trainer, batches) -> list[float]:
         sums += loss_sums(loss).to(sums)
     return over_ranks(sums).tolist()
 
-
+# %% ../../nbs/64_dev.ipynb #7ba54822
 def _accuracy(trainer, student: Student, questions: list[Question], settings: Settings) -> float:
     "Share of right answers, over all ranks; the student writes as it was trained to."
     prefix = "none" if settings.prefixes == "none" else "factual"

@@ -33,7 +33,7 @@ from .settings import Settings
 _no_part_of_the_key = {"log_every", "save_every", "report_to", "recipe"}
 _read_of_a_rationale = ("id", "question", "choices", "answer", "target", "role", "rationale", "kind")
 
-
+# %% ../../nbs/61_folder.ipynb #78788ff2
 def run_key(
     settings: Settings, rationales: list[Rationale], dev: list[Rationale] | None, weights: str
 ) -> str:
@@ -53,7 +53,7 @@ def run_key(
     deciding = settings.model_dump(exclude=_no_part_of_the_key)
     return content_key([deciding, content(rationales), dev and content(dev), weights])
 
-
+# %% ../../nbs/61_folder.ipynb #da766208
 @dataclass(frozen=True)
 class Run:
     """One training run.
@@ -145,7 +145,7 @@ def finished(out: Path, key: str) -> TrainingResult | None:
     shutil.rmtree(out / "checkpoints", ignore_errors=True)  # there if it died between its last two acts
     return TrainingResult(out, note["steps"], note["metrics"], note["rows"], 0.0)
 
-
+# %% ../../nbs/61_folder.ipynb #e6b9c228
 def clear(out: Path) -> None:
     "Remove what another run left: its note first, without which it is no finished student."
     for pattern in ("student.json", "metrics.jsonl", "times.json", "README.md", "model*.safetensors*"):
@@ -204,7 +204,7 @@ def write_student(
     trainer.accelerator.wait_for_everyone()
     return result
 
-
+# %% ../../nbs/61_folder.ipynb #84195733
 def _note(trainer, student, run, result) -> dict:
     from faithful_distill.training.zero import zero_stage
 
@@ -225,7 +225,7 @@ def _note(trainer, student, run, result) -> dict:
         **run.settings.model_dump(),
     )
 
-
+# %% ../../nbs/61_folder.ipynb #e3cd7eed
 def about_rationales(rationales: list[Rationale]) -> dict:
     "What a card says about the data: how many questions, and whose rationales."
     return dict(
@@ -233,7 +233,7 @@ def about_rationales(rationales: list[Rationale]) -> dict:
         teachers=sorted({str(r.teacher) for r in rationales if r.teacher}),
     )
 
-
+# %% ../../nbs/61_folder.ipynb #fde59177
 def kept_metrics(state) -> dict:
     "Metrics of a student from the log of its `TrainerState`: its last training losses, its dev metrics."
     best = state.best_global_step

@@ -62,7 +62,7 @@ def train_seeds(
         write_json(Path(out) / "seeds.json", dict(seeds=seeds, metrics=_over_seeds(results)))
     return results
 
-
+# %% ../../nbs/63_launch.ipynb #cfc5f568
 def _over_seeds(results: list[TrainingResult]) -> dict:
     "Mean, standard deviation and values of each metric that all of them have."
     found = {}
@@ -119,7 +119,7 @@ def launch(
     times = json.loads((Path(out) / "times.json").read_text(encoding="utf-8"))
     return TrainingResult(Path(out), note["steps"], note["metrics"], note["rows"], times["seconds"])
 
-
+# %% ../../nbs/63_launch.ipynb #1bee7e8a
 def _environment() -> dict:
     "That of this process without its rank; one thread each; this package can be imported."
     ours = {k: v for k, v in os.environ.items() if k not in rank_variables}

@@ -109,7 +109,7 @@ class Settings(BaseModel):
             )
         return self
 
-
+# %% ../../nbs/55_settings.ipynb #e8096b3c
 Settings.__doc__ += "\n\nParameters\n----------\n"
 Settings.__doc__ += "\n".join(
     f"{name}\n    {field.description}" for name, field in Settings.model_fields.items()
@@ -140,7 +140,7 @@ _packages = {
     "comet_ml": ("comet_ml",),
 }  # of a reporter, where it is not called as its package is
 
-
+# %% ../../nbs/55_settings.ipynb #48c9421a
 def check_reporters(names: str | list | tuple | None) -> list[str]:
     "Reporters of the Trainer by name; raises `BadInput` if one is unknown or its package is not installed."
     names = [n.strip() for n in names.split(",")] if isinstance(names, str) else list(names or [])
@@ -195,7 +195,7 @@ recipes = {
     "tiny": dict(lr=2e-3, batch_size=32, epochs=20, deepspeed="cpu"),
 }
 
-
+# %% ../../nbs/55_settings.ipynb #8fbb1882
 def recipe(name: str, **changes) -> dict:
     "Keywords for `train_student`: a named recipe with your changes."
     if name not in recipes:

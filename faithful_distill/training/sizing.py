@@ -50,7 +50,7 @@ class MemoryEstimate:
     def gpu(self) -> float:
         return self.weights + self.gradients + self.optimizer + self.gathered
 
-
+# %% ../../nbs/65_sizing.ipynb #bfbf0612
 def memory_need(
     parameters: float,
     ranks: int,
@@ -97,18 +97,19 @@ def memory_need(
         need.weights = 0.0
     return need
 
-
+# %% ../../nbs/65_sizing.ipynb #bf538332
 def _offloads(config: dict, what: str) -> bool:
     to = config.get("zero_optimization", {}).get(f"offload_{what}") or {}
     return to.get("device", "none") != "none"
 
-# %% ../../nbs/65_sizing.ipynb #e485ff9c
+# %% ../../nbs/65_sizing.ipynb #1c148396
 def deepspeed_estimate(
     parameters: int, ranks: int, deepspeed="zero2", layer: int = 0
 ) -> tuple[int, int] | None:
-    """(bytes per GPU, bytes of main memory of the machine) as DeepSpeed estimates them, without its allowance for buffers.
+    """(bytes per GPU, bytes of main memory of the machine) as DeepSpeed estimates them.
 
-    In bf16 with all parameters trained, on one machine. None for stages 0 and 1, which it has no estimate of.
+    In bf16 with all parameters trained, on one machine, without its allowance for buffers. None for stages 0
+    and 1, which it has no estimate of.
 
     Parameters
     ----------
@@ -145,7 +146,7 @@ def known_shape(student) -> str | None:
     name = str(student).rsplit("/", 1)[-1]
     return name if name in t5_sizes else None
 
-
+# %% ../../nbs/65_sizing.ipynb #c80fbb38
 def _config(name):
     from transformers import AutoConfig, T5Config
 
@@ -161,7 +162,7 @@ def _config(name):
             remedy="Give a folder with config.json, or a hub name.",
         ) from None
 
-
+# %% ../../nbs/65_sizing.ipynb #b26c9629
 def meta_model(student: Student | str | Path):
     "The model of a student (a Student, a folder, a hub name or a name of `t5_sizes`) without weights."
     import torch
@@ -176,7 +177,7 @@ def largest_layer(student: Student | str | Path) -> int:
     layers = meta_model(student).modules()
     return max(sum(p.numel() for p in layer.parameters(recurse=False)) for layer in layers)
 
-
+# %% ../../nbs/65_sizing.ipynb #66f3bf44
 def count_parameters(student: Student | str | Path, lora: dict | None = None) -> tuple[int, int]:
     "Parameters of a student (as for `meta_model`), and how many of them are trained. No weights are read."
     import torch
@@ -230,7 +231,7 @@ def memory_table(
                 )
     return rows
 
-
+# %% ../../nbs/65_sizing.ipynb #97243b9a
 def _gigabytes(n: float) -> float:
     return round(n / 1e9, 4 if n < 1e8 else 1)
 
@@ -272,7 +273,7 @@ def dry_run(
         f"GB of main memory per process, where something is offloaded:\n{host}"
     )
 
-
+# %% ../../nbs/65_sizing.ipynb #b70d240b
 def _memory_tables(student, ranks, settings: Settings, precision: str) -> tuple[str, str]:
     "GPU and main memory, of the student and for comparison of T5, by configuration and number of GPUs."
     import pandas

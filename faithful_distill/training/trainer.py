@@ -41,7 +41,7 @@ def make_examples(
     )
     return examples_of(rows, [r.id for r in rationales]), counts
 
-
+# %% ../../nbs/58_trainer.ipynb #b2d482a9
 class Examples(torch.utils.data.Dataset):
     "Examples by index; index -1 is an empty one."
 
@@ -60,7 +60,7 @@ def collate_examples(examples: list[list[Row]], student: Student) -> dict:
     nothing = Row([student.eos], [student.eos], [], False)
     return collate([row for example in examples for row in example] or [nothing], student)
 
-
+# %% ../../nbs/58_trainer.ipynb #e17d61f2
 def example_lengths(examples: list[list[Row]]) -> list[int]:
     "The longest row of each example, in tokens."
     return [max(row.length for row in example) for example in examples]
@@ -150,7 +150,7 @@ def loss_sums(loss):
     "[factual, counterfactual] losses summed over tokens, and their token counts: what is added up over batches."
     return torch.stack([loss.factual, loss.counterfactual, loss.tokens_factual, loss.tokens_counterfactual])
 
-
+# %% ../../nbs/58_trainer.ipynb #af0cb28c
 def loss_parts(sums: list[float]) -> dict:
     "Summed losses and token counts as means per token; None where there were no tokens."
     l_f, l_c, n_f, n_c = sums
@@ -161,9 +161,9 @@ def loss_parts(sums: list[float]) -> dict:
         tokens_counterfactual=int(n_c),
     )
 
-# %% ../../nbs/58_trainer.ipynb #dad787cd
-class DistillationTrainer(Trainer):
-    """`Trainer` for examples.
+# %% ../../nbs/58_trainer.ipynb #f26033c9
+class StepLossTrainer(Trainer):
+    """`Trainer` whose loss is normalised over a whole step, and whose log has the parts of the loss.
 
     Parameters
     ----------
@@ -177,22 +177,12 @@ class DistillationTrainer(Trainer):
         which examples, when
     loss
         keywords of `distillation_loss`
-    dev
-        trainer -> dev metrics
     """
 
     def __init__(
-        self,
-        student: Student,
-        examples: list[list[Row]],
-        args,
-        *,
-        batches: StepBatches,
-        loss: dict,
-        dev=None,
-        **kwargs,
+        self, student: Student, examples: list[list[Row]], args, *, batches: StepBatches, loss: dict, **kwargs
     ):
-        self.student, self.batches, self.loss_settings, self.dev = student, batches, loss, dev
+        self.student, self.batches, self.loss_settings = student, batches, loss
         super().__init__(
             student.model,
             args,
@@ -218,13 +208,13 @@ class DistillationTrainer(Trainer):
         return batches, over_ranks(sum(token_counts(batch) for batch in batches).to(device))
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        logits = learned_logits(model, inputs)
-        loss = distillation_loss(
-            logits,
+        logits, labels, counterfactual = (
+            learned_logits(model, inputs),
             inputs["labels"],
             inputs["counterfactual"],
-            totals=num_items_in_batch,
-            **self.loss_settings,
+        )
+        loss = distillation_loss(
+            logits, labels, counterfactual, totals=num_items_in_batch, **self.loss_settings
         )
         if not torch.isfinite(loss.total):
             raise not_finite(loss, self.state.global_step)
@@ -237,6 +227,37 @@ class DistillationTrainer(Trainer):
             logs = {**logs, **loss_parts(over_ranks(self.sums.clone()).tolist())}
             self.sums.zero_()
         super().log(logs, start_time)
+
+    def floating_point_ops(self, inputs):
+        return 0  # counting them costs more than a small model's step
+
+# %% ../../nbs/58_trainer.ipynb #569c58c8
+def not_finite(loss, step: int) -> BadInput:
+    "The error for a loss that is NaN or infinite, naming the part that is."
+    parts = dict(factual=loss.factual, counterfactual=loss.counterfactual)
+    part = next((name for name, value in parts.items() if not torch.isfinite(value)), "total")
+    return BadInput(
+        f"the {part} loss is not a finite number in step {step + 1}",
+        field="loss",
+        value=float(loss.total.detach()),
+        remedy="Lower lr or use bf16/fp32 weights that are finite; checkpoints written before are untouched.",
+    )
+
+# %% ../../nbs/58_trainer.ipynb #dad787cd
+class DistillationTrainer(StepLossTrainer):
+    """`StepLossTrainer` that evaluates on dev data, and takes no step after the last.
+
+    Parameters
+    ----------
+    dev
+        trainer -> dev metrics
+    *args, **kwargs
+        as for `StepLossTrainer`
+    """
+
+    def __init__(self, *args, dev=None, **kwargs):
+        self.dev = dev
+        super().__init__(*args, **kwargs)
 
     def evaluate(self, *args, **kwargs):
         metrics = {f"eval_{name}": value for name, value in self.dev(self).items()}
@@ -256,21 +277,6 @@ class DistillationTrainer(Trainer):
         return self.state.global_step >= self.state.max_steps or any(
             c.early_stopping_patience_counter >= c.early_stopping_patience for c in waiting
         )
-
-    def floating_point_ops(self, inputs):
-        return 0  # counting them costs more than a small model's step
-
-# %% ../../nbs/58_trainer.ipynb #569c58c8
-def not_finite(loss, step: int) -> BadInput:
-    "The error for a loss that is NaN or infinite, naming the part that is."
-    parts = dict(factual=loss.factual, counterfactual=loss.counterfactual)
-    part = next((name for name, value in parts.items() if not torch.isfinite(value)), "total")
-    return BadInput(
-        f"the {part} loss is not a finite number in step {step + 1}",
-        field="loss",
-        value=float(loss.total.detach()),
-        remedy="Lower lr or use bf16/fp32 weights that are finite; checkpoints written before are untouched.",
-    )
 
 # %% ../../nbs/58_trainer.ipynb #75b291f4
 class MetricsFile(TrainerCallback):
@@ -293,7 +299,7 @@ class MetricsFile(TrainerCallback):
         with open(self.path, "a", encoding="utf-8") as f:
             f.write(json.dumps({"step": state.global_step, **logs}, sort_keys=True) + "\n")
 
-
+# %% ../../nbs/58_trainer.ipynb #1442eb86
 class Bar(TrainerCallback):
     "A progress bar with the loss, the rate and the time left, on rank 0."
 
@@ -346,7 +352,7 @@ def keep_grad_norm(engine) -> None:
 
     engine.clip_fp32_gradients = clip_and_note
 
-
+# %% ../../nbs/58_trainer.ipynb #d940d669
 class TrainingSchedule(TrainerCallback):
     """Sets the epoch of the batches, logs and saves, and stops where a gradient is not finite.
 
