@@ -21,14 +21,15 @@ def combine(l_f, l_c, n_f, n_c, alpha_cf: float, reduction: str):
     Raises `BadInput` for a reduction other than 'per_part' and 'per_token'.
     """
     if reduction == "per_part":
-        return (1 - alpha_cf) * l_f / _at_least_one(n_f) + alpha_cf * l_c / _at_least_one(n_c)
+        return (1 - alpha_cf) * l_f / _nonzero(n_f) + alpha_cf * l_c / _nonzero(n_c)
     if reduction == "per_token":
-        return ((1 - alpha_cf) * l_f + alpha_cf * l_c) / _at_least_one((1 - alpha_cf) * n_f + alpha_cf * n_c)
+        return ((1 - alpha_cf) * l_f + alpha_cf * l_c) / _nonzero((1 - alpha_cf) * n_f + alpha_cf * n_c)
     raise BadInput("must be one of per_part, per_token", field="reduction", value=reduction)
 
 
-def _at_least_one(n):
-    return n.clamp(min=1) if hasattr(n, "clamp") else max(n, 1)
+def _nonzero(n):
+    "A count to divide by; 1 where there is nothing to count."
+    return n + (n == 0)
 
 # %% ../../nbs/45_loss.ipynb #b1c5d2a3
 def answer_token_weight(n_f: int, n_c: int, alpha_cf: float = 0.5, reduction: str = "per_part") -> float:

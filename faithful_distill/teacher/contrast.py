@@ -78,7 +78,7 @@ class Stop:
             return True
         if not self.text:
             return False
-        before = written[max(0, len(written) - len(self.text) + 1) :]
+        before = written[max(0, len(written) - len(self.text) + 1) :]  # all that can still matter
         return self.text in before + self.piece(token)
 
     def tail(self, written: str, token: int) -> str:
@@ -157,7 +157,8 @@ class Generation:
     tail
         text that the ending token still carried ('.' of '.\n\n')
     growth
-        plausibility growth G of each token, in nats; None if scores were not asked for
+        plausibility growth G of each token, in nats (log P* where nothing is contrasted); None if scores were not
+        asked for
     logp
         log P(token | gold context)
     logp_perturbed
@@ -209,7 +210,23 @@ def reference_generate(
     stop=None,
     scores: bool = False,
 ) -> list[Generation]:
-    "The method as written, for checking: greedy, batch 1, no cache. Parameters as in `contrastive_generate`."
+    """The method as written, for checking: greedy, batch 1, no cache.
+
+    Parameters
+    ----------
+    gold_ids
+        for each question its gold context
+    perturbed_ids
+        for each question one perturbed context or a list of them; None: nothing is contrasted
+    alpha, beta
+        as in `contrast`
+    max_new_tokens
+        the most tokens of a rationale
+    stop
+        a `Stop`, an id, several ids, or None (never)
+    scores
+        keep the growth of each token
+    """
     stop, generations = as_stop(stop), []
     for gold_context, *others in as_contexts(gold_ids, perturbed_ids):
         generation, written = Generation(growth=[]), ""
