@@ -44,9 +44,9 @@ def _dot(axes, place: int, score, look, limits, *, percent: bool, bars: bool, di
     axes.annotate(number(score["value"], percent, digits), (1, place), **text)
 
 # %% ../../nbs/90_plots.ipynb #5fb7bd59
-def _missing_dot(axes, place: int, reason: str, left: float, room: float) -> None:
+def _missing_dot(axes, place: int, reason: str, left: float, max_width: float) -> None:
     "A row without a value: a dash and the reason, cut to one line."
-    lines = wrapped(f"– {reason}", room, 7.5)
+    lines = wrapped(f"– {reason}", max_width, 7.5)
     text = lines[0] + " ..." * (len(lines) > 1)
     look = {"va": "center", "fontsize": 7.5, "color": faint, "bbox": {"fc": "white", "lw": 0, "pad": 1}}
     axes.annotate(text, (left, place), (4, 0), textcoords="offset points", **look)
@@ -144,7 +144,7 @@ def dots(
     figure, panels = panels_of(summary, panel, columns, width, height, same_x=same_scale)
     columns = min(columns, len(panels))
     names_width = max(text_width(str(r), style["ytick.labelsize"]) for r in look) + 12
-    room = (72 * width - names_width) / columns
+    max_width = (72 * width - names_width) / columns
     shared = limits or (_value_limits(summary, bars, reference) if same_scale else None)
     for p in panels:
         ends = shared or _value_limits(p.rows, bars, reference)
@@ -157,11 +157,11 @@ def dots(
                 how = {"percent": percent, "bars": bars, "digits": digits}
                 _dot(p.axes, place, score, look[name], ends, **how)
             else:
-                _missing_dot(p.axes, place, score["reason"], ends[0], room - 12)
+                _missing_dot(p.axes, place, score["reason"], ends[0], max_width - 12)
         ticks = _value_ticks(ends, 1.0 if percent else math.inf, 5 if columns == 1 else 3)
         p.axes.set(xlim=ends, xticks=ticks)
         _name_rows(p.axes, look)
-        frame_panel(p, "x", percent, room - 8)
+        frame_panel(p, "x", percent, max_width - 8)
     reference_line(panels, reference, reference_label, upright=True)
     _label_values(figure, panels, columns, label)
     return figure
@@ -289,7 +289,7 @@ def lines(
     figure, panels = panels_of(summary, panel, columns, width, height, same_y=same_scale)
     look = looks(summary[line])
     names_width = max(text_width(str(name), 8.2) for name in look) + 30
-    room = (72 * width - names_width) / min(columns, len(panels)) - 34
+    max_width = (72 * width - names_width) / min(columns, len(panels)) - 34
     for p in panels:
         for key in look:
             _line(p.axes, p.rows[p.rows[line] == key], x, look[key])
@@ -297,7 +297,7 @@ def lines(
             p.axes.set_xscale("log")
         if log or words:
             _level_ticks(p.axes, sorted(summary[x].unique()), words)
-        frame_panel(p, "y", percent, room)
+        frame_panel(p, "y", percent, max_width)
         if p.first:
             p.axes.set_ylabel(label)
         if p.bottom:

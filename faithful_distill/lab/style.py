@@ -302,14 +302,14 @@ def panels_of(summary, by, columns, width, height, *, same_x: bool = True, same_
     return figure, panels
 
 # %% ../../nbs/87_style.ipynb #409f6e1d
-def frame_panel(panel: Panel, value_axis: str, percent: bool, room: float = math.inf) -> None:
+def frame_panel(panel: Panel, value_axis: str, percent: bool, max_width: float = math.inf) -> None:
     "Title, grid lines across the axis of values ('x' or 'y'), and that axis in percent."
     from matplotlib.ticker import FuncFormatter
 
     axes = panel.axes
     if panel.title is not None:
         bold = style["axes.titlesize"] * 1.12  # bold type is wider
-        axes.set_title("\n".join(wrapped(str(panel.title), room, bold)))
+        axes.set_title("\n".join(wrapped(str(panel.title), max_width, bold)))
     axes.grid(False)
     axes.grid(True, axis=value_axis)
     if panel.bottom:
