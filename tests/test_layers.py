@@ -26,6 +26,7 @@ LAYERS = (  # from the ground up; the wings of one layer do not import each othe
     ("reasoners",),
     ("faithfulness",),
     ("lab",),
+    ("commands",),
     ("cli",),
     ("__main__",),
 )

@@ -345,4 +345,4 @@ def test_a_folder_for_the_list_of_bad_records_is_refused_before_anything_is_read
             str(tmp_path / "r.jsonl"),
         ],
     )
-    assert done.exit_code == 2 and "is a directory" in done.output and not (tmp_path / "r.jsonl").exists()
+    assert done.exit_code == 2 and "is a folder, not a file" in done.output and not (tmp_path / "r.jsonl").exists()
