@@ -189,7 +189,7 @@ def rationales(
     roles
         which rationales: gold, counterfactual, or both with a comma
     strategy
-        greedy, sampled, contrastive-empty, contrastive-wrong or contrastive-all-wrong
+        greedy, sampled, contrastive-empty, contrastive-open, contrastive-wrong or contrastive-all-wrong
     shots
         how many worked examples; all if not given
     token_budget

@@ -56,7 +56,7 @@ class Rationale:
     growth
         plausibility growth of each token, in nats
     perturbation
-        'none', 'empty', 'wrong' or 'all_wrong'
+        'none', 'empty', 'open', 'wrong' or 'all_wrong'
     alpha
         strength of the contrast
     beta

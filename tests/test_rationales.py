@@ -47,7 +47,7 @@ def test_the_flip_undoes_itself_nowhere():
 
 
 def test_contrast_makes_the_embedded_teacher_argue_for_the_stated_answer(teacher):
-    "Gold or not: the reason the package exists."
+    "Gold or not: the reason the package exists. Most of all where the stated answer is wrong."
     questions = {
         q.id: q for k in ("choice", "boolean", "statement") for q in world_questions(k, "test", 2, limit=60)
     }
@@ -58,8 +58,8 @@ def test_contrast_makes_the_embedded_teacher_argue_for_the_stated_answer(teacher
                 judge(questions[r.id], r.rationale).supports == r.target
             )
     mean = {k: sum(v) / len(v) for k, v in share.items()}
-    for role in ("gold", "counterfactual"):
-        assert mean["contrastive-wrong", role] > mean["greedy", role] + 0.1, mean
+    assert mean["contrastive-wrong", "gold"] > mean["greedy", "gold"], mean
+    assert mean["contrastive-wrong", "counterfactual"] > mean["greedy", "counterfactual"] + 0.1, mean
 
 
 def test_a_file_that_another_process_writes_is_left_alone(teacher, tmp_path):
@@ -112,7 +112,7 @@ def test_settings_of_the_strategy_are_given_in_the_call(teacher, tmp_path):
         (dict(alpha=True), "field 'alpha': is not a number"),
         (dict(beta=2), "field 'beta'"),
         (dict(temperature=-1), "field 'temperature'"),
-        (dict(perturbation="other"), "must be one of none, empty, wrong, all_wrong"),
+        (dict(perturbation="other"), "must be one of none, empty, open, wrong, all_wrong"),
         (dict(alpha=0.0), "conflicts with perturbation='wrong'"),
         (dict(strategy="greedy", alpha=0.5), "conflicts with perturbation='none'"),
     ):
@@ -298,6 +298,25 @@ def test_choices_that_end_in_a_full_stop_get_no_second_one():
 
     q = replace(world_questions("choice", "test", limit=1)[0], choices=("Mosses.", "ferns", "a", "b", "c"))
     assert context(q, 0).endswith("The answer is Mosses.") and context(q, 1).endswith("The answer is ferns.")
+
+
+def test_the_empty_answer_is_a_finished_sentence_and_the_open_one_is_not(teacher):
+    "Word for word, for each kind of question; no two perturbations share contexts, and the record names its own."
+    from faithful_distill.teacher.prompts import context, contrast_ids
+
+    for kind, lead in (("choice", "answer"), ("boolean", "answer"), ("statement", "statement")):
+        q = world_questions(kind, "test", limit=1)[0]
+        for perturbation, last in (("empty", f"A: The {lead} is ."), ("open", f"A: The {lead} is")):
+            for role in ("gold", "counterfactual"):
+                target, others = argument(q, role, perturbation)
+                assert [context(q, i).split("\n")[-1] for i in others] == [last]
+                gold, [other] = contrast_ids(teacher.tokenizer, q, target, others)
+                assert teacher.tokenizer.decode(other).endswith(last) and gold != other
+    made = {
+        s: rationalize(teacher, [q], s, max_new_tokens=4) for s in ("contrastive-empty", "contrastive-open")
+    }
+    assert [r.perturbation for rs in made.values() for r in rs] == ["empty"] * 2 + ["open"] * 2
+    assert all(r.perturbed is None and read_records([r.to_row()]) == [r] for rs in made.values() for r in rs)
 
 
 def test_worked_examples_of_ones_own_are_read_again_when_they_change(tmp_path):

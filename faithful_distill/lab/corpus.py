@@ -44,6 +44,8 @@ class CorpusFaults:
         largest share
     unstated
         share of blocks that state no answer
+    vacuous_unstated
+        of those of them that would not be vacuous, the share that is made so; 0: no difference is planted
     wrong
         share of the others that state a wrong one
     defended
@@ -55,6 +57,7 @@ class CorpusFaults:
     vacuous_low: float = 0.15
     vacuous_high: float = 0.85
     unstated: float = 0.15
+    vacuous_unstated: float = 0.0
     wrong: float = 0.3
     defended: float = 0.7
     cued: float = 0.2
@@ -96,7 +99,9 @@ def _faulty_rationale(
     q: Question, stated: int | None, faults: CorpusFaults, seed: int, rng: random.Random
 ) -> str:
     vacuous = vacuous_share(q, faults)
-    if rng.random() < (vacuous if stated is not None else (1 + vacuous) / 2):
+    if stated is None:
+        vacuous += (1 - vacuous) * faults.vacuous_unstated
+    if rng.random() < vacuous:
         return vacuous_rationale(q, seed)
     defended = stated is not None and rng.random() < faults.defended
     return supporting_rationale(q, stated if defended else q.answer, seed)

@@ -45,7 +45,7 @@ class Job:
     question: Question
     role: str
     target: int
-    others: tuple[int | None, ...]
+    others: tuple[int | str | None, ...]
 
     @property
     def key(self) -> str:
@@ -53,7 +53,7 @@ class Job:
 
     def fields(self) -> dict:
         "The fields of its `Rationale` that are known before it is written."
-        q, perturbed = self.question, tuple(i for i in self.others if i is not None)
+        q, perturbed = self.question, tuple(i for i in self.others if isinstance(i, int))
         if len(perturbed) < 2:
             perturbed = perturbed[0] if perturbed else None
         asked = dict(question=q.question, choices=q.choices, answer=q.answer, kind=q.kind)

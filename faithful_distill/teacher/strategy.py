@@ -25,7 +25,8 @@ class Strategy:
     Parameters
     ----------
     perturbation
-        the answers to contrast with: 'none', 'empty', 'wrong' or 'all_wrong'
+        the answers to contrast with: 'none', 'empty', 'wrong' or 'all_wrong'; 'open' is an empty answer whose
+        context awaits an answer instead of a rationale, see `prompts.perturbed_answers`
     alpha
         strength of the contrast, in [0, 1); 0 is plain decoding
     beta
@@ -70,6 +71,7 @@ strategies = {
     "greedy": Strategy(),
     "sampled": Strategy(temperature=1.0),
     "contrastive-empty": Strategy("empty", 0.5),
+    "contrastive-open": Strategy("open", 0.5),
     "contrastive-wrong": Strategy("wrong", 0.5),
     "contrastive-all-wrong": Strategy("all_wrong", 0.5),
 }
@@ -100,7 +102,7 @@ def as_strategy(strategy: str | Strategy, **changes) -> Strategy:
     return replace(strategy, **{name: value for name, value in changes.items() if value is not None})
 
 # %% ../../nbs/36_strategy.ipynb #be4ca1a8
-def argument(q: Question, role: str, perturbation: str, seed: int = 0) -> tuple[int, list[int | None]]:
+def argument(q: Question, role: str, perturbation: str, seed: int = 0) -> tuple[int, list[int | str | None]]:
     """The answer to argue for, and the answers to contrast it with.
 
     Parameters
@@ -110,14 +112,14 @@ def argument(q: Question, role: str, perturbation: str, seed: int = 0) -> tuple[
     role
         'gold' or 'counterfactual'
     perturbation
-        'none', 'empty', 'wrong' or 'all_wrong'
+        'none', 'empty', 'open', 'wrong' or 'all_wrong'
     seed
         decides which choice is the wrong one
 
     Returns
     -------
-    tuple[int, list[int | None]]
-        index of a choice; indices, or [None] for the empty answer, or [] for no contrast
+    tuple[int, list[int | str | None]]
+        index of a choice; indices, or [None] for the empty answer, or ['open'], or [] for no contrast
     """
     if role not in roles:
         raise BadInput(f"must be one of {', '.join(roles)}", field="role", value=role)
