@@ -319,6 +319,38 @@ def test_the_empty_answer_is_a_finished_sentence_and_the_open_one_is_not(teacher
     assert all(r.perturbed is None and read_records([r.to_row()]) == [r] for rs in made.values() for r in rs)
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("context", ["gold", "perturbed"])
+def test_logits_that_are_not_finite_are_one_line_and_what_is_written_stays(
+    tmp_path, monkeypatch, value, context
+):
+    "They come late here, as from an overflow: the rationales before are in the journal, and a sound teacher goes on."
+    from faithful_distill.teacher import choice
+
+    questions, out = world_questions("choice", "test", limit=4), tmp_path / "out.jsonl"
+    teacher = load_teacher(shipped("data", "models", "teacher"))
+    whole = rationalize(teacher, questions, max_new_tokens=12)
+    turn, begun = choice.Choice.turn, []
+
+    def spoilt(self, streams, logits):
+        begun.append(streams)
+        if len(begun) > 30:
+            at = next(i for i, (_, k) in enumerate(streams) if (k == 0) == (context == "gold"))
+            logits = logits.clone()
+            logits[at, 7] = value
+        return turn(self, streams, logits)
+
+    monkeypatch.setattr(choice.Choice, "turn", spoilt)
+    call = dict(max_new_tokens=12, out=out, token_budget=1)
+    with pytest.raises(BadInput, match=r"row \d+ \(choice.*/\w+\), token \d+.*float32") as error:
+        rationalize(teacher, questions, **call)
+    assert error.value.field == "teacher"
+    kept = read_records(out.with_name("out.jsonl.partial"))
+    assert 0 < len(kept) < 8 and all(r in whole for r in kept)
+    monkeypatch.undo()
+    assert rationalize(teacher, questions, **call) == whole
+
+
 def test_worked_examples_of_ones_own_are_read_again_when_they_change(tmp_path):
     from faithful_distill.teacher.prompts import few_shot
 
