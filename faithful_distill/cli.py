@@ -438,6 +438,7 @@ def rationales(
     from faithful_distill.files import shipped, writable_folder
     from faithful_distill.ranks import leave_ranks
     from faithful_distill.teacher.loading import load_teacher
+    from faithful_distill.teacher.rationales import summary
     from faithful_distill.teacher.strategy import as_strategy
     from faithful_distill.teacher.shards import rationalize_in_parts
 
@@ -471,11 +472,7 @@ def rationales(
         )
     if loaded.tensor_parallel:
         leave_ranks()
-    cut = sum(r.stop == "length" for r in records)
-    n_questions = len({r.id for r in records})
-    click.echo(
-        f"{len(records)} rationales for {n_questions} questions in {out}; {cut} cut at {max_new_tokens} tokens"
-    )
+    click.echo(f"{out}: {summary(records)}")
 
 # %% ../nbs/95_cli.ipynb #fbe28419
 def _prompt_for(prompt: str | None, data: str) -> str | None:
