@@ -206,6 +206,7 @@ def rationales(
     from faithful_distill.files import shipped, writable_folder
     from faithful_distill.ranks import leave_ranks
     from faithful_distill.teacher.loading import load_teacher
+    from faithful_distill.teacher.rationales import summary
     from faithful_distill.teacher.strategy import as_strategy
     from faithful_distill.teacher.shards import rationalize_in_parts
 
@@ -219,7 +220,9 @@ def rationales(
             remedy="Name a causal language model: a hub name or a local folder.",
         )
     loaded = load_teacher(
-        teacher or shipped("data", "models", "teacher"), dtype=dtype, tensor_parallel=tensor_parallel
+        shipped("data", "models", "teacher") if teacher is None else teacher,
+        dtype=dtype,
+        tensor_parallel=tensor_parallel,
     )
     with shown_log():
         records = rationalize_in_parts(
@@ -237,11 +240,7 @@ def rationales(
         )
     if loaded.tensor_parallel:
         leave_ranks()
-    cut = sum(r.stop == "length" for r in records)
-    n_questions = len({r.id for r in records})
-    click.echo(
-        f"{len(records)} rationales for {n_questions} questions in {out}; {cut} cut at {max_new_tokens} tokens"
-    )
+    click.echo(f"{out}: {summary(records)}")
 
 # %% ../nbs/95_cli.ipynb #fbe28419
 def _prompt_for(prompt: str | None, data: str) -> str | None:
@@ -311,7 +310,8 @@ def train(
     settings = named_recipe(recipe) if recipe else {}
     settings = {**settings, **{k: v for k, v in given.items() if v is not None}}
     named = settings.pop("student", None)
-    base = student or named or str(shipped("data", "models", "student"))
+    embedded = shipped("data", "models", "student")
+    base = next(str(name) for name in (student, named, embedded) if name is not None)
     if method != "counterfactual":
         settings |= dict(alpha_cf=0.0, answer_only=method == "answer-only")
     if dry_run:
@@ -378,7 +378,7 @@ def evaluate(
     folder = writable_folder(out)
     questions = require_answers(read_questions(data, path, split, limit, skip_bad), "evaluation")
     records = read_records(rationales, questions=questions) if rationales else []
-    if simulator:  # before the long part: can it be had, and does it read?
+    if simulator is not None:  # before the long part: can it be had, and does it read?
         read_choices(ChoiceReader(simulator), questions[:1], ["a text"])
     measured = measure(
         load_student(student),
@@ -393,7 +393,7 @@ def evaluate(
     scores, written = dict(measured.scores), measured.arms["written"][0]
     write_json(folder / "answers.json", measured.rows())
     write_json(folder / "metrics.json", {name: s.to_dict() for name, s in scores.items()})
-    if simulator:
+    if simulator is not None:
         behaviour = ModelBehaviour(questions, [a.rationale for a in written], [a.choice for a in written])
         scores |= try_las(simulator, behaviour)
         write_json(folder / "metrics.json", {name: s.to_dict() for name, s in scores.items()})
@@ -440,9 +440,13 @@ def score(
         at most so many rationales
     """
     from faithful_distill.faithfulness.scoring import score_rationales
+    from faithful_distill.models import check_name
     from faithful_distill.files import writable_folder
     from faithful_distill.lab.score_report import write_scored
 
+    for field, name in (("--simulator", simulator), ("--model", model)):
+        if name is not None:
+            check_name(name, field)
     folder = writable_folder(out)
     scored = score_rationales(
         file,

@@ -21,13 +21,33 @@ from typing import Sequence
 
 from .files import BadInput, shows_progress
 
+# %% ../nbs/06_ranks.ipynb #c45e76cf
+_start = "Start with torchrun or deepspeed, or unset WORLD_SIZE and RANK."
+
+
+def launcher_number(name: str, default: int | None, least: int = 0) -> int | None:
+    "A launcher's variable as a whole number. Raises `BadInput` for one that is none, or is too small."
+    text = os.environ.get(name)
+    if text is None:
+        return default
+    if not text.strip().isdecimal() or int(text) < least:
+        raise BadInput(f"must be a whole number from {least}", field=name, value=text, remedy=_start)
+    return int(text)
+
 # %% ../nbs/06_ranks.ipynb #c6194036
 def shard_from_environment() -> tuple[int, int] | None:
-    "(rank, world size) as set by `torchrun` or `deepspeed`; None in a single process."
-    n = int(os.environ.get("WORLD_SIZE", 1))
-    return (int(os.environ["RANK"]), n) if n > 1 else None
+    """(rank, world size) as set by `torchrun` or `deepspeed`; None in a single process.
 
+    Raises `BadInput` for variables that do not fit together: WORLD_SIZE without RANK, a RANK beyond it.
+    """
+    n, rank = launcher_number("WORLD_SIZE", 1, least=1), launcher_number("RANK", None)
+    if rank is None and n > 1:
+        raise BadInput(f"is not set, but WORLD_SIZE says {n} processes", field="RANK", remedy=_start)
+    if rank is not None and rank >= n and "WORLD_SIZE" in os.environ:
+        raise BadInput(f"must be less than WORLD_SIZE, {n}", field="RANK", value=rank, remedy=_start)
+    return (rank, n) if n > 1 else None
 
+# %% ../nbs/06_ranks.ipynb #04fc7d46
 def shard_of(items: Sequence, k: int, n: int) -> list:
     "The `k`-th (from 0) of `n` contiguous parts whose sizes differ by one at most."
     if not 0 <= k < n:
@@ -66,9 +86,9 @@ def placement(tensor_parallel: bool = False) -> dict:
         return _tensor_parallel()
     if not torch.cuda.is_available():
         return {}
-    processes = int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("WORLD_SIZE", 1)))
+    processes = launcher_number("LOCAL_WORLD_SIZE", launcher_number("WORLD_SIZE", 1, least=1), least=1)
     cards = torch.cuda.device_count()
-    mine = cards_of(int(os.environ.get("LOCAL_RANK", 0)), processes, cards)
+    mine = cards_of(launcher_number("LOCAL_RANK", 0), processes, cards)
     if len(mine) == 1 < cards:
         return dict(device_map={"": mine[0]})
     if processes == 1:
@@ -78,7 +98,7 @@ def placement(tensor_parallel: bool = False) -> dict:
 
 # %% ../nbs/06_ranks.ipynb #bfc2c588
 def _tensor_parallel() -> dict:
-    if int(os.environ.get("WORLD_SIZE", 1)) < 2:
+    if launcher_number("WORLD_SIZE", 1, least=1) < 2:
         raise BadInput(
             "needs several processes",
             field="tensor_parallel",
@@ -121,7 +141,7 @@ def leave_ranks() -> bool:
     if torch.distributed.is_initialized():
         torch.distributed.barrier()
         torch.distributed.destroy_process_group()
-    return int(os.environ.get("RANK", 0)) == 0
+    return launcher_number("RANK", 0) == 0
 
 # %% ../nbs/06_ranks.ipynb #3d9d8e40
 rank_variables = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")

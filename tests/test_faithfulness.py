@@ -1015,7 +1015,9 @@ def test_a_simulator_that_cannot_be_loaded_is_refused_before_anything_is_measure
 
     monkeypatch.setattr(interventions, "measure", measured_first)
     done, _ = evaluate(embedded, tmp_path, "--simulator", str(tmp_path / "nowhere"))
-    assert done.exit_code and "cannot be loaded as a reader" in done.output
+    assert done.exit_code == 2 and "there is no such folder" in done.output
+    done, _ = evaluate(embedded, tmp_path, "--simulator", "")
+    assert done.exit_code == 2 and "is empty" in done.output
 
 
 def test_what_was_measured_is_kept_if_the_simulators_fail(embedded, tmp_path, monkeypatch):

@@ -319,6 +319,174 @@ def test_the_empty_answer_is_a_finished_sentence_and_the_open_one_is_not(teacher
     assert all(r.perturbed is None and read_records([r.to_row()]) == [r] for rs in made.values() for r in rs)
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("context", ["gold", "perturbed"])
+def test_logits_that_are_not_finite_are_one_line_and_what_is_written_stays(
+    tmp_path, monkeypatch, value, context
+):
+    "They come late here, as from an overflow: the rationales before are in the journal, and a sound teacher goes on."
+    from faithful_distill.teacher import choice
+
+    questions, out = world_questions("choice", "test", limit=4), tmp_path / "out.jsonl"
+    teacher = load_teacher(shipped("data", "models", "teacher"))
+    whole = rationalize(teacher, questions, max_new_tokens=12)
+    turn, begun = choice.Choice.turn, []
+
+    def spoilt(self, streams, logits):
+        begun.append(streams)
+        if len(begun) > 30:
+            at = next(i for i, (_, k) in enumerate(streams) if (k == 0) == (context == "gold"))
+            logits = logits.clone()
+            logits[at, 7] = value
+        return turn(self, streams, logits)
+
+    monkeypatch.setattr(choice.Choice, "turn", spoilt)
+    call = dict(max_new_tokens=12, out=out, token_budget=1)
+    with pytest.raises(BadInput, match=r"row \d+ \(choice.*/\w+\), token \d+.*float32") as error:
+        rationalize(teacher, questions, **call)
+    assert error.value.field == "teacher"
+    kept = read_records(out.with_name("out.jsonl.partial"))
+    assert 0 < len(kept) < 8 and all(r in whole for r in kept)
+    monkeypatch.undo()
+    assert rationalize(teacher, questions, **call) == whole
+
+
+NOT_FINISHED = [
+    *(
+        dict.fromkeys([name])
+        for name in ("id", "role", "rationale", "stop", "tokens", "target", "seed", "teacher")
+    ),
+    *(dict(rationale=text) for text in (7, 1.5, True, ["a"], float("nan"))),
+    *(dict(stop=stop) for stop in ("", "no", 3)),
+    *(dict(tokens=tokens) for tokens in (-1, 10**6, 1.5, True, float("nan"))),
+    *(
+        dict(growth=growth)
+        for growth in ("abc", 5, [0.1], [float("nan")] * 4, [float("inf")] * 4, [None] * 4)
+    ),
+    *(dict(alpha=alpha) for alpha in (float("nan"), "0.5")),
+    *(dict(role=role) for role in ("silver", 1, "counterfactual")),
+]
+
+
+@pytest.mark.parametrize("spoilt", ["out.jsonl", "out.jsonl.partial", "out.0-of-2.jsonl"])
+def test_a_line_that_is_no_finished_rationale_is_refused_with_file_and_line(finished, spoilt):
+    "In the file, in its journal and in a part: nothing that is missing is taken from elsewhere, nothing is kept."
+    questions, call, out, _ = finished
+    rows = [r for _, r in read_jsonl(out)]
+    assert rows[2]["role"] == "gold"
+    out.unlink()
+    file = out.with_name(spoilt)
+    if part := "of-2" in spoilt:
+        out.with_name("out.1-of-2.jsonl").write_text("")
+    for change in NOT_FINISHED:
+        row = {k: v for k, v in (rows[2] | change).items() if v is not None}
+        lines = [json.dumps(r) for r in (*rows[:2], row, *rows[3:])]
+        file.write_text("".join(f"{line}\n" for line in lines))
+        before = file.read_bytes()
+        with pytest.raises(BadInput) as error:
+            merge_shards(out, 2) if part else call()
+        assert f"{spoilt}:3:" in str(error.value) and error.value.remedy, (change, str(error.value))
+        assert file.read_bytes() == before and (file == out or not out.exists())
+
+
+def test_scores_of_a_part_are_those_of_the_whole_in_what_is_written(teacher, tmp_path):
+    "Three decimals: float32 sums depend on which rows share the batch, by less."
+    from faithful_distill.ranks import shard_path
+
+    questions = [q for k in ("choice", "boolean", "statement") for q in world_questions(k, "test", limit=12)]
+    call, out = dict(max_new_tokens=12, scores=True), tmp_path / "out.jsonl"
+    whole = rationalize(teacher, questions, **call)
+    for k in range(3):
+        rationalize(teacher, questions, out=shard_path(out, k, 3), shard=(k, 3), **call)
+    parts = merge_shards(out, 3)
+    assert [replace(r, growth=None) for r in parts] == [replace(r, growth=None) for r in whole]
+    pairs = [(a, b) for p, w in zip(parts, whole) for a, b in zip(p.growth, w.growth)]
+    assert len(pairs) > 500 and all(a == round(a, 3) and abs(a - b) < 0.0011 for a, b in pairs)
+    assert sum(a != b for a, b in pairs) <= len(pairs) // 500
+
+
+def test_a_half_character_is_left_out_and_counted():
+    "A byte-level tokenizer, cut after each of the bytes of a text with characters of one to four of them."
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    from faithful_distill.teacher.contrast import Generation, ends_in_half_character, rationale_text
+
+    alphabet = {c: i for i, c in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
+    bytewise = Tokenizer(models.BPE(alphabet, merges=[]))
+    bytewise.pre_tokenizer, bytewise.decoder = pre_tokenizers.ByteLevel(False), decoders.ByteLevel()
+    bytewise = PreTrainedTokenizerFast(tokenizer_object=bytewise)
+    text = "caf\u00e9 \u7b54\u6848 \U0001f426 bird"
+    ids = bytewise(text).input_ids
+    assert len(ids) == len(text.encode())
+    for n in range(1, len(ids) + 1):
+        cut = Generation(ids[:n], "length")
+        assert rationale_text(bytewise, cut) == text.encode()[:n].decode(errors="ignore").strip()
+        whole = text.encode()[:n].decode(errors="ignore").encode() == text.encode()[:n]
+        assert ends_in_half_character(bytewise, cut) != whole
+
+
+def test_the_summary_explains_a_zero(tmp_path):
+    "A random teacher without worked examples that begins with a blank line; cut ones; those that say the answer alone."
+    from faithful_distill.teacher.rationales import summary
+
+    rows = [dict(question="Who?", choices=["me", "you two"], answer=1, max_new_tokens=9)]
+    made = lambda text, **more: read_records([rows[0] | dict(rationale=text, stop="stop") | more])[0]
+    for texts, words, remedy in (
+        (
+            ["", "", "It is you."],
+            "2 empty, 0 cut at 9 tokens, 0 with no word besides the answer",
+            "--prompt FILE",
+        ),
+        (
+            ["You two.", "(b)", "**you two**", "It is you."],
+            "0 empty, 0 cut at 9 tokens, 3 with no word",
+            "--prompt",
+        ),
+        (
+            ["You two.", "", "It is.", "You are two."],
+            "1 empty, 0 cut at 9 tokens, 1 with no word besides",
+            None,
+        ),
+    ):
+        text = summary([made(t) for t in texts])
+        assert words in text and (remedy in text if remedy else "--" not in text), text
+    cut = [made("It", stop="length", half_character=True), made("It is", stop="length"), made("It is.")]
+    assert "2 cut at 9 tokens (1 inside a character, left out)" in summary(cut)
+    assert "--max-new-tokens" in summary(cut) and "0 rationales for 0 questions" in summary([])
+
+    out = tmp_path / "o.jsonl"
+    done = CliRunner().invoke(main, ["rationales", "--data", "world", "--limit", "2", "--out", str(out)])
+    assert done.exit_code == 0 and "for 2 questions: 0 empty, 0 cut at 64 tokens" in done.output, done.output
+
+
+@pytest.mark.parametrize(
+    "variables, words",
+    [
+        (dict(WORLD_SIZE="2"), "RANK.*is not set, but WORLD_SIZE says 2"),
+        (dict(WORLD_SIZE="2", RANK="2"), "RANK.*less than WORLD_SIZE, 2"),
+        (dict(WORLD_SIZE="1", RANK="1"), "RANK.*less than WORLD_SIZE, 1"),
+        (dict(WORLD_SIZE="2", RANK="-1"), "RANK.*whole number"),
+        (dict(WORLD_SIZE="two", RANK="0"), "WORLD_SIZE.*whole number"),
+        (dict(WORLD_SIZE="2.0", RANK="0"), "WORLD_SIZE.*whole number"),
+        (dict(WORLD_SIZE="", RANK="0"), "WORLD_SIZE.*whole number"),
+        (dict(WORLD_SIZE="0", RANK="0"), "WORLD_SIZE.*whole number from 1"),
+        (dict(WORLD_SIZE="2", RANK="0x1"), "RANK.*whole number"),
+    ],
+)
+def test_variables_of_a_launcher_that_do_not_fit_are_one_line(
+    tmp_path, monkeypatch, teacher, variables, words
+):
+    for name in ("WORLD_SIZE", "RANK"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    out = tmp_path / "out.jsonl"
+    with pytest.raises(BadInput, match=words) as error:
+        rationalize_in_parts(teacher, world_questions("choice", "test", limit=2), out=out)
+    assert error.value.remedy and not list(tmp_path.iterdir())
+
+
 def test_worked_examples_of_ones_own_are_read_again_when_they_change(tmp_path):
     from faithful_distill.teacher.prompts import few_shot
 

@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from ..files import BadInput, progress
+from ..models import load_config, load_pretrained
 from ..questions import Question, choice_text
 from ..student.model import special_affixes
 from ..student.rows import pad_rows
@@ -92,27 +93,15 @@ def load_base(base: Any, seed: int = 0) -> tuple[Any, Any]:
 def _load_checkpoint(base: str, seed: int) -> tuple[Any, Any]:
     "Model and tokenizer from a folder or the hub; an encoder gets a head with one output."
     import torch
-    from transformers import AutoConfig, AutoTokenizer
     from transformers import AutoModelForSeq2SeqLM, AutoModelForSequenceClassification
 
-    try:
-        config, tokenizer = AutoConfig.from_pretrained(base), AutoTokenizer.from_pretrained(base)
-        kind, head = AutoModelForSequenceClassification, {"num_labels": 1}
-        if config.is_encoder_decoder:
-            kind, head = AutoModelForSeq2SeqLM, {}
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
-            model = kind.from_pretrained(base, **head, use_safetensors=True, dtype="float32")
-    except (OSError, ValueError) as e:
-        raise BadInput(
-            f"cannot be loaded as a reader: {str(e).strip().splitlines()[0]}",
-            field="base",
-            value=str(base),
-            remedy=(
-                "Give a folder with config.json, tokenizer and model.safetensors, or the name of a model on"
-                " the hub."
-            ),
-        ) from None
+    config = load_config(base, "reader", "base")
+    kind, head = AutoModelForSequenceClassification, dict(num_labels=1, new_head=True)
+    if getattr(config, "is_encoder_decoder", False):
+        kind, head = AutoModelForSeq2SeqLM, {}
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model, tokenizer = load_pretrained(base, "reader", kind, field="base", dtype="float32", **head)
     if model.config.pad_token_id is None:
         model.config.pad_token_id = _pad_token(tokenizer)
     return model, tokenizer

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, Iterable, Iterator
 
 from ..files import BadInput
+from ..models import load_pretrained
 from ..questions import letter
 from ..records import answer_sentence
 
@@ -72,7 +73,7 @@ class Student:
     @property
     def start(self) -> int:
         "The first token of an encoder-decoder's output."
-        return self.model.config.decoder_start_token_id
+        return getattr(self.model.config, "decoder_start_token_id", None)
 
     @property
     def prefix(self) -> str:
@@ -121,10 +122,10 @@ def check_student(student: Student) -> None:
 # %% ../../nbs/50_model.ipynb #c2207007
 def _faults(student) -> Iterator[tuple[str, str]]:
     "(problem, remedy), one after the other."
-    tokenizer, config = student.tokenizer, student.model.config
+    tokenizer = student.tokenizer
     if tokenizer.eos_token_id is None:
         yield "the tokenizer has no end-of-text token", "Set tokenizer.eos_token before training."
-    if student.is_seq2seq and config.decoder_start_token_id is None:
+    if student.is_seq2seq and student.start is None:
         yield (
             "the model has no decoder_start_token_id",
             "Set it in the model's config (T5 uses the pad token).",
@@ -275,7 +276,7 @@ def load_student(
     """
     import torch
 
-    model, tokenizer = _load_pretrained(name_or_dir, dtype)
+    model, tokenizer = load_pretrained(name_or_dir, "student", model_class, dtype=dtype)
     trained = read_settings(name_or_dir)
     return Student(
         model.to(device or ("cuda" if torch.cuda.is_available() else "cpu")).eval(),
@@ -285,26 +286,3 @@ def load_student(
         max_target or trained.get("max_target", 256),
         trained,
     )
-
-# %% ../../nbs/50_model.ipynb #003eed34
-def _load_pretrained(name_or_dir, dtype):
-    from transformers import AutoConfig, AutoTokenizer
-
-    bad = dict(field="student", value=str(name_or_dir))
-    try:
-        config = AutoConfig.from_pretrained(name_or_dir)
-        tokenizer = AutoTokenizer.from_pretrained(name_or_dir)
-        model, loaded = model_class(config).from_pretrained(
-            name_or_dir, use_safetensors=True, dtype=dtype, output_loading_info=True
-        )
-    except (OSError, ValueError) as e:
-        problem = f"cannot be loaded as a student: {str(e).strip().splitlines()[0]}"
-        remedy = (
-            "Give a folder with config.json, tokenizer and model.safetensors, or a model's name on the hub."
-        )
-        raise BadInput(problem, **bad, remedy=remedy) from None
-    if missing := sorted(loaded["missing_keys"]):
-        more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
-        remedy = "Give a whole checkpoint of an encoder-decoder or causal language model."
-        raise BadInput(f"lacks weights: {missing[0]}{more}", **bad, remedy=remedy)
-    return model, tokenizer

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from ..files import stable_seed
+from ..files import BadInput, stable_seed
 from .contrast import Generation, Stop, contrast
 
 # %% ../../nbs/26_choice.ipynb #f2e74ceb
@@ -33,6 +33,8 @@ class Row:
         its own random numbers, one per token, when sampling
     written
         the end of the text so far, for the stop rule
+    name
+        what errors call it, beside its place
     """
 
     index: int
@@ -41,6 +43,7 @@ class Row:
     generation: Generation
     uniforms: Any = None
     written: str = ""
+    name: Any = None
 
     def take(self, token: int, favourite: int, stop: Stop) -> None:
         "Append the chosen token, or end; `favourite` is the gold branch's own best token."
@@ -142,6 +145,7 @@ class Choice:
     def turn(self, streams: list[tuple[Row, int]], logits: torch.Tensor) -> None:
         "Give every row of `streams` its next token, from `logits` of shape (streams, V)."
         logits = logits[:, : self.vocabulary].float()
+        _refuse_not_finite([row for row, _ in streams], logits.amax(-1))
         rows, gold, perturbed = branches(logits.log_softmax(-1) if self.scores else logits, streams)
         scores = contrast(gold, perturbed, self.alpha, self.beta)
         best, chosen = scores.max(-1)
@@ -157,11 +161,14 @@ class Choice:
 
 # %% ../../nbs/26_choice.ipynb #a7d37f8a
 def _refuse_not_finite(rows: list[Row], best: torch.Tensor) -> None:
+    "Raises `BadInput` for the first row whose best logit, or score, is not finite: NaN or infinite."
     for row, finite in zip(rows, best.isfinite().tolist()):
         if not finite:
-            raise FloatingPointError(
-                f"row {row.index}, token {len(row.generation.tokens)}: the teacher's logits are not finite. "
-                "Its weights are broken, or half precision overflows: try bfloat16 or float32."
+            name = "" if row.name is None else f" ({row.name})"
+            raise BadInput(
+                f"its logits are not finite: row {row.index}{name}, token {len(row.generation.tokens)}",
+                field="teacher",
+                remedy="Its weights are broken, or half precision overflows: try dtype bfloat16 or float32.",
             )
 
 # %% ../../nbs/26_choice.ipynb #2c293b4e

@@ -58,7 +58,8 @@ def _rows(model, gold_ids, perturbed_ids, max_new_tokens: int, ids: Sequence | N
         for name, context in zip(["gold_ids"] + ["perturbed_ids"] * len(contexts), contexts):
             _check_context(context, limit, vocabulary, name + whose)
         free = limit - max(map(len, contexts)) if limit else max_new_tokens
-        rows.append(Row(i, contexts, min(max_new_tokens, free), Generation()))
+        name = None if ids is None else ids[i]
+        rows.append(Row(i, contexts, min(max_new_tokens, free), Generation(), name=name))
     return rows
 
 # %% ../../nbs/30_generate.ipynb #9f62b013
@@ -156,8 +157,8 @@ def contrastive_generate(
     In float32 the tokens equal `reference_generate`'s. A rationale is cut (`stop='length'`) where the model's
     context ends.
 
-    Raises `BadInput` for contexts that are empty, foreign to the model or as long as its context, and
-    `FloatingPointError` for logits that are not finite.
+    Raises `BadInput` for contexts that are empty, foreign to the model or as long as its context, and for logits
+    that are not finite.
 
     Parameters
     ----------

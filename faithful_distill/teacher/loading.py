@@ -10,7 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..files import BadInput, weights_hash
+from ..files import weights_hash
+from ..models import check_name, load_pretrained
 from ..ranks import placement
 
 # %% ../../nbs/38_loading.ipynb #a7ec6762
@@ -74,29 +75,11 @@ def load_teacher(
     tensor_parallel
         the processes of a launcher hold one teacher together
     """
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoModelForCausalLM
 
+    check_name(name_or_dir, "teacher")
     where = placement(tensor_parallel) if device_map is None else dict(device_map=device_map)
-    try:
-        model, loaded = AutoModelForCausalLM.from_pretrained(
-            name_or_dir, dtype=dtype, use_safetensors=True, output_loading_info=True, **where
-        )
-        tokenizer = AutoTokenizer.from_pretrained(name_or_dir)
-    except (OSError, ValueError) as e:
-        raise BadInput(
-            f"cannot be loaded as a teacher: {str(e).strip().splitlines()[0]}",
-            field="teacher",
-            value=str(name_or_dir),
-            remedy="Give the hub name or the folder of a causal language model with safetensors weights.",
-        ) from None
-    if missing := sorted(loaded["missing_keys"]):
-        more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
-        raise BadInput(
-            f"lacks weights: {missing[0]}{more}",
-            field="teacher",
-            value=str(name_or_dir),
-            remedy="Give a whole checkpoint of a causal language model.",
-        )
+    model, tokenizer = load_pretrained(name_or_dir, "teacher", AutoModelForCausalLM, dtype=dtype, **where)
     name, weights = str(name_or_dir), str(getattr(model.config, "_commit_hash", ""))
     if Path(name_or_dir).is_dir():
         name, weights = Path(name_or_dir).name, weights_hash(name_or_dir)

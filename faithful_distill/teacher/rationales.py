@@ -8,6 +8,7 @@ __all__ = ['rationalize']
 # %% ../../nbs/40_rationales.ipynb #db0de39a
 import glob
 import inspect
+import math
 import re
 from collections import Counter
 from contextlib import nullcontext
@@ -18,7 +19,7 @@ from typing import Iterable, Iterator, Sequence
 from .. import __version__
 
 from ..files import BadInput, Journal, did_you_mean, progress, read_jsonl, sole_writer
-from ..questions import Question, require_answers
+from ..questions import Question, letter, require_answers
 from ..ranks import from_first_rank, shard_of
 from ..records import Rationale, rationale_from_row, roles, strip_answer, write_records
 from .loading import Teacher, load_teacher
@@ -86,11 +87,11 @@ def _provenance(teacher: Teacher, strategy: Strategy, examples: str, seed: int, 
     return asdict(strategy) | teacher.provenance() | made | dict(seed=seed, max_new_tokens=max_new_tokens)
 
 # %% ../../nbs/40_rationales.ipynb #a2ac15cc
-def _rationale(job: Job, text: str, generation, provenance: dict) -> Rationale:
-    "What was written, without the sentence in which the teacher states the answer."
+def _rationale(job: Job, text: str, generation, provenance: dict, half: bool = False) -> Rationale:
+    "What was written, without the sentence in which the teacher states the answer, or a half character."
     q, growth = job.question, generation.growth
-    if growth is not None:
-        growth = tuple(round(g, 4) for g in growth[: len(generation.tokens)])
+    if growth is not None:  # the fourth decimal depends on which rows share the batch
+        growth = tuple(round(g, 3) for g in growth[: len(generation.tokens)])
     return Rationale(
         id=q.id,
         split=q.split,
@@ -99,6 +100,7 @@ def _rationale(job: Job, text: str, generation, provenance: dict) -> Rationale:
         tokens=len(generation.tokens),
         stop=generation.stop,
         growth=growth,
+        extra={"half_character": True} if half else {},
         **job.fields(),
         **provenance,
     )
@@ -119,12 +121,17 @@ def _prompts(teacher: Teacher, jobs: list[Job], shots: str) -> tuple[list, list]
 
 # %% ../../nbs/40_rationales.ipynb #99a74b4b
 def _decode(teacher: Teacher, jobs: list[Job], strategy: Strategy, shots: str, finished, **options) -> None:
-    "Decode all jobs together; `finished(job, text, generation)` is called as each one ends."
-    from faithful_distill.teacher.contrast import rationale_text, stop_rule
+    "Decode all jobs together; `finished(job, text, generation, half)` is called as each one ends."
+    from faithful_distill.teacher.contrast import ends_in_half_character, rationale_text, stop_rule
     from faithful_distill.teacher.generate import contrastive_generate
 
     if not jobs:
         return
+
+    def done(i, generation):
+        text = rationale_text(teacher.tokenizer, generation)
+        finished(jobs[i], text, generation, ends_in_half_character(teacher.tokenizer, generation))
+
     gold, others = _prompts(teacher, jobs, shots)
     rule = "contrast" if strategy.temperature else "either"
     contrastive_generate(
@@ -138,9 +145,41 @@ def _decode(teacher: Teacher, jobs: list[Job], strategy: Strategy, shots: str, f
         stop=stop_rule(teacher.tokenizer, rule=rule, eos=teacher.end_ids()),
         vocabulary=len(teacher.tokenizer),
         desc="rationales",
-        on_done=lambda i, g: finished(jobs[i], rationale_text(teacher.tokenizer, g), g),
+        on_done=done,
         **options,
     )
+
+# %% ../../nbs/40_rationales.ipynb #1688d1b8
+_of_a_finished_one = ("id", "role", "rationale", "tokens", "stop", "target", *provenance_fields)
+
+
+def finished_from_row(row: dict, file, line: int) -> Rationale:
+    "A finished `Rationale` from a row that `rationalize` wrote. Raises `BadInput` with file and line for any other."
+    remedy = "Remove the line to have it written again, or write to another file."
+    bad = dict(file=file, line=line, remedy=remedy)
+    for name in _of_a_finished_one:
+        if row.get(name) is None:
+            raise BadInput("is missing from a finished rationale", field=name, **bad)
+    try:
+        r = rationale_from_row(row, file, line)
+    except BadInput as e:
+        e.remedy = e.remedy or remedy
+        raise e.located(file, line) from None
+    if r.stop not in ("stop", "length"):
+        raise BadInput("must be one of stop, length", field="stop", value=r.stop, **bad)
+    if not 0 <= r.tokens <= row["max_new_tokens"]:
+        raise BadInput(
+            "is not a number of tokens up to max_new_tokens", field="tokens", value=r.tokens, **bad
+        )
+    if r.growth is not None and not _are_numbers(r.growth, r.tokens):
+        raise BadInput(f"must be {r.tokens} finite numbers", field="growth", value=row["growth"], **bad)
+    return r
+
+
+def _are_numbers(growth, n: int) -> bool:
+    if not isinstance(growth, tuple) or len(growth) != n:
+        return False
+    return all(isinstance(g, (int, float)) and not isinstance(g, bool) and math.isfinite(g) for g in growth)
 
 # %% ../../nbs/40_rationales.ipynb #6baf5894
 @dataclass(frozen=True)
@@ -165,13 +204,14 @@ class _Expected:
         "Numbered rows as `Rationale`s by key. Raises `BadInput` for one that this call would not have written."
         found = {}
         for line, row in rows:
-            r = rationale_from_row(row, file, line)
+            r = finished_from_row(row, file, line)
             self.check(r, file, line)
             if r.growth is not None or not self.scores:
                 found[_key(r)] = r
         return found
 
     def check(self, r: Rationale, file, line: int) -> None:
+        "Raises `BadInput` for a rationale of another call."
         _refuse_difference(r, self.provenance, "was made with another setting", file, line)
         if _key(r) not in self.jobs:
             raise BadInput(
@@ -249,7 +289,7 @@ class _Ledger:
         done = expected.read(rows, out)
         journal = Journal(journal_path(out))
         try:
-            kept = expected.read(enumerate(journal.records, 1), journal.path)
+            kept = expected.read(read_jsonl(journal.path), journal.path)
             if not rows and not kept:
                 done = _from_other_parts(out, expected)
             journal.append(*(r.to_row() for key, r in done.items() if key not in kept))
@@ -372,8 +412,8 @@ def rationalize(
             ledger.done = from_first_rank(ledger.done)
         missing = [job for job in jobs if job.key not in ledger.done]
 
-        def finished(job, text, generation):
-            ledger.add(_rationale(job, text, generation, provenance))
+        def finished(job, text, generation, half):
+            ledger.add(_rationale(job, text, generation, provenance, half))
 
         with ledger:
             _decode(teacher, missing, strategy, examples, finished, **options)
@@ -381,3 +421,32 @@ def rationalize(
         if writes:
             ledger.finish(out, rationales)
     return rationales
+
+# %% ../../nbs/40_rationales.ipynb #136075ea
+def _only_the_answer(r: Rationale) -> bool:
+    "Whether a rationale that is not empty holds no word besides those of the answer it argues for."
+    said, stated = (
+        set(re.findall(r"[^\W_]+", text.lower()))
+        for text in (r.rationale, f"{r.choices[r.target]} {letter(r.target)}")
+    )
+    return bool(r.rationale) and said <= stated
+
+
+def summary(rationales: Sequence[Rationale]) -> str:
+    "How many rationales there are, and how many say little or nothing; with a remedy where most of them do."
+    n = len(rationales)
+    empty, only = sum(not r.rationale for r in rationales), sum(map(_only_the_answer, rationales))
+    cut = sum(r.stop == "length" for r in rationales)
+    half = sum("half_character" in r.extra for r in rationales)
+    limit = rationales[0].max_new_tokens if n else 0
+    counts = [
+        f"{empty} empty",
+        f"{cut} cut at {limit} tokens" + (f" ({half} inside a character, left out)" if half else ""),
+        f"{only} with no word besides the answer",
+    ]
+    text = f"{n} rationales for {len({r.id for r in rationales})} questions: {', '.join(counts)}."
+    if empty + only > n / 2:
+        text += " Most say nothing: show the teacher worked examples with --prompt FILE (prompt= in Python)."
+    elif cut > n / 2:
+        text += " Most are cut: give them more room with --max-new-tokens."
+    return text

@@ -13,9 +13,14 @@ from typing import Iterable
 from ..files import BadInput, read_jsonl
 from ..questions import require_answers
 from ..ranks import shard_from_environment, shard_of, shard_path
-from ..records import Rationale, rationale_from_row, write_records
+from ..records import Rationale, write_records
 from .loading import Teacher, load_teacher
-from .rationales import journal_path, provenance_fields, rationalize
+from faithful_distill.teacher.rationales import (
+    finished_from_row,
+    journal_path,
+    provenance_fields,
+    rationalize,
+)
 
 # %% ../../nbs/42_shards.ipynb #8e00f6d3
 def merge_shards(out: str | Path, n: int) -> list[Rationale]:
@@ -30,7 +35,7 @@ def merge_shards(out: str | Path, n: int) -> list[Rationale]:
     rationales = []
     for part in parts:
         for line, row in read_jsonl(part):
-            r = rationale_from_row(row, part, line)
+            r = finished_from_row(row, part, line)
             _refuse_other_settings(r, rationales[0] if rationales else r, part, line)
             rationales.append(r)
     _refuse_repeats(rationales, out)

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Sequence
 
-from ..files import BadInput
+from ..models import load_config
 from ..records import read_records
 from ..student.model import Student, model_class
 from .adapters import add_adapters
@@ -148,19 +148,11 @@ def known_shape(student) -> str | None:
 
 # %% ../../nbs/65_sizing.ipynb #c80fbb38
 def _config(name):
-    from transformers import AutoConfig, T5Config
+    from transformers import T5Config
 
     if shape := known_shape(name):
         return T5Config(vocab_size=32128, **t5_sizes[shape])
-    try:
-        return AutoConfig.from_pretrained(name)
-    except (OSError, ValueError) as e:
-        raise BadInput(
-            f"has no readable config: {str(e).strip().splitlines()[0]}",
-            field="student",
-            value=str(name),
-            remedy="Give a folder with config.json, or a hub name.",
-        ) from None
+    return load_config(name, "student")
 
 # %% ../../nbs/65_sizing.ipynb #b26c9629
 def meta_model(student: Student | str | Path):
