@@ -650,8 +650,8 @@ def test_verdicts_follow_from_the_intervals():
     found = calibration.verdicts(calibration.calibrate(calibration_table(noisy), names)).set_index("metric")
     expected = {name: "tells f" for name in ("tells", "stays_same", "fooled", "main_only")}
     assert found.verdict.to_dict() == expected | {
-        "consistent": "sees consistency only",
-        "noise": "does not tell f",
+        "consistent": "shown among shuffled only",
+        "noise": "not shown to tell f",
     }
     assert found.index[-1] in ("consistent", "noise") and found.in_order.is_monotonic_decreasing
     assert found.accuracy_counts["fooled"] and found.shortcut_counts["fooled"]
@@ -659,6 +659,81 @@ def test_verdicts_follow_from_the_intervals():
     few = calibration_table(noisy, seeds=1)
     judged = calibration.verdicts(calibration.calibrate(few, ["noise"])).set_index("metric")
     assert judged.verdict["noise"] == "too few students" and not judged.enough_plausible["noise"]
+
+
+def two_versions(gains, seeds=3, rng=None):
+    "Students of one arm with a noisy and a sharper version of some metrics: flip k has noise sd + gains[k]."
+    import pandas as pd
+
+    rng, rows = rng or np.random.default_rng(0), []
+    for used in (0, 2, 3, 4, 6):
+        for seed in range(seeds):
+            found = {"accuracy": 0.7}
+            for k, gain in enumerate(gains):
+                found[f"flip {k}"] = used / 6 + rng.normal(0, 0.1 + gain)
+                found[f"probability {k}"] = used / 6 + rng.normal(0, 0.1)
+            rows += [dict(arm="plausible", used=used, seed=seed, metric=m, value=v) for m, v in found.items()]
+    return pd.DataFrame(rows)
+
+
+def test_the_gain_of_a_version_is_the_mean_difference_of_errors_with_an_interval_over_students():
+    table = two_versions([0.1, 0.05, 0.2])
+    pairs = [(f"flip {k}", f"probability {k}") for k in range(3)]
+    score = calibration.version_gain(table, pairs, "plausible")
+    wide = table.pivot_table(index=["used", "seed"], columns="metric", values="value").reset_index()
+
+    def gain(students):
+        error = lambda m: (
+            calibration.calibration_rmse(list(students[m]), list(students.used / 6), draws=2).value
+        )
+        return np.mean([error(a) - error(b) for a, b in pairs])
+
+    assert score.value == pytest.approx(gain(wide)) and score.n == 15
+    rng = np.random.default_rng(1)
+    drawn = [gain(wide.iloc[rng.integers(0, 15, 15)]) for _ in range(300)]
+    low, high = score.value + intervals.small_sample_factor(15) * (
+        np.quantile(drawn, [0.025, 0.975]) - score.value
+    )
+    assert (score.low, score.high) == (pytest.approx(low, abs=0.02), pytest.approx(high, abs=0.02))
+    assert score.details["gains"].keys() == {"probability 0", "probability 1", "probability 2"}
+
+
+def test_metrics_measured_on_the_same_students_are_no_repetitions():
+    "Ten copies of a pair say no more than the pair: an interval over metrics would shrink to nothing."
+    import pandas as pd
+
+    table = two_versions([0.05])
+    copies = [table] + [table.assign(metric=table.metric + f" copy {k}") for k in range(9)]
+    copied = pd.concat([copies[0], *(c[~c.metric.str.startswith("accuracy")] for c in copies[1:])])
+    names = ["", *(f" copy {k}" for k in range(9))]
+    pairs = [(f"flip 0{name}", f"probability 0{name}") for name in names]
+    one = calibration.version_gain(table, pairs[:1], "plausible")
+    ten = calibration.version_gain(copied, pairs, "plausible")
+    assert (ten.value, ten.low, ten.high) == pytest.approx((one.value, one.low, one.high))
+
+
+@pytest.mark.parametrize("quality", ["in order", "error"])
+def test_the_lead_of_a_metric_is_over_the_best_other_by_the_worse_arm(quality):
+    table = calibration_table(noisy)
+    names = ["tells", "consistent", "fooled"]
+    score = calibration.lead(table, names, ["tells"], quality)
+    scores = calibration.calibrate(table, names).set_index(["metric", "quality", "arm"]).value
+    of = {m: [scores[m, quality, arm] for arm in ("plausible", "shuffled")] for m in names}
+    worse = {m: min(v) if quality == "in order" else np.nan_to_num(max(v), nan=9.0) for m, v in of.items()}
+    sign = 1 if quality == "in order" else -1
+    best = max(["fooled", "consistent"], key=lambda m: sign * worse[m])
+    assert (
+        score.value == pytest.approx(sign * (worse["tells"] - worse[best])) and score.details["best"] == best
+    )
+    assert score.low is None or score.low <= score.value <= score.high
+    back = calibration.lead(table, names, ["fooled", "consistent"], quality)
+    assert back.value == pytest.approx(-score.value)
+
+
+def test_two_metrics_in_perfect_order_are_not_told_apart_for_certain():
+    table = calibration_table(lambda arm, f, accuracy, rng: {"one": f, "two": 3 * f})
+    score = calibration.lead(table, ["one", "two"], ["one"], "in order")
+    assert score.value == 0 and score.low < -0.05 and score.high > 0.05 and "exact bound" in score.reason
 
 
 # ---- readers and students, where the arrays come from ---------------------------------------------------------------------------------
