@@ -814,11 +814,11 @@ def test_metrics_of_too_few_students_are_not_called_blind(metric, name, rest, tm
         1
     ].split("\n")[0]
     assert (
-        (verdict["holds"] is None)
-        == ("too few students to tell" in verdict["remark"])
-        == (name.split(",")[0] in few)
-        == (len(rest) == 1)
+        ("too few students to tell" in verdict["remark"]) == (name.split(",")[0] in few) == (len(rest) == 1)
     )
+    versions = re.findall(r"(\d\.\d\d) \[(\d\.\d\d), (\d\.\d\d)\]", verdict["remark"].split("too few")[0])
+    above, below = (all(float(v[end]) > 0.5 for v in versions) for end in (1, 2))
+    assert versions and verdict["holds"] is (True if above else None if below else False)
     means = table[table.metric == "accuracy"].groupby(["arm", "used"]).value.mean()
     ranges = {
         arm: comparisons.points(means[arm].max() - means[arm].min()) for arm in ("plausible", "shuffled")
@@ -920,6 +920,117 @@ def test_differences_pair_the_same_seeds_only_and_say_when_there_are_none():
     )
     with pytest.raises(BadInput, match="several rows"):
         comparisons.paired(pd.concat([table, table]), "method", "a", "b")
+
+
+def difference_of(value, half, seeds=5, **more):
+    return {
+        "value": value,
+        "low": value - half,
+        "high": value + half,
+        "n": 9,
+        "seeds": seeds,
+        "reason": "",
+    } | more
+
+
+def test_verdicts_are_corrected_for_their_number():
+    "By pencil: p = 2 t(4) of value / (half / 2.776); Holm over three of four claims, the fourth has no interval."
+    from scipy import stats
+
+    claims = [report.decided(f"{k}", difference_of(0.2, half)) for k, half in enumerate((0.05, 0.17, 0.19))]
+    claims.append(report.decided("none", difference_of(0.1, 0.1) | {"low": None, "high": None}))
+    p = [2 * stats.t.sf(0.2 / half * stats.t.ppf(0.975, 4), 4) for half in (0.05, 0.17, 0.19)]
+    assert [c.get("p") for c in claims] == [*map(pytest.approx, p), None]
+    found = report.corrected(claims)
+    assert [c["holds"] for c in claims] == [True, True, True, None]
+    assert [c["holds"] for c in found] == [True, None, None, None]
+    assert found[1]["p_holm"] == pytest.approx(2 * p[1]) and "not as one of 3 claims" in found[1]["remark"]
+    assert "corrected for their number (Holm)" in report.note_on(found)
+    assert "0.15 of them would be decided by chance" in report.note_on(claims)
+
+
+def test_chance_decides_any_of_a_corrected_family_in_at_most_one_study_of_twenty():
+    rng, wrong, uncorrected = np.random.default_rng(0), 0, 0
+    from faithful_distill.faithfulness.intervals import across_seeds
+
+    for _ in range(200):
+        scores = [across_seeds(rng.normal(0, 0.1, 5)) for _ in range(12)]
+        claims = [report.decided("x", s.to_dict() | {"seeds": 5}) for s in scores]
+        uncorrected += any(c["holds"] is not None for c in claims)
+        wrong += any(c["holds"] is not None for c in report.corrected(claims))
+    assert wrong <= 18 and uncorrected > 60  # 10 and 92 expected
+
+
+def test_a_claim_on_all_fails_only_by_what_survives_its_number():
+    inside, outside = difference_of(0.0, 0.02), difference_of(0.08, 0.02)
+    barely = difference_of(0.08, 0.029)
+    many = {f"{k}": inside for k in range(20)}
+    decide = lambda scores: report.decided_of_all("x", scores, -0.05, 0.05)["holds"]
+    assert decide(many) is True and decide({}) is None
+    assert decide(many | {"wide": difference_of(0.0, 0.2)}) is None
+    assert decide({"a": outside}) is False and decide({"a": barely}) is False
+    assert decide({f"{k}": barely for k in range(2)} | {"c": difference_of(0.0, 0.2)}) is None
+
+
+@pytest.mark.parametrize("name", ["claims", "fig01"])
+def test_a_pooled_claim_is_split_by_kind_and_what_is_planted_is_called_so(name, tmp_path, monkeypatch):
+    "A gain on multiple choice alone shows as one; the mark of what is planted comes from the table's origin."
+    level = lambda strategy, kind: 0.9 if strategy != "greedy" and kind == "choice" else 0.6
+    rows = [
+        {
+            "strategy": strategy,
+            "seed": seed,
+            "metric": f"test.{role}.{kind}.{what}",
+            "value": abs(
+                level(strategy, kind) + 0.004 * (seed * (1 + len(strategy)) % 5) - (what == "vacuous")
+            ),
+        }
+        for strategy in ("greedy", "contrastive-empty", "contrastive-wrong")
+        for role in ("gold", "counterfactual")
+        for kind in style.kinds
+        for what in ("supports", "vacuous")
+        for seed in range(5)
+    ]
+    folder = _one_table(tmp_path, "rationales", rows)
+    for planted in ({}, {"contrastive-empty": "its corpus was made so"}):
+        tables.note_origin([folder / "study_rationales.csv"], "9.9", "2026-01-01", "abcdef0", planted)
+        _run_again(_figure(name), tmp_path / "out", monkeypatch, folder)
+        section = report.read_section(tmp_path / "out")
+        claims = [c for c in section.claims if "the right answer, " in c["text"]]
+        wrong = {c["text"].split("(")[-1]: c["holds"] for c in claims if "contrastive-wrong" in c["text"]}
+        assert [wrong[f"{n} alone)"] for n in style.kinds.values()] == [True, None, None], wrong
+        assert wrong["all kinds of questions, pooled)"] is True
+        marked = {"planted" in c["text"] + c["remark"] for c in section.claims if "-empty" in c["text"]}
+        unmarked = {"planted" in c["text"] + c["remark"] for c in section.claims if "-wrong" in c["text"]}
+        assert marked == {bool(planted)} and unmarked == {False}
+        assert "version 9.9, commit abcdef0" in section.text and section.note
+        assert ("its corpus was made so" in section.text) == bool(planted)
+
+
+def test_every_stored_figure_says_which_version_its_table_comes_from():
+    results = shipped("data", "results")
+    read = {
+        name
+        for path in FIGURES
+        for name in re.findall(r"data/results/([\w]+\.csv)", path.read_text(encoding="utf-8"))
+    }
+    for name in read:
+        origin = tables.origin_of(results / name)
+        assert origin.keys() >= {"version", "date", "commit"}, f"{name}: note its origin anew"
+    for path in FIGURES:
+        shown = "".join(
+            text for kind, text in _shown(json.loads(path.read_text())["cells"]) if kind == "text"
+        )
+        if "draft.read(" in path.read_text(encoding="utf-8"):
+            assert "was made by version" in shown, path.name
+
+
+def test_a_table_that_was_changed_does_not_pass_for_the_one_whose_origin_is_noted(tmp_path):
+    (tmp_path / "t.csv").write_text("a\n1\n")
+    tables.note_origin([tmp_path / "t.csv"], "1", "2026-01-01", "c")
+    assert tables.origin_of(tmp_path / "t.csv") == {"version": "1", "date": "2026-01-01", "commit": "c"}
+    (tmp_path / "t.csv").write_text("a\n2\n")
+    assert tables.origin_of(tmp_path / "t.csv") == {"changed": True}
 
 
 @pytest.mark.parametrize(

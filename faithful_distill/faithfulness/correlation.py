@@ -16,8 +16,11 @@ from faithful_distill.faithfulness.intervals import (
     Score,
     as_credits,
     check_lengths,
+    few_clusters_warning,
+    many_clusters,
     mean_score,
     resample_budget,
+    small_sample_factor,
 )
 
 # %% ../../nbs/69_correlation.ipynb #6d928282
@@ -126,7 +129,8 @@ def rank_correlation(
         low, high = _fisher_interval(value, a, b, which, level)
         return Score(value, low, high, n, "", details | {"interval": "normal limit"})
     drawn = _resampled_correlations(a, b, which, draws, seed)
-    return _percentile_score(value, drawn, n, level, details | {"interval": "resampled"})
+    score = _percentile_score(value, drawn, n, level, details | {"interval": "resampled"})
+    return score if cluster is None or units >= many_clusters else _widened(score, units, level)
 
 # %% ../../nbs/69_correlation.ipynb #648366aa
 def _percentile_score(value: float, drawn: np.ndarray, n: int, level: float, details: dict) -> Score:
@@ -142,6 +146,17 @@ def _percentile_score(value: float, drawn: np.ndarray, n: int, level: float, det
     if high - low < 1e-12:
         return Score(value, None, None, n, "no interval: all resamples have the same correlation", details)
     return Score(value, float(low), float(high), n, "", details)
+
+# %% ../../nbs/69_correlation.ipynb #1e01d050
+def _widened(score: Score, units: int, level: float) -> Score:
+    "A score over few clusters with an interval as wide as Student's."
+    if score.low is None:
+        return score
+    factor = small_sample_factor(units, level)
+    value, low, high = np.arctanh(np.clip([score.value, score.low, score.high], -1 + 1e-9, 1 - 1e-9))
+    low, high = np.tanh(value - factor * (value - low)), np.tanh(value + factor * (high - value))
+    details = score.details | few_clusters_warning(units)
+    return Score(score.value, float(low), float(high), score.n, score.reason, details)
 
 # %% ../../nbs/69_correlation.ipynb #80e89dfe
 def _ranks_within(column: np.ndarray, which: np.ndarray) -> np.ndarray:
@@ -195,4 +210,4 @@ def rank_correlation_within(
     if len(each) < min_groups:
         reason = f"both vary in {len(each)} of {len(sizes)} groups only; at least {min_groups} are needed"
         return Score(None, n=len(each), reason=reason, details=details)
-    return mean_score(each, ends=(-1, 1), details=details, **interval)
+    return mean_score(each, ends=(-1, 1), details=details, cluster=range(len(each)), **interval)

@@ -7,12 +7,13 @@ __all__ = ['flat_metrics', 'metrics_of', 'tidy', 'write_table', 'read_table', 'r
            'cell_text', 'crossed', 'markdown_table', 'latex_table', 'save_rows']
 
 # %% ../../nbs/86_tables.ipynb #c7d2878e
+import hashlib
 import json
 import numbers
 from pathlib import Path
 from typing import Iterable, Sequence
 
-from ..files import write_text
+from ..files import write_json, write_text
 from .comparisons import as_scores, number
 
 # %% ../../nbs/86_tables.ipynb #e2766880
@@ -172,6 +173,39 @@ def _as_numbers(column):
     numbers = pd.to_numeric(column.replace("", None), errors="coerce")
     all_are = (numbers.notna() | (column == "")).all()
     return numbers if numbers.notna().any() and all_are else column
+
+# %% ../../nbs/86_tables.ipynb #3c9488bd
+def origin_of(path) -> dict:
+    """Where a kept table comes from: {'version', 'date', 'commit', 'planted'}; {} where nothing is noted.
+
+    'planted' is {thing: what about it was planted}. Of a table that is not the one noted: {'changed': True}.
+    """
+    path = Path(path)
+    noted = path.with_name("origin.json")
+    origin = json.loads(noted.read_text(encoding="utf-8")).get(path.name, {}) if noted.exists() else {}
+    same = not origin or origin["sha256"] == hashlib.sha256(path.read_bytes()).hexdigest()
+    return {k: v for k, v in origin.items() if k != "sha256"} if same else {"changed": True}
+
+
+def origin_line(name: str, origin: dict) -> str:
+    "The origin of a table as a line for the foot of a page."
+    if origin.get("changed"):
+        return f"`{name}` was changed after its origin was noted in `origin.json`."
+    planted = "".join(f" Planted: {thing}: {what}." for thing, what in origin.get("planted", {}).items())
+    made = f"version {origin['version']}, commit {origin['commit']}, {origin['date']}"
+    return f"`{name}` was made by {made}, not anew for this page.{planted}"
+
+# %% ../../nbs/86_tables.ipynb #b9795f43
+def note_origin(paths: Iterable, version: str, date: str, commit: str, planted: dict | None = None) -> Path:
+    "Notes in `origin.json` beside some tables where they come from; what it says of other tables is kept."
+    paths = [Path(path) for path in paths]
+    noted = paths[0].with_name("origin.json")
+    origins = json.loads(noted.read_text(encoding="utf-8")) if noted.exists() else {}
+    for path in paths:
+        origins[path.name] = {"version": version, "date": date, "commit": commit}
+        origins[path.name] |= {"planted": planted} if planted else {}
+        origins[path.name]["sha256"] = hashlib.sha256(path.read_bytes()).hexdigest()
+    return write_json(noted, dict(sorted(origins.items())))
 
 # %% ../../nbs/86_tables.ipynb #bfbfc6c4
 def split_metrics(table, pattern: str):
