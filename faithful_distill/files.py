@@ -129,7 +129,7 @@ def text_lines(path) -> Iterator[tuple[int, str]]:
     "The numbered lines of a UTF-8 file, packed with gzip or not. A line ends with LF, CR LF or CR."
     number, at = 0, 0
     try:
-        with _opened(path) as file:
+        with opened(path) as file:
             for raw in file:
                 line = raw.decode("utf-8-sig" if at == 0 else "utf-8")
                 at += len(raw)
@@ -153,7 +153,7 @@ def text_lines(path) -> Iterator[tuple[int, str]]:
         problem, remedy = f"cannot be read: {getattr(e, 'strerror', None) or e}", "Check the path."
     raise BadInput(problem, file=path, remedy=remedy)
 
-# %% ../nbs/00_files.ipynb #7a330a96
+# %% ../nbs/00_files.ipynb #7ffe936b
 _packed = {  # how files that are not text begin
     b"PAR1": "a Parquet file",
     b"PK\x03\x04": "a zip archive",
@@ -166,7 +166,7 @@ _packed = {  # how files that are not text begin
 _what_is_read = "JSON lines (.jsonl, .jsonl.gz) are read; convert the file."
 
 
-def _opened(path):
+def opened(path):
     "The bytes of a file, unpacked if gzip packed them. Raises `BadInput` for other formats that are not text."
     file = open(path, "rb")
     begins = file.peek(8)
@@ -177,7 +177,9 @@ def _opened(path):
     return gzip.GzipFile(fileobj=file) if begins.startswith(b"\x1f\x8b") else file
 
 # %% ../nbs/00_files.ipynb #fb3ad2ef
-_one_a_line = "Write each record on a line of its own (`jq -c '.[]'` does it; `jq -c '.examples[]'` for records in a field)."
+_one_a_line = (
+    "Write each record on a line of its own: `jq -c '.[]'`, or `jq -c '.examples[]'` if a field has them."
+)
 _half = re.compile("[\ud800-\udfff]")
 _half_written = re.compile(r"\\u[dD][89a-fA-F]")
 
@@ -209,7 +211,7 @@ def _goes_on(line: str, error: json.JSONDecodeError) -> bool:
     "Whether a line that is no JSON looks like the first line of a document that has more of them."
     return line.lstrip().startswith("[") or error.pos >= len(line.rstrip()) and line.rstrip()[-1] in ",[{"
 
-# %% ../nbs/00_files.ipynb #7a6ccd52
+# %% ../nbs/00_files.ipynb #64bbf182
 def check_encodable(value: Any, field: str | None) -> None:
     "Raises `BadInput` where a text, or one anywhere inside lists and dicts, holds half a character."
     if isinstance(value, str):
@@ -229,7 +231,8 @@ def check_encodable(value: Any, field: str | None) -> None:
             check_encodable(inner, field)
 
 
-def _unique_keys(pairs: list[tuple[str, Any]]) -> dict:
+def unique_keys(pairs: list[tuple[str, Any]]) -> dict:
+    "The object of these pairs. Raises `BadInput` for a key that occurs twice."
     found = dict(pairs)
     if len(found) < len(pairs):
         seen = [key for key, _ in pairs]
@@ -238,7 +241,7 @@ def _unique_keys(pairs: list[tuple[str, Any]]) -> dict:
     return found
 
 
-json_decoder = json.JSONDecoder(object_pairs_hook=_unique_keys)
+json_decoder = json.JSONDecoder(object_pairs_hook=unique_keys)
 
 
 def parse_json(text: str) -> Any:
