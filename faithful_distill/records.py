@@ -310,7 +310,8 @@ answer_sentence = "So the answer is"
 _opening = re.compile(
     r"(?:\b(?:so|thus|hence|therefore|and so|which means)\b,?\s+|^\s*|(?<=[.!?;:\"')])\s*)"
     r"(?:(?:the|my|our|this)\s+(?:correct |right |best |final |only )?answer\s+is\b\s*:?\s*"
-    r"|(?:the|this)\s+statement\s+is\b\s*:?\s*(?=(?:true|false|correct|incorrect|right|wrong)\b))",
+    r"|(?:the|this)\s+statement\s+is\b\s*:?\s*(?=(?:true|false|correct|incorrect|right|wrong)\b)"
+    r"|(?:[*_#]+\s*)?(?:(?:the|my)\s+)?(?:(?:correct|right|best|final)\s+)?answer\s*[*_]*:[*_]*\s*)",
     re.IGNORECASE | re.MULTILINE,
 )
 _stop = re.compile(r"[.!?]+[\"')\]]*(?=\s+[\"'(\[]?[A-Z])|[.!?]+\s*$|(?=\n)|$", re.MULTILINE)
