@@ -145,6 +145,10 @@ def read_questions(
 
     if data.split("-")[0] != "world":
         return as_questions(load_questions(data, split, path, limit, skip_bad))
+    given = {name: value for name, value in (("path", path), ("skip_bad", skip_bad)) if value is not None}
+    for name, value in given.items():
+        remedy = "Leave it out, or name a dataset or a file with --data."
+        raise BadInput("cannot be given for the world", field=name, value=value, remedy=remedy)
     kinds = ("choice", "boolean", "statement") if data == "world" else (data.removeprefix("world-"),)
     found = [world_questions(kind, split, 2) for kind in kinds]
     return [q for same_rank in zip(*found) for q in same_rank][:limit]

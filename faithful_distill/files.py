@@ -10,13 +10,17 @@ __all__ = ['BadInput', 'did_you_mean', 'read_jsonl', 'write_text', 'write_json',
 # %% ../nbs/00_files.ipynb #c03706f9
 import difflib
 import errno
+import gzip
 import hashlib
 import json
 import os
+import re
 import secrets
 import socket
+import stat
 import sys
 import tempfile
+import zlib
 from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
@@ -95,85 +99,222 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
 
 # %% ../nbs/00_files.ipynb #9a621290
 def read_jsonl(path, bad: list | None = None) -> Iterator[tuple[int, dict]]:
-    """Each object of a JSON-lines file with its line number (from 1).
+    """Each object of a JSON-lines file with its line number (from 1), read as it is asked for.
 
     Raises `BadInput` with file and line at the first broken line, unless `bad` is given.
 
     Parameters
     ----------
     path
-        the file, UTF-8, one object a line
+        the file, UTF-8, one object a line; it may be packed with gzip
     bad
         a list to which the errors of broken lines are added; these lines are then passed over
     """
-    for number, line in enumerate(_read_text(path).split("\n"), 1):
+    first = True
+    for number, line in text_lines(path):
         if not line.strip():
             continue
         try:
-            row = _parse_line(line, path, number)
+            row = _parse_line(line, path, number, first)
         except BadInput as e:
             if bad is None:
                 raise
             bad.append(e)
         else:
             yield number, row
+        first = False
 
 # %% ../nbs/00_files.ipynb #872d8536
-def _read_text(path) -> str:
+def text_lines(path) -> Iterator[tuple[int, str]]:
+    "The numbered lines of a UTF-8 file, packed with gzip or not. A line ends with LF, CR LF or CR."
+    number, at = 0, 0
     try:
-        return Path(path).read_text(encoding="utf-8-sig")
+        with opened(path) as file:
+            for raw in file:
+                line = raw.decode("utf-8-sig" if at == 0 else "utf-8")
+                at += len(raw)
+                for part in line.replace("\r\n", "\n").removesuffix("\n").replace("\r", "\n").split("\n"):
+                    number += 1
+                    yield number, part
+        return
+    except UnicodeDecodeError as e:
+        problem, remedy = (
+            f"is not UTF-8 text: {e.reason} at byte {at + e.start}",
+            "Convert the file to UTF-8.",
+        )
+        raise BadInput(problem, file=path, line=number + 1, remedy=remedy) from None
+    except (EOFError, zlib.error, gzip.BadGzipFile) as e:
+        problem, remedy = f"cannot be unpacked: {e}", "The file was cut off: fetch it again."
     except FileNotFoundError:
         problem, remedy = "there is no such file", "Check the path."
-    except UnicodeDecodeError as e:
-        problem, remedy = f"is not UTF-8 text: {e.reason} at byte {e.start}", "Convert the file to UTF-8."
     except IsADirectoryError:
         problem, remedy = "is a folder, not a file", "Name one file in it."
-    except OSError as e:
-        problem, remedy = f"cannot be read: {e.strerror or e}", "Check the path."
+    except (OSError, ValueError) as e:
+        problem, remedy = f"cannot be read: {getattr(e, 'strerror', None) or e}", "Check the path."
     raise BadInput(problem, file=path, remedy=remedy)
 
+# %% ../nbs/00_files.ipynb #7ffe936b
+_packed = {  # how files that are not text begin
+    b"PAR1": "a Parquet file",
+    b"PK\x03\x04": "a zip archive",
+    b"BZh": "packed with bzip2",
+    b"\xfd7zXZ": "packed with xz",
+    b"\x28\xb5\x2f\xfd": "packed with zstandard",
+    b"ARROW1": "an Arrow file",
+    b"SQLite": "a database",
+}
+_what_is_read = "JSON lines (.jsonl, .jsonl.gz) are read; convert the file."
+
+
+def opened(path):
+    "The bytes of a file, unpacked if gzip packed them. Raises `BadInput` for other formats that are not text."
+    file = open(path, "rb")
+    begins = file.peek(8)
+    for mark, words in _packed.items():
+        if begins.startswith(mark):
+            file.close()
+            raise BadInput(f"is {words}, not JSON lines", file=path, remedy=_what_is_read)
+    return gzip.GzipFile(fileobj=file) if begins.startswith(b"\x1f\x8b") else file
+
 # %% ../nbs/00_files.ipynb #fb3ad2ef
-_one_a_line = "Write each record on a line of its own (`jq -c '.[]'` does it)."
+_one_a_line = (
+    "Write each record on a line of its own: `jq -c '.[]'`, or `jq -c '.examples[]'` if a field has them."
+)
+_half = re.compile("[\ud800-\udfff]")
+_half_written = re.compile(r"\\u[dD][89a-fA-F]")
 
 # %% ../nbs/00_files.ipynb #17d2c2a3
-def _parse_line(line: str, path, number: int) -> dict:
+def _parse_line(line: str, path, number: int, first: bool) -> dict:
     broken = partial(BadInput, file=path, line=number, remedy="Mend or remove the line.")
-    opens_document = line.strip() in ("[", "{") or (number == 1 and line.lstrip().startswith("["))
     try:
-        row = json.loads(line)
+        row = parse_json(line)
+    except BadInput as e:
+        raise e.located(path, number) from None
     except json.JSONDecodeError as e:
-        if opens_document:
+        if first and not line.lstrip().startswith(("{", "[")) and Path(path).suffix in (".csv", ".tsv"):
+            raise broken("is a table, not JSON lines", remedy=_what_is_read) from None
+        if line.strip() in ("[", "{") or first and _goes_on(line, e):
             raise broken("is one JSON document, not one JSON object a line", remedy=_one_a_line) from None
         raise broken(f"broken JSON: {e.msg} at column {e.colno}") from None
     except RecursionError:
         raise broken("is nested too deeply to be read") from None
     except ValueError as e:
         raise broken(f"cannot be read: {str(e).split(';')[0]}") from None
-    if isinstance(row, list) and number == 1:
+    if isinstance(row, list) and first:
         raise broken("is one JSON array, not one JSON object a line", remedy=_one_a_line)
     if not isinstance(row, dict):
         raise broken("is not a JSON object", value=row, remedy="Write one {...} object a line.")
     return row
 
+
+def _goes_on(line: str, error: json.JSONDecodeError) -> bool:
+    "Whether a line that is no JSON looks like the first line of a document that has more of them."
+    return line.lstrip().startswith("[") or error.pos >= len(line.rstrip()) and line.rstrip()[-1] in ",[{"
+
+# %% ../nbs/00_files.ipynb #64bbf182
+def check_encodable(value: Any, field: str | None) -> None:
+    "Raises `BadInput` where a text, or one anywhere inside lists and dicts, holds half a character."
+    if isinstance(value, str):
+        if not value.isascii() and _half.search(value):
+            raise BadInput(
+                "contains a lone surrogate (half a character), which UTF-8 cannot encode",
+                field=field,
+                value=value,
+                remedy="Mend the text, or put U+FFFD in its place.",
+            )
+    elif isinstance(value, dict):
+        for key, inner in value.items():
+            check_encodable(key, field or ascii(key).strip("'"))
+            check_encodable(inner, field or key)
+    elif isinstance(value, (list, tuple)):
+        for inner in value:
+            check_encodable(inner, field)
+
+
+def unique_keys(pairs: list[tuple[str, Any]]) -> dict:
+    "The object of these pairs. Raises `BadInput` for a key that occurs twice."
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        seen = [key for key, _ in pairs]
+        twice = next(key for key in seen if seen.count(key) > 1)
+        raise BadInput("occurs twice in one JSON object", field=twice, remedy="Keep one of the two.")
+    return found
+
+
+json_decoder = json.JSONDecoder(object_pairs_hook=unique_keys)
+
+
+def parse_json(text: str) -> Any:
+    "The value of a JSON text. Raises `BadInput` also for a key that occurs twice, and for half a character."
+    row = json_decoder.decode(text)
+    if _half_written.search(text):
+        check_encodable(row, None)
+    return row
+
 # %% ../nbs/00_files.ipynb #f22ec256
+def check_target(path) -> None:
+    "Raises `BadInput` unless there is a plain file at `path`, or nothing."
+    _check_named(path)
+    try:
+        mode = os.lstat(path).st_mode
+    except FileNotFoundError:
+        return
+    except (OSError, ValueError) as e:
+        raise unwritable(path, e) from None
+    kinds = {
+        stat.S_IFLNK: ("a link", "Name the file that it points to."),
+        stat.S_IFDIR: ("a folder, not a file", "Name a file in it."),
+        stat.S_IFIFO: ("a pipe", "Name a plain file."),
+        stat.S_IFSOCK: ("a socket", "Name a plain file."),
+    }
+    if not stat.S_ISREG(mode):
+        words, remedy = kinds.get(stat.S_IFMT(mode), ("a device", "Name a plain file."))
+        raise BadInput(f"cannot be written: it is {words}", file=path, remedy=remedy)
+
+
+def _check_named(path) -> None:
+    if not os.fspath(path):
+        remedy = "Name a file (is a variable not set?)."
+        raise BadInput("cannot be written: the name is empty", file=repr(""), remedy=remedy)
+
+
+def unwritable(path, error: Exception) -> BadInput:
+    "What the system says when it cannot write, as one line with the remedy."
+    remedies = {
+        errno.ENAMETOOLONG: "Choose a shorter name.",
+        errno.ENOTDIR: "A part of the path is a file: choose a folder.",
+        errno.EISDIR: "Choose a name that is no folder.",
+    }
+    remedies |= dict.fromkeys((errno.ENOSPC, errno.EDQUOT, errno.EFBIG), "Make room and call again.")
+    remedy = remedies.get(getattr(error, "errno", None), "Choose a name in a folder you may write to.")
+    reason = getattr(error, "strerror", None) or str(error)
+    return BadInput(f"cannot be written: {reason}", file=str(path).replace("\0", "\\0"), remedy=remedy)
+
+# %% ../nbs/00_files.ipynb #6deb97ca
 def write_text(path, text: str | bytes) -> Path:
     """Write text (or bytes) to a temporary file next to `path`, then rename it. Makes the folder if needed.
 
-    Raises `BadInput` where the file cannot be written; then an older file is untouched.
+    Raises `BadInput` where the file cannot be written, and where something else than a plain file has its name;
+    then what was there is untouched.
     """
+    check_target(path)
+    if isinstance(text, str) and _half.search(text):
+        at = _half.search(text).start()
+        check_encodable(text[max(at - 30, 0) : at + 1], None)
     path = Path(path)
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
+    temporary = path.with_name(f".{path.name[:40]}.{secrets.token_hex(4)}") if path.name else path
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with open(temporary, "xb") as f:
             f.write(text.encode() if isinstance(text, str) else text)
         os.replace(temporary, path)
-    except OSError as e:
-        remedy = "Choose a name that is no folder, in a folder you may write to."
-        raise BadInput(f"cannot be written: {e.strerror}", file=path, remedy=remedy) from None
-    finally:
-        with suppress(OSError):
-            temporary.unlink()  # it is still there only if something went wrong
+    except (OSError, ValueError) as e:
+        with suppress(OSError, ValueError):
+            temporary.unlink()
+        raise unwritable(path, e) from None
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
     return path
 
 # %% ../nbs/00_files.ipynb #c48629e5
@@ -186,38 +327,80 @@ def write_json(path, obj) -> Path:
 class Journal:
     """An append-only JSON-lines file. `records` holds what is already there.
 
-    A torn last line is dropped on opening.
+    A torn last line is passed over, and dropped by the next `append`. Raises `BadInput` for a file that is no
+    journal, or no plain file, and leaves it as it is.
 
     Parameters
     ----------
     path
         the file, made if it is not there
+    fields
+        the fields that a record may have; () for any
     """
 
-    def __init__(self, path):
-        self.path = Path(path)
+    def __init__(self, path, fields: Iterable[str] = ()):
+        self.path, self.fields = Path(path), tuple(fields)
+        check_target(path)
+        flags = (
+            os.O_RDWR | os.O_CREAT | os.O_APPEND | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_BINARY", 0)
+        )
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            self.file = open(self.path, "ab+")
-        except OSError as e:
-            remedy = "Choose a folder you may write to."
-            raise BadInput(f"cannot be written: {e.strerror}", file=path, remedy=remedy) from None
-        self._drop_torn_line()
-        self.records = [row for _, row in read_jsonl(self.path)]
+            self.file = open(os.open(path, flags, 0o666), "rb+", buffering=0)
+        except (OSError, ValueError) as e:
+            raise unwritable(path, e) from None
+        try:
+            whole = self.file.readall()
+            self.size = whole.rfind(b"\n") + 1  # in bytes, of the lines that are whole
+            self.records = [self._record(line, i) for i, line in enumerate(whole.split(b"\n")[:-1], 1)]
+            self._check_torn(whole[self.size :], len(self.records) + 1)
+        except BaseException:
+            self.close()
+            raise
 
-    def _drop_torn_line(self):
-        self.file.seek(0)
-        whole = self.file.read()
-        keep = whole.rfind(b"\n") + 1
-        if keep < len(whole):
-            self.file.truncate(keep)
+    def _record(self, line: bytes, number: int) -> dict:
+        try:
+            row = json.loads(line)
+        except (ValueError, RecursionError):
+            row = None
+        if not isinstance(row, dict) or self.fields and not row.keys() & set(self.fields):
+            raise self._foreign(number, line)
+        return row
+
+    def _check_torn(self, line: bytes, number: int) -> None:
+        "Refuses a last line without a newline that is not how a record begins."
+        names = [json.dumps(name).encode() for name in self.fields]
+        begins = [b"{%s: " % name for name in names] or [b'{"']
+        if not any(line.startswith(b[: len(line)]) for b in begins):
+            raise self._foreign(number, line)
+
+    def _foreign(self, number: int, line: bytes) -> BadInput:
+        return BadInput(
+            "is not a journal of this program, which would write to it and remove it in the end",
+            file=self.path,
+            line=number,
+            value=line[:40].decode(errors="replace"),
+            remedy="Move that file, or write somewhere else.",
+        )
 
     def append(self, *records: dict) -> None:
-        "Write records, then flush and fsync once: when `append` returns, they are on the disk."
+        """Write records, then flush and fsync once: when `append` returns, they are on the disk.
+
+        Raises `BadInput` where they cannot be written; then the journal ends with the records before.
+        """
         lines = [json.dumps(r, sort_keys=True, ensure_ascii=False, allow_nan=False) for r in records]
-        self.file.write("".join(f"{line}\n" for line in lines).encode())
-        self.file.flush()
-        os.fsync(self.file.fileno())
+        left = memoryview("".join(f"{line}\n" for line in lines).encode())
+        try:
+            self.file.truncate(self.size)
+            size = self.size + len(left)
+            while left:
+                left = left[self.file.write(left) :]
+            os.fsync(self.file.fileno())
+        except OSError as e:
+            with suppress(OSError):
+                self.file.truncate(self.size)
+            raise unwritable(self.path, e) from None
+        self.size = size
         self.records += records
 
     def close(self):
@@ -236,15 +419,16 @@ def writable_folder(path) -> Path:
     Raises `BadInput` at once if it cannot.
     """
     path = Path(path)
-    if path.exists() and not path.is_dir():
-        raise BadInput("is a file, not a folder", file=path, remedy="Name a folder.")
     try:
+        if path.exists() and not path.is_dir():
+            raise BadInput("is a file, not a folder", file=path, remedy="Name a folder.")
         path.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile(dir=path, prefix=".writable."):
             pass  # under a random name, because several processes may try the folder at once
     except OSError as e:
-        remedy = "Choose a folder you may write to."
-        raise BadInput(f"cannot be written: {e.strerror}", file=path, remedy=remedy) from None
+        raise unwritable(path, e) from None
+    except ValueError as e:
+        raise e if isinstance(e, BadInput) else unwritable(path, e) from None
     return path
 
 # %% ../nbs/00_files.ipynb #85f5204c
@@ -287,9 +471,11 @@ def sole_writer(path, lock=None):
     lock
         the lock's file; default: a hidden file next to `path`. It is removed in the end
     """
-    lock_file = Path(lock or Path(path).with_name(f".{Path(path).name}.lock"))
+    _check_named(path)
+    lock_file = Path(lock or Path(path).absolute().with_name(f".{Path(path).name}.lock"))
     holder_file = lock_file.with_name(f"{lock_file.name}.holder")
     writable_folder(lock_file.parent)
+    _check_own_lock(lock_file, holder_file)
     while (held := try_lock(lock_file)) is None:
         if lock_file.exists():
             remedy = "Wait for it or stop it, or write somewhere else."
@@ -311,6 +497,24 @@ def _holder_in(file: Path) -> str:
         return file.read_text(encoding="utf-8")
     except OSError:
         return "a process that has just started, or just ended"
+
+
+def _check_own_lock(lock_file: Path, holder_file: Path) -> None:
+    "Raises `BadInput` where another's file has the name of the lock, which would be emptied and removed."
+    for file, begins in ((lock_file, ""), (holder_file, "process ")):
+        try:
+            check_target(file)
+            with open(file, encoding="utf-8", errors="replace") as f:
+                own = f.read(8) == begins
+        except BadInput as e:
+            problem = f"cannot be locked: {e.problem.split(': ')[-1]}"
+            raise BadInput(problem, file=e.file, remedy=e.remedy) from None
+        except OSError:
+            continue  # there is none
+        if not own:
+            raise BadInput(
+                "is no lock of this program", file=file, remedy="Move it, or write somewhere else."
+            )
 
 # %% ../nbs/00_files.ipynb #26ef8e5c
 def sha256_file(path) -> str:

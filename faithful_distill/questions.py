@@ -9,10 +9,11 @@ __all__ = ['fixed_choices', 'Question', 'letter', 'choice_text', 'match_choice',
 # %% ../nbs/02_questions.ipynb #d2addbee
 import random
 import re
+import unicodedata
 from dataclasses import asdict, dataclass
 from typing import Iterable
 
-from .files import BadInput, stable_seed
+from .files import BadInput, check_encodable, stable_seed
 
 # %% ../nbs/02_questions.ipynb #cc8b14be
 fixed_choices = {"boolean": ("yes", "no"), "statement": ("true", "false")}
@@ -31,7 +32,7 @@ class Question:
     question
         the question, or the statement to be judged
     choices
-        at least two; yes/no for boolean, true/false for statement, in any order
+        2 to 26, as each has a letter; yes/no for boolean, true/false for statement, in any order
     answer
         index into choices, from 0; None where unlabelled
     kind
@@ -62,6 +63,8 @@ class Question:
         _check_choices(self.kind, self.choices)
         if self.answer is not None:
             _check_index(self.answer, self.choices)
+        for name in ("id", "question", "choices", "explanation", "split", "dataset"):
+            check_encodable(getattr(self, name), name)
 
 # %% ../nbs/02_questions.ipynb #11eef9e5
 def _check_choices(kind: str, choices) -> None:
@@ -70,6 +73,11 @@ def _check_choices(kind: str, choices) -> None:
         raise BadInput("must be one of choice, boolean, statement", field="kind", value=kind)
     if len(choices) < 2:
         raise BadInput("needs at least two choices", field="choices", value=list(choices))
+    if len(choices) > 26:
+        remedy = "Give fewer: choices are lettered from (a) to (z)."
+        raise BadInput(
+            "needs at most 26 choices", field="choices", value=f"{len(choices)} choices", remedy=remedy
+        )
     if any(not isinstance(c, str) or not c.strip() for c in choices):
         raise BadInput("must be texts that are not empty", field="choices", value=list(choices))
     _check_fixed_choices(kind, choices)
@@ -99,11 +107,15 @@ def _check_index(answer, choices) -> None:
 
 # %% ../nbs/02_questions.ipynb #8872fb60
 def normalized(text: str) -> str:
-    """Lower case, inner blanks single, blanks and full stops at both ends gone.
+    """Lower case, inner blanks single, blanks and full stops at both ends gone; .5 keeps its point.
 
-    The form in which two texts are compared.
+    The form in which two texts are compared. Letters with marks count the same composed and decomposed (NFC, NFD).
     """
-    return " ".join(text.lower().split()).strip(" .")
+    if not text.isascii():
+        text = unicodedata.normalize("NFC", text)
+    ended = " ".join(text.lower().split()).rstrip(" .")
+    bare = ended.lstrip(" .")
+    return ended if bare[:1].isdigit() and ended == f".{bare}" else bare
 
 # %% ../nbs/02_questions.ipynb #278e2ebb
 def letter(i: int) -> str:
@@ -134,13 +146,38 @@ def match_choice(q: Question, text: str) -> int | None:
     return i if i < len(q.choices) and rest in ("", without_punctuation(q.choices[i])) else None
 
 # %% ../nbs/02_questions.ipynb #e9232e10
+_with_meaning = "‰‱′″‴§٪٫‖⌈⌉⌊⌋⟨⟩"  # punctuation for Unicode
+_noise = re.compile(
+    r"""[;?@\\{}`&,]|(?<!\d)["'*/:]|[*/:](?!\d)|\[(?![\d.-])|(?<!\d)\]"""
+    r"|(?<!\d)!(?![\w=(])|\$(?!\s?[\d.])|\.(?!\d)"
+    r"|^\s*-(?=\s)|(?<=\s)-\s*$"  # a bullet
+    r"|(?<=\w)-(?=[^\W\d_])|(?<=[^\W\d_])-(?=\d)"  # a hyphen: ice-cream, covid-19
+)
+
+
 def without_punctuation(text: str) -> str:
     """Normalised text without punctuation and leading article.
 
-    Signs that tell numbers and names apart stay: -5, 0.5, 5%, C++, C#.
+    Signs that tell numbers and names apart stay: -5, 0.5, 5%, $5, 5!, 1/2, C++, C#, O-; so do symbols and marks.
     """
-    bare = re.sub(r"[^\w\s()+#%.-]|\.(?!\d)|-(?!\d)|(?<=\w)-", " ", normalized(text))
-    return re.sub(r"^(a|an|the) (?=.)|(?<=\d) (?=%)", "", " ".join(bare.split()))
+    plain = normalized(text)
+    if not plain.isascii():
+        plain = "".join(map(_plain_character, plain))
+    plain = re.sub(r"""^\s*(["'])(.*)\1\s*$""", r"\2", plain)
+    bare = _noise.sub(" ", re.sub(r"(?<=\d) - (?=\d)", "-", plain))
+    return re.sub(r"^(a|an|the) (?=[\w$(])|(?<=\d) (?=%)", "", " ".join(bare.split()))
+
+
+def _plain_character(c: str) -> str:
+    "A character as `without_punctuation` sees it: a blank for punctuation that is not ASCII, '-' for a minus."
+    kind = unicodedata.category(c)
+    if c in "\u2212\ufe63\uff0d" or kind == "Pd" and c not in "-\u2014\u2015":
+        return "-"
+    if c in "（）":
+        return "()"["（）".index(c)]
+    if kind == "Cf" and c not in "\u200c\u200d" or c in "\ufe0e\ufe0f":
+        return ""
+    return " " if kind[0] == "P" and not c.isascii() and c not in _with_meaning else c
 
 # %% ../nbs/02_questions.ipynb #e155f225
 def wrong_indices(q: Question) -> list[int]:
@@ -175,11 +212,12 @@ def perturbed_index(q: Question, seed: int = 0) -> int:
     return random.Random(stable_seed(seed, q.id, "perturbed answer")).choice(wrong)
 
 # %% ../nbs/02_questions.ipynb #056f0a78
-def answer_index(answer, choices, kind: str = "choice"):
-    """The index that an `answer` stands for: a whole number, the text of one choice, true or false, or None.
+def answer_index(answer, choices, kind: str = "choice", labels=None, field: str = "answer"):
+    """The index that an `answer` stands for: see the table above.
 
     Anything else is returned as it is, for `Question` to refuse. Raises `BadInput` if a text fits no choice or
-    several, and if true or false is the answer to a question of kind 'choice'.
+    several, if what is given reads as two choices in two ways, and if true or false is the answer to a question
+    of kind 'choice'.
 
     Parameters
     ----------
@@ -189,39 +227,77 @@ def answer_index(answer, choices, kind: str = "choice"):
         the texts of the choices
     kind
         'choice', 'boolean' or 'statement'
+    labels
+        the labels of the choices; None: letters
+    field
+        what errors call it
     """
     if isinstance(answer, bool):
         if kind not in fixed_choices:
             raise BadInput(
                 "is true/false, but the question has choices",
-                field="answer",
+                field=field,
                 value=answer,
                 remedy="Give the index of a choice.",
             )
         answer = fixed_choices[kind][0 if answer else 1]
-    return _index_of_text(answer, choices, kind) if isinstance(answer, str) else answer
+    if isinstance(answer, int) and 0 <= answer < len(choices):
+        others = [*_reading_like(str(answer), choices), *_labelled(str(answer), labels, len(choices))]
+        _refuse_ambiguous(answer, [answer, *others], choices, field)
+    if not isinstance(answer, str):
+        return answer
+    found = choice_of_text(answer, choices, kind, labels, field)
+    if found is None:
+        raise BadInput(
+            "is not among the choices",
+            field=field,
+            value=answer,
+            remedy=f"Use one of {list(choices)}, its letter, or an index from 0.",
+        )
+    return found
 
 # %% ../nbs/02_questions.ipynb #a19b4e21
-def _index_of_text(answer: str, choices, kind: str) -> int:
+def choice_of_text(
+    answer: str, choices, kind: str = "choice", labels=None, field: str = "answer"
+) -> int | None:
+    "The index that a text names as text, letter or label; None for none. Raises `BadInput` for two."
     same = _reading_like(answer, choices)
     if not same and kind in fixed_choices and normalized(answer) in ("true", "false", "yes", "no"):
         place = 0 if normalized(answer) in ("true", "yes") else 1
         same = _reading_like(fixed_choices[kind][place], choices)
-    if not same:
-        raise BadInput(
-            "is not among the choices",
-            field="answer",
-            value=answer,
-            remedy=f"Use one of {choices} or an index from 0.",
-        )
-    if len(same) > 1:
+    named = _labelled(answer, labels, len(choices)) if kind == "choice" or labels else []
+    if len(same) > 1 and not set(named) - set(same):
         raise BadInput(
             f"fits {len(same)} choices that read the same",
-            field="answer",
+            field=field,
             value=answer,
             remedy=f"Give the index instead, one of {same}.",
         )
-    return same[0]
+    digits = answer.strip()
+    as_index = [int(digits)] if digits.isascii() and digits.isdecimal() and len(digits) < 3 and same else []
+    _refuse_ambiguous(answer, [*same, *named, *(i for i in as_index if i < len(choices))], choices, field)
+    return next(iter([*named, *same]), None)
+
+
+def _labelled(answer: str, labels, n: int) -> list[int]:
+    "The choice of a label, or of a letter where there are no labels; [] for none."
+    bare = re.fullmatch(r"\(?(.+?)\)?[.:]?", answer.strip())
+    name = bare[1].lower() if bare else ""
+    if labels is not None:
+        return [i for i, label in enumerate(labels) if label.strip().lower() == name]
+    i = ord(name) - ord("a") if re.fullmatch("[a-z]", name) else n
+    return [i] if i < n else []
+
+
+def _refuse_ambiguous(answer, readings: list[int], choices, field: str) -> None:
+    if len(set(readings)) > 1:
+        meant = " or ".join(f"{i} ({choices[i]!r})" for i in sorted(set(readings)))
+        raise BadInput(
+            f"is ambiguous: as index, letter or text it is choice {meant}",
+            field=field,
+            value=answer,
+            remedy="Give the choice's letter in brackets, such as '(b)', or its text where only one reading fits.",
+        )
 
 # %% ../nbs/02_questions.ipynb #a103a134
 def _reading_like(text: str, choices) -> list[int]:
@@ -247,6 +323,56 @@ def optional_text(row, field: str) -> str:
     "A text that may be missing; then it is ''."
     return "" if row.get(field) is None else required(row, field).strip()
 
+# %% ../nbs/02_questions.ipynb #76690ba0
+def labels_and_texts(choices: list | dict) -> tuple[list[str], list[str]]:
+    "Labels and texts of choices in the layout of the hub, or in that of the official files."
+    if isinstance(choices, dict):
+        labels, texts = required(choices, "label", list), required(choices, "text", list)
+    else:
+        labels, texts = [required(c, "label") for c in choices], [required(c, "text") for c in choices]
+    if len(labels) != len(texts):
+        raise BadInput(f"have {len(labels)} labels and {len(texts)} texts", field="choices", value=choices)
+    if not all(isinstance(t, str) for t in (*labels, *texts)):
+        raise BadInput("must all be texts", field="choices", value=choices)
+    if len(set(labels)) < len(labels):
+        raise BadInput("two choices carry the same label", field="choices", value=labels)
+    return labels, texts
+
+# %% ../nbs/02_questions.ipynb #b52a04f5
+_answer_names = ("answer", "gold", "answerKey")
+_like_an_answer = """answer answeridx answerindex answerid answerletter answertext answerlabel answerkey answers gold goldlabel
+    goldanswer goldindex label labels target targets correct correctanswer correctchoice correctindex correctoption
+    key solution""".split()
+
+
+def _row_answer(row: dict, choices, kind: str, labels) -> int | None:
+    "The answer of a record, whichever of its names it has; they must agree where there are several."
+    given = {n: row[n] for n in _answer_names if row.get(n) is not None and (n == "answer" or row[n] != "")}
+    found = {n: answer_index(value, choices, kind, labels, n) for n, value in given.items()}
+    if not found:
+        _refuse_unread_answer(row)
+    if len(set(map(repr, found.values()))) > 1:
+        last = [*found][-1]
+        remedy = "Leave one of them out."
+        raise BadInput(
+            f"is another choice than {[*found][0]!r} says", field=last, value=row[last], remedy=remedy
+        )
+    return next(iter(found.values()), None)
+
+
+def _refuse_unread_answer(row: dict) -> None:
+    if any(name in row for name in _answer_names):
+        return  # it says itself that there is none
+    for name, value in row.items():
+        alike = re.sub(r"[\W_]", "", str(name)).lower() in _like_an_answer
+        if alike and isinstance(value, (str, int, float)):
+            raise BadInput(
+                "is no field of a question, which has no 'answer'",
+                field=name,
+                value=value,
+                remedy="Call it 'answer' if it is one: an index from 0, or a choice's text or letter.",
+            )
+
 # %% ../nbs/02_questions.ipynb #355ad977
 def plain_fields(row: dict) -> dict:
     """The fields of a `Question` from one record of a file of your own; `answer` is an index or None after it.
@@ -256,14 +382,18 @@ def plain_fields(row: dict) -> dict:
     Parameters
     ----------
     row
-        `question`, `choices` and `answer` (see `answer_index`), and perhaps `id`, `kind`, `split`, `explanation`
+        `question`, `choices` and `answer` (see `answer_index`), and perhaps `id`, `kind`, `split`, `explanation`;
+        choices may carry labels, in the layout of the hub
     """
     kind = "choice" if row.get("kind") is None else required(row, "kind")
     id = "" if row.get("id") is None else str(required(row, "id", (str, int)))
     if kind in fixed_choices and not row.get("choices"):
         choices = list(fixed_choices[kind])
     else:
-        choices = required(row, "choices", list)
+        choices = required(row, "choices", (list, dict))
+    labels = None
+    if isinstance(choices, dict) or choices and all(isinstance(c, dict) for c in choices):
+        labels, choices = labels_and_texts(choices)
     if all(isinstance(c, str) for c in choices):
         _check_fixed_choices(kind, choices)
     fields = dict(
@@ -271,7 +401,7 @@ def plain_fields(row: dict) -> dict:
         question=required(row, "question").strip(),
         choices=choices,
         kind=kind,
-        answer=answer_index(row.get("answer"), choices, kind),
+        answer=_row_answer(row, choices, kind, labels),
         explanation=optional_text(row, "explanation"),
     )
     split = optional_text(row, "split")

@@ -14,7 +14,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any, Iterable, Mapping, NamedTuple, Sequence
 
-from .files import BadInput, content_key, read_jsonl, write_text
+from .files import BadInput, check_encodable, content_key, read_jsonl, write_text
 from .questions import Question, normalized, plain_fields
 
 # %% ../nbs/05_records.ipynb #13671cde
@@ -111,6 +111,8 @@ class Rationale:
             if isinstance(getattr(self, name), list):
                 settle(self, name, tuple(getattr(self, name)))
         self.as_question()  # its choices and its answer fit together
+        for name in ("rationale", "teacher", "extra"):
+            check_encodable(getattr(self, name), name)
         if self.target is None and self.role == "counterfactual":
             raise BadInput(
                 f"is missing from a counterfactual rationale (question {self.id!r})",
@@ -218,7 +220,7 @@ def _from_row(row: Mapping, question: Question | None) -> Rationale:
         )
     if isinstance(named.get("choices"), tuple):
         named["choices"] = list(named["choices"])
-    read = plain_fields(named | {"explanation": None})
+    read = _plain(named)
     made = content_key([read["question"], list(read["choices"])])
     asked = dict(
         id=read["id"] or made,
@@ -231,10 +233,18 @@ def _from_row(row: Mapping, question: Question | None) -> Rationale:
     return Rationale(**named | asked | {"target": target, "kind": read["kind"], "extra": extra})
 
 # %% ../nbs/05_records.ipynb #28c13fbb
+def _plain(named: Mapping) -> dict:
+    "The fields of the question; a whole number is the index of the answer, whatever the choices are."
+    index = named["answer"]
+    if isinstance(index, bool) or not isinstance(index, int):
+        return plain_fields(named | {"explanation": None})
+    return plain_fields(named | {"explanation": None, "answer": None}) | {"answer": index}
+
+
 def _target_index(named: Mapping) -> int:
     "The index of the choice argued for; an error names the field `target`."
     try:
-        return plain_fields(named | {"answer": named["target"], "explanation": None})["answer"]
+        return _plain(named | {"answer": named["target"]})["answer"]
     except BadInput as e:
         got = {"value": e.value} if "(got" in str(e) else {}
         raise BadInput(e.problem, field="target", remedy=e.remedy, **got) from None
@@ -300,7 +310,8 @@ answer_sentence = "So the answer is"
 _opening = re.compile(
     r"(?:\b(?:so|thus|hence|therefore|and so|which means)\b,?\s+|^\s*|(?<=[.!?;:\"')])\s*)"
     r"(?:(?:the|my|our|this)\s+(?:correct |right |best |final |only )?answer\s+is\b\s*:?\s*"
-    r"|(?:the|this)\s+statement\s+is\b\s*:?\s*(?=(?:true|false|correct|incorrect|right|wrong)\b))",
+    r"|(?:the|this)\s+statement\s+is\b\s*:?\s*(?=(?:true|false|correct|incorrect|right|wrong)\b)"
+    r"|(?:[*_#]+\s*)?(?:(?:the|my)\s+)?(?:(?:correct|right|best|final)\s+)?answer\s*[*_]*:[*_]*\s*)",
     re.IGNORECASE | re.MULTILINE,
 )
 _stop = re.compile(r"[.!?]+[\"')\]]*(?=\s+[\"'(\[]?[A-Z])|[.!?]+\s*$|(?=\n)|$", re.MULTILINE)

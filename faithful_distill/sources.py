@@ -6,17 +6,31 @@
 __all__ = ['sources', 'read_lettered', 'read_strategyqa', 'read_creak', 'Source', 'register_source', 'load_questions']
 
 # %% ../nbs/03_sources.ipynb #10ca00d1
+import difflib
+import io
 import json
 import logging
+import re
+import zlib
+from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Callable, Iterable, Iterator
+from typing import Any, Callable, Iterable, Iterator
 
-from .files import BadInput, read_jsonl, write_text
+from faithful_distill.files import (
+    BadInput,
+    check_encodable,
+    check_target,
+    opened,
+    read_jsonl,
+    unique_keys,
+    write_text,
+)
 from faithful_distill.questions import (
     Question,
     as_dataset,
     fixed_choices,
+    labels_and_texts,
     optional_text,
     plain_fields,
     required,
@@ -27,7 +41,7 @@ def read_lettered(row: dict) -> dict:
     "The fields of a question of CommonsenseQA or QASC, from a record of the official files or of the hub."
     nested = isinstance(row.get("question"), dict)
     inner = row["question"] if nested else row
-    labels, texts = _labels_and_texts(required(inner, "choices", (list, dict)))
+    labels, texts = labels_and_texts(required(inner, "choices", (list, dict)))
     key = row.get("answerKey") or None
     if key is not None and key not in labels:
         raise BadInput(f"is not among the labels {', '.join(labels)}", field="answerKey", value=key)
@@ -39,20 +53,6 @@ def read_lettered(row: dict) -> dict:
         kind="choice",
         explanation=optional_text(row, "combinedfact"),
     )
-
-# %% ../nbs/03_sources.ipynb #4ae68cb6
-def _labels_and_texts(choices: list | dict) -> tuple[list[str], list[str]]:
-    if isinstance(choices, dict):
-        labels, texts = required(choices, "label", list), required(choices, "text", list)
-    else:
-        labels, texts = [required(c, "label") for c in choices], [required(c, "text") for c in choices]
-    if len(labels) != len(texts):
-        raise BadInput(f"have {len(labels)} labels and {len(texts)} texts", field="choices", value=choices)
-    if not all(isinstance(t, str) for t in (*labels, *texts)):
-        raise BadInput("must all be texts", field="choices", value=choices)
-    if len(set(labels)) < len(labels):
-        raise BadInput("two choices carry the same label", field="choices", value=labels)
-    return labels, texts
 
 # %% ../nbs/03_sources.ipynb #84a1e78c
 def read_strategyqa(row: dict) -> dict:
@@ -229,45 +229,107 @@ def _hub_rows(name: str, source: Source, split: str, path):
 
 # %% ../nbs/03_sources.ipynb #2b8800ec
 def _read_rows(path: Path, bad: list | None) -> Iterator[tuple[int, dict]]:
-    """Records of a JSON-lines file or of a file that is one JSON array, with their line numbers.
+    """Records of a JSON-lines file or of a file that is one JSON array, with their line numbers, read as asked for.
 
     Broken lines of a JSON-lines file go to `bad` if it is a list.
     """
-    yield from _array_rows(path) if _is_array(path) else read_jsonl(path, bad)
+    yield from _array_rows(path, bad) if _is_array(path) else read_jsonl(path, bad)
 
 
 def _is_array(path: Path) -> bool:
     try:
-        with path.open(encoding="utf-8-sig") as f:
-            return f.read(64).lstrip().startswith("[")
-    except (OSError, UnicodeDecodeError):
+        with opened(path) as f:
+            return f.read(64).removeprefix(b"\xef\xbb\xbf").lstrip().startswith(b"[")
+    except (OSError, ValueError, EOFError, zlib.error):
         return False  # `read_jsonl` says what is wrong with the file
 
-# %% ../nbs/03_sources.ipynb #e5cc0711
-def _array_rows(path: Path) -> Iterator[tuple[int, dict]]:
+# %% ../nbs/03_sources.ipynb #8de1264e
+def _array_rows(path: Path, bad: list | None) -> Iterator[tuple[int, dict]]:
+    "Records of a JSON array. Those that are JSON but no record go to `bad` if it is a list."
     try:
-        text = path.read_text(encoding="utf-8-sig")
+        with opened(path) as raw:
+            for line, row, problems in _array_items(io.TextIOWrapper(raw, encoding="utf-8-sig"), path):
+                if not problems:
+                    yield line, row
+                elif bad is None:
+                    raise problems[0].located(path, line)
+                else:
+                    bad.append(problems[0].located(path, line))
     except UnicodeDecodeError as e:
-        problem = f"is not UTF-8 text: {e.reason} at byte {e.start}"
-        raise BadInput(problem, file=path, remedy="Convert the file to UTF-8.") from None
-    decoder, at, line, counted = json.JSONDecoder(), text.index("[") + 1, 1, 0
+        problem, remedy = f"is not UTF-8 text: {e.reason}", "Convert the file to UTF-8."
+    except (OSError, EOFError, zlib.error) as e:
+        problem, remedy = f"cannot be read: {e}", "The file was cut off: fetch it again."
+    else:
+        return
+    raise BadInput(problem, file=path, remedy=remedy)
+
+# %% ../nbs/03_sources.ipynb #e5cc0711
+_chunk = 1 << 16  # characters
+
+
+def _array_items(file, path) -> Iterator[tuple[int, Any, list[BadInput]]]:
+    "Line, value and what is wrong with it, of each item of a JSON array, with no more text in memory than one needs."
+    text, line = file.read(_chunk), 1
+    problems = []
+    decoder = json.JSONDecoder(object_pairs_hook=lambda pairs: _object(pairs, problems))
+    at = text.index("[") + 1
+    line += text.count("\n", 0, at)
     while True:
-        while at < len(text) and text[at] in ", \t\r\n":
-            at += 1
-        line, counted = line + text.count("\n", counted, at), at
-        if at >= len(text):
-            remedy = "The file was cut off: fetch it again."
-            raise BadInput("the JSON array does not end", file=path, line=line, remedy=remedy)
+        end = re.compile(r"[,\s]*").match(text, at).end()
+        line, at = line + text.count("\n", at, end), end
+        if at == len(text):
+            text, at = file.read(_chunk), 0
+            if not text:
+                remedy = "The file was cut off: fetch it again."
+                raise BadInput("the JSON array does not end", file=path, line=line, remedy=remedy)
+            continue
         if text[at] == "]":
             return
+        problems.clear()
         try:
-            row, at = decoder.raw_decode(text, at)
-        except json.JSONDecodeError as e:
-            remedy = "Mend or remove the record."
-            raise BadInput(f"broken JSON: {e.msg}", file=path, line=e.lineno, remedy=remedy) from None
-        if not isinstance(row, dict):
-            raise BadInput("is not a JSON object", file=path, line=line, value=row)
-        yield line, row
+            row, end = decoder.raw_decode(text, at)
+        except (ValueError, RecursionError) as e:
+            more = file.read(max(_chunk, len(text) - at)) if _cut_off(e, text) else ""
+            if not more:
+                raise _broken_item(e, path, line, text[at:]) from None
+            text, at = text[at:] + more, 0
+            continue
+        yield line, row, problems or _item_problems(row, "\\u" in text[at:end])
+        line, at = line + text.count("\n", at, end), end
+
+
+def _object(pairs: list, problems: list[BadInput]) -> dict:
+    try:
+        return unique_keys(pairs)
+    except BadInput as e:
+        problems.append(e)
+        return dict(pairs)
+
+
+def _item_problems(row, escapes: bool) -> list[BadInput]:
+    if not isinstance(row, dict):
+        return [BadInput("is not a JSON object", value=row)]
+    try:
+        check_encodable(row if escapes else None, None)
+    except BadInput as e:
+        return [e]
+    return []
+
+
+def _cut_off(e: Exception, text: str) -> bool:
+    "Whether a JSON error may only be that the text read so far ends too early."
+    if not isinstance(e, json.JSONDecodeError):
+        return False
+    return e.msg.startswith("Unterminated string") or e.pos >= len(text) - 8
+
+
+def _broken_item(e: Exception, path, line: int, text: str) -> BadInput:
+    remedy = "Mend or remove the record."
+    if isinstance(e, json.JSONDecodeError):
+        inside = text.count("\n", 0, e.pos - (len(e.doc) - len(text)))
+        return BadInput(f"broken JSON: {e.msg}", file=path, line=line + inside, remedy=remedy)
+    problem = "is nested too deeply to be read" if isinstance(e, RecursionError) else f"cannot be read: {e}"
+    return BadInput(problem.split(";")[0], file=path, line=line, remedy=remedy)
 
 # %% ../nbs/03_sources.ipynb #8ab7aea9
 _unforeseen = (TypeError, AttributeError, KeyError, IndexError)
@@ -304,7 +366,8 @@ def load_questions(
     name_or_file
         'csqa', 'strategyqa', 'creak', 'qasc' or another registered dataset; or a JSON-lines file of your own
     split
-        'train', 'dev' or 'test'; a file of your own is one split, called so unless its records say otherwise
+        'train', 'dev' or 'test'; in a file of your own, records that name another split in a field `split`
+        are passed over, and a warning counts them
     path
         local copy of the dataset: a folder of the official files, one file, or a folder in the hub's layout
     limit
@@ -315,33 +378,78 @@ def load_questions(
     if skip_bad is not None and Path(skip_bad).is_dir():
         remedy = "Name a file for the list of bad records."
         raise BadInput("is a folder, not a file", file=skip_bad, field="skip_bad", remedy=remedy)
+    if skip_bad is not None:
+        check_target(skip_bad)
     name, bad = str(name_or_file), None if skip_bad is None else []
     read, where, rows = _find_rows(name, split, path, bad)
     known = dict(split=split, dataset=name if name in sources else Path(name).stem)
-    questions, lines = [], {}
-    for line, row in rows:
-        if limit is not None and len(questions) >= limit:
-            break
+    questions, lines, others, names = [], {}, Counter(), {}
+    for line, row in rows if limit != 0 else ():
         try:
-            questions.append(_question(known | read(row), line, lines))
+            fields = known | read(row)
+            names |= dict.fromkeys(row) if read is _own_fields else {}
+            if _same_split(fields["split"], split):
+                questions.append(_question(fields, line, lines))
+            else:
+                others[fields["split"]] += 1
         except (BadInput, *_unforeseen) as e:
             error = _located(e, where, line)
             if bad is None:
                 raise error from None
             bad.append(error)
+        if len(questions) == limit:
+            break
     if bad is not None:
         _report_rejected(bad, skip_bad)
+    _warn(where, split, others, names)
     if not questions and limit != 0:
         why = "The file is empty: fetch or write it again."
+        if others:
+            why = f"All {others.total()} are of another split than {split!r}: ask for {_counts(others)}."
         if bad:
             why = f"Why its {len(bad)} records were left out is in {skip_bad}."
         raise BadInput("there are no questions", file=where, remedy=why)
     return as_dataset(questions)
 
+# %% ../nbs/03_sources.ipynb #43016f54
+_split_names = dict(
+    validation="dev", valid="dev", val="dev", development="dev", training="train", testing="test"
+)
+
+
+def _same_split(a: str, b: str) -> bool:
+    "Whether two names mean one split: dev and validation do."
+    a, b = (name.strip().lower() for name in (a, b))
+    return _split_names.get(a, a) == _split_names.get(b, b)
+
+
+def _counts(others: Counter) -> str:
+    return ", ".join(f"{name!r} ({n})" for name, n in others.most_common())
+
+
+_read_fields = ("question", "choices", "answer", "gold", "answerKey", "id", "kind", "split", "explanation")
+
+
+def _warn(where, split: str, others: Counter, names: dict[str, None]) -> None:
+    "Log how many records other splits have, and the fields that look like one that is read."
+    log = logging.getLogger("faithful_distill")
+    if others:
+        n = others.total()
+        log.warning(
+            "%s: %d records passed over, of other splits than %r: %s", where, n, split, _counts(others)
+        )
+    for name in names.keys() - {*_read_fields}:
+        near = difflib.get_close_matches(name.lower(), _read_fields, 1, 0.75)
+        if near and near[0] not in names:
+            log.warning("%s: not read: the field %r (is it %r?)", where, name, near[0])
+
 # %% ../nbs/03_sources.ipynb #455cecc6
 def _question(fields: dict, line: int, lines: dict[str, int]) -> Question:
     "A question with an id that no earlier one has. `lines`: id -> line, is added to."
-    question = Question(**fields | {"id": fields.get("id") or f"{fields['dataset']}-{line}"})
+    made = f"{fields['dataset']}-{line}"
+    if made in lines:  # another record of an array that is one line
+        made = f"{made}-{len(lines) + 1}"
+    question = Question(**fields | {"id": fields.get("id") or made})
     if question.id in lines:
         raise BadInput(
             f"was already used in line {lines[question.id]}",

@@ -9,7 +9,7 @@ import time
 
 import pytest
 
-from faithful_distill.files import BadInput, read_jsonl, sole_writer, writable_folder, write_text
+from faithful_distill.files import BadInput, Journal, read_jsonl, sole_writer, writable_folder, write_text
 
 
 def ask(folder, times):
@@ -162,3 +162,241 @@ def test_a_path_through_a_file_is_named(tmp_path):
     (tmp_path / "own.jsonl").write_text('{"a": 1}\n')
     with pytest.raises(BadInput, match="own.jsonl/x: cannot be read: Not a directory"):
         list(read_jsonl(tmp_path / "own.jsonl" / "x"))
+
+
+def leave_alone(make, call, problem):
+    "Whatever `make` put at the path is what it was after the refused call."
+    path = make()
+    before = os.lstat(path)
+    with pytest.raises(BadInput, match=problem) as error:
+        call(path)
+    assert "\n" not in str(error.value)
+    after = os.lstat(path)
+    assert (before.st_ino, before.st_mode, before.st_size) == (after.st_ino, after.st_mode, after.st_size)
+    assert not [p for p in path.parent.iterdir() if p.name.startswith(f".{path.name}.")]
+
+
+def special(kind, folder):
+    "Something that is no plain file, at `folder / 'out'`."
+    import socket
+
+    path = folder / "out"
+    (folder / "victim").write_text("mine\n")
+    if kind == "pipe":
+        os.mkfifo(path)
+    elif kind == "folder":
+        path.mkdir()
+    elif kind == "link":
+        path.symlink_to(folder / "victim")
+    elif kind == "dangling link":
+        path.symlink_to(folder / "nothing")
+    elif kind == "socket":
+        socket.socket(socket.AF_UNIX).bind(os.path.relpath(path))
+    elif os.access("/dev/full", os.W_OK) and os.geteuid() == 0:
+        os.mknod(path, 0o600 | 0o020000, os.makedev(1, 7))
+    else:
+        pytest.skip("only root makes a device")
+    return path
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows has none of these")
+@pytest.mark.parametrize("call", [lambda p: write_text(p, "text"), lambda p: Journal(p).append({"a": 1})])
+@pytest.mark.parametrize("kind", ["pipe", "folder", "link", "dangling link", "socket", "device"])
+def test_what_is_no_plain_file_is_neither_replaced_nor_followed(tmp_path, monkeypatch, kind, call):
+    monkeypatch.chdir(tmp_path)
+    leave_alone(lambda: special(kind, tmp_path), call, "out: cannot be written: it is a")
+    assert (tmp_path / "victim").read_text() == "mine\n" and not (tmp_path / "nothing").exists()
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows has none of these")
+@pytest.mark.parametrize("kind", ["pipe", "link", "dangling link"])
+@pytest.mark.parametrize("name", [".run.lock", ".run.lock.holder"])
+def test_no_lock_is_taken_through_what_is_no_plain_file(tmp_path, monkeypatch, kind, name):
+    monkeypatch.chdir(tmp_path)
+    special(kind, tmp_path).rename(tmp_path / name)
+
+    def take(path):
+        with sole_writer(tmp_path / "run"):
+            pass
+
+    leave_alone(lambda: tmp_path / name, take, "cannot be locked")
+    assert (tmp_path / "victim").read_text() == "mine\n" and not (tmp_path / "nothing").exists()
+
+
+@pytest.mark.parametrize("name", [".run.lock", ".run.lock.holder"])
+def test_a_file_of_another_origin_is_no_lock(tmp_path, name):
+    (tmp_path / name).write_text("remember the milk")
+    with pytest.raises(BadInput, match="is no lock of this program"):
+        with sole_writer(tmp_path / "run"):
+            pass
+    assert (tmp_path / name).read_text() == "remember the milk"
+
+
+foreign = [
+    "remember the milk",
+    "remember the milk\n",
+    '{"id": "1"}\nremember the milk',
+    '{"id": "1"}\n[1, 2]\n',
+    '{"note": 1}\n',
+    '{"id": "1"}\n{"todo": "mi',
+    "\x00\x01\x02",
+    "\n",
+]
+
+
+@pytest.mark.parametrize("text", foreign)
+def test_a_file_that_is_no_journal_is_left_alone(tmp_path, text):
+    path = tmp_path / "out.partial"
+    path.write_text(text)
+    with pytest.raises(BadInput, match="out.partial:[12]: is not a journal of this program"):
+        Journal(path, ["id", "role"])
+    assert path.read_text() == text
+
+
+@pytest.mark.parametrize("torn", ["", "{", '{"', '{"id', '{"id": "2"', '{"role": "go', '{"id": "2"}'])
+def test_opening_a_journal_changes_nothing_and_appending_drops_the_torn_line(tmp_path, torn):
+    path = tmp_path / "out.partial"
+    path.write_text('{"id": "1"}\n' + torn)
+    with Journal(path, ["id", "role"]) as journal:
+        assert journal.records == [{"id": "1"}] and path.read_text() == '{"id": "1"}\n' + torn
+        journal.append({"id": "3"})
+    assert path.read_text() == '{"id": "1"}\n{"id": "3"}\n'
+
+
+class Full:
+    "A file on a disk that is full after so many bytes."
+
+    def __init__(self, file, room):
+        self.file, self.room = file, room
+
+    def write(self, data):
+        if not self.room:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        written = self.file.write(bytes(data[: self.room]))
+        self.room -= written
+        return written
+
+    def __getattr__(self, name):
+        return getattr(self.file, name)
+
+
+def test_a_full_disk_is_one_line_and_takes_nothing_from_the_journal(tmp_path):
+    with Journal(tmp_path / "j") as journal:
+        journal.append({"id": "1"})
+        whole, room = journal.file, (tmp_path / "j").stat().st_size
+        journal.file = Full(whole, 5)
+        with pytest.raises(BadInput, match="j: cannot be written: No space left.*Make room and call again"):
+            journal.append({"id": "2"})
+        assert (tmp_path / "j").stat().st_size == room and journal.records == [{"id": "1"}]
+        journal.file = whole
+        journal.append({"id": "3"})
+    assert [row for _, row in read_jsonl(tmp_path / "j")] == [{"id": "1"}, {"id": "3"}]
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/shm"), reason="Linux")
+def test_a_full_disk_when_a_file_is_written_is_one_line(tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    (tmp_path / "out").write_text("old")
+    monkeypatch.setattr(os, "replace", full)
+    with pytest.raises(BadInput, match="out: cannot be written: No space left.*Make room and call again"):
+        write_text(tmp_path / "out", "new")
+    assert (tmp_path / "out").read_text() == "old" and len(list(tmp_path.iterdir())) == 1
+
+
+@pytest.mark.parametrize(
+    "name, problem", [("n" * 300, "File name too long"), ("a\0b", "null byte"), ("", "is empty")]
+)
+@pytest.mark.parametrize(
+    "call", [lambda p: write_text(p, "x"), Journal, lambda p: sole_writer(p).__enter__()]
+)
+def test_names_that_no_file_can_have_are_one_line(tmp_path, monkeypatch, name, problem, call):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(BadInput, match=problem) as error:
+        call(name)
+    assert "\n" not in str(error.value) and "\0" not in str(error.value) and not list(tmp_path.iterdir())
+    with pytest.raises(BadInput):
+        list(read_jsonl(name))
+
+
+def test_a_long_name_that_a_file_can_have_is_written(tmp_path):
+    assert write_text(tmp_path / ("n" * 250), "text").read_text() == "text"
+
+
+def test_half_a_character_is_not_written(tmp_path):
+    with pytest.raises(BadInput, match="contains a lone surrogate"):
+        write_text(tmp_path / "out", "text \ud83d")
+    assert not list(tmp_path.iterdir())
+
+
+halves = [
+    (r'{"id": "1", "question": "Is it \ud83d?"}', "question"),
+    (r'{"id": "\udc00"}', "id"),
+    (r'{"choices": ["a", "\uD83D"]}', "choices"),
+    (r'{"extra": {"deep": ["\ud83d "]}}', "extra"),
+]
+
+
+@pytest.mark.parametrize("line, field", halves)
+def test_half_a_character_is_named_by_line_and_field(tmp_path, line, field):
+    path = tmp_path / "own.jsonl"
+    path.write_text('{"id": "0", "emoji": "\\ud83d\\ude00"}\n' + line + '\n{"id": "2"}\n')
+    with pytest.raises(BadInput, match=f"own.jsonl:2: field '{field}': contains a lone surrogate"):
+        list(read_jsonl(path))
+    bad = []
+    assert [n for n, _ in read_jsonl(path, bad)] == [1, 3] and [(e.line, e.field) for e in bad] == [
+        (2, field)
+    ]
+
+
+@pytest.mark.parametrize("line", ['{"answer": 0, "answer": 1}', '{"x": [{"answer": 0, "answer": 0}]}'])
+def test_a_key_that_occurs_twice_is_refused(tmp_path, line):
+    path = tmp_path / "own.jsonl"
+    path.write_text('{"answer": 0}\n' + line + "\n")
+    with pytest.raises(BadInput, match="own.jsonl:2: field 'answer': occurs twice"):
+        list(read_jsonl(path))
+
+
+@pytest.mark.parametrize("ends", ["\n", "\r\n", "\r"])
+def test_lines_end_as_on_any_system_and_are_read_one_at_a_time(tmp_path, ends):
+    path = tmp_path / "own.jsonl"
+    path.write_bytes(
+        b"\xef\xbb\xbf" + ends.join(['{"a": "\u2028\u0085"}', "", '{"a": 2}', "broken"]).encode()
+    )
+    rows = read_jsonl(path)
+    assert [next(rows), next(rows)] == [(1, {"a": "\u2028\u0085"}), (3, {"a": 2})]
+    with pytest.raises(BadInput, match="own.jsonl:4: broken JSON"):
+        next(rows)
+
+
+kinds_of_file = {
+    "own.csv": (b"question,answer\nWho?,me\n", "own.csv:1: is a table, not JSON lines"),
+    "own.parquet": (b"PAR1\x00\x00", "is a Parquet file, not JSON lines"),
+    "own.zip": (b"PK\x03\x04\x00", "is a zip archive"),
+    "own.xz": (b"\xfd7zXZ\x00\x00", "is packed with xz"),
+    "task.json": (b'{"name": "strategyqa", "examples": [\n {"input": "Q"}\n]}', "is one JSON document"),
+    "pretty.json": (b'{\n  "a": 1\n}', "is one JSON document"),
+    "blank.json": (b'\n\n[\n{"a": 1}\n]', "is one JSON document"),
+    "utf16.jsonl": (b"\xff\xfe{\x00", "utf16.jsonl:1: is not UTF-8 text: invalid start byte at byte 0"),
+    "latin.jsonl": (b'{"a": 1}\n{"a": "\xe9"}\n', "latin.jsonl:2: is not UTF-8 text: .* at byte 16"),
+    "cut.jsonl.gz": (b"\x1f\x8b\x08\x00\x00\x00\x00\x00\x00\x03\xab\x56", "cannot be unpacked"),
+}
+
+
+@pytest.mark.parametrize("name", kinds_of_file)
+def test_other_kinds_of_file_are_named(tmp_path, name):
+    data, problem = kinds_of_file[name]
+    (tmp_path / name).write_bytes(data)
+    with pytest.raises(BadInput, match=problem) as error:
+        list(read_jsonl(tmp_path / name))
+    assert "\n" not in str(error.value)
+
+
+def test_a_file_packed_with_gzip_is_read(tmp_path):
+    import gzip
+
+    path = tmp_path / "own.jsonl.gz"
+    path.write_bytes(gzip.compress(b'{"a": 1}\n{"a": 2}\nbroken\n'))
+    bad = []
+    assert list(read_jsonl(path, bad)) == [(1, {"a": 1}), (2, {"a": 2})] and bad[0].line == 3

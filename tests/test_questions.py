@@ -7,6 +7,8 @@ import pytest
 
 from faithful_distill.files import BadInput
 from faithful_distill.questions import (
+    Question,
+    match_choice,
     answer_index,
     as_dataset,
     as_questions,
@@ -147,11 +149,23 @@ def test_through_datasets_on_disk(tmp_path, real_data):
 
 rule = [  # answer, choices, kind, index or what the error says
     (0, ["a", "b"], "choice", 0),
-    (1, ["1", "2"], "choice", 1),  # a number is an index, whatever the choices are
-    ("1", ["1", "2"], "choice", 0),  # a text is a text, never an index
+    (1, ["1", "2"], "choice", "is ambiguous"),  # an index, and the text of another choice
+    ("1", ["1", "2"], "choice", "is ambiguous"),
+    (2, ["1", "2", "3"], "choice", "is ambiguous"),
+    ("2", ["1", "2", "3"], "choice", "is ambiguous"),
+    ("3", ["1", "2", "3"], "choice", 2),  # 3 is no index here
+    (1, ["0", "1."], "choice", 1),  # both readings agree
+    ("7", ["5", "7"], "choice", 1),
+    ("(b)", ["1", "2"], "choice", 1),
+    ("B", ["x", "y"], "choice", 1),
+    ("b.", ["x", "y"], "choice", 1),
+    ("z", ["x", "y"], "choice", "is not among the choices"),
+    ("B", ["A", "B"], "choice", 1),
+    ("(b)", ["B", "x"], "choice", 1),
+    ("B", ["Enzymes", "zinc", "B"], "choice", "is ambiguous: .* 1 \\('zinc'\\) or 2 \\('B'\\)"),
     (" B. ", ["a", "b"], "choice", 1),  # case, blanks and full stops do not count
-    ("(b)", ["a", "c"], "choice", "is not among the choices"),  # nor a letter
-    ("b", ["B", "a"], "choice", 0),
+    ("(b)", ["a", "c"], "choice", 1),
+    ("b", ["B", "a"], "choice", "is ambiguous"),
     ("a", ["a", "A "], "choice", "fits 2 choices that read the same"),
     ("c", ["a", "b"], "choice", "is not among the choices"),
     (True, ["a", "b"], "choice", "is true/false"),
@@ -345,4 +359,182 @@ def test_a_folder_for_the_list_of_bad_records_is_refused_before_anything_is_read
             str(tmp_path / "r.jsonl"),
         ],
     )
-    assert done.exit_code == 2 and "is a folder, not a file" in done.output and not (tmp_path / "r.jsonl").exists()
+    assert (
+        done.exit_code == 2
+        and "cannot be given for the world" in done.output
+        and not (tmp_path / "r.jsonl").exists()
+    )
+
+
+def write_rows(path, *rows):
+    path.write_text("".join(json.dumps(r) + "\n" for r in rows))
+    return path
+
+
+@pytest.mark.parametrize(
+    "row, index",
+    [
+        ({"choices": ["ice", "steam"], "answer": "B"}, 1),
+        ({"choices": ["ice", "steam"], "answerKey": "B"}, 1),
+        ({"choices": ["ice", "steam"], "gold": 1}, 1),
+        ({"choices": ["ice", "steam"], "gold": "steam", "answer": "b", "answerKey": "(B)"}, 1),
+        ({"choices": {"text": ["fog", "ice", "rain"], "label": ["1", "2", "3"]}, "answerKey": "3"}, 2),
+        ({"choices": {"text": ["fog", "ice", "rain"], "label": ["3", "1", "2"]}, "answerKey": "3"}, 0),
+        ({"choices": {"text": ["fog", "ice"], "label": ["C", "D"]}, "answer": "d"}, 1),
+        ({"choices": [{"text": "fog", "label": "A"}, {"text": "ice", "label": "B"}], "answer": "B"}, 1),
+        ({"choices": ["ice", "steam"], "answerKey": ""}, None),
+        ({"choices": ["ice", "steam"], "answer": None, "label": "x"}, None),
+    ],
+)
+def test_letters_labels_and_other_names_of_the_answer(tmp_path, row, index):
+    [q] = as_questions(load_questions(write_rows(tmp_path / "own.jsonl", {"question": "Q"} | row)))
+    assert q.answer == index and all(isinstance(c, str) for c in q.choices)
+
+
+@pytest.mark.parametrize(
+    "row, field, problem",
+    [
+        ({"label": 1}, "label", "Call it 'answer'"),
+        ({"correct_answer": "ice"}, "correct_answer", "Call it 'answer'"),
+        ({"answer_idx": 1}, "answer_idx", "Call it 'answer'"),
+        ({"Answer": "ice"}, "Answer", "Call it 'answer'"),
+        ({"target": "ice"}, "target", "Call it 'answer'"),
+        ({"answer": 0, "gold": 1}, "gold", "is another choice than 'answer' says"),
+        ({"answerKey": "E"}, "answerKey", "is not among the choices"),
+        (
+            {"choices": {"text": ["2", "1"], "label": ["1", "2"]}, "answerKey": "1"},
+            "answerKey",
+            "is ambiguous",
+        ),
+        ({"choices": {"text": ["a", "b"], "label": ["1", "2"]}, "answer": 1}, "answer", "is ambiguous"),
+        ({"choices": [str(i) for i in range(27)], "answer": 0}, "choices", "at most 26"),
+        ({"explanation": "half \ud83d", "answer": 0}, "explanation", "lone surrogate"),
+        ({"id": "\ud83d", "answer": 0}, "id", "lone surrogate"),
+    ],
+)
+def test_answers_that_would_be_guessed_or_lost_are_refused(tmp_path, row, field, problem):
+    good = {"question": "Q", "choices": ["ice", "steam"], "answer": 0}
+    path = write_rows(tmp_path / "own.jsonl", good, {"question": "Q", "choices": ["ice", "steam"]} | row)
+    with pytest.raises(BadInput, match=problem) as error:
+        load_questions(path)
+    assert (error.value.field, error.value.line) == (field, 2) and str(error.value).startswith(f"{path}:2: ")
+    assert len(load_questions(path, skip_bad=tmp_path / "rejected.jsonl")) == 1
+
+
+def test_half_a_character_in_memory_is_named():
+    with pytest.raises(BadInput, match="field 'choices': contains a lone surrogate"):
+        as_questions([asked | {"id": "1", "choices": ["a", "\ud83d"]}])
+
+
+def test_records_of_other_splits_are_passed_over_and_counted(tmp_path, caplog):
+    row = {"question": "Q", "choices": ["x", "y"], "answer": 0}
+    path = write_rows(tmp_path / "own.jsonl", row | {"split": "train"}, row | {"split": "test"}, row)
+    assert load_questions(path, "train")["id"] == ["own-1", "own-3"]
+    assert caplog.messages == [f"{path}: 1 records passed over, of other splits than 'train': 'test' (1)"]
+    path = write_rows(tmp_path / "own.jsonl", row | {"split": "validation"}, row | {"split": "test"})
+    assert load_questions(path, "dev")["id"] == ["own-1"]
+    with pytest.raises(BadInput, match="All 2 are of another split than 'train': ask for 'validation'"):
+        load_questions(path, "train")
+
+
+def test_a_field_that_is_almost_one_that_is_read_is_named(tmp_path, caplog):
+    row = {"question": "Q", "choices": ["x", "y"], "answer": 0, "explaination": "why", "source": "web"}
+    load_questions(write_rows(tmp_path / "own.jsonl", row))
+    assert [m.split("own.jsonl: ")[1] for m in caplog.messages] == [
+        "not read: the field 'explaination' (is it 'explanation'?)"
+    ]
+
+
+@pytest.mark.parametrize("kind", ["array", "lines", "array.gz", "lines.gz"])
+def test_only_as_much_of_a_file_is_read_as_is_asked_for(tmp_path, kind):
+    import gzip
+    import tracemalloc
+
+    rows = [
+        {"question": f"Q {i} " + "word " * 200, "choices": ["x", "y"], "answer": i % 2} for i in range(3000)
+    ]
+    text = json.dumps(rows) if kind.startswith("array") else "".join(json.dumps(r) + "\n" for r in rows)
+    path = tmp_path / f"own.{kind}"
+    path.write_bytes(gzip.compress(text.encode()) if kind.endswith("gz") else text.encode())
+    del rows
+    load_questions(path, limit=1)  # the library `datasets` is loaded
+    tracemalloc.start()
+    assert len(load_questions(path, limit=3)) == 3
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 700_000 < 3_000_000 < len(text)
+    found = as_questions(load_questions(path))
+    assert [q.answer for q in found] == [i % 2 for i in range(3000)] and len({q.id for q in found}) == 3000
+
+
+def test_what_follows_the_limit_is_not_even_read(tmp_path):
+    path = write_rows(tmp_path / "own.jsonl", {"question": "Q", "choices": ["x", "y"], "answer": 0})
+    path.write_text(path.read_text() + "broken\n")
+    assert len(load_questions(path, limit=1)) == 1
+
+
+@pytest.mark.parametrize(
+    "item, problem",
+    [
+        (
+            '{"question": "Q", "choices": ["x", "y"], "answer": 0, "answer": 1}',
+            "field 'answer': occurs twice",
+        ),
+        ('{"question": "\\ud83d", "choices": ["x", "y"], "answer": 0}', "field 'question': contains a lone"),
+        ("7", "is not a JSON object"),
+    ],
+)
+def test_items_of_an_array_that_are_no_records_are_named_or_left_out(tmp_path, item, problem):
+    good = '{"question": "Q", "choices": ["x", "y"], "answer": 0}'
+    path = tmp_path / "own.json"
+    path.write_text(f"[\n{good},\n{item},\n{good}]")
+    with pytest.raises(BadInput, match=f"own.json:3: {problem}"):
+        load_questions(path)
+    assert len(load_questions(path, skip_bad=tmp_path / "rejected.jsonl")) == 2
+
+
+@pytest.mark.parametrize(
+    "text", ['[{"question": "Q"', "[", '[{"question": "Q"},', '[{"question" 1}]', '[{"question": tru']
+)
+def test_an_array_that_is_broken_or_cut_off_is_one_line(tmp_path, text):
+    (tmp_path / "own.json").write_text(text)
+    with pytest.raises(BadInput, match="own.json:1: (broken JSON|the JSON array does not end|field)"):
+        load_questions(tmp_path / "own.json")
+
+
+def test_a_local_copy_beside_the_world_is_refused():
+    from faithful_distill.cli import read_questions
+
+    with pytest.raises(BadInput, match="field 'path': cannot be given for the world"):
+        read_questions("world", path="somewhere")
+
+
+different = [
+    ("−5", "5"), ("<5", "5"), ("≠5", "5"), ("~5", "5"), ("√2", "2"), ("¬A", "A"), ("½", "1"), (">5", "<5"),
+    ("की", "कि"), ("กิ", "กี"), ("5!", "5"), ("!A", "A"), ("!=5", "=5"), ("1/2", "12"), ("1/2", "1 2"),
+    ("3:1", "3 1"), ("2*3", "2 3"), ("x²", "x"), ("$5", "€5"), ("5°", "5"), ("5′", "5"), ("5'", '5"'),
+    ("5%", "5‰"), (".5", "5"), ("-.5", ".5"), ("-√2", "√2"), ("-x", "x"), ("O-", "O"), ("O+", "O-"),
+    ("a - b", "b"), ("a < b", "b"), ("5-3", "5 3"), ("5 - 3", "5 3"), ("∞", "-∞"), ("[1, 2]", "(1, 2)"),
+    ("A∧B", "A∨B"), ("x^2", "x 2"), ("é", "e"), ("C#", "C"), ("🙂", "🙃"), ("A|B", "A B"), ("±5", "5"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("meant, other", different)
+def test_signs_and_marks_with_a_meaning_belong_to_the_text(meant, other):
+    q = Question("q", "?", (meant, "none of these"), None)
+    assert match_choice(q, other) is None and match_choice(q, meant) == match_choice(q, f" {meant}.") == 0
+    q = Question("q", "?", (meant, other), None)
+    assert (match_choice(q, meant), match_choice(q, other)) == (0, 1)
+
+
+same = [
+    ("bird", "The bird!"), ("ice-cream", "ice cream"), ("bird", "**bird**"), ("bird", '"bird"'), ("5", '"5"'),
+    ("covid-19", "COVID 19"), ("don't", "don’t"), ("caf\u00e9", "cafe\u0301"), ("鱼", "鱼。"), ("鱼", "「鱼」"),
+    ("−5", "-5"), ("1990–1995", "1990-1995"), ("bird", "- bird"), ("5 %", "5%"), ("washington d.c", "Washington D.C."),
+    ("a bird", "bird,"), ("bird", "¿bird?"), ("ปลา", "ปลา"), ("ア", "ア。"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("meant, other", same)
+def test_punctuation_and_the_way_of_writing_marks_do_not_count(meant, other):
+    assert match_choice(Question("q", "?", (meant, "none of these"), None), other) == 0

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from faithful_distill.faithfulness.external import read_published, read_rationales, stated_choice
+from faithful_distill.faithfulness.external import read_published, read_rationales, stated_choice, surface
 from faithful_distill.faithfulness.families import Family, _some_groups, families, find_writer, register
 from faithful_distill.faithfulness.intervals import Score, mean_score
 from faithful_distill.faithfulness.readers import ChoiceReader, Reader, reading_scores, scratch_base
@@ -261,6 +261,90 @@ def test_a_letter_is_an_answer_where_nothing_after_it_says_another(said, choice)
 def test_an_answer_in_words_ends_with_the_choice_and_its_sentence(said, choice):
     q = Question("q", "Which?", ("dog", "cat", "dogs", "dog house"), None)
     assert stated_choice(q, f"It barks. So the answer is {said}") == choice
+
+
+wrapped = [
+    ("the answer is B.", 1),
+    ("The answer is **(B)**", 1),
+    ("The answer is **B**.", 1),
+    ("The answer is **B. cat**", 1),
+    (r"The final answer is $\boxed{B}$", 1),
+    (r"The final answer is \boxed{\text{(B)}}.", 1),
+    (r"The answer is $\boxed{cat}$.", 1),
+    ("Answer: B", 1),
+    ("**Answer:** B", 1),
+    ("**Answer: B**", 1),
+    ("Final answer: (b) cat", 1),
+    ("The answer is B. cat", 1),
+    ("The answer is B) cat", 1),
+    ("The answer is B: cat", 1),
+    ("The answer is B - cat", 1),
+    ("The answer is option B.", 1),
+    ("The answer is choice (b).", 1),
+    ("The answer is B, because cats purr.", 1),
+    ("The answer is b", 1),
+    ("The answer is `B`.", 1),
+    ("The answer is __B__", 1),
+    ("The answer is B or C.", None),
+    ("The answer is B. dog", None),
+    ("The answer is Z.", None),
+    ("The answer is A cat.", 1),  # an article
+    ("The answer is not B.", None),
+]
+
+
+@pytest.mark.parametrize("text, choice", wrapped)
+def test_a_letter_is_read_however_it_is_wrapped(text, choice):
+    q = Question("q", "Which?", ("dog", "cat", "dog house"), None)
+    for before in ("It purrs. ", "It purrs.\n\n"):
+        assert stated_choice(q, before + text) == choice, before
+        if choice is not None:
+            [row] = read_rationales(
+                [dict(question="Which?", choices=list(q.choices), rationale=before + text)]
+            )
+            assert row.reasons.startswith("It purrs") and "nswer" not in row.reasons
+
+
+def test_a_letter_that_is_another_choices_text_is_no_answer():
+    minerals = ["Enzymes", "zinc", "Relieve pain", "B"]
+    q = Question("q", "Which?", tuple(minerals), None)
+    assert stated_choice(q, "The answer is B.") is None and stated_choice(q, "The answer is (b).") == 1
+    row = dict(question="Which?", choices=minerals, rationale="It helps.")
+    for field in ("prediction", "gold"):
+        with pytest.raises(BadInput, match=f"line 1: field '{field}': is ambiguous"):
+            read_rationales([dict(row, **{field: "B"})])
+    digits = dict(question="How many?", choices=["1", "2", "3"], rationale="I counted.")
+    for given in (2, "2"):
+        with pytest.raises(BadInput, match="line 1: field 'prediction': is ambiguous"):
+            read_rationales([dict(digits, prediction=given)])
+    [one] = read_rationales([dict(digits, prediction="(b)", gold="3")])
+    assert (one.prediction, one.question.answer) == (1, 2) and read_rationales(
+        [one.to_row() | {"id": "line 1"}]
+    ) == [one]
+    with pytest.raises(BadInput, match="fits 2 choices that read the same"):
+        read_rationales([dict(row, choices=["bank", "sea", "bank"], prediction="bank")])
+
+
+@pytest.mark.parametrize(
+    "question, choices, text, counted",
+    [
+        ("猫喜欢吃什么？", ["鱼", "石头"], "因为猫喜欢吃鱼，所以选鱼。", False),
+        ("猫は何を食べますか。", ["魚", "石"], "ネコはさかなが好きです。", False),
+        ("แมวกินอะไร", ["ปลา", "หิน"], "แมวชอบกินปลา", False),
+        ("고양이는 무엇을 먹나요?", ["생선", "돌"], "고양이는 생선 먹나요", True),
+        ("बिल्ली क्या खाती है?", ["मछली", "पत्थर"], "बिल्ली मछली खाती है", True),
+        ("What does 猫 mean?", ["cat", "dog"], "The sign 猫 is read as cat", True),
+    ],
+)
+def test_words_are_counted_only_where_a_script_parts_them(question, choices, text, counted, caplog):
+    [b] = read_rationales([dict(question=question, choices=choices, prediction=0, rationale=text)])
+    numbers = surface(b)
+    assert all((v is not None) == counted for v in numbers.values())
+    assert len(caplog.messages) == (not counted) and all(
+        "without blanks between" in m for m in caplog.messages
+    )
+    if counted:
+        assert numbers["names_prediction"] == 1 and 0 < numbers["question_overlap"] < 1
 
 
 def saints(choices: str, rationales: str) -> list[dict]:

@@ -17,8 +17,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..files import BadInput, read_jsonl
-from ..questions import Question, letter, match_choice, normalized, without_punctuation
+from ..files import BadInput, check_encodable, read_jsonl
+from faithful_distill.questions import (
+    Question,
+    answer_index,
+    choice_of_text,
+    letter,
+    match_choice,
+    normalized,
+    without_punctuation,
+)
 from ..records import answer_sentences, strip_answer
 
 # %% ../../nbs/78_external.ipynb #d26b2386
@@ -38,12 +46,34 @@ def stated_choice(q: Question, text: str) -> int | None:
     found = answer_sentences(text, q.choices)
     if not found:
         return None
-    said, rest = found[-1].said, found[-1].rest
+    said, rest = _unwrapped(found[-1].said), found[-1].rest
     lettered = re.match(r"\(([a-z])\)\s*(.*)", said + rest, re.IGNORECASE)
     if lettered:
         return _lettered_choice(q, _index(lettered[1]), lettered[2])
+    bare = _bare_letter.match(said + rest)
     stated = match_choice(q, said)
+    if bare and _index(bare[1]) < len(q.choices):
+        i = _index(bare[1])
+        if stated not in (None, i):
+            return None if len(said.strip(" .")) == 1 else stated
+        return _lettered_choice(q, i, bare[2]) if stated is None else i
     return None if stated is None or _names_another(q, stated, rest) else stated
+
+# %% ../../nbs/78_external.ipynb #2404dd33
+_wrapping = re.compile(r"\\(?:boxed|text|textbf|mathrm|mathbf|fbox)\s*\{([^{}]*)\}")
+_bare_letter = re.compile(
+    r"([A-Z]|[a-z](?=[.:]?$))(?:[.,:;)]\s*|\s+[-–—]\s+|\s+(?=because\b|since\b|as\b)|$)(.*)", re.DOTALL
+)
+
+
+def _unwrapped(text: str) -> str:
+    "An answer without the Markdown, the LaTeX and the word 'option' around it."
+    inner = None
+    while inner != text:
+        inner, text = text, _wrapping.sub(r"\1", text)
+    text = re.sub(r"^\$+([^$]*)\$+", r"\1", text.strip())
+    text = re.sub(r"(?<!\w)(\*\*|__|\*|`)(?=\S)(.+?)\1", r"\2", text).strip().removesuffix("**")
+    return re.sub(r"^(?:option|choice|letter)\s+(?=\(?[a-z]\b)", "", text, flags=re.IGNORECASE)
 
 # %% ../../nbs/78_external.ipynb #0fdb59d0
 def _index(name: str) -> int:
@@ -118,24 +148,22 @@ class ExternalRationale:
     def to_row(self) -> dict:
         "The row that `read_rationales` reads this from."
         q = self.question
-        row = dict(
-            id=q.id, question=q.question, choices=list(q.choices), gold=q.answer, rationale=self.rationale
-        )
-        row |= dict(prediction=self.prediction, rating=list(self.ratings) or None, model=self.model)
+        row = dict(id=q.id, question=q.question, choices=list(q.choices), rationale=self.rationale)
+        row |= dict(gold=_written_index(q, q.answer), prediction=_written_index(q, self.prediction))
+        row |= dict(rating=list(self.ratings) or None, model=self.model)
         return {name: value for name, value in row.items() if value is not None or name == "prediction"}
 
 # %% ../../nbs/78_external.ipynb #9fab59e7
 def _choice_index(given: Any, q: Question, name: str) -> int | None:
-    "The choice meant by an index, a letter or a text; None for None."
+    "The choice meant by an index, a letter or a text; None for None. Raises `BadInput` where two could be meant."
     if given is None:
         return None
     i = None
     if isinstance(given, int) and not isinstance(given, bool):
-        i = given
+        i = answer_index(given, q.choices, field=name)
     elif isinstance(given, str):
-        i = match_choice(q, given)
-        if i is None and re.fullmatch(r"\(?[A-Za-z]\)?", given.strip()):
-            i = _index(given.strip("( )"))
+        i = choice_of_text(given, q.choices, field=name)
+        i = match_choice(q, given) if i is None else i
     if i is None or not 0 <= i < len(q.choices):
         raise BadInput(
             "must be one of the choices",
@@ -145,6 +173,13 @@ def _choice_index(given: Any, q: Question, name: str) -> int | None:
             + ("; null where the answer could not be parsed." if name == "prediction" else "."),
         )
     return i
+
+
+def _written_index(q: Question, i: int | None) -> int | str | None:
+    "An index as a row holds it: as a letter where the number is another choice's text."
+    if i is None or all(normalized(c) != str(i) or j == i for j, c in enumerate(q.choices)):
+        return i
+    return letter(i)
 
 # %% ../../nbs/78_external.ipynb #f68df746
 def _ratings(given: Any) -> tuple[float, ...]:
@@ -183,17 +218,7 @@ def _check_row(row: dict) -> None:
             raise BadInput("must be a text", field=name, value=row[name], remedy=remedy)
     texts = [(name, row.get(name)) for name in ("id", "question", "rationale", "model")]
     for name, text in [*texts, *(("choices", c) for c in row["choices"])]:
-        _check_unicode(text, name)
-
-# %% ../../nbs/78_external.ipynb #db6362fc
-def _check_unicode(text: Any, name: str) -> None:
-    if isinstance(text, str) and not text.isascii() and re.search("[\ud800-\udfff]", text):
-        raise BadInput(
-            "contains a lone surrogate (half a character), which UTF-8 cannot encode",
-            field=name,
-            value=text,
-            remedy="Mend the text, or put U+FFFD in its place.",
-        )
+        check_encodable(text, name)
 
 # %% ../../nbs/78_external.ipynb #35bb93bf
 def _read_row(row: dict, number: int, cut_at: Sequence[str]) -> ExternalRationale:
@@ -248,6 +273,18 @@ def _unread(fields: Sequence[str], known: Iterable[str]) -> str:
         found.append(f"{name!r}" + (f" (is it {' or '.join(map(repr, proposed))}?)" if proposed else ""))
     return ", ".join(found)
 
+# %% ../../nbs/78_external.ipynb #185868c0
+_unspaced = re.compile(
+    "[\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff\U00020000-\U0003ffff"  # Japanese, Chinese
+    "\u0e00-\u0eff\u0f00-\u0fff\u1000-\u109f\u1780-\u17ff]"  # Thai, Lao, Tibetan, Burmese, Khmer
+)
+
+
+def without_blanks(text: str) -> bool:
+    "Whether at least half of the letters are of a script that puts no blanks between words."
+    letters = sum(map(str.isalpha, text))
+    return letters > 0 and 2 * sum(c.isalpha() for c in _unspaced.findall(text)) >= letters
+
 # %% ../../nbs/78_external.ipynb #22af0cad
 def read_rationales(
     source: Any, *, cut_at: Sequence[str] = (), limit: int | None = None
@@ -294,7 +331,20 @@ def read_rationales(
         logging.getLogger("faithful_distill").warning(
             "%s: not read: the fields %s", name, _unread(unread, fields)
         )
+    _warn_unspaced(found, "the rationales" if file is None else file)
     return found
+
+
+def _warn_unspaced(found: list[ExternalRationale], name) -> None:
+    "Log for how many rationales `surface` has no numbers, and why."
+    if n := sum(without_blanks(one.rationale) for one in found):
+        logging.getLogger("faithful_distill").warning(
+            "%s: %d of %d rationales are in a script without blanks between words: their length, overlap,"
+            " vacuousness and named choices are not counted",
+            name,
+            n,
+            len(found),
+        )
 
 # %% ../../nbs/78_external.ipynb #88ea3ddb
 def _check_id(id: str, lines: dict[str, int]) -> None:
@@ -416,9 +466,16 @@ _function_words = frozenset(
 )
 
 
+_marks = "[\u0300-\u036f\u0900-\u0903\u093a-\u094f\u0980-\u0983\u09bc-\u09cd\u0591-\u05bd\u064b-\u065f\u0b82\u0bbe-\u0bcd]"
+
+
 def content_words(text: str) -> set[str]:
     "The distinct words of a text without function words and plural endings, lower case."
-    words = [w for w in re.findall(r"[^\W_]+", text.lower()) if w not in _function_words]
+    words = [
+        w
+        for w in re.findall(r"(?:[^\W_]|(?<=[^\W_])" + _marks + r")+", text.lower())
+        if w not in _function_words
+    ]
     plural = lambda w: len(w) > 3 and w.endswith("s") and not w.endswith("ss")
     return {w[:-1] if plural(w) else w for w in words}
 
@@ -426,6 +483,9 @@ def content_words(text: str) -> set[str]:
 def surface(b: ExternalRationale) -> dict[str, float | None]:
     "Numbers of one rationale's text, the answer sentence removed; None where it has no words to compare."
     text, q = b.reasons, b.question
+    if without_blanks(text) or not text and without_blanks(q.question):
+        names = ("length", "question_overlap", "vacuousness", "names_prediction", "names_others")
+        return dict.fromkeys(names)
     words, choices = content_words(text), [content_words(c) for c in q.choices]
     in_question = content_words(q.question)
     share = lambda known: len(words & known) / len(words) if words else None

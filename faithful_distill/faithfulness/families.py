@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from .correlation import rank_correlation, rank_correlation_within
-from .external import ExternalRationale, surface
+from .external import ExternalRationale, surface, without_blanks
 from .intervals import Score, mean_score
 from .protocol import asking
 from .interventions import measure
@@ -250,6 +250,8 @@ def _text_score(task: ScoringTask, name: str, values: list) -> Score:
     if not known:
         unparsed = name == "names_prediction"
         why = "no prediction could be parsed" if unparsed else "no rationale has a word to compare"
+        if any(without_blanks(b.rationale) for b in task.rows):
+            why = "their script puts no blanks between words"
         return Score(None, n=0, reason=why)
     highest = {"length": np.inf, "names_others": max(len(b.question.choices) for b in task.rows)}
     return mean_score(

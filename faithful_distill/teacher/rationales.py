@@ -18,7 +18,15 @@ from typing import Iterable, Iterator, Sequence
 
 from .. import __version__
 
-from ..files import BadInput, Journal, did_you_mean, progress, read_jsonl, sole_writer
+from faithful_distill.files import (
+    BadInput,
+    Journal,
+    check_target,
+    did_you_mean,
+    progress,
+    read_jsonl,
+    sole_writer,
+)
 from ..questions import Question, letter, require_answers
 from ..ranks import from_first_rank, shard_of
 from ..records import Rationale, rationale_from_row, roles, strip_answer, write_records
@@ -287,7 +295,7 @@ class _Ledger:
         "With what the file, its journal, or else the parts of another call hold already."
         rows = list(read_jsonl(out)) if Path(out).is_file() else []
         done = expected.read(rows, out)
-        journal = Journal(journal_path(out))
+        journal = Journal(journal_path(out), [f.name for f in fields(Rationale)])
         try:
             kept = expected.read(read_jsonl(journal.path), journal.path)
             if not rows and not kept:
@@ -319,9 +327,13 @@ class _Ledger:
         return self
 
     def __exit__(self, error, *_):
-        self.write()
-        if error and self.journal:
-            self.journal.close()
+        failed = True
+        try:
+            self.write()
+            failed = error is not None
+        finally:
+            if failed and self.journal:
+                self.journal.close()
 
 # %% ../../nbs/40_rationales.ipynb #e4198ec9
 def rationalize(
@@ -392,8 +404,9 @@ def rationalize(
     changes = dict(alpha=alpha, beta=beta, temperature=temperature, perturbation=perturbation)
     strategy = as_strategy(strategy, **changes)
     questions = require_answers(questions, "a rationale for the gold answer")
-    if out is not None and Path(out).is_dir():
-        raise BadInput("is a folder, not a file", file=out, remedy="Name a file in it.")
+    if out is not None:
+        check_target(out)
+        check_target(journal_path(out))
     if max_new_tokens < 1:
         raise BadInput("must be at least 1", field="max_new_tokens", value=max_new_tokens)
     examples = few_shot(prompt, shots)
