@@ -665,7 +665,7 @@ def score(
     simulator
         base model of the simulators (a folder or hub name); a small reader made from this file if none is named
     model
-        folder of the model that wrote the rationales: adds interventions; the field 'model' of the file if not given
+        model that wrote the rationales: adds interventions; else the field 'model' of the file, where it is a folder here
     simulators
         how many, each with a seed of its own
     limit

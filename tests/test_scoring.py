@@ -526,7 +526,7 @@ def test_what_fails_late_is_said_early_or_takes_nothing_with_it(tmp_path, monkey
     scores = sound(score_rationales(named, metrics=("las", "interventions"), **cheap))
     assert (
         scores["gain"].n == 60
-        and "cannot be loaded" in scores["perturb"].reason
+        and "is no folder here" in scores["perturb"].reason
         and "gpt-4o" in scores["perturb"].reason
     )
     trained = []
@@ -690,11 +690,45 @@ def test_the_writer_is_a_model_or_a_reason(tmp_path):
     student, reason = find_writer(rows)
     assert student is None and reason.startswith("needs the model that wrote the rationales: give its folder")
     named = read_rationales([dict(rows_of_a_file[0], model=str(tmp_path / "absent"))])
+    assert find_writer(named).student is None and "is no folder here" in find_writer(named).reason
+    (tmp_path / "absent").mkdir()
     assert find_writer(named).student is None and "cannot be loaded" in find_writer(named).reason
+    (tmp_path / "absent").rmdir()
     with pytest.raises(BadInput, match="cannot be loaded"):
         find_writer(rows, str(tmp_path / "absent"))
     student, reason = find_writer(named, student_folder(tmp_path))
     assert student.tokenizer is not None and reason == ""
+
+
+@pytest.mark.parametrize(
+    "name", ["attacker/tracking-repo", "gpt2", "https://a.b/c", "../no/such", "a\0b", "x" * 5000]
+)
+def test_a_file_never_chooses_what_is_fetched(name, tmp_path, monkeypatch):
+    "Its model is asked for nowhere unless it is a folder with all of a model; the caller's is."
+    from faithful_distill.faithfulness import families as module
+
+    asked = []
+
+    def load(name):
+        asked.append(name)
+        raise BadInput("cannot be loaded")
+
+    monkeypatch.setattr(module, "load_student", load)
+    monkeypatch.chdir(tmp_path)
+    rows = [dict(r, model=name) for r in rows_of_a_file[:3]]
+    reason = score_rationales(rows, metrics=("interventions",)).scores["perturb"].reason
+    assert asked == [] and "is no folder here" in reason and "--model" in reason
+    (tmp_path / "adapter").mkdir()
+    (tmp_path / "adapter" / "adapter_config.json").write_text('{"base_model_name_or_path": "attacker/x"}')
+    rows = [dict(r, model="adapter") for r in rows]
+    reason = score_rationales(rows, metrics=("interventions",)).scores["perturb"].reason
+    assert asked == [] and "is an adapter" in reason and "--model" in reason
+    with pytest.raises(BadInput, match="cannot be loaded"):
+        score_rationales(rows, metrics=("interventions",), model=name)
+    assert asked == [name]
+    for field in ("model", "simulator"):
+        with pytest.raises(BadInput, match=f"field '{field}': is empty"):
+            score_rationales(rows_of_a_file, **{field: ""}, **cheap)
 
 
 # ---- the two published sets

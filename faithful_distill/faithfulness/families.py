@@ -7,6 +7,7 @@ __all__ = ['families', 'ScoringTask', 'Family', 'register', 'none_of', 'per_exam
 
 # %% ../../nbs/79_families.ipynb #751fd646
 import math
+import os
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -46,7 +47,7 @@ class ScoringTask:
     simulator
         base of the simulators, see `readers.load_base`; None: `scratch_base` of these texts
     model
-        folder of the model that wrote the rationales; None: as the rows say
+        the model that wrote the rationales, a folder or hub name; None: the folder that the rows name
     parts
         of the cross-fitting
     seeds
@@ -79,6 +80,7 @@ class ScoringTask:
     def base(self) -> Any:
         "What simulators start from. Raises `BadInput` if it cannot be loaded."
         if self.simulator is not None:
+            _require_name(self.simulator, "simulator")
             ChoiceReader(self.simulator, settings=self.settings)
             return self.simulator
         texts = ((b.question.question, *b.question.choices, b.rationale) for b in self.rows)
@@ -185,26 +187,43 @@ def find_writer(rows: Sequence[ExternalRationale], model: str | None = None) -> 
     Parameters
     ----------
     model
-        its folder; None: as the rows say, where it need not load
+        its folder or hub name; None: the folder that the rows name, if it is there and loads
     """
+    if model is not None:
+        _require_name(model, "model")
+        return Writer(load_student(model))
     named = {b.model for b in rows if b.model}
-    if not model and len(named) > 1:
+    if len(named) > 1:
         raise BadInput(
             "the rows name several models",
             field="model",
             value=sorted(named)[:2],
             remedy="Score the rationales of one model at a time.",
         )
-    folder = model or next(iter(named), None)
     needed = "needs the model that wrote the rationales"
-    if not folder:
+    if not named:
         return Writer(None, f"{needed}: give its folder (field `model`, or --model)")
+    [folder] = named
+    problem = _not_loadable_unasked(folder)
     try:
-        return Writer(load_student(folder))
+        return Writer(None if problem else load_student(folder), problem and f"{needed}, {problem}")
     except BadInput as e:
-        if model:
-            raise
         return Writer(None, f"{needed}, and the one that the file names ({folder}) {e.problem}".rstrip("."))
+
+
+def _not_loadable_unasked(folder: str) -> str:
+    "Why the model that a file names is not taken from there; '' where it is a folder with all of the model."
+    if not os.path.isdir(folder):
+        return f"and what the file names ({folder}) is no folder here; a name on the hub has to be given by --model"
+    if os.path.lexists(os.path.join(folder, "adapter_config.json")):
+        return f"and the folder that the file names ({folder}) is an adapter, whose base may lie elsewhere; give it by --model"
+    return ""
+
+
+def _require_name(name: Any, field: str) -> None:
+    if isinstance(name, (str, os.PathLike)) and not str(name).strip():
+        remedy = "Name a folder or a model on the hub, or leave it out: is a variable unset?"
+        raise BadInput("is empty", field=field, value=str(name), remedy=remedy)
 
 # %% ../../nbs/79_families.ipynb #415160c1
 def unmet(task: ScoringTask, needs: str) -> tuple[str, int]:

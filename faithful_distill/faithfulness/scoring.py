@@ -69,7 +69,7 @@ def score_rationales(
     simulator
         base of the simulators: hub name or folder; None: `scratch_base` of these texts
     model
-        folder of the model that wrote the rationales; None: as the records say
+        the model that wrote the rationales, a folder or hub name; None: the folder that the records name
     parts
         of the cross-fitting
     seeds
