@@ -8,6 +8,7 @@ __all__ = ['inherit', 'AtLeastOne', 'parameter_docs', 'Words', 'Pairs', 'make_op
            'evaluate', 'score']
 
 # %% ../nbs/95_cli.ipynb #1ee5e192
+import errno
 import inspect
 import logging
 import sys
@@ -223,10 +224,16 @@ class Commands(click.Group):
 # %% ../nbs/95_cli.ipynb #ebb2f4de
 def _one_line(error: Exception) -> str:
     "What went wrong, and the file that its traceback was written to."
-    with tempfile.NamedTemporaryFile("w", prefix="faithful-distill-", suffix=".log", delete=False) as f:
-        f.write("".join(traceback.format_exception(error)))
     words = " ".join(str(error).split())[:300]
-    return f"{type(error).__name__}: {words or 'no further message'}. Traceback: {f.name}"
+    words = f"{type(error).__name__}: {words or 'no further message'}."
+    if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT):
+        return f"{words} Make room and call again."
+    try:
+        with tempfile.NamedTemporaryFile("w", prefix="faithful-distill-", suffix=".log", delete=False) as f:
+            f.write("".join(traceback.format_exception(error)))
+    except (OSError, UnicodeError):
+        return words
+    return f"{words} Traceback: {f.name}"
 
 # %% ../nbs/95_cli.ipynb #23b03876
 class Command(click.Command):
@@ -648,6 +655,7 @@ def score(
     metrics: list[str] = inherit,
     parts=inherit,
     simulators: AtLeastOne = 3,
+    train_limit=inherit,
     limit: AtLeastOne | None = None,
 ):
     r"""The whole suite, as far as it applies, for rationales that any system wrote.
@@ -672,22 +680,40 @@ def score(
         at most so many rationales
     """
     from faithful_distill.faithfulness.scoring import score_rationales
-    from faithful_distill.files import writable_folder
-    from faithful_distill.lab.score_report import write_scored
+    from faithful_distill.files import sole_writer, writable_folder
+    from faithful_distill.lab.score_report import write_numbers, write_scored
 
-    folder = writable_folder(out)
-    scored = score_rationales(
-        file,
-        metrics=metrics,
-        simulator=simulator,
-        model=model,
-        parts=parts,
-        seeds=range(simulators),
-        cut_at=[mark.replace("\\n", "\n") for mark in cut_at],
-        limit=limit,
-    )
-    # written before anything is printed: `score ... | head` ends this process at the second line
-    report = write_scored(scored, folder, f"Rationales of {Path(file).name}")
+    folder, known = writable_folder(out), []
+
+    def keep(scored):
+        known.append(scored)
+        write_numbers(scored, folder)
+
+    try:
+        with sole_writer(folder, folder / ".score.lock"), shown_log():
+            scored = score_rationales(
+                file,
+                metrics=metrics,
+                simulator=simulator,
+                model=model,
+                parts=parts,
+                seeds=range(simulators),
+                cut_at=[mark.replace("\\n", "\n") for mark in cut_at],
+                limit=limit,
+                train_limit=train_limit,
+                after=keep,
+            )
+            known.append(scored)
+            # written before anything is printed: `score ... | head` ends this process at the second line
+            report = write_scored(scored, folder, f"Rationales of {Path(file).name}")
+    except Exception:
+        for scored in known[-1:]:  # if it cannot be written, it is seen at least
+            _show_scores(scored)
+        raise
+    _show_scores(scored)
+    click.echo(f"Report: {report}")
+
+
+def _show_scores(scored) -> None:
     for name, s in scored.scores.items():
         click.echo(f"{name:32s}{s}")
-    click.echo(f"Report: {report}")

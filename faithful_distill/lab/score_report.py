@@ -205,6 +205,14 @@ def _sections(scored: Scored, folder: Path) -> list[Section]:
         sections.append(_section(scored, folder, heading, "interventions", words, acted))
     return [*sections, _missing(s)]
 
+# %% ../../nbs/92_score_report.ipynb #f991020b
+def write_numbers(scored: Scored, out: Any) -> None:
+    "Write metrics.json and scores.jsonl to the folder `out`: as soon as some scores are known, and again with more."
+    out = Path(out)
+    write_json(out / "metrics.json", scored.to_dict())
+    lines = (json.dumps(row, ensure_ascii=False, allow_nan=False) for row in scored.rows)
+    write_text(out / "scores.jsonl", "".join(f"{line}\n" for line in lines))
+
 # %% ../../nbs/92_score_report.ipynb #debb17c4
 def write_scored(scored: Scored, out: Any, title: str = "Rationales, scored") -> Path:
     """Write metrics.json, scores.jsonl and report.html.
@@ -222,9 +230,7 @@ def write_scored(scored: Scored, out: Any, title: str = "Rationales, scored") ->
         the report
     """
     out, f = Path(out), scored.facts
-    write_json(out / "metrics.json", scored.to_dict())
-    lines = (json.dumps(row, ensure_ascii=False, allow_nan=False) for row in scored.rows)
-    write_text(out / "scores.jsonl", "".join(f"{line}\n" for line in lines))
+    write_numbers(scored, out)
     lead = f"{f['rationales']:,} rationales for {f['questions']:,} questions"
     if unparsed := f["without a parsable prediction"]:
         lead += f"; {unparsed:,} come without a prediction that could be parsed: they are counted, and count as wrong"
