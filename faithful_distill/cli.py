@@ -420,6 +420,7 @@ def score(
     metrics: list[str] = inherit,
     parts=inherit,
     simulators: AtLeastOne = 3,
+    train_limit=inherit,
     limit: AtLeastOne | None = None,
 ):
     r"""The whole suite, as far as it applies, for rationales that any system wrote.
@@ -437,33 +438,47 @@ def score(
     simulator
         base model of the simulators (a folder or hub name); a small reader made from this file if none is named
     model
-        folder of the model that wrote the rationales: adds interventions; the field 'model' of the file if not given
+        model that wrote the rationales: adds interventions; else the field 'model' of the file, where it is a folder here
     simulators
         how many, each with a seed of its own
     limit
         at most so many rationales
     """
     from faithful_distill.faithfulness.scoring import score_rationales
-    from faithful_distill.models import check_name
-    from faithful_distill.files import writable_folder
-    from faithful_distill.lab.score_report import write_scored
+    from faithful_distill.files import sole_writer, writable_folder
+    from faithful_distill.lab.score_report import write_numbers, write_scored
 
-    for field, name in (("--simulator", simulator), ("--model", model)):
-        if name is not None:
-            check_name(name, field)
-    folder = writable_folder(out)
-    scored = score_rationales(
-        file,
-        metrics=metrics,
-        simulator=simulator,
-        model=model,
-        parts=parts,
-        seeds=range(simulators),
-        cut_at=[mark.replace("\\n", "\n") for mark in cut_at],
-        limit=limit,
-    )
-    # written before anything is printed: `score ... | head` ends this process at the second line
-    report = write_scored(scored, folder, f"Rationales of {Path(file).name}")
+    folder, known = writable_folder(out), []
+
+    def keep(scored):
+        known.append(scored)
+        write_numbers(scored, folder)
+
+    try:
+        with sole_writer(folder, folder / ".score.lock"), shown_log():
+            scored = score_rationales(
+                file,
+                metrics=metrics,
+                simulator=simulator,
+                model=model,
+                parts=parts,
+                seeds=range(simulators),
+                cut_at=[mark.replace("\\n", "\n") for mark in cut_at],
+                limit=limit,
+                train_limit=train_limit,
+                after=keep,
+            )
+            known.append(scored)
+            # written before anything is printed: `score ... | head` ends this process at the second line
+            report = write_scored(scored, folder, f"Rationales of {Path(file).name}")
+    except Exception:
+        for scored in known[-1:]:  # if it cannot be written, it is seen at least
+            _show_scores(scored)
+        raise
+    _show_scores(scored)
+    click.echo(f"Report: {report}")
+
+
+def _show_scores(scored) -> None:
     for name, s in scored.scores.items():
         click.echo(f"{name:32s}{s}")
-    click.echo(f"Report: {report}")

@@ -6,6 +6,7 @@
 __all__ = ['inherit', 'parameter_docs', 'Words', 'Pairs', 'make_option', 'command_parameters', 'Refused', 'Commands', 'Command']
 
 # %% ../nbs/94_commands.ipynb #20987294
+import errno
 import inspect
 import tempfile
 import traceback
@@ -216,10 +217,16 @@ class Commands(click.Group):
 # %% ../nbs/94_commands.ipynb #ebb2f4de
 def _one_line(error: Exception) -> str:
     "What went wrong, and the file that its traceback was written to."
-    with tempfile.NamedTemporaryFile("w", prefix="faithful-distill-", suffix=".log", delete=False) as f:
-        f.write("".join(traceback.format_exception(error)))
     words = " ".join(str(error).split())[:300]
-    return f"{type(error).__name__}: {words or 'no further message'}. Traceback: {f.name}"
+    words = f"{type(error).__name__}: {words or 'no further message'}."
+    if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT):
+        return f"{words} Make room and call again."
+    try:
+        with tempfile.NamedTemporaryFile("w", prefix="faithful-distill-", suffix=".log", delete=False) as f:
+            f.write("".join(traceback.format_exception(error)))
+    except (OSError, UnicodeError):
+        return words
+    return f"{words} Traceback: {f.name}"
 
 # %% ../nbs/94_commands.ipynb #23b03876
 class Command(click.Command):

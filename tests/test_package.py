@@ -1,11 +1,16 @@
 """The package opens at once, and the wheel carries what the commands need."""
 
+import ast
 import json
+import re
 import subprocess
 import sys
+from configparser import ConfigParser
+from importlib import metadata
 from pathlib import Path
 
 import pytest
+from packaging.specifiers import SpecifierSet
 
 import faithful_distill
 from test_layers import PACKAGE, imports_of, modules_of
@@ -122,3 +127,34 @@ def test_notebooks_carry_no_run_metadata():
             assert set(cell["metadata"]) <= {"tags"} and cell.get("execution_count") is None, path
         if path.parent.name in ("experiments", "figures"):
             assert sum("parameters" in c["metadata"].get("tags", []) for c in nb["cells"]) == 1, path
+
+
+DISTRIBUTIONS = {"yaml": "pyyaml", "PIL": "pillow", "IPython": "ipython"}
+OPTIONAL = {"wandb", "peft", "tensorboardX", "tensorboard", "gguf"}  # used where they are there
+
+
+def requirements() -> dict[str, str]:
+    "What settings.ini requires: name in the registry's spelling -> the bounds."
+    ini = ConfigParser(delimiters=["="], interpolation=None)
+    ini.read(Path(faithful_distill.__file__).parents[1] / "settings.ini", encoding="utf-8")
+    found = [re.fullmatch(r"([\w.-]+)(.*)", r) for r in ini["DEFAULT"]["requirements"].split()]
+    return {m[1].lower().replace("_", "-"): m[2] for m in found}
+
+
+def test_everything_imported_is_required_and_everything_required_has_a_lower_bound():
+    imported = set()
+    for path in Path(faithful_distill.__file__).parent.rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Import):
+                imported |= {a.name.split(".")[0] for a in node.names}
+            elif isinstance(node, ast.ImportFrom) and not node.level:
+                imported.add(node.module.split(".")[0])
+    imported -= {*sys.stdlib_module_names, "faithful_distill", *OPTIONAL}
+    wanted = {DISTRIBUTIONS.get(name, name).lower().replace("_", "-") for name in imported}
+    assert wanted and wanted <= requirements().keys(), wanted - requirements().keys()
+    assert not [name for name, bounds in requirements().items() if ">=" not in bounds]
+
+
+def test_what_is_installed_here_is_within_the_bounds():
+    for name, bounds in requirements().items():
+        assert SpecifierSet(bounds).contains(metadata.version(name), prereleases=True), name

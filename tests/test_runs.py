@@ -462,6 +462,55 @@ def test_a_run_without_metrics_is_refused(tmp_path, kernel):
         run_notebook(nb, {}, tmp_path / "runs", kernel=kernel)
 
 
+@pytest.mark.parametrize(
+    "text, problem",
+    [
+        ("[1, 2]", "holds a list; it should hold an object"),
+        ('"done"', "holds a text"),
+        ("3", "holds a number"),
+        ("null", "holds null"),
+        ("", "is not JSON: Expecting value"),
+        ('{"x": 1', "is not JSON"),
+        ('{"x": NaN}', "holds NaN"),
+        ('{"x": [-Infinity]}', "holds -Infinity"),
+        ('{"x": 1e999}', "holds 1e999"),
+        ('{"x": "\\udcff"}', "is not JSON: 'utf-8' codec can't decode"),
+        ("[" * 100000, "is not JSON"),
+    ],
+)
+def test_metrics_that_are_no_object_of_numbers_are_refused_by_the_name_of_their_file(
+    text, problem, simple, tmp_path
+):
+    from faithful_distill.lab.runs import _check_results
+
+    run = planned_run(simple, {}, tmp_path / "runs")
+    run.partial.mkdir(parents=True)
+    data = text.encode().replace(rb"\udcff", b"\xff")
+    (run.partial / "metrics.json").write_bytes(data)
+    with pytest.raises(NotebookFailed) as failed:
+        _check_results(run, ("metrics.json",))
+    assert f"{run.partial / 'metrics.json'} {problem}" in str(failed.value)
+
+
+def test_folders_of_kernels_lie_with_the_runs_and_those_of_killed_drivers_are_swept_away(
+    simple, tmp_path, monkeypatch
+):
+    home = tmp_path / "runs" / ".kernels"
+    code = (
+        "import os, signal, sys; from pathlib import Path; from faithful_distill.lab import kernel\n"
+        f"kernel._own_folder(Path({str(home)!r})); os.kill(os.getpid(), signal.SIGKILL)"
+    )
+    assert subprocess.run([sys.executable, "-c", code]).returncode == -signal.SIGKILL
+    [left] = [p for p in home.iterdir() if p.is_dir()]
+    assert left.stat().st_mode & 0o777 == 0o700
+    used, lock = kernels._own_folder(home)
+    (home / "note.txt").write_text("not a kernel's")
+    monkeypatch.setattr(kernels.tempfile, "mkdtemp", lambda **_: pytest.fail("not with the runs"))
+    run_notebook(simple, {}, tmp_path / "runs")
+    assert {p.name for p in home.iterdir()} == {Path(used).name, f"{Path(used).name}.lock", "note.txt"}
+    lock.release()
+
+
 def test_shipped_notebooks_are_found_and_others_named(tmp_path):
     with pytest.raises(BadInput, match="no such notebook"):
         found_notebook("experiments/nowhere.ipynb")
@@ -1140,6 +1189,9 @@ def test_a_kernel_that_is_killed_while_it_starts_leaves_no_process(monkeypatch):
 
 
 ONE = "groups:\n  a:\n    notebook: simple.ipynb\n"
+ALIASES = "".join(
+    f"@p{i}: &{b} [{', '.join([f'*{a}'] * 10)}]\n" for i, (a, b) in enumerate(zip("abcdefghi", "bcdefghij"))
+)
 odd_grids = {
     "for a list": (ONE + "    for: [1, 2]\n", "'a.for': should be a mapping"),
     "params a list": (ONE + "    params: [1]\n", "'a.params': should be a mapping"),
@@ -1171,6 +1223,70 @@ odd_grids = {
     "not UTF-8": (b"\xff\xfe\x00g", "is not UTF-8"),
     "no number": ("seeds: !!int x\n" + ONE, "is not YAML"),
     "a folder": (None, "cannot be read: Is a directory"),
+    "a list that holds itself": (
+        ONE + "    params: {name: &l [*l]}\n",
+        "is not YAML: found unconstructable recursive",
+    ),
+    "a mapping that holds itself": (
+        ONE + "    params: {name: &l {a: *l}}\n",
+        "is not YAML: found unconstructable",
+    ),
+    "aliases in a parameter": (
+        ONE + "    params:\n      name: &a [x, x, x, x, x, x, x, x, x, x]\n" + ALIASES.replace("@", "      "),
+        "field 'groups.a.params.p3': stands for 1.11e+05 values",
+    ),
+    "aliases on an axis": (
+        ONE
+        + "    params: {name: &a [x, x, x, x, x, x, x, x, x, x]}\n    for:\n"
+        + ALIASES.replace("@", "      "),
+        "field 'groups.a.for.p3': stands for 1.11e+05 values",
+    ),
+    "aliases in the seeds": (
+        "a: &a [x, x, x, x, x, x, x, x, x, x]\n" + ALIASES.replace("@", "").replace("p8", "seeds") + ONE,
+        "stands for 1.11e+05 values",
+    ),
+    "hundreds of levels": (ONE + "    params: {name: " + "[" * 900 + "]" * 900 + "}\n", "odd.yaml: is n"),
+    "a hundred million seeds": (
+        "seeds: 100000000\n" + ONE.replace("simple", "seeded"),
+        "'seeds': are too many",
+    ),
+    "seeds of a group": (ONE.replace("simple", "seeded") + "    seeds: 10001\n", "'seeds': are too many"),
+    "a negative seed": (
+        ONE.replace("simple", "seeded") + "    seeds: [3, -1]\n",
+        "should be from 0 to 2^32 - 1",
+    ),
+    "a large seed": (
+        ONE.replace("simple", "seeded") + "    seeds: [4294967296]\n",
+        "should be from 0 to 2^32 - 1",
+    ),
+    "a product of axes": (
+        ONE + "    for: {%s}\n" % ", ".join(f"{c}: [1, 2, 3, 4, 5, 6, 7, 8, 9]" for c in "abcdefgh"),
+        "field 'a': has 43,046,721 combinations of its axes",
+    ),
+    "seeds as an axis": (
+        ONE.replace("simple", "seeded") + "    for: {seed: [3, 4, 5]}\n",
+        "field 'a.for.seed': seeds are not an axis of `for`. Write `seeds: [...]` beside `for:`.",
+    ),
+    "seeds as an axis without a seed": (
+        ONE + "    for: {seed: [3]}\n",
+        "'a.for.seed': seeds are not an axis",
+    ),
+    **{
+        f"{kind} of {path!r}": (
+            ONE + f"  b:\n    notebook: simple.ipynb\n    params: {{name: {{{first}, {kind}: '{path}'}}}}\n",
+            f"field 'b: {kind}': leads out of its folder",
+        )
+        for kind, first in (("file", "from: a"), ("shipped", "x: 1"))
+        for path in (
+            "../../../../etc/passwd",
+            "a/../../b",
+            "/etc/passwd",
+            "..",
+            "a\\..\\b",
+            "C:\\x",
+            "\\\\host\\x",
+        )
+    },
 }
 
 
@@ -1180,6 +1296,7 @@ def test_odd_grids_are_one_line(simple, tmp_path, name):
     from faithful_distill.cli import main
 
     text, problem = odd_grids[name]
+    write_notebook(tmp_path / "seeded.ipynb", "seed: int = 0\nout: str = 'out'", METRICS % "seed")
     grid = tmp_path / "odd.yaml"
     grid.mkdir() if text is None else grid.write_bytes(text if isinstance(text, bytes) else text.encode())
     done = CliRunner().invoke(

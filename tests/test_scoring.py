@@ -610,7 +610,7 @@ def test_what_fails_late_is_said_early_or_takes_nothing_with_it(tmp_path, monkey
     scores = sound(score_rationales(named, metrics=("las", "interventions"), **cheap))
     assert (
         scores["gain"].n == 60
-        and "cannot be loaded" in scores["perturb"].reason
+        and "is no folder here" in scores["perturb"].reason
         and "gpt-4o" in scores["perturb"].reason
     )
     trained = []
@@ -774,11 +774,165 @@ def test_the_writer_is_a_model_or_a_reason(tmp_path):
     student, reason = find_writer(rows)
     assert student is None and reason.startswith("needs the model that wrote the rationales: give its folder")
     named = read_rationales([dict(rows_of_a_file[0], model=str(tmp_path / "absent"))])
+    assert find_writer(named).student is None and "is no folder here" in find_writer(named).reason
+    (tmp_path / "absent").mkdir()
     assert find_writer(named).student is None and "cannot be loaded" in find_writer(named).reason
+    (tmp_path / "absent").rmdir()
     with pytest.raises(BadInput, match="cannot be loaded"):
         find_writer(rows, str(tmp_path / "absent"))
     student, reason = find_writer(named, student_folder(tmp_path))
     assert student.tokenizer is not None and reason == ""
+
+
+@pytest.mark.parametrize(
+    "name", ["attacker/tracking-repo", "gpt2", "https://a.b/c", "../no/such", "a\0b", "x" * 5000]
+)
+def test_a_file_never_chooses_what_is_fetched(name, tmp_path, monkeypatch):
+    "Its model is asked for nowhere unless it is a folder with all of a model; the caller's is."
+    from faithful_distill.faithfulness import families as module
+
+    asked = []
+
+    def load(name):
+        asked.append(name)
+        raise BadInput("cannot be loaded")
+
+    monkeypatch.setattr(module, "load_student", load)
+    monkeypatch.chdir(tmp_path)
+    rows = [dict(r, model=name) for r in rows_of_a_file[:3]]
+    reason = score_rationales(rows, metrics=("interventions",)).scores["perturb"].reason
+    assert asked == [] and "is no folder here" in reason and "--model" in reason
+    (tmp_path / "adapter").mkdir()
+    (tmp_path / "adapter" / "adapter_config.json").write_text('{"base_model_name_or_path": "attacker/x"}')
+    rows = [dict(r, model="adapter") for r in rows]
+    reason = score_rationales(rows, metrics=("interventions",)).scores["perturb"].reason
+    assert asked == [] and "is an adapter" in reason and "--model" in reason
+    with pytest.raises(BadInput, match="cannot be loaded"):
+        score_rationales(rows, metrics=("interventions",), model=name)
+    assert asked == [name]
+    for field in ("model", "simulator"):
+        with pytest.raises(BadInput, match=f"field '{field}': is empty"):
+            score_rationales(rows_of_a_file, **{field: ""}, **cheap)
+
+
+# ---- nothing computed is lost, and long runs say so
+
+
+def test_what_is_computed_is_handed_over_family_by_family_the_quick_ones_first():
+    seen = []
+    rows = [dict(r, rating=i % 3) for i, r in enumerate(rows_of_a_file)]
+    metrics = ("ratings", "controls", "las")
+    final = score_rationales(rows, metrics=metrics, after=seen.append, **cheap)
+    assert [s.facts["not yet computed"] for s in seen] == [
+        "las, controls, ratings",
+        "controls, ratings",
+        "ratings",
+    ]
+    assert "accuracy" in seen[0].scores and "las" not in seen[0].scores and "leak" not in seen[0].rows[0]
+    assert seen[1].scores["las"].to_dict() == final.scores["las"].to_dict() and "leak" in seen[1].rows[0]
+    assert "not yet computed" not in final.facts
+
+
+def file_of_rows(folder, n=60):
+    file = folder / "mine.jsonl"
+    file.write_text("".join(json.dumps(dict(r, rating=1)) + "\n" for r in rows_of_a_file[:n]))
+    return str(file)
+
+
+def test_the_command_keeps_what_is_computed_when_a_later_family_breaks_or_the_disk_is_full(
+    tmp_path, monkeypatch
+):
+    import errno
+
+    from click.testing import CliRunner
+    from faithful_distill.cli import main
+    from faithful_distill.faithfulness import families as module
+    from faithful_distill.lab import score_report
+
+    def break_down(*_, **__):
+        raise RuntimeError("the machine went away")
+
+    monkeypatch.setattr(module, "cross_fitted", break_down)
+    asked = ["score", file_of_rows(tmp_path), "--metrics", "las,ratings", "--out"]
+    done = CliRunner().invoke(main, [*asked, str(tmp_path / "out")])
+    assert done.exit_code == 1 and "the machine went away" in done.output.splitlines()[-1]
+    kept = json.loads((tmp_path / "out" / "metrics.json").read_text())
+    assert kept["accuracy"]["value"] is not None and kept["facts"]["not yet computed"] == "las, ratings"
+    assert len((tmp_path / "out" / "scores.jsonl").read_text().splitlines()) == 60
+    assert not list((tmp_path / "out").glob(".*"))
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(score_report, "write_numbers", full)
+    done = CliRunner().invoke(main, [*asked, str(tmp_path / "full")])
+    assert done.exit_code == 1 and "accuracy" in done.output  # shown, as it cannot be written
+    assert done.output.splitlines()[-1].endswith("No space left on device. Make room and call again.")
+    assert "Traceback" not in done.output
+
+
+def test_one_score_at_a_time_in_a_folder(tmp_path):
+    from click.testing import CliRunner
+    from faithful_distill.cli import main
+    from faithful_distill.files import sole_writer
+
+    (tmp_path / "out").mkdir()
+    asked = ["score", file_of_rows(tmp_path, 2), "--metrics", "ratings", "--out", str(tmp_path / "out")]
+    with sole_writer(tmp_path / "out", tmp_path / "out" / ".score.lock"):
+        done = CliRunner().invoke(main, asked)
+        assert done.exit_code == 2 and "is being written by another process" in done.output
+        assert not (tmp_path / "out" / "metrics.json").exists()
+    assert CliRunner().invoke(main, asked).exit_code == 0
+    assert {p.name for p in (tmp_path / "out").iterdir()} == {
+        "metrics.json",
+        "scores.jsonl",
+        "report.html",
+        "report",
+    }
+
+
+def test_simulators_train_on_no_more_than_the_limit_and_it_is_said(monkeypatch):
+    from faithful_distill.faithfulness import families as module
+
+    sizes, real = [], module.simulate
+
+    def simulate(base, train, test, **given):
+        sizes.append(
+            (len(train.questions), len({q.id for q in train.questions} & {q.id for q in test.questions}))
+        )
+        return real(base, train, test, **given)
+
+    monkeypatch.setattr(module, "simulate", simulate)
+    scored = score_rationales(rows_of_a_file, metrics=("las",), train_limit=20, **cheap)
+    assert sizes == [(20, 0)] * 2 and sound(scored)["las"].n == 60
+    assert scored.facts["simulators are trained on"] == "20 of about 30 rows each, drawn evenly"
+    assert (
+        "simulators are trained on" not in score_rationales(rows_of_a_file, metrics=("las",), **cheap).facts
+    )
+    with pytest.raises(BadInput, match="field 'train_limit': must be 20 rows or more"):
+        score_rationales(rows_of_a_file, train_limit=5, **cheap)
+
+
+def test_a_long_run_is_announced_before_it_begins_and_its_trial_changes_nothing(
+    tmp_path, monkeypatch, caplog
+):
+    from faithful_distill.faithfulness import scoring
+
+    rows, asked = rows_of_a_file[:40], dict(metrics=("las", "interventions"), model=student_folder(tmp_path))
+    plain = score_rationales(rows, **asked, **cheap).to_dict()
+    assert not caplog.records
+    monkeypatch.setattr(scoring, "_pace", lambda task: (1.0, 0.5))
+    monkeypatch.setattr(scoring, "_seconds_of_few", lambda task, family: 7200.0)
+    begun = []
+    slow = score_rationales(
+        rows, **asked, after=lambda s: begun.append(len(caplog.records)), **cheap
+    ).to_dict()
+    # 2 parts, 1 seed, 20 rows, 2 epochs of one second each; 3 x 40 texts of half a second
+    assert "40 rationales will take about 2 hours" in caplog.text and begun[0] == 1 and slow == plain
+    trained = families["las"].work(
+        scoring.ScoringTask(read_rationales(rows), **{k: v for k, v in cheap.items()})
+    )
+    assert trained == (2 * 20 * 2, 3 * 40)
 
 
 # ---- the two published sets

@@ -7,6 +7,8 @@ __all__ = ['families', 'ScoringTask', 'Family', 'register', 'none_of', 'per_exam
 
 # %% ../../nbs/79_families.ipynb #751fd646
 import math
+import os
+import random
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -46,7 +48,7 @@ class ScoringTask:
     simulator
         base of the simulators, see `readers.load_base`; None: `scratch_base` of these texts
     model
-        folder of the model that wrote the rationales; None: as the rows say
+        the model that wrote the rationales, a folder or hub name; None: the folder that the rows name
     parts
         of the cross-fitting
     seeds
@@ -57,6 +59,8 @@ class ScoringTask:
         draws, level, seed of the bootstrap
     columns
         numbers of each row by name, as far as families have computed them
+    train_limit
+        at most so many rows, drawn evenly, train a simulator
     """
 
     rows: list[ExternalRationale]
@@ -67,6 +71,7 @@ class ScoringTask:
     settings: Reader = field(default_factory=lambda: Reader(epochs=8))
     interval: dict = field(default_factory=dict)
     columns: dict[str, list] = field(default_factory=dict)
+    train_limit: int = 4000
 
     @cached_property
     def predicted(self) -> list[int]:
@@ -79,6 +84,7 @@ class ScoringTask:
     def base(self) -> Any:
         "What simulators start from. Raises `BadInput` if it cannot be loaded."
         if self.simulator is not None:
+            _require_name(self.simulator, "simulator")
             ChoiceReader(self.simulator, settings=self.settings)
             return self.simulator
         texts = ((b.question.question, *b.question.choices, b.rationale) for b in self.rows)
@@ -100,6 +106,18 @@ class ScoringTask:
         if shuffled:
             texts = [texts[j] for j in shuffle_across([q.id for q in questions])]
         return ModelBehaviour(questions, texts, [b.prediction for b in some])
+
+    def trained_on(self, train: ModelBehaviour) -> ModelBehaviour:
+        "What simulators learn from of these rows: all, or an even draw of `train_limit`."
+        n = len(train.questions)
+        if n <= self.train_limit:
+            return train
+        return train.part(sorted(random.Random(0).sample(range(n), self.train_limit)))
+
+    def work(self, n: int, seeds: int) -> tuple[int, int]:
+        "(rows trained on, counted in every epoch, and texts read) of one reader a seed on `n` rows, cross-fitted."
+        per_part = min(self.train_limit, n - n // self.parts)
+        return self.parts * seeds * per_part * self.settings.epochs, seeds * n
 
     def column(self, rows: Sequence[int], values: Iterable[float]) -> list[float | None]:
         "Values of these rows as a column; five digits, for batches differ in the sixth, which is no rank."
@@ -126,6 +144,10 @@ class Family:
     def compute(self, task: ScoringTask) -> tuple[dict[str, Score], dict[str, list]]:
         "Scores by name, and columns. Raises `BadInput` where this file does not allow them."
         raise NotImplementedError
+
+    def work(self, task: ScoringTask) -> tuple[int, int]:
+        "At most so many rows are trained on, counted in every epoch, and so many texts read: see `estimate`."
+        return 0, 0
 
 # %% ../../nbs/79_families.ipynb #ba82e657
 families: dict[str, Family] = {}
@@ -185,26 +207,46 @@ def find_writer(rows: Sequence[ExternalRationale], model: str | None = None) -> 
     Parameters
     ----------
     model
-        its folder; None: as the rows say, where it need not load
+        its folder or hub name; None: the folder that the rows name, if it is there and loads
     """
+    if model is not None:
+        _require_name(model, "model")
+        return Writer(load_student(model))
     named = {b.model for b in rows if b.model}
-    if not model and len(named) > 1:
+    if len(named) > 1:
         raise BadInput(
             "the rows name several models",
             field="model",
             value=sorted(named)[:2],
             remedy="Score the rationales of one model at a time.",
         )
-    folder = model or next(iter(named), None)
     needed = "needs the model that wrote the rationales"
-    if not folder:
+    if not named:
         return Writer(None, f"{needed}: give its folder (field `model`, or --model)")
+    [folder] = named
+    problem = _not_loadable_unasked(folder)
     try:
-        return Writer(load_student(folder))
+        return Writer(None if problem else load_student(folder), problem and f"{needed}, {problem}")
     except BadInput as e:
-        if model:
-            raise
         return Writer(None, f"{needed}, and the one that the file names ({folder}) {e.problem}".rstrip("."))
+
+
+def _not_loadable_unasked(folder: str) -> str:
+    "Why the model that a file names is not taken from there; '' where it is a folder with all of the model."
+    if not os.path.isdir(folder):
+        return f"and what the file names ({folder}) is no folder here; a name on the hub has to be given by --model"
+    if os.path.lexists(os.path.join(folder, "adapter_config.json")):
+        return (
+            f"and the folder that the file names ({folder}) is an adapter, whose base may lie elsewhere; give it"
+            " by --model"
+        )
+    return ""
+
+
+def _require_name(name: Any, field: str) -> None:
+    if isinstance(name, (str, os.PathLike)) and not str(name).strip():
+        remedy = "Name a folder or a model on the hub, or leave it out: is a variable unset?"
+        raise BadInput("is empty", field=field, value=str(name), remedy=remedy)
 
 # %% ../../nbs/79_families.ipynb #415160c1
 def unmet(task: ScoringTask, needs: str) -> tuple[str, int]:
@@ -280,7 +322,10 @@ def _simulated(task: ScoringTask, seeds: Sequence[int]) -> Callable:
     "(train, test) -> (2, 3, S, n): for xr, x, r whether each simulator's choice is y, and log p(y)."
 
     def evaluate(train, test):
-        one, y = simulate(task.base, train, test, seeds=seeds, settings=task.settings), test.predictions
+        one, y = (
+            simulate(task.base, task.trained_on(train), test, seeds=seeds, settings=task.settings),
+            test.predictions,
+        )
         modes = ("xr", "x", "r")
         logs = [[[r[k] for r, k in zip(read[mode], y)] for read in one.read] for mode in modes]
         return np.stack([[one.predictions(mode) == y for mode in modes], logs])
@@ -315,6 +360,10 @@ class Las(Family):
         columns = {name: task.column(task.predicted, v) for name, v in numbers.items()}
         return _las_scores(task, *found), columns
 
+    def work(self, task):
+        trained, read = task.work(len(task.predicted), len(task.seeds))
+        return trained, 3 * read
+
 # %% ../../nbs/79_families.ipynb #ed66ef0c
 @register
 class Controls(Family):
@@ -327,6 +376,10 @@ class Controls(Family):
         shuffled = task.behaviour(task.predicted, shuffled=True)
         found = _las_scores(task, *cross_fitted(shuffled, _simulated(task, task.seeds[:1]), task.parts))
         return {name: found[name.removesuffix("_shuffled")] for name in self.scores}, {}
+
+    def work(self, task):
+        trained, read = task.work(len(task.predicted), 1)
+        return trained, 3 * read
 
 # %% ../../nbs/79_families.ipynb #7df9b8ec
 _most_rora = 600
@@ -374,10 +427,14 @@ class _Information(Family):
             return none_of([name], "one class only: there is nothing to tell apart", len(rows)), {}
         if thin := _thin_part(some.questions, task.parts):
             return none_of([name], thin, len(rows)), {}
-        found = cross_fitted(some, lambda train, test: self.logs(task, train, test), task.parts)
+        found = cross_fitted(some, lambda a, b: self.logs(task, task.trained_on(a), b), task.parts)
         score = rev(found[0], found[1], some.predictions, **task.over(rows))
         score = replace(score, details=score.details | self.details(task, found))
         return {name: score}, {name: task.column(rows, (found[0] - found[1]).mean(0))}
+
+    def work(self, task):
+        trained, read = task.work(len(self.pick(task)), len(task.seeds))
+        return 2 * trained, 2 * read
 
 # %% ../../nbs/79_families.ipynb #14387811
 @register
@@ -406,6 +463,13 @@ class RoraLite(_Information):
 
     def details(self, task, found):
         return dict(complete=False, masked=float(1 - found[2].mean()), examples_of=len(task.predicted))
+
+    def work(self, task):
+        "Two rounds of detectors come on top, and they read each text once for every word that may leak."
+        rows, (trained, read) = self.pick(task), super().work(task)
+        detectors, _ = task.work(len(rows), 1)
+        variants = sum(1 + len(task.rows[i].reasons.split()) for i in rows)
+        return trained + 2 * detectors, read + 2 * task.parts * variants
 
 # %% ../../nbs/79_families.ipynb #1c90e4f2
 def _against_ratings(task: ScoringTask, name: str, mean: dict[int, float]) -> dict[str, Score]:

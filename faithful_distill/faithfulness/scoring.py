@@ -6,8 +6,10 @@
 __all__ = ['Scored', 'score_rationales']
 
 # %% ../../nbs/79_scoring.ipynb #c146bcaf
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+import logging
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -15,7 +17,8 @@ import numpy as np
 from .external import ExternalRationale, read_rationales
 from .families import Family, ScoringTask, families, none_of, unmet
 from .intervals import Score
-from .readers import Reader
+from .readers import ChoiceReader, Reader, fit_reader, read_choices
+from .simulators import simulator_texts
 from ..files import BadInput
 
 # %% ../../nbs/79_scoring.ipynb #4ca6d36a
@@ -55,10 +58,12 @@ def score_rationales(
     cut_at: Sequence[str] = (),
     limit: int | None = None,
     interval: dict | None = None,
+    train_limit: int = 4000,
+    after: Callable[[Scored], Any] | None = None,
 ) -> Scored:
     """The whole suite, as far as it applies, for rationales of any origin.
 
-    Raises `BadInput` for a bad row, an unknown metric, or a model or simulator that cannot be loaded.
+    What will take over a minute is logged with an estimate, from a short trial. Raises `BadInput` for a bad row, an unknown metric, or a model or simulator that cannot be loaded.
 
     Parameters
     ----------
@@ -69,7 +74,7 @@ def score_rationales(
     simulator
         base of the simulators: hub name or folder; None: `scratch_base` of these texts
     model
-        folder of the model that wrote the rationales; None: as the records say
+        the model that wrote the rationales, a folder or hub name; None: the folder that the records name
     parts
         of the cross-fitting
     seeds
@@ -82,26 +87,40 @@ def score_rationales(
         at most so many rationales, from the start
     interval
         draws, level, seed of the bootstrap
+    train_limit
+        at most so many rows, drawn evenly, train a simulator; all are scored
+    after
+        called with all that is known after each family; its facts say what is not yet computed
     """
     metrics = tuple(families if metrics is None else metrics)
-    _check_call(metrics, parts, seeds)
+    _check_call(metrics, parts, seeds, train_limit)
     if isinstance(records, list) and records and isinstance(records[0], ExternalRationale):
         rows = records[:limit]
     else:
         rows = read_rationales(records, cut_at=cut_at, limit=limit)
-    task = ScoringTask(rows, simulator, model, parts, list(seeds), settings, interval or {})
-    wanted = [f for f in families.values() if f.always or f.name in metrics]
+    task = ScoringTask(rows, simulator, model, parts, list(seeds), settings, interval or {}, {}, train_limit)
+    wanted = sorted((f for f in families.values() if f.always or f.name in metrics), key=_turn)
     reasons = {needs: unmet(task, needs) for needs in sorted({f.needs for f in wanted})}
+    trained = reasons.get("simulators", ("not asked for", 0))[0] == ""
+    _announce(task, [f for f in wanted if not reasons[f.needs][0]])
 
     scores: dict[str, Score] = {}
-    for family in sorted(families.values(), key=lambda f: f.needs in ("ratings", "model")):
-        if family in wanted:
-            scores |= _scores_of(family, task, *reasons[family.needs])
-        elif family.needs == "simulators":  # so that the report says that it could have been had
-            why = f"not asked for (metrics: {family.name})"
-            scores |= none_of(family.scores, why, len(task.predicted))
-    trained = reasons.get("simulators", ("not asked for", 0))[0] == ""
+    for family in sorted(families.values(), key=_turn):
+        if family not in wanted:
+            if family.needs == "simulators":  # so that the report says that it could have been had
+                why = f"not asked for (metrics: {family.name})"
+                scores |= none_of(family.scores, why, len(task.predicted))
+            continue
+        scores |= _scores_of(family, task, *reasons[family.needs])
+        wanted.remove(family)
+        if after and wanted:
+            missing = {"not yet computed": ", ".join(f.name for f in wanted)}
+            after(Scored(dict(scores), _example_rows(task), _facts(task, trained) | missing))
     return Scored(scores, _example_rows(task), _facts(task, trained))
+
+
+def _turn(family: Family) -> int:
+    return ("text", "simulators", "ratings", "model").index(family.needs)
 
 # %% ../../nbs/79_scoring.ipynb #f2a8da28
 def _scores_of(family: Family, task: ScoringTask, reason: str, n: int) -> dict[str, Score]:
@@ -116,7 +135,14 @@ def _scores_of(family: Family, task: ScoringTask, reason: str, n: int) -> dict[s
     return scores
 
 # %% ../../nbs/79_scoring.ipynb #baa8265d
-def _check_call(metrics: Sequence[str], parts: int, seeds: Sequence[int]) -> None:
+def _check_call(metrics: Sequence[str], parts: int, seeds: Sequence[int], train_limit: int) -> None:
+    if train_limit < 20:
+        raise BadInput(
+            "must be 20 rows or more",
+            field="train_limit",
+            value=train_limit,
+            remedy="Leave it out, or raise it.",
+        )
     if unknown := set(metrics) - set(families):
         known = ", ".join(name for name, f in families.items() if not f.always)
         raise BadInput(
@@ -166,4 +192,70 @@ def _facts(task: ScoringTask, trained: bool) -> dict:
             f"{len(task.seeds)} seeds, {task.parts} parts by question: no example is scored by a simulator that"
             " saw its question"
         )
+        if (most := len(task.predicted) - len(task.predicted) // task.parts) > task.train_limit:
+            facts["simulators are trained on"] = (
+                f"{task.train_limit:,} of about {most:,} rows each, drawn evenly"
+            )
     return facts
+
+# %% ../../nbs/79_scoring.ipynb #0cb77f60
+def estimate(task: ScoringTask, wanted: Iterable[Family]) -> float:
+    "About how many seconds these families take on this machine, from a trial on a few rows."
+    wanted = list(wanted)
+    trained, read = (sum(amounts) for amounts in zip((0, 0), *(f.work(task) for f in wanted)))
+    seconds = 0.0
+    if trained:
+        a_row, a_text = _pace(task)
+        seconds += trained * a_row + read * a_text
+    return seconds + sum(_seconds_of_few(task, f) for f in wanted if f.needs == "model")
+
+
+def _few(rows: Sequence[int], n: int) -> list[int]:
+    "At most `n` of the rows, spread over all."
+    return [rows[k * len(rows) // n] for k in range(n)] if len(rows) > n else list(rows)
+
+
+def _pace(task: ScoringTask) -> tuple[float, float]:
+    "Seconds that a reader takes to train on a row for an epoch, and to read a text."
+    import torch
+
+    some = task.behaviour(_few(task.predicted, 64))
+    texts = [simulator_texts(q, r) for q, r in zip(some.questions, some.rationales)]
+    whole, n = [xr for xr, _, _ in texts], len(texts)
+    with torch.random.fork_rng():
+        reader = ChoiceReader(task.base, 0, replace(task.settings, epochs=1))
+        read_choices(reader, some.questions[:4], whole[:4])  # the first call is slower than all others
+        times = [time.perf_counter()]
+        fit_reader(reader, some.questions, texts, some.predictions)
+        times.append(time.perf_counter())
+        read_choices(reader, some.questions, whole)
+        times.append(time.perf_counter())
+    return (times[1] - times[0]) / n, (times[2] - times[1]) / n
+
+
+def _seconds_of_few(task: ScoringTask, family: Family, n: int = 8) -> float:
+    "Seconds of a family that asks the model, by what it takes for a few rows; 0 where all rows are few."
+    if len(task.rows) < 4 * n:
+        return 0.0
+    few = replace(task, rows=_few(task.rows, n), interval={"draws": 100}, columns={})
+    few.__dict__["writer"] = task.writer
+    began = time.perf_counter()
+    family.compute(few)
+    return (time.perf_counter() - began) / n * len(task.rows)
+
+# %% ../../nbs/79_scoring.ipynb #a8375791
+def _announce(task: ScoringTask, wanted: Sequence[Family], least: float = 60.0) -> None:
+    "Logs how long it will take, if that is over a minute."
+    try:
+        seconds = estimate(task, wanted)
+    except BadInput:
+        return  # the run itself says so
+    if seconds >= least:
+        minutes = seconds / 60
+        length = f"{minutes:.0f} minutes" if minutes < 120 else f"{minutes / 60:.0f} hours"
+        logging.getLogger("faithful_distill").warning(
+            "scoring %s rationales will take about %s on this machine, by a trial on a few of them; fewer"
+            " metrics or simulators, a lower train_limit, or a limit on the rows make it shorter",
+            f"{len(task.rows):,}",
+            length,
+        )

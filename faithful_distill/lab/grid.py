@@ -8,10 +8,11 @@ __all__ = ['Grid', 'load_grid']
 # %% ../../nbs/84_grid.ipynb #83511fa0
 import fnmatch
 import itertools
+import math
 import re
 from dataclasses import dataclass
 from functools import lru_cache
-from pathlib import Path
+from pathlib import Path, PureWindowsPath
 from typing import Any, Iterable, Iterator
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -75,7 +76,40 @@ def _read_yaml(path) -> dict:
         raise BadInput(f"is not YAML: {str(e).splitlines()[0]}", file=path) from None
     if not isinstance(tree, dict):
         raise BadInput("should hold `groups:`", file=path)
+    _check_size(tree, path)
     return tree
+
+# %% ../../nbs/84_grid.ipynb #f7db8adb
+most_values, most_cells, most_seeds, most_rules, most_reads = 100_000, 20_000, 10_000, 1_000, 1_000_000
+
+
+def _check_size(tree: dict, file) -> None:
+    "Raises `BadInput` if a file stands for too many values, its aliases written out, or for itself."
+    sizes: dict[int, int] = {}
+
+    def size(node) -> int:
+        if not isinstance(node, (dict, list)):
+            return 1
+        if id(node) not in sizes:
+            sizes[id(node)] = math.inf  # until it is known: a node that holds itself stays so
+            total = 1 + sum(map(size, node.values() if isinstance(node, dict) else node))
+            sizes[id(node)] = total if total == math.inf else min(total, 10**15)
+        return sizes[id(node)]
+
+    try:
+        if size(tree) <= most_values:
+            return
+    except RecursionError:
+        raise BadInput("is nested too deeply", file=file, remedy="Write it flat.") from None
+    place = []
+    while isinstance(tree, dict):
+        large = [name for name, node in tree.items() if size(node) > most_values]
+        if not large:
+            break
+        place, tree = [*place, str(large[0])], tree[large[0]]
+    problem = "holds itself" if size(tree) == math.inf else f"stands for {size(tree):.3g} values"
+    remedy = f"A grid may hold {most_values:,} values, aliases written out."
+    raise BadInput(problem, file=file, field=".".join(place) or None, remedy=remedy)
 
 # %% ../../nbs/84_grid.ipynb #9cb64825
 class GroupSpec(BaseModel):
@@ -138,6 +172,8 @@ def _inherited(name: str, specs: dict[str, GroupSpec], file, seen: tuple = ()) -
     own = specs[name]
     if "like" not in own.model_fields_set:
         return own
+    if len(seen) > 50:
+        raise BadInput("is `like` a chain of over 50 groups", file=file, field=f"{name}.like")
     others = [g for g in specs if g not in (*seen, name)]
     if own.like not in others:
         remedy = did_you_mean(own.like, others) if others else "There is none."
@@ -149,9 +185,16 @@ def _inherited(name: str, specs: dict[str, GroupSpec], file, seen: tuple = ()) -
 
 # %% ../../nbs/84_grid.ipynb #c2a3c650
 def _listed_seeds(seeds, file) -> list[int]:
-    if isinstance(seeds, int) and not isinstance(seeds, bool) and seeds > 0:
+    number = type(seeds) is int and seeds > 0
+    if number and seeds > most_seeds or isinstance(seeds, (list, tuple)) and len(seeds) > most_seeds:
+        remedy = f"At most {most_seeds:,} can be run."
+        raise BadInput("are too many", file=file, field="seeds", value=seeds, remedy=remedy)
+    if number:
         return list(range(seeds))
     if isinstance(seeds, (list, tuple)) and seeds and all(type(s) is int for s in seeds):
+        if out_of_range := [s for s in seeds if not 0 <= s < 2**32]:
+            problem = "should be from 0 to 2^32 - 1"
+            raise BadInput(problem, file=file, field="seeds", value=out_of_range[0])
         return list(seeds)
     raise BadInput("should be a number of seeds or a list of them", file=file, field="seeds", value=seeds)
 
@@ -185,9 +228,14 @@ def _choices(axis: str, values, file, where: str) -> list[tuple[Any, dict]]:
 def _points(spec: GroupSpec, seeds: list[int] | None, file, where: str) -> Iterator[tuple[dict, dict]]:
     "(labels, parameters) of each combination of a group's axes."
     axes = {axis: _choices(axis, values, file, where) for axis, values in (spec.axes or {}).items()}
+    if "seed" in axes:
+        remedy = "Write `seeds: [...]` beside `for:`."
+        raise BadInput("seeds are not an axis of `for`", file=file, field=f"{where}.for.seed", remedy=remedy)
     if seeds is not None:
         axes["seed"] = [(s, {"seed": s}) for s in seeds]
     skip = spec.skip or []
+    _check_number(math.prod(map(len, axes.values())), "combinations of its axes", most_cells, file, where)
+    _check_number(len(skip), "rules", most_rules, file, f"{where}.skip")
     for axis in [a for rule in skip for a in rule if a not in axes]:
         remedy = did_you_mean(axis, axes)
         raise BadInput("is not known here", file=file, field=f"{where}.skip.{axis}", remedy=remedy)
@@ -196,6 +244,12 @@ def _points(spec: GroupSpec, seeds: list[int] | None, file, where: str) -> Itera
         if any(all(labels[a] == v for a, v in rule.items()) for rule in skip):
             continue
         yield labels, {k: v for _, params in point for k, v in params.items()}
+
+
+def _check_number(n: int, of_what: str, most: int, file, where: str | None) -> None:
+    if n > most:
+        remedy = f"At most {most:,} are possible."
+        raise BadInput(f"has {n:,} {of_what}", file=file, field=where, remedy=remedy)
 
 # %% ../../nbs/84_grid.ipynb #f3df0d2c
 def _group_notebook(name: str, spec: GroupSpec, file: Path) -> Path:
@@ -231,6 +285,7 @@ class _Groups:
         self.cells, self.file = cells, file
         self._axes: dict[str, dict[str, list]] = {}
         self._indices: dict[tuple, dict[tuple, list[int]]] = {}
+        self.n_read = 0  # results of other cells that are read so far, by all cells together
 
     def axes(self, group: str) -> dict[str, list]:
         "The axes of a group, each with its values."
@@ -264,6 +319,7 @@ def _matching(groups: _Groups, group: str, wanted: dict, reader: Cell, where: st
     place = {axis: value if isinstance(value, list) else [value] for axis, value in wanted.items()}
     for axis, values in place.items():
         _check_axis(axis, values, axes, groups.file, where)
+        place[axis] = list(dict.fromkeys(values))
     for axis, values in axes.items():
         if axis in reader.labels and axis not in place and len(values) > 1:
             place[axis] = [reader.labels[axis]]
@@ -285,6 +341,11 @@ def _referred(kind: str, value: dict, reader: Cell, groups: _Groups):
         if not isinstance(value[key], str):
             problem = "should be a path below the root, or below the run folder"
             raise BadInput(problem, file=groups.file, field=f"{reader.name}: {key}", value=value[key])
+        path = PureWindowsPath(value[key])  # which knows both kinds of slashes
+        if ".." in path.parts or path.drive or path.root or "\0" in value[key]:
+            problem, remedy = "leads out of its folder", "Write a path below it, without `..`."
+            where = f"{reader.name}: {key}"
+            raise BadInput(problem, file=groups.file, field=where, value=value[key], remedy=remedy)
     if kind == "shipped":
         return str(shipped(*value["shipped"].split("/")))
     where, file = f"{reader.name}: {kind}", value.get("file", "")
@@ -294,7 +355,9 @@ def _referred(kind: str, value: dict, reader: Cell, groups: _Groups):
             remedy = did_you_mean(name, groups.cells)
             raise BadInput("is not a group", file=groups.file, field=where, value=name, remedy=remedy)
     wanted = {k: v for k, v in value.items() if k not in (kind, "file")}
-    found = [c for name in names for c in _matching(groups, name, wanted, reader, where)]
+    found = [c for name in dict.fromkeys(names) for c in _matching(groups, name, wanted, reader, where)]
+    groups.n_read += len(found)
+    _check_number(groups.n_read, "reads of other runs, with those before it", most_reads, groups.file, where)
     if kind in ("table", "times"):
         return TableOf(tuple(c.name for c in found), kind == "times")
     if kind == "each":
@@ -398,6 +461,7 @@ def load_grid(profile, seeds: int | list[int] | None = None) -> Grid:
     drawn = [c for name in spec.figures or {} for c in cells[name]]
     groups = _Groups({**{name: of for name, of in cells.items() if name != "report"}, "figures": drawn}, file)
     everything = [c for of in cells.values() for c in of]
+    _check_number(len(everything), "cells", most_cells, file, None)
     for cell in everything:
         cell.params = {k: _resolved(v, cell, groups) for k, v in cell.params.items()}
     report = cells["report"][0].name if spec.report is not None else None

@@ -10,6 +10,7 @@ import gc
 import os
 import random
 import re
+import secrets
 import shutil
 import signal
 import sys
@@ -17,8 +18,10 @@ import tempfile
 from functools import lru_cache
 from pathlib import Path
 
+import filelock
 
-from ..files import content_key, try_lock
+
+from ..files import content_key, try_lock, writable_folder
 from .keys import package_folder, package_name
 
 # %% ../../nbs/81_kernel.ipynb #494c0688
@@ -156,6 +159,35 @@ def _end_process(pid: int | None) -> None:
     except (ProcessLookupError, PermissionError):
         pass
 
+# %% ../../nbs/81_kernel.ipynb #9eaf5823
+def _own_folder(home: Path | None) -> tuple[str, filelock.FileLock | None]:
+    "A new folder that only this user can read, and the lock that says that it is in use."
+    if home is None:
+        return tempfile.mkdtemp(prefix="kernel-"), None
+    while True:
+        folder = writable_folder(home).absolute() / secrets.token_hex(4)
+        lock = filelock.FileLock(f"{folder}.lock", thread_local=False)  # another thread may stop the kernel
+        try:
+            lock.acquire(timeout=0)
+        except filelock.Timeout:
+            continue  # it is being swept: too early, but another name will do
+        except OSError:
+            pass  # a file system without locks
+        folder.mkdir(mode=0o700)
+        return str(folder), lock
+
+
+def sweep(home: Path) -> None:
+    "Removes what killed drivers left in `home`: the folders whose lock nobody holds."
+    for file in sorted(home.glob("*.lock")):
+        lock = try_lock(file)
+        if lock is None:
+            continue
+        if lock.is_locked:  # it is not where there are no locks: then nothing is known, and nothing removed
+            shutil.rmtree(file.with_suffix(""), ignore_errors=True)
+            file.unlink(missing_ok=True)
+        lock.release()
+
 # %% ../../nbs/81_kernel.ipynb #347f61b3
 class WarmKernel:
     """A Jupyter kernel that executes many notebooks, one at a time. Use it from one thread.
@@ -166,11 +198,13 @@ class WarmKernel:
     ----------
     threads
         threads of the arithmetic libraries
+    home
+        where its folder of sockets and settings is made: see `sweep`; None: among the temporary files
     """
 
-    def __init__(self, threads: int = 1):
-        self.threads, self.killed = threads, False
-        self.km = self.kc = self.folder = self.source = None
+    def __init__(self, threads: int = 1, home: Path | None = None):
+        self.threads, self.home, self.killed = threads, home, False
+        self.km = self.kc = self.folder = self.lock = self.source = None
 
     def start(self) -> None:
         "Starts the process if there is none, or if the package's source is no longer what it was."
@@ -202,7 +236,10 @@ class WarmKernel:
                 self.kc.stop_channels()
         if self.folder:
             shutil.rmtree(self.folder, ignore_errors=True)
-        self.km = self.kc = self.folder = None
+        if self.lock:
+            Path(self.lock.lock_file).unlink(missing_ok=True)
+            self.lock.release()
+        self.km = self.kc = self.folder = self.lock = None
 
     def __enter__(self):
         return self
@@ -239,9 +276,9 @@ def _launch_once(kernel: WarmKernel) -> None:
     "Starts the process and waits until it answers."
     from jupyter_client import AsyncKernelManager
 
-    kernel.source, kernel.folder = package_state(), tempfile.mkdtemp(prefix="kernel-")
+    kernel.source, (kernel.folder, kernel.lock) = package_state(), _own_folder(kernel.home)
     sockets = {}
-    if sys.platform != "win32" and len(kernel.folder) < 80:  # the system allows only short paths of sockets
+    if sys.platform != "win32" and len(kernel.folder) < 100:  # the system allows only short paths of sockets
         sockets = {"transport": "ipc", "ip": f"{kernel.folder}/k"}
     kernel.km = AsyncKernelManager(
         kernel_spec_manager=_this_python(), connection_file=f"{kernel.folder}/kernel.json", **sockets

@@ -10,6 +10,7 @@ import json
 import sys
 import threading
 import time
+from contextlib import suppress
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from graphlib import CycleError, TopologicalSorter
@@ -20,7 +21,7 @@ from typing import Iterable
 from ..files import BadInput, did_you_mean, progress, shows_progress, writable_folder
 from .kernel import WarmKernel, progress_line
 from .keys import Run, Snapshot, Table, Upstream, planned_run
-from .runs import Busy, NotebookFailed, compute_run, hold_run
+from .runs import Busy, NotebookFailed, compute_run, hold_run, kernel_home
 
 # %% ../../nbs/83_plan.ipynb #c7b569cf
 @dataclass(frozen=True)
@@ -182,8 +183,9 @@ def last_seconds(runs) -> dict[str, float]:
 
 
 def _remember_seconds(runs, name: str, seconds: float) -> None:
-    with open(Path(runs) / ".seconds.jsonl", "a", encoding="utf-8") as f:
-        f.write(json.dumps([name, round(seconds, 1)]) + "\n")
+    with suppress(OSError):  # such as a full disk: the run itself is whole
+        with open(Path(runs) / ".seconds.jsonl", "a", encoding="utf-8") as f:
+            f.write(json.dumps([name, round(seconds, 1)]) + "\n")
 
 # %% ../../nbs/83_plan.ipynb #32894119
 def _seconds_ahead(plan: Plan, seconds: dict[str, float]) -> dict[str, float]:
@@ -320,10 +322,11 @@ class _Workers:
     def __init__(self, plan: Plan, planned: dict[str, Run], runs: Path, number: int, threads: int, timeout):
         self.plan, self.planned, self.runs, self.timeout = plan, planned, runs, timeout
         self.mine, self.kernels, self.threads = threading.local(), [], threads
+        self.home = kernel_home(runs)
         self.pool = ThreadPoolExecutor(number, initializer=self._equip)
 
     def _equip(self) -> None:
-        self.mine.kernel = WarmKernel(self.threads)
+        self.mine.kernel = WarmKernel(self.threads, self.home)
         self.kernels.append(self.mine.kernel)
 
     def submit(self, name: str) -> Future:

@@ -320,13 +320,26 @@ _markdown.block.rules.remove("ref_link")  # '[1]: ...' is text to show, not the 
 # %% ../../nbs/91_report.ipynb #a91f386e
 def prose(text: str) -> Markup:
     "Markdown as HTML: paragraphs, lists, tables, headings, **bold**, *italic*, `code`, [link](url)."
-    return Markup(_markdown(text))
+    return Markup(_markdown(_printable(text)))
 
 
 def _inline(text: str) -> Markup:
     "Markdown within one line, as a caption has it."
     state = _markdown.block.state_cls()
-    return Markup(_markdown.renderer(_markdown.inline(text, state.env), state))
+    return Markup(_markdown.renderer(_markdown.inline(_printable(text), state.env), state))
+
+
+_unprintable = re.compile(r"[\0-\x08\x0b\x0c\x0e-\x1f\x7f\ud800-\udfff]")
+
+
+def _printable(text: str) -> str:
+    "Text without control characters and halves of characters, which no file and no page can hold."
+    return _unprintable.sub("\N{REPLACEMENT CHARACTER}", text)
+
+# %% ../../nbs/91_report.ipynb #2ebc07f4
+def literal(text: str) -> str:
+    "A text as one line of Markdown that shows it as it is."
+    return re.sub(r"([\\`*_\[\]<>|!#~])", r"\\\1", " ".join(text.split()))
 
 # %% ../../nbs/91_report.ipynb #ae1f4001
 @cache
@@ -407,7 +420,7 @@ def build_report(
         facts=facts or {},
         footer=footer,
     )
-    return write_text(path, page)
+    return write_text(path, _printable(page))
 
 # %% ../../nbs/91_report.ipynb #3e88042e
 def cost_report(path, title: str, sections: Iterable) -> Path:

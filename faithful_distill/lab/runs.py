@@ -7,6 +7,7 @@ __all__ = ['Busy', 'NotebookFailed', 'run_notebook']
 
 # %% ../../nbs/82_runs.ipynb #b33b3577
 import json
+import math
 import os
 import platform
 import re
@@ -19,7 +20,7 @@ from pathlib import Path
 from typing import Iterable, Iterator
 
 from ..files import stable_seed, writable_folder, write_json, write_text, try_lock
-from .kernel import WarmKernel, peak_memory, warm_engine
+from .kernel import WarmKernel, peak_memory, sweep, warm_engine
 from .keys import Run, package_folder, planned_run
 from .tables import tidy, write_table
 
@@ -225,10 +226,24 @@ def _check_results(run: Run, needs: Iterable[str]) -> None:
             fail(f"it ended without writing {name} to `out`")
     metrics = run.partial / "metrics.json"
     if metrics.exists():
-        refuse = lambda constant: fail(
-            f"metrics.json holds {constant}; a value that is not there is null, with a reason"
-        )
-        json.loads(metrics.read_text(encoding="utf-8"), parse_constant=refuse)
+        try:
+            _check_metrics(metrics.read_text(encoding="utf-8"))
+        except (OSError, ValueError, RecursionError) as e:
+            fail(f"{metrics} {e if type(e) is ValueError else f'is not JSON: {e}'}")
+
+
+def _check_metrics(text: str) -> None:
+    "Raises `ValueError` if a text is not JSON, not an object, or holds NaN or an infinite number."
+
+    def refuse(constant: str):
+        raise ValueError(f"holds {constant}; a value that is not there is null, with a reason")
+
+    finite = lambda number: float(number) if math.isfinite(float(number)) else refuse(number)
+    found = json.loads(text, parse_constant=refuse, parse_float=finite)
+    if not isinstance(found, dict):
+        kinds = {list: "a list", str: "a text", type(None): "null", bool: "a truth value"}
+        kind = kinds.get(type(found), "a number")
+        raise ValueError(f"holds {kind}; it should hold an object, {{name: value or score}}")
 
 # %% ../../nbs/82_runs.ipynb #4891e1b0
 def _drop_hidden(folder: Path) -> None:
@@ -244,6 +259,13 @@ def _prepare(run: Run) -> None:
     for name, table in run.tables.items():
         pairs = [(dict(labels), run.folder.parent / folder) for labels, folder in table.rows]
         write_table(run.partial / name, tidy(pairs, times=table.times))
+
+# %% ../../nbs/82_runs.ipynb #87bcb158
+def kernel_home(runs) -> Path:
+    "Where kernels of these runs have their folders, what killed drivers left there swept away."
+    home = Path(runs).absolute() / ".kernels"
+    sweep(home)
+    return home
 
 # %% ../../nbs/82_runs.ipynb #f6689cf0
 def compute_run(
@@ -303,7 +325,7 @@ def run_notebook(
     run = planned_run(notebook, params, runs)
     if run.finished:
         return run.folder
-    own = WarmKernel() if kernel is None else None
+    own = WarmKernel(home=kernel_home(runs)) if kernel is None else None
     try:
         with hold_run(run, wait) as lock:
             if not run.finished:

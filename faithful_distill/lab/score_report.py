@@ -16,7 +16,7 @@ from ..faithfulness.intervals import Score
 from ..faithfulness.scoring import Scored
 from ..files import write_json, write_text
 from .plots import dots
-from .report import Section, build_report
+from .report import Section, build_report, literal
 from .style import save_figure
 from .tables import cell_text, save_rows
 
@@ -102,7 +102,7 @@ def _las_text(s: dict[str, Score]) -> str:
     "What the simulators found, in words, from the numbers."
     las, d = s["las"], s["las"].details
     if "acc_x" not in d:
-        return f"No simulator was trained: {las.reason}."
+        return f"No simulator was trained: {literal(las.reason)}."
     sentences = [
         f"Simulators guess the prediction in {d['acc_x']:.0%} of the cases from the question, {d['acc_r']:.0%}"
         f" from the rationale, {d['acc_xr']:.0%} from both.",
@@ -111,7 +111,7 @@ def _las_text(s: dict[str, Score]) -> str:
         f"Where it leaks it helps by {_text(d['las_1'])}; where it does not, by {_text(d['las_0'])}.",
     ]
     if las.value is None:
-        sentences.append(f"LAS is not defined: {las.reason}.")
+        sentences.append(f"LAS is not defined: {literal(las.reason)}.")
     other = s["las_shuffled"].details.get("unadjusted")
     if other is not None and other.value is not None:
         verdict = _control_text(other, d["unadjusted"])
@@ -167,7 +167,7 @@ def _missing(s: dict[str, Score]) -> Section:
     for name, score in s.items():
         if score.value is None:
             reasons.setdefault(score.reason, []).append(_title(name))
-    text = "\n".join(f"- {', '.join(names)}: {why}." for why, names in reasons.items())
+    text = "\n".join(f"- {', '.join(names)}: {literal(why)}." for why, names in reasons.items())
     return Section("What could not be computed, and why", text or "Everything applied.")
 
 # %% ../../nbs/92_score_report.ipynb #8081b969
@@ -198,10 +198,20 @@ def _sections(scored: Scored, folder: Path) -> list[Section]:
         heading = "Against human ratings"
         sections.append(_section(scored, folder, heading, "rated", words, rated, figure, table))
     if acted := [n for n in s if n not in (*text, *simulated, *rated)]:
-        words = "" if any(s[n].value is not None for n in acted) else f"None: this {s[acted[0]].reason}."
+        words = (
+            "" if any(s[n].value is not None for n in acted) else f"None: this {literal(s[acted[0]].reason)}."
+        )
         heading = "Interventions on the model"
         sections.append(_section(scored, folder, heading, "interventions", words, acted))
     return [*sections, _missing(s)]
+
+# %% ../../nbs/92_score_report.ipynb #f991020b
+def write_numbers(scored: Scored, out: Any) -> None:
+    "Write metrics.json and scores.jsonl to the folder `out`: as soon as some scores are known, and again with more."
+    out = Path(out)
+    write_json(out / "metrics.json", scored.to_dict())
+    lines = (json.dumps(row, ensure_ascii=False, allow_nan=False) for row in scored.rows)
+    write_text(out / "scores.jsonl", "".join(f"{line}\n" for line in lines))
 
 # %% ../../nbs/92_score_report.ipynb #debb17c4
 def write_scored(scored: Scored, out: Any, title: str = "Rationales, scored") -> Path:
@@ -220,9 +230,7 @@ def write_scored(scored: Scored, out: Any, title: str = "Rationales, scored") ->
         the report
     """
     out, f = Path(out), scored.facts
-    write_json(out / "metrics.json", scored.to_dict())
-    lines = (json.dumps(row, ensure_ascii=False, allow_nan=False) for row in scored.rows)
-    write_text(out / "scores.jsonl", "".join(f"{line}\n" for line in lines))
+    write_numbers(scored, out)
     lead = f"{f['rationales']:,} rationales for {f['questions']:,} questions"
     if unparsed := f["without a parsable prediction"]:
         lead += f"; {unparsed:,} come without a prediction that could be parsed: they are counted, and count as wrong"

@@ -7,6 +7,7 @@ __all__ = ['model_card', 'push_to_hub']
 
 # %% ../../nbs/62_card.ipynb #6ca4ecb0
 import json
+import re
 from pathlib import Path
 
 from ..files import shipped, write_json, write_text
@@ -61,23 +62,36 @@ def card_text(note: dict, data: str = "") -> str:
     if isinstance(note.get("deepspeed"), dict):
         values["deepspeed"] = "own configuration"
     measures = {**note["metrics"], **note.get("measured", {})}
-    return (
-        Environment(undefined=StrictUndefined, keep_trailing_newline=True)
-        .from_string(template)
-        .render(
-            base=base.name if base.is_absolute() else note["base"],
-            steps=note["steps"],
-            best_step=note.get("best_step"),
-            rows=note["rows"],
-            source=data,
-            questions=about.get("questions", "?"),
-            teachers=about.get("teachers", []),
-            prefixes=note["prefixes"],
-            answer_only=note["answer_only"],
-            settings={name: _plain(values[name]) for name in card_settings if name in values},
-            measures={name: _measure(value) for name, value in measures.items() if value is not None},
-        )
+    shown = dict(
+        base=base.name if base.is_absolute() else note["base"],
+        steps=note["steps"],
+        best_step=note.get("best_step"),
+        rows=note["rows"],
+        source=data,
+        questions=about.get("questions", "?"),
+        teachers=about.get("teachers", []),
+        prefixes=note["prefixes"],
+        answer_only=note["answer_only"],
+        settings={name: _plain(values[name]) for name in card_settings if name in values},
+        measures={name: _measure(value) for name, value in measures.items() if value is not None},
     )
+    environment = Environment(undefined=StrictUndefined, keep_trailing_newline=True)
+    return environment.from_string(template).render(inert(shown))
+
+# %% ../../nbs/62_card.ipynb #6e240559
+_markup = {"<": "&lt;", "|": "&#124;", "`": "&#96;", "](": "&#93;("}
+
+
+def inert(value):
+    "`value` with all texts in it, at whatever depth, on one line and without Markdown's or HTML's signs."
+    if isinstance(value, dict):
+        return {inert(k): inert(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [inert(v) for v in value]
+    if not isinstance(value, str):
+        return value
+    printable = "".join(c if c.isprintable() else " " for c in value)
+    return re.sub(r"[<|`]|\]\(", lambda sign: _markup[sign[0]], " ".join(printable.split()))
 
 # %% ../../nbs/62_card.ipynb #1cdd51a2
 def _plain(value):
