@@ -2,6 +2,7 @@
 
 import copy
 import random
+import types
 from dataclasses import replace
 
 import pytest
@@ -34,7 +35,7 @@ from faithful_distill.student.loss import (
     student_logits,
     target_log_probs,
 )
-from faithful_distill.student.model import Student, add_tags, expresses, load_student, tiny_student
+from faithful_distill.student.model import Student, add_tags, expresses, load_student, tag_of, tiny_student
 from faithful_distill.student.rows import (
     Row,
     collate,
@@ -327,6 +328,113 @@ def test_a_trained_student_is_read_as_one_question_at_a_time_is(monkeypatch):
     written_out = sum(len(limits) for limits in limits_of_calls if max(limits) < 40)  # 40: rationales
     named = sum(a.choice is not None and a.text == q.choices[a.choice] for q, a in zip(asked, batched))
     assert 0 < named <= len(asked) - written_out < len(asked)
+
+
+def test_what_ids_decide_is_not_matched_by_text_again(monkeypatch):
+    "A tokenizer that normalises (as T5's and mT5's do) does not give a choice back as it is written."
+    from tokenizers import normalizers
+
+    q = Question("1", "How much sugar goes in ?", ("½ cup", "CO₂", "café"), 0)
+    student = tiny_student([q.question, "1⁄2 cup CO2 café"])
+    student.tokenizer.backend_tokenizer.normalizer = normalizers.NFKC()
+    sources = encode_sources(student, [q], ["factual"])
+    with torch.no_grad():
+        encoded = stacked([read_distinct(student, sources)[tuple(sources[0])]])
+        for greedy in range(3):
+            monkeypatch.setattr(answers, "choice_scores", lambda batch, tails: ([[0.0] * 3], [greedy]))
+            [a] = read_answers(student, [q], encoded, sources, ["it did"], "factual")
+            assert a.choice == greedy, (a.text, a.choice)
+    assert a.text == "café"
+
+
+def byte_level_with_specials(texts):
+    tokenizer = byte_level(texts)
+    tokenizer.add_special_tokens(dict(additional_special_tokens=["<|im_end|>", "<extra_id_0>"]))
+    return tokenizer
+
+
+specials = ("</s>", "<pad>", "<|im_end|>", "<extra_id_0>", "<|endoftext|>")
+
+
+@pytest.mark.parametrize("make", ["words", "byte_level", "byte_level_with_specials", "sentence_pieces"])
+def test_what_is_spelled_like_a_special_token_is_read_as_text(make):
+    "In questions, choices, rationales: no end and no padding comes from data, in training or in answering."
+    student = tiny_student(["What is it ? a bird fish First . Then more ."])
+    student = types.SimpleNamespace(
+        tokenizer=student.tokenizer if make == "words" else globals()[make](vocabulary),
+        model=student.model,
+        name="s",
+        max_source=400,
+        max_target=400,
+        is_seq2seq=True,
+        settings={},
+        affixes=([], [1]),
+    )
+    student.eos = student.tokenizer.eos_token_id
+    held = " ".join(specials)
+    q = Question("1", f"What is {held} it ?", (f"a {held} bird", "a fish"), 0)
+    control = set(student.tokenizer.all_special_ids) - {student.tokenizer.unk_token_id}
+    for prefix in ("factual", "none"):
+        [target] = encode_targets(student, [q], [0], [f"First . {held} Then more ."], [prefix])
+        assert control.isdisjoint(target.rationale + target.sentence + target.answer[:-1])
+        assert target.answer[-1] == student.eos and len(target.rationale) > 5
+        pieces = token_pieces(student.tokenizer, [[tag_of(prefix), q.question, *q.choices]])[0]
+        assert control.isdisjoint(sum(pieces, []))
+
+
+def test_no_target_ends_because_of_its_data():
+    words = "What does a bird build ? a nest a hive it gathers straw ."
+    records = [
+        dict(
+            id="1", question="What does a bird build ?", choices=["a nest </s>", "a hive"], answer=0, target=t
+        )
+        for t in (0, 1)
+    ]
+    records = [dict(r, rationale="it gathers </s> straw . </s>") for r in records]
+    for kind in ("t5", "llama"):
+        student = tiny_student([words], kind)
+        for row in training_rows(student, records):
+            assert row.target.index(student.eos) == len(row.target) - 1 and student.eos not in row.context
+            assert student.eos not in row.source[: len(row.source) - len(student.affixes[1])]
+
+
+@pytest.mark.parametrize("kind", ["t5", "llama"])
+def test_a_tag_is_learned_and_choices_are_left_out_where_the_settings_say_so(kind):
+    records = [
+        dict(
+            id="1",
+            question="Can a bird fly ?",
+            answer=0,
+            target=t,
+            kind="boolean",
+            rationale="it has wings .",
+        )
+        for t in (0, 1)
+    ]
+    student = tiny_student(["Can a bird fly ? it has wings . yes no"], kind)
+    [plain, wrong], [learned, wrong_too] = (
+        training_rows(student, records, learn_tag=x) for x in (False, True)
+    )
+    tag = student.tokenizer("[factual]", add_special_tokens=False)["input_ids"]
+    assert plain.context == tag and learned.context == [] and learned.target == tag + plain.target
+    assert wrong == wrong_too and learned.source == plain.source
+    batch = collate([learned, wrong], student)
+    first = batch["labels"][0][batch["labels"][0] != -100]
+    assert first.tolist() == learned.target
+    bare = copy.copy(student)
+    bare.settings = dict(list_choices=False)
+    q = Question("1", "Can a bird fly ?", ("yes", "no"), 0, "boolean")
+    with_choices, without = (encode_sources(s, [q], ["factual"])[0] for s in (student, bare))
+    said = [
+        s.tokenizer.decode(ids, skip_special_tokens=True)
+        for s, ids in ((student, with_choices), (bare, without))
+    ]
+    assert (
+        said[0].split()[-4:] == ["(a)", "yes", "(b)", "no"]
+        and said[1].strip() == "[factual] Can a bird fly ?"
+    )
+    other = Question("1", "Can a bird fly ?", ("yes", "no"), 0)  # of choices, so they are listed
+    assert encode_sources(student, [other], ["factual"]) == encode_sources(bare, [other], ["factual"])
 
 
 def test_token_ids_of_one_choice_decide_and_those_of_unknown_words_do_not(monkeypatch):

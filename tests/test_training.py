@@ -213,7 +213,7 @@ def same_result(a, b):
             [0, 2, 2, 2, 6, 8, 8],
         ),
         (2, 2, [("step", 5), ("save", 3), ("step", 7, 1)], [0, 4, 4, 6]),
-        (2, 3, [("save", 3, 1), ("sweep", 1)], [0, 0, 4]),
+        (2, 3, [("save", 3, 1), ("sweep", 1)], [0, 0, 6]),
     ],
 )
 def test_killed_and_called_again_ends_in_the_same_bytes(
@@ -274,7 +274,7 @@ def test_other_runs_and_other_numbers_of_ranks_are_refused(tmp_path):
         again(lr=1e-3)
     with pytest.raises(BadInput, match="another run"):
         again(ranks.base("llama"))
-    assert len(list((tmp_path / "run" / "checkpoints").glob("*/whole.json"))) == 1
+    assert len(list((tmp_path / "run" / "checkpoints").glob("*/whole.json"))) == 2
     assert again(overwrite=True).steps == interrupted.steps
 
 
@@ -701,21 +701,21 @@ def test_what_cannot_be_trained_is_refused_before_anything_is_written(tmp_path, 
     assert not list((tmp_path / "out").glob("*")) and not list((tmp_path / "out").glob("checkpoints/*"))
 
 
-def whole_batch(student):
+def whole_batch(student, records=None):
     "All the records' rows at once, and the model's logits."
     from faithful_distill.student.rows import collate, training_rows
     from faithful_distill.student.loss import student_logits
 
-    batch = collate(training_rows(student, ranks.rationales()), student)
+    batch = collate(training_rows(student, records or ranks.rationales()), student)
     return batch, student_logits(student.model, batch).detach()
 
 
-def dev_loss(folder):
+def dev_loss(folder, records=None):
     "Loss of a finished student on the records, as plain transformers loads it."
     from faithful_distill.student.loss import distillation_loss
     from faithful_distill.student.model import load_student
 
-    batch, logits = whole_batch(load_student(folder))
+    batch, logits = whole_batch(load_student(folder), records)
     return float(distillation_loss(logits, batch["labels"], batch["counterfactual"]).total)
 
 
@@ -756,17 +756,31 @@ def test_lora_leaves_a_plain_student(tmp_path, kind, stage):
 
 @pytest.mark.parametrize("metric", ["loss", "accuracy"])
 def test_the_best_model_on_dev_is_kept_and_training_stops(tmp_path, metric):
-    "Far too high a learning rate: it gets worse at some point; what is left is the student of the best evaluation."
-    result = train(
-        tmp_path, dev=ranks.records(), metric=metric, patience=2, evaluate_every=2, max_steps=40, lr=0.1
-    )
+    """Dev says otherwise than the training data, so its loss must rise once they are known; and no accuracy is above 1.
+
+    Patience 2 stops after the second evaluation in a row without a better one, and what is left is the student of
+    the best evaluation.
+    """
+    dev = dict(loss=ranks.other_answers(), accuracy=ranks.records())[metric]
+    result = train(tmp_path, dev=dev, metric=metric, patience=2, evaluate_every=2, max_steps=80, lr=0.02)
     evaluations = [row for row in history(tmp_path) if "eval_loss" in row]
-    values = [row[f"eval_{metric}"] for row in evaluations]
-    best = (max if metric == "accuracy" else min)(values)
-    assert result.metrics[f"eval_{metric}"] == best
-    assert len(values) == 20 or values.index(best) == len(values) - 3
+    values = [row[f"eval_{metric}"] * (-1 if metric == "accuracy" else 1) for row in evaluations]
+    assert result.steps == 2 * len(values) < 80 and len(values) == authors_stop(values)
+    best = values.index(min(values))
+    assert best == len(values) - 3 and result.metrics[f"eval_{metric}"] == evaluations[best][f"eval_{metric}"]
     if metric == "loss":
-        assert dev_loss(tmp_path) == pytest.approx(best, rel=1e-4)
+        assert dev_loss(tmp_path, dev) == pytest.approx(min(values), rel=1e-4)
+
+
+def authors_stop(values):
+    "The evaluation after which the authors' code stops: `no_progress > 1`, counted anew at each better loss."
+    best, no_progress = float("inf"), 0
+    for k, value in enumerate(values, 1):
+        no_progress = 0 if value < best else no_progress + 1
+        best = min(best, value)
+        if no_progress > 1:
+            return k
+    return len(values)
 
 
 class Broken(Exception):
@@ -901,10 +915,33 @@ def test_adafactor_keeps_its_learning_rate(tmp_path):
     assert train(tmp_path, optimizer="adafactor", schedule="constant").history[-1]["learning_rate"] == 1e-2
 
 
-def test_the_authors_recipe_runs_on_a_small_t5(tmp_path):
-    """Adafactor without relative steps, bf16, ZeRO-2, linear decay after warm-up.
+def test_adafactor_depends_on_the_zero_stage_and_adamw_does_not(tmp_path):
+    "Flat shares have no rows and columns to factor over; the recipe names the stage where there are none."
+    from faithful_distill.training.settings import recipe
 
-    The best epoch on dev by its factual loss is kept.
+    losses = {
+        (optimizer, stage): [
+            row["loss"]
+            for row in train(
+                tmp_path / f"{optimizer}{stage}", optimizer=optimizer, deepspeed=ranks.stage_config(stage)
+            ).history
+        ]
+        for optimizer in ("adamw", "adafactor")
+        for stage in (0, 2)
+    }
+    assert losses["adamw", 0] == pytest.approx(losses["adamw", 2], rel=1e-4)
+    a, b = losses["adafactor", 0], losses["adafactor", 2]
+    assert a[0] == pytest.approx(b[0], rel=1e-4) and a[-1] != pytest.approx(b[-1], rel=1e-3)
+    authors = recipe("scott-t5-3b")
+    assert authors["optimizer"] == "adafactor" and authors["deepspeed"] == dict(
+        zero_optimization=dict(stage=0)
+    )
+
+
+def test_the_authors_recipe_runs_on_a_small_t5(tmp_path):
+    """Adafactor without relative steps on whole matrices (stage 0), fp32, linear decay after warm-up.
+
+    The best epoch on dev by its factual loss is kept, and the second in a row that is no better is the last.
     """
     from transformers import TrainerCallback
     from faithful_distill.training.settings import recipe
@@ -916,6 +953,9 @@ def test_the_authors_recipe_runs_on_a_small_t5(tmp_path):
                 self.inner = self.inner.optimizer
             self.group = dict(self.inner.param_groups[0])
 
+        def on_train_end(self, *_, **__):
+            self.factored = any("exp_avg_sq_row" in state for state in self.inner.state.values())
+
     seen, given = Seen(), recipe("scott-t5-3b")
     del given["student"]
     result = train(tmp_path, dev=ranks.records(), callbacks=[seen], max_steps=None, **given)
@@ -924,21 +964,23 @@ def test_the_authors_recipe_runs_on_a_small_t5(tmp_path):
         type(seen.inner).__name__ == "Adafactor"
         and not group["relative_step"]
         and not group["scale_parameter"]
-        and seen.zero == 2
+        and seen.zero == 0
+        and seen.factored
+        and given["patience"] == 2
+        and given["max_target"] == given["max_source"] == 128
     )
     steps, evaluations = (
         [row for row in history(tmp_path) if name in row] for name in ("loss", "eval_loss_factual")
     )
     values = [row["eval_loss_factual"] for row in evaluations]
-    worse = [k + 1 for k in range(1, len(values)) if values[k] >= min(values[:k])]
-    assert (
-        len(steps) == len(values) == result.steps == min([10, *worse])
-    )  # five records, so an epoch a step; the first that is no better is the last
+    assert len(steps) == len(values) == result.steps == min(10, authors_stop(values))  # an epoch is a step
     assert max(row["learning_rate"] for row in steps) == pytest.approx(3e-5) and result.metrics[
         "eval_loss_factual"
     ] == min(values)
     assert (
-        result.student.settings["engine"]["precision"] == "bf16"
+        result.student.settings["engine"]["precision"] == "fp32"
+        and result.student.settings["learn_tag"]
+        and result.student.settings["list_choices"] is False
         and result.student.settings["recipe"] == "scott-t5-3b"
     )
 

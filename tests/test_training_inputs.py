@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 from pathlib import Path
 
 import pytest
@@ -63,6 +64,8 @@ def test_weights_differ_wherever_in_a_file_they_differ(tmp_path):
         dict(warmup=3),
         dict(warmup=-0.1),
         dict(label_smoothing=-1),
+        dict(label_smoothing=1),
+        dict(seed=2**32),
         dict(label_smoothing=float("nan")),
         dict(max_steps=0),
         dict(max_steps=-3),
@@ -99,7 +102,11 @@ def test_a_number_out_of_range_is_refused_by_name(given):
         ),
         (dict(precision="fp16"), "field 'precision': must be one of 'fp32' or 'bf16'"),
         (dict(deepspeed=2), "field 'deepspeed': must be a valid string or be a valid dictionary .got 2."),
-        (dict(lora="r=8"), "field 'lora': must be a valid dictionary"),
+        (dict(lora=8), "field 'lora': must be a valid dictionary"),
+        (dict(lora="r"), "field 'lora': must be a dict, or name=value in a text .got 'r'."),
+        (dict(learning_rate=1), "field 'learning_rate': is not a setting. Did you mean 'lr'?"),
+        (dict(num_train_epochs=1), "Did you mean 'epochs'?"),
+        (dict(per_device_train_batch_size=1), "Did you mean 'batch_size'?"),
         (dict(report_to=3), "field 'report_to': must be a valid list"),
         (dict(report_to=[3]), "field 'report_to': is not a reporter"),
         (dict(max_step=3), "field 'max_step': is not a setting. Did you mean 'max_steps'?"),
@@ -121,6 +128,10 @@ def test_settings_do_not_change():
     [
         ("[]", "not a DeepSpeed configuration"),
         ('{"zero_optimization": 2}', "not a DeepSpeed configuration"),
+        ('{"zero_optimization": {"stage": 9}}', "ZeRO stage that does not exist .got 9."),
+        ('{"zero_optimization": {"stage": "two"}}', "ZeRO stage that does not exist .got 'two'."),
+        ('{"zero_optimization": {"stage": true}}', "ZeRO stage that does not exist"),
+        ('{"zero_optimization": {"stage": null}}', "ZeRO stage that does not exist"),
         (b"\xff\xfe{}", "not UTF-8"),
         ("{", "broken JSON"),
     ],
@@ -130,6 +141,98 @@ def test_a_file_that_is_no_deepspeed_configuration_is_refused(tmp_path, written,
     path.write_bytes(written if isinstance(written, bytes) else written.encode())
     with pytest.raises(BadInput, match=match):
         deepspeed_config(path)
+
+
+@pytest.mark.parametrize(
+    "section, precision",
+    [
+        (dict(fp16=dict(enabled=True)), None),
+        (dict(fp16=True), None),
+        (dict(amp=dict(enabled=True)), "fp32"),
+        (dict(bf16=dict(enabled=True)), "fp32"),
+        (dict(bf16=dict(enabled=False)), "bf16"),
+        (dict(bf16=True), "bf16"),
+    ],
+)
+def test_the_settings_decide_the_precision(section, precision):
+    with pytest.raises(BadInput, match=r"enabled, which conflicts with settings.precision"):
+        session_config(Settings(deepspeed=section, precision=precision), 1)
+    for fine in (
+        dict(bf16=dict(enabled=True)),
+        dict(bf16=dict(enabled="auto"), fp16=dict(enabled=False)),
+        {},
+    ):
+        assert session_config(Settings(deepspeed=fine, precision="bf16"), 1)
+
+
+def test_adapters_are_read_from_a_text_as_from_the_command_line():
+    given = Settings(lora="r=8,lora_dropout=1e-1,use_rslora=false,rank_pattern=none,target_modules=q+v").lora
+    assert given == dict(
+        r=8, lora_dropout=0.1, use_rslora=False, rank_pattern=None, target_modules=["q", "v"]
+    )
+    assert Settings(lora=dict(use_rslora="False", r="8")).lora == dict(use_rslora=False, r=8)
+    for bias in ("bias=none", dict(bias="none"), dict(bias=None)):  # a word of peft's, not nothing
+        assert Settings(lora=bias).lora == dict(bias="none")
+
+
+def test_a_seed_that_is_wrong_stops_all_before_the_first_is_trained(tmp_path):
+    with pytest.raises(BadInput, match="field 'seed'"):
+        train_seeds(ranks.base(), ranks.records(), out=tmp_path / "out", seeds=[0, 2**32], max_steps=1)
+    assert not (tmp_path / "out").exists()
+
+
+def write_lines(path, records):
+    path.write_text("\n".join(json.dumps(r) for r in records) + "\n")
+    return path
+
+
+def test_records_of_one_id_are_about_one_question(tmp_path):
+    records = ranks.records()
+    for change in (dict(question="Other ?"), dict(choices=["a dam", "x", "y", "z", "u"])):
+        wrong = write_lines(tmp_path / "r.jsonl", [*records[:2], dict(records[2], **change), *records[3:]])
+        with pytest.raises(BadInput, match="r.jsonl:3: field 'id': is that of another question.* in line 2"):
+            train(tmp_path / "out", records=wrong)
+    with pytest.raises(BadInput, match="line 3: field 'id'"):
+        train(tmp_path / "out", records=read_records(tmp_path / "r.jsonl"))
+
+
+def test_records_that_are_there_twice_are_counted(tmp_path, caplog):
+    records = ranks.records()
+    train(tmp_path / "once", records=records, max_steps=1)
+    assert "twice" not in caplog.text
+    train(tmp_path / "twice", records=[*records, records[0], records[3]], max_steps=1)
+    assert "2 are there twice (lines 1 and 10 first)" in caplog.text
+
+
+def test_words_that_a_student_lacks_are_counted_and_choices_that_they_make_equal_are_refused(
+    tmp_path, caplog
+):
+    records = ranks.records()
+    train(tmp_path / "known", records=records, max_steps=1)
+    assert "unknown" not in caplog.text
+    new = [dict(r, rationale="zyx " + r["rationale"]) for r in records]
+    train(tmp_path / "new", records=new, max_steps=1)
+    assert re.search(r"% of the rationale tokens \(9 of \d+\) are unknown to the tokenizer of", caplog.text)
+    zyx = [dict(r, id=r["id"] + "2", choices=["a zyx", "a qed", *r["choices"][2:]]) for r in records]
+    with pytest.raises(
+        BadInput, match="choices 'a zyx' and 'a qed' of question 'beaver2' are the same tokens"
+    ):
+        train(tmp_path / "equal", records=[*records, *zyx])
+
+
+def test_publishing_without_a_network_is_one_line_and_keeps_the_student(tmp_path, monkeypatch):
+    import huggingface_hub
+    from faithful_distill.training.card import push_to_hub
+
+    class Hub:
+        def create_repo(self, *_, **__):
+            raise ConnectionError("[Errno -3] Temporary failure\nin name resolution")
+
+    monkeypatch.setattr(huggingface_hub, "HfApi", Hub)
+    out = train(tmp_path / "out", max_steps=1).out
+    with pytest.raises(BadInput, match="field 'push_to_hub': could not be uploaded.*is whole in") as e:
+        push_to_hub(out, "me/student")
+    assert "\n" not in str(e.value) and load_student(out)
 
 
 def test_settings_decide_in_a_configuration_of_ones_own(tmp_path):

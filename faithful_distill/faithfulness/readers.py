@@ -20,7 +20,7 @@ from ..files import BadInput, progress
 from ..models import load_config, load_pretrained
 from ..questions import Question, choice_text
 from ..student.model import special_affixes
-from ..student.rows import pad_rows
+from ..student.rows import pad_rows, plain_ids
 
 # %% ../../nbs/76_readers.ipynb #9f60884e
 @dataclass
@@ -145,7 +145,7 @@ class ChoiceReader:
         "Token ids of texts, cut to `max_length`, without what the tokenizer puts around them."
         if not len(texts):
             return []
-        ids = self.tokenizer(list(texts), add_special_tokens=False)["input_ids"]
+        ids = plain_ids(self.tokenizer, texts)
         return [row[: self.settings.max_length] for row in ids]
 
     def choices(self, questions: Sequence[Question]) -> list[list[list[int]]]:

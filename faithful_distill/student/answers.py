@@ -22,7 +22,13 @@ from faithful_distill.student.decoding import (
     stacked,
 )
 from .model import Student, load_student, tag_of
-from .rows import batches_by_length, encode_sources, encode_targets, token_pieces
+from faithful_distill.student.rows import (
+    batches_by_length,
+    encode_sources,
+    encode_targets,
+    plain_ids,
+    token_pieces,
+)
 
 # %% ../../nbs/53_answers.ipynb #53865491
 @dataclass
@@ -176,7 +182,7 @@ def _batches(student, indices, texts, batch_size) -> list[list[int]]:
     "The indices in batches whose texts are of similar length."
     if not indices:
         return []
-    ids = student.tokenizer([texts[i] or "" for i in indices], add_special_tokens=False)["input_ids"]
+    ids = plain_ids(student.tokenizer, [texts[i] or "" for i in indices])
     lengths = [len(row) + 8 for row in ids]  # 8: about what tag and answer sentence add
     return [[indices[k] for k in batch] for batch in batches_by_length(lengths, batch_size)]
 

@@ -242,11 +242,45 @@ def model_class(config):
 
 # %% ../../nbs/50_model.ipynb #d749f225
 def read_settings(folder) -> dict:
-    "What `train_student` noted beside the weights; empty for any other model."
+    """What `train_student` noted beside the weights; empty for any other model.
+
+    Raises `BadInput` for a note that is torn or of another make.
+    """
     import json
 
-    note = Path(folder) / "student.json"
-    return json.loads(note.read_text(encoding="utf-8")) if note.is_file() else {}
+    path = Path(folder) / "student.json"
+    if not path.is_file():
+        return {}
+    broken = dict(file=path, remedy="Restore the file; the weights load without it if it is moved away.")
+    try:
+        note = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as e:
+        raise BadInput(f"cannot be read: {e.strerror}", **broken) from None
+    except (ValueError, RecursionError):
+        raise BadInput("is not whole JSON: it was cut short, or overwritten", **broken) from None
+    if not isinstance(note, dict) or not note:
+        raise BadInput("is not the note of a trained student", value=note, **broken)
+    for name, words, fits in _noted:
+        if name in note and not fits(note[name]):
+            raise BadInput(f"must be {words}", field=name, value=note[name], **broken)
+    return note
+
+
+def _is_length(value):
+    return isinstance(value, int) and not isinstance(value, bool) and value > 0
+
+
+_noted = (
+    ("max_source", "a whole number, at least 1", _is_length),
+    ("max_target", "a whole number, at least 1", _is_length),
+    ("prefixes", "one of both, none, random", lambda value: value in ("both", "none", "random")),
+    ("base", "a text", lambda value: isinstance(value, str)),
+    ("metrics", "an object", lambda value: isinstance(value, dict)),
+    ("measured", "an object", lambda value: isinstance(value, dict)),
+    ("rows", "an object", lambda value: isinstance(value, dict)),
+    ("data", "an object", lambda value: isinstance(value, dict)),
+    ("engine", "an object", lambda value: isinstance(value, dict)),
+)
 
 # %% ../../nbs/50_model.ipynb #003eed33
 def load_student(
@@ -276,8 +310,8 @@ def load_student(
     """
     import torch
 
-    model, tokenizer = load_pretrained(name_or_dir, "student", model_class, dtype=dtype)
     trained = read_settings(name_or_dir)
+    model, tokenizer = load_pretrained(name_or_dir, "student", model_class, dtype=dtype)
     return Student(
         model.to(device or ("cuda" if torch.cuda.is_available() else "cpu")).eval(),
         tokenizer,

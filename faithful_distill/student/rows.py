@@ -14,12 +14,18 @@ from typing import Sequence
 from ..files import BadInput, stable_seed
 from ..questions import Question, choice_text, letter
 from ..records import answer_sentence, read_records
-from .model import Student, check_tags, tag_of
+from .model import Student, check_tags, tag_of, tags
 
 # %% ../../nbs/51_rows.ipynb #fff92e31
-def source_text(q: Question, prefix: str = "factual") -> str:
-    "What the student reads: tag, question, lettered choices."
-    return _joined(*_source_parts(q, prefix))
+def source_text(q: Question, prefix: str = "factual", list_choices: bool = True) -> str:
+    """What the student reads: tag, question, lettered choices.
+
+    Parameters
+    ----------
+    list_choices
+        False: only questions of kind 'choice' list them (the authors' way)
+    """
+    return _joined(*_source_parts(q, prefix, list_choices))
 
 # %% ../../nbs/51_rows.ipynb #1d57c3d7
 def target_text(q: Question, i: int, rationale: str | None, prefix: str = "factual") -> str:
@@ -39,8 +45,9 @@ def target_text(q: Question, i: int, rationale: str | None, prefix: str = "factu
     return _joined(*_target_parts(q, i, rationale, prefix))
 
 # %% ../../nbs/51_rows.ipynb #02492b62
-def _source_parts(q, prefix):
-    choices = " ".join(f"{letter(i)} {choice}" for i, choice in enumerate(q.choices))
+def _source_parts(q, prefix, list_choices=True):
+    listed = q.choices if list_choices or q.kind == "choice" else ()
+    choices = " ".join(f"{letter(i)} {choice}" for i, choice in enumerate(listed))
     return tag_of(prefix), q.question, choices
 
 
@@ -52,11 +59,38 @@ def _joined(*parts):
     "With one blank between words; empty parts leave none."
     return " ".join(" ".join(part.split()) for part in parts if part.strip())
 
+# %% ../../nbs/51_rows.ipynb #51000002
+def plain_ids(tokenizer, texts: Sequence[str]) -> list[list[int]]:
+    "Token ids of texts that are data: what is spelled like a control token is read as text."
+    if not texts:
+        return []
+    how = dict(add_special_tokens=False, split_special_tokens=True)
+    ids, control = tokenizer(list(texts), **how)["input_ids"], _control_ids(tokenizer)
+    held = [i for i, row in enumerate(ids) if not control.isdisjoint(row)]
+    if held:  # words of the vocabulary itself: they are parted by a blank
+        parted = tokenizer([_parted(tokenizer, texts[i]) for i in held], **how)["input_ids"]
+        for i, row in zip(held, parted):
+            ids[i] = [token for token in row if token not in control]
+    return ids
+
+
+def _control_ids(tokenizer) -> set[int]:
+    "Special tokens, except the one for unknown words, and the tags."
+    ends = {tokenizer.eos_token_id, tokenizer.pad_token_id, tokenizer.bos_token_id}
+    kept = {tokenizer.unk_token_id} | {tokenizer.convert_tokens_to_ids(tag) for tag in tags.values() if tag}
+    return {*tokenizer.all_special_ids} - (kept - ends)
+
+
+def _parted(tokenizer, text):
+    for word in sorted(tokenizer.all_special_tokens, key=len, reverse=True):
+        text = text.replace(word, f"{word[:1]} {word[1:]}")
+    return text
+
 # %% ../../nbs/51_rows.ipynb #3e089345
 def token_pieces(tokenizer, rows: Sequence[Sequence[str]]) -> list[list[list[int]]]:
     "For each row of text parts, the token ids of each part; joined they are the ids of the whole text."
     beginnings = [_joined(*row[: k + 1]) for row in rows for k in range(len(row))]
-    ids = iter(tokenizer(beginnings, add_special_tokens=False)["input_ids"] if beginnings else [])
+    ids = iter(plain_ids(tokenizer, beginnings))
     return [_cut([next(ids) for _ in row]) for row in rows]
 
 
@@ -69,6 +103,40 @@ def _cut(beginnings):
 
 def _common_prefix(a, b):
     return next((i for i, (x, y) in enumerate(zip(a, b)) if x != y), min(len(a), len(b)))
+
+# %% ../../nbs/51_rows.ipynb #51000005
+def unknown_tokens(student: Student, rationales) -> dict[str, tuple[int, int]]:
+    "Of the tokens of answers, rationales and questions: how many the tokenizer does not know, and how many there are."
+    unknown = student.tokenizer.unk_token_id
+    texts = dict(
+        answer=[choice_text(r.as_question(), r.target) for r in rationales],
+        rationale=[r.rationale for r in rationales],
+        question=[r.question for r in rationales],
+    )
+    counts = {}
+    for part, given in texts.items():
+        ids = plain_ids(student.tokenizer, [_joined(text) for text in given])
+        counts[part] = sum(row.count(unknown) for row in ids), sum(map(len, ids))
+    return counts
+
+
+def check_choices(student: Student, questions: Sequence[Question]) -> None:
+    "Raises `BadInput` for a question two of whose choices are the same tokens to this student."
+    distinct = list(dict.fromkeys(questions))
+    rows = [[answer_sentence, choice_text(q, i)] for q in distinct for i in range(len(q.choices))]
+    words = iter([tuple(words) for _, words in token_pieces(student.tokenizer, rows)])
+    for q in distinct:
+        first = {}
+        for i in range(len(q.choices)):
+            same = first.setdefault(next(words), i)
+            if same != i:
+                raise BadInput(
+                    f"choices {q.choices[same]!r} and {q.choices[i]!r} of question {q.id!r} are the same tokens to its"
+                    " tokenizer",
+                    field="student",
+                    value=student.name,
+                    remedy="Take a student whose tokenizer knows these words, or leave the question out.",
+                )
 
 # %% ../../nbs/51_rows.ipynb #3bee1ae8
 @dataclass
@@ -138,7 +206,8 @@ def encode_sources(
     check_tags(student, prefixes)
     before, after = student.affixes
     after = after if student.is_seq2seq else _line_end(student.tokenizer)
-    rows = list(map(_source_parts, questions, prefixes))
+    listing = student.settings.get("list_choices", True)
+    rows = [_source_parts(q, prefix, listing) for q, prefix in zip(questions, prefixes)]
     sources = []
     for q, (tag, question, choices) in zip(questions, token_pieces(student.tokenizer, rows)):
         free = student.max_source - len(before) - len(tag) - len(choices) - len(after)
@@ -189,15 +258,23 @@ class Row:
         return max(len(self.source), len(self.context) + len(self.target))
 
 # %% ../../nbs/51_rows.ipynb #961ee3f2
-def _row(source, target, counterfactual):
+def _row(source, target, counterfactual, learn_tag=False):
     if counterfactual:
         return Row(source, target.before_answer, target.answer, True, target.cut)
     written = target.rationale + target.sentence + target.answer
+    if learn_tag:
+        return Row(source, [], target.tag + written, False, target.cut)
     return Row(source, target.tag, written, False, target.cut)
 
 # %% ../../nbs/51_rows.ipynb #014f970e
 def training_rows(
-    student: Student, rationales, *, prefixes: str = "both", answer_only: bool = False, seed: int = 0
+    student: Student,
+    rationales,
+    *,
+    prefixes: str = "both",
+    answer_only: bool = False,
+    learn_tag: bool = False,
+    seed: int = 0,
 ) -> list[Row]:
     """One row per rationale. Raises `BadInput` for rationales that cannot be trained on.
 
@@ -209,6 +286,8 @@ def training_rows(
         'both': the tag says the role; 'none': no tag; 'random': a coin per row
     answer_only
         drop the rationales: the student only names the answer
+    learn_tag
+        the tag of a factual row is predicted too (the authors' way); else it is given
     seed
         for 'random'
     """
@@ -218,7 +297,8 @@ def training_rows(
     tagged = [row_prefix(prefixes, r.role, r.id, seed) for r in records]
     targets = encode_targets(student, questions, [r.target for r in records], texts, tagged)
     sources = encode_sources(student, questions, tagged)
-    return [_row(s, t, r.role == "counterfactual") for s, t, r in zip(sources, targets, records)]
+    told = [r.role == "counterfactual" for r in records]
+    return [_row(s, t, wrong, learn_tag) for s, t, wrong in zip(sources, targets, told)]
 
 # %% ../../nbs/51_rows.ipynb #485ec2ef
 def row_prefix(prefixes: str, role: str, id: str, seed: int) -> str:

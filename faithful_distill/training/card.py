@@ -6,11 +6,11 @@
 __all__ = ['model_card', 'push_to_hub']
 
 # %% ../../nbs/62_card.ipynb #6ca4ecb0
-import json
 import re
 from pathlib import Path
 
-from ..files import shipped, write_json, write_text
+from ..files import BadInput, shipped, write_json, write_text
+from ..student.model import read_settings
 
 # %% ../../nbs/62_card.ipynb #34b8de38
 card_settings = (
@@ -19,6 +19,8 @@ card_settings = (
     "reduction",
     "prefixes",
     "answer_only",
+    "learn_tag",
+    "list_choices",
     "lr",
     "optimizer",
     "schedule",
@@ -121,7 +123,13 @@ def model_card(folder: str | Path, metrics: dict | None = None, data: str = "") 
         what the rationales are of
     """
     path = Path(folder) / "student.json"
-    note = json.loads(path.read_text(encoding="utf-8"))
+    note = read_settings(folder)
+    for name in ("base", "steps", "metrics", "rows", "prefixes", "answer_only"):
+        if name not in note:
+            remedy = "A card can be written for what `train_student` left; train again, or restore the file."
+            raise BadInput(
+                "is missing from the note of a trained student", file=path, field=name, remedy=remedy
+            )
     measured = note.get("measured", {}) | {name: _kept(m) for name, m in (metrics or {}).items()}
     note["measured"] = dict(sorted(measured.items()))
     text = card_text(note, data)
@@ -155,10 +163,14 @@ def push_to_hub(folder: str | Path, repository: str, private: bool = True) -> st
 
     if not (Path(folder) / "README.md").exists():
         model_card(folder)
-    hub = HfApi()
-    hub.create_repo(repository, private=private, exist_ok=True)
-    hidden_and_checkpoints = ["checkpoints/*", ".*"]
-    sent = hub.upload_folder(
-        repo_id=repository, folder_path=str(folder), ignore_patterns=hidden_and_checkpoints
-    )
+    hub, hidden_and_checkpoints = HfApi(), ["checkpoints/*", ".*"]
+    try:
+        hub.create_repo(repository, private=private, exist_ok=True)
+        sent = hub.upload_folder(
+            repo_id=repository, folder_path=str(folder), ignore_patterns=hidden_and_checkpoints
+        )
+    except Exception as e:  # of the network, of the login, of the name: the hub has many
+        problem = f"could not be uploaded: {(str(e).strip() or type(e).__name__).splitlines()[0]}"
+        remedy = f"The student is whole in {folder}: log in (hf auth login), mind the network, and push_to_hub again."
+        raise BadInput(problem, field="push_to_hub", value=repository, remedy=remedy) from e
     return str(sent)

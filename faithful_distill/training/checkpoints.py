@@ -6,34 +6,101 @@
 __all__ = []
 
 # %% ../../nbs/57_checkpoints.ipynb #adc32921
+import hashlib
+import hmac
 import json
+import logging
+import os
+import secrets
 import shutil
+import tempfile
+from contextlib import suppress
 from pathlib import Path
 
 from transformers import TrainerCallback
 import torch
 
-from ..files import BadInput, write_json
-from ..ranks import resume_command
+from ..files import BadInput, content_key, sha256_file, write_json
+from ..ranks import over_ranks, resume_command
 
 # %% ../../nbs/57_checkpoints.ipynb #d5986c30
+def read_mark(checkpoint: Path) -> dict | None:
+    "What `whole.json` says; None if there is none that can be read."
+    try:
+        mark = json.loads((Path(checkpoint) / "whole.json").read_text(encoding="utf-8"))
+        return mark if isinstance(mark["files"], dict) else None
+    except (OSError, ValueError, TypeError, KeyError):
+        return None
+
+
 def is_whole(checkpoint: Path) -> bool:
     "Is every file there, in the size it was written?"
-    mark = Path(checkpoint) / "whole.json"
-    if not mark.is_file():
+    mark = read_mark(checkpoint)
+    if mark is None:
         return False
-    return _sizes(Path(checkpoint)) == json.loads(mark.read_text(encoding="utf-8"))["files"]
+    noted = {name: f["size"] if isinstance(f, dict) else f for name, f in mark["files"].items()}
+    return {name: p.stat().st_size for name, p in _files(Path(checkpoint)).items()} == noted
 
 
-def _sizes(checkpoint):
-    files = (p for p in sorted(checkpoint.rglob("*")) if p.is_file() and p.name != "whole.json")
-    return {str(p.relative_to(checkpoint)): p.stat().st_size for p in files}
+def _files(checkpoint):
+    "Its files by name, without the mark and without links."
+    found = (p for p in sorted(checkpoint.rglob("*")) if p.is_file() and not p.is_symlink())
+    return {str(p.relative_to(checkpoint)): p for p in found if p.name != "whole.json"}
 
 # %% ../../nbs/57_checkpoints.ipynb #3e3b43bd
 def checkpoints(folder: Path) -> list[Path]:
     "The whole checkpoints of a run, newest first."
     found = [p for p in Path(folder).glob("checkpoint-*") if is_whole(p)]
     return sorted(found, key=lambda p: -int(p.name.split("-")[1]))
+
+# %% ../../nbs/57_checkpoints.ipynb #57000002
+def _key() -> bytes:
+    "This account's key, made when it is first needed. In the home folder; in the temporary one if that is read-only."
+    state = os.environ.get("XDG_STATE_HOME") or Path("~/.local/state").expanduser()
+    account = os.getuid() if hasattr(os, "getuid") else "user"
+    for folder in (Path(state), Path(tempfile.gettempdir()) / f"state-{account}"):
+        with suppress(OSError):
+            return _key_in(folder / "faithful_distill")
+    raise BadInput("has no room for a key", file=state, remedy="Set XDG_STATE_HOME to a folder of yours.")
+
+
+def _key_in(folder) -> bytes:
+    folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+    path, ours = folder / "checkpoint-key", getattr(os, "getuid", lambda: 0)()
+    if not path.exists():
+        new = folder / f".{secrets.token_hex(8)}"
+        with open(os.open(new, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600), "w") as f:
+            f.write(secrets.token_hex(32))
+        with suppress(FileExistsError):
+            os.link(new, path)  # whole at once, and never over the key of a process that was faster
+        new.unlink()
+    about = os.lstat(path)
+    if about.st_size != 64 or about.st_uid != ours or (ours and about.st_mode & 0o077):
+        raise OSError(f"{path} is not a key of this account alone")
+    return path.read_bytes()
+
+# %% ../../nbs/57_checkpoints.ipynb #57000003
+def seal(mark: dict) -> str:
+    "The HMAC-SHA256 of a mark under this account's key."
+    text = content_key({name: value for name, value in mark.items() if name != "seal"}, n=64)
+    return hmac.new(_key(), text.encode(), hashlib.sha256).hexdigest()
+
+
+problems = (
+    None,
+    "does not carry the seal of this account: another user or machine wrote it, or an older version",
+    "has other bytes than were written: a power cut, or a damaged disk",
+)
+
+
+def content_problem(checkpoint: Path) -> int:
+    "Which of `problems` keeps a checkpoint from being read; 0: none. Nothing is unpickled to find out."
+    mark = read_mark(checkpoint) or dict(files={})
+    trusted = os.environ.get("FAITHFUL_DISTILL_TRUST_CHECKPOINTS") == "1"
+    if not trusted and not hmac.compare_digest(str(mark.get("seal")).encode(), seal(mark).encode()):
+        return 1
+    noted = {name: f.get("sha256") if isinstance(f, dict) else None for name, f in mark["files"].items()}
+    return 0 if {name: sha256_file(p) for name, p in _files(Path(checkpoint)).items()} == noted else 2
 
 # %% ../../nbs/57_checkpoints.ipynb #acd56027
 class AtomicCheckpoints(TrainerCallback):
@@ -49,8 +116,8 @@ class AtomicCheckpoints(TrainerCallback):
         checkpoints that stay
     """
 
-    def __init__(self, folder: Path, about: dict, keep: int = 1):
-        self.folder, self.about, self.keep = Path(folder), about, keep
+    def __init__(self, folder: Path, about: dict, keep: int = 2):
+        self.folder, self.about, self.keep, self.step = Path(folder), about, keep, 0
 
     def on_save(self, args, state, control, **_):
         if torch.distributed.is_initialized():
@@ -60,51 +127,112 @@ class AtomicCheckpoints(TrainerCallback):
             self.sweep(best=f"checkpoint-{state.best_global_step}")
 
     def mark(self, step: int) -> None:
-        checkpoint = self.folder / f"checkpoint-{step}"
-        note = dict(self.about, step=step, files=_sizes(checkpoint))
-        write_json(checkpoint / "whole.json", note)
+        checkpoint, self.step = self.folder / f"checkpoint-{step}", step
+        files = _files(checkpoint)
+        _to_disk(*files.values(), *{p.parent for p in files.values()})
+        noted = {name: dict(size=p.stat().st_size, sha256=sha256_file(p)) for name, p in files.items()}
+        mark = dict(self.about, step=step, files=noted)
+        write_json(checkpoint / "whole.json", mark | dict(seal=seal(mark)))
+        _to_disk(checkpoint / "whole.json", checkpoint, self.folder)
 
     def sweep(self, best: str = "") -> None:
-        for old in checkpoints(self.folder)[self.keep :]:
-            if old.name != best:
+        found = checkpoints(self.folder)
+        damaged = [
+            p for p in found if int(p.name.split("-")[1]) > self.step
+        ]  # this run had to go back before it
+        good = [p for p in found if p not in damaged]
+        for old in damaged + good[self.keep :]:
+            if old.name != best or old in damaged:
                 shutil.rmtree(old)
         for torn in self.folder.glob("checkpoint-*"):
             if not is_whole(torn):
                 shutil.rmtree(torn, ignore_errors=True)
 
+
+def _to_disk(*paths):
+    for path in paths:
+        handle = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+
+# %% ../../nbs/57_checkpoints.ipynb #57000004
+def _best_beside(checkpoint: Path) -> Path | None:
+    "The checkpoint of the best student as of this one, if that is another."
+    try:
+        state = json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    best = checkpoint.parent / Path(state.get("best_model_checkpoint") or checkpoint).name
+    return best if best != checkpoint else None
+
+
+def _problem(checkpoint: Path, device) -> int:
+    "`content_problem` of a checkpoint and of the best one beside it, found by the first rank, in every rank."
+    found = 0
+    if not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0:
+        found = content_problem(checkpoint)
+        if not found and (best := _best_beside(checkpoint)):
+            found = content_problem(best)
+    return int(over_ranks(torch.tensor(float(found), device=device)))
+
 # %% ../../nbs/57_checkpoints.ipynb #8038b0cf
-def checkpoint_to_resume(folder: Path, about: dict) -> str | None:
+def checkpoint_to_resume(folder: Path, about: dict, device="cpu") -> str | None:
     """The newest whole checkpoint of this very run; None if there is none.
 
-    Raises `BadInput` for one of another run, of another number of processes or of another ZeRO stage.
+    A checkpoint is unpickled by DeepSpeed, so its folder can run programs: none is returned whose seal is not this
+    account's or whose contents are not those that were noted; with a warning an older one is taken instead.
+    Raises `BadInput` if there are only such, and for one of another run, of another number of processes or of
+    another ZeRO stage.
 
     Parameters
     ----------
     about
         as for `AtomicCheckpoints`
+    device
+        where the ranks exchange numbers
     """
-    found = checkpoints(folder)
-    if not found:
-        return None
-    newest = found[0]
-    note = json.loads((newest / "whole.json").read_text(encoding="utf-8"))
-    if note["run"] != about["run"]:
+    found, first = checkpoints(folder), None
+    for checkpoint in found:
+        _refuse_another(checkpoint, about)
+        problem = _problem(checkpoint, device)
+        if not problem:
+            if first:
+                said = f"{found[0]}: {problems[first]}. Training goes on from {checkpoint.name}."
+                logging.getLogger("faithful_distill").warning(said)
+            return str(checkpoint)
+        first = first or problem
+    if first:
+        raise BadInput(problems[first], file=found[0], remedy=_remedies[first])
+    return None
+
+
+_remedies = {
+    1: "Resume only what you wrote: a checkpoint can run programs. If it is yours, set"
+    " FAITHFUL_DISTILL_TRUST_CHECKPOINTS=1; else start over with overwrite=True (--overwrite).",
+    2: "Restore the folder, or start over with overwrite=True (--overwrite).",
+}
+
+# %% ../../nbs/57_checkpoints.ipynb #57000005
+def _refuse_another(checkpoint: Path, about: dict) -> None:
+    note = read_mark(checkpoint)
+    if note.get("run") != about["run"]:
         raise BadInput(
             "is a checkpoint of another run (other settings, rationales or first weights)",
-            file=newest,
+            file=checkpoint,
             remedy="Choose another `out`, or pass overwrite=True.",
         )
-    if note["ranks"] != about["ranks"]:
-        command = resume_command(note["ranks"], note.get("nodes", 1))
+    if note.get("ranks") != about["ranks"]:
+        command = resume_command(note.get("ranks"), note.get("nodes", 1))
         raise BadInput(
-            f"was written by {note['ranks']} processes, not {about['ranks']}",
-            file=newest,
+            f"was written by {note.get('ranks')} processes, not {about['ranks']}",
+            file=checkpoint,
             remedy=f"Resume with `{command}`, or start over with overwrite (--overwrite).",
         )
-    if note["stage"] != about["stage"]:
+    if note.get("stage") != about["stage"]:
         raise BadInput(
-            f"was written under ZeRO stage {note['stage']}, not {about['stage']}",
-            file=newest,
+            f"was written under ZeRO stage {note.get('stage')}, not {about['stage']}",
+            file=checkpoint,
             remedy="Resume with the configuration it was written with, or pass overwrite=True.",
         )
-    return str(newest)

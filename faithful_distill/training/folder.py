@@ -19,12 +19,13 @@ from faithful_distill.files import (
     BadInput,
     content_key,
     read_jsonl,
+    sha256_file,
     weights_hash,
     write_json,
     write_text,
 )
 from ..records import Rationale
-from ..student.model import Student, load_student
+from ..student.model import Student, load_student, read_settings
 from .adapters import merged_lora
 from .card import card_text
 from .settings import Settings
@@ -97,6 +98,115 @@ def weights_key(student: Student | str | Path) -> str:
         digest.update(str(student).encode())
     return digest.hexdigest()[:12]
 
+# %% ../../nbs/61_folder.ipynb #61000002
+_marker = ".faithful_distill"
+_always = (
+    "student.json",
+    "README.md",
+    "metrics.jsonl",
+    "times.json",
+    "checkpoints",
+    "tensorboard",
+    ".writing",
+)
+_of_a_model = """config.json generation_config.json model*.safetensors* tokenizer* special_tokens_map.json
+    added_tokens.json vocab* merges.txt spiece.model chat_template*""".split()
+
+
+def checked_out(out) -> Path:
+    "`out` as a path. Raises `BadInput` for what names no folder: an unset variable is an empty text."
+    if not isinstance(out, (str, os.PathLike)) or not str(out).strip() or "\0" in str(out):
+        raise BadInput("must name a folder", field="out", value=out, remedy="Name one for the student.")
+    return Path(out)
+
+# %% ../../nbs/61_folder.ipynb #61000003
+def written_here(out: Path) -> set[str] | None:
+    "Names in `out` that this package wrote, or is about to write; None if it is not the folder of a run."
+    found = None
+    for name in (_marker, "student.json"):
+        path = out / name
+        if path.is_file() and not path.is_symlink():
+            names = _listed(path, out)
+            found = found if names is None else (found or set()) | names | set(_always)
+    return found
+
+
+def _listed(path, out):
+    "Names that a marker or a `student.json` lists; None where it is neither."
+    try:
+        note = json.loads(path.read_text(encoding="utf-8"))
+        own = note.get("program") == "faithful_distill" if path.name == _marker else "run" in note
+        listed = list(note["written"]) if own and note.get("written") is not None else None
+    except (OSError, ValueError, AttributeError, TypeError):
+        return None
+    if not own:
+        return None
+    if listed is None:  # an older version wrote it
+        return {p.name for pattern in _of_a_model for p in out.glob(pattern)}
+    return {name for name in map(str, listed) if name == Path(name).name}  # nothing outside of `out`
+
+# %% ../../nbs/61_folder.ipynb #61000004
+def check_out(out: Path, student) -> None:
+    "Raises `BadInput` if training into `out` would replace what this package did not write there."
+    base = student.name if isinstance(student, Student) else student
+    if out.is_dir() and base and os.path.isdir(base) and os.path.samefile(base, out):
+        remedy = "Choose another folder: the base would be replaced by the student."
+        raise BadInput("is the folder of the base student", file=out, field="out", remedy=remedy)
+    if not out.is_dir():
+        return
+    ours = written_here(out)
+    if ours is None:
+        if (out / "student.json").is_file():
+            read_note(out)  # a broken one says what is wrong with it
+        foreign = sorted(p.name for p in out.iterdir() if not _harmless(p))
+    else:
+        patterns = [*_always, *_of_a_model]
+        found = sorted({p.name for pattern in patterns for p in out.glob(pattern)})
+        foreign = [name for name in found if name not in ours or (out / name).is_symlink()]
+    if foreign:
+        more = f" and {len(foreign) - 3} more" if len(foreign) > 3 else ""
+        raise BadInput(
+            f"holds what this package did not write there: {', '.join(foreign[:3])}{more}",
+            file=out,
+            field="out",
+            remedy="Choose an empty folder, or move these away; overwrite does not remove them.",
+        )
+
+
+def _harmless(path) -> bool:
+    "Locks and half-written markers of a run, empty folders of a trainer, and what desktops leave."
+    if path.name == "checkpoints" and path.is_dir() and not path.is_symlink():
+        return not any(path.iterdir())
+    own = (".rank", ".writable.", f".{_marker}.")
+    return path.name.startswith(own) or path.name in (".DS_Store", ".gitkeep", ".ipynb_checkpoints")
+
+# %% ../../nbs/61_folder.ipynb #61000005
+def claim(out: Path, run: str, more=()) -> None:
+    "Note in `out` what this run writes there, before it is written."
+    names = (written_here(out) or set(_always)) | set(more)
+    note = dict(program="faithful_distill", run=run, written=sorted(names))
+    with open(write_json(out / _marker, note), "rb") as f:
+        os.fsync(f.fileno())
+
+
+def clear(out: Path) -> None:
+    "Remove what a run wrote: its note first, without which it is no finished student. All else stays."
+    for name in sorted(written_here(out) or (), key=lambda name: name != "student.json"):
+        if (out / name).is_file() or (out / name).is_symlink():
+            (out / name).unlink()
+    shutil.rmtree(out / ".writing", ignore_errors=True)
+    remove_checkpoints(out)
+
+
+def remove_checkpoints(out: Path) -> None:
+    "Remove `checkpoints/`; what is not a checkpoint in it stays."
+    folder = out / "checkpoints"
+    if folder.is_symlink() or not folder.is_dir():
+        return
+    other = [p for p in folder.iterdir() if not p.name.startswith("checkpoint-")]
+    for path in folder.glob("checkpoint-*") if other else [folder]:
+        shutil.rmtree(path, ignore_errors=True)
+
 # %% ../../nbs/61_folder.ipynb #5e272f22
 @dataclass
 class TrainingResult:
@@ -132,35 +242,82 @@ class TrainingResult:
 
 # %% ../../nbs/61_folder.ipynb #0ee29a5a
 def finished(out: Path, key: str) -> TrainingResult | None:
-    "The result that `out` holds already, if any; `BadInput` if it is another run's."
+    """The result that `out` holds already, if any; None too if its weights are gone or cannot be read.
+
+    Raises `BadInput` if it is another run's, if its note is broken, and if it holds other weights.
+    """
     if not (out / "student.json").is_file():
         return None
-    note = json.loads((out / "student.json").read_text(encoding="utf-8"))
-    if note.get("run") != key:
+    note = read_note(out)
+    if note["run"] != key:
         raise BadInput(
             "holds a student of another run (other settings, rationales or first weights)",
             file=out,
             remedy="Choose another `out`, or pass overwrite=True.",
         )
-    shutil.rmtree(out / "checkpoints", ignore_errors=True)  # there if it died between its last two acts
+    if not _has_its_model(out, note.get("written")):
+        return None
+    remove_checkpoints(out)  # there if it died between its last two acts
+    (out / _marker).unlink(missing_ok=True)
     return TrainingResult(out, note["steps"], note["metrics"], note["rows"], 0.0)
 
-# %% ../../nbs/61_folder.ipynb #e6b9c228
-def clear(out: Path) -> None:
-    "Remove what another run left: its note first, without which it is no finished student."
-    for pattern in ("student.json", "metrics.jsonl", "times.json", "README.md", "model*.safetensors*"):
-        for path in out.glob(pattern):
-            path.unlink()
-    shutil.rmtree(out / "checkpoints", ignore_errors=True)
+# %% ../../nbs/61_folder.ipynb #61000007
+def read_note(folder: Path) -> dict:
+    "What `student.json` says of a finished run. Raises `BadInput` for one that is not whole."
+    note = read_settings(folder)
+    for name, kind in dict(run=str, steps=int, metrics=dict, rows=dict).items():
+        if not isinstance(note.get(name), kind):
+            raise BadInput(
+                "is missing or of another type in the note of a trained student",
+                file=Path(folder) / "student.json",
+                field=name,
+                value=note.get(name),
+                remedy="Restore the file, or train into another folder.",
+            )
+    return note
+
+
+def _has_its_model(out, written) -> bool:
+    "Are the files of the model there as they were written? Raises `BadInput` for other weights."
+    if not isinstance(written, dict):  # of an older version
+        return any(out.glob("model*.safetensors")) and (out / "config.json").is_file()
+    if not all((out / name).is_file() for name in written):
+        return False
+    for name in (n for n in written if n.endswith(".safetensors")):
+        if sha256_file(out / name) == written[name]:
+            continue
+        if not _readable(out / name):
+            return False
+        raise BadInput(
+            "holds other weights than its run wrote",
+            file=out / name,
+            remedy="Move it away to train again, or pass overwrite=True (--overwrite).",
+        )
+    return True
+
+
+def _readable(weights) -> bool:
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(weights, "pt") as f:
+            return bool(f.keys())
+    except (SafetensorError, OSError, ValueError):
+        return False
 
 # %% ../../nbs/61_folder.ipynb #1f0bf1c5
-def write_model(student: Student, state: dict, out: Path) -> None:
+def write_model(student: Student, state: dict, out: Path) -> dict[str, str]:
     """`save_pretrained` of model and tokenizer, through a hidden folder.
 
     Parameters
     ----------
     state
         the gathered weights by name
+
+    Returns
+    -------
+    dict
+        each file and its SHA-256
     """
     hidden, first = out / ".writing", {}
     for name, tensor in student.model.state_dict(keep_vars=True).items():
@@ -169,9 +326,13 @@ def write_model(student: Student, state: dict, out: Path) -> None:
             state[name] = state[original]
     student.model.save_pretrained(hidden, state_dict=state)
     student.tokenizer.save_pretrained(hidden)
-    for path in hidden.iterdir():
-        os.replace(path, out / path.name)
+    written = {path.name: sha256_file(path) for path in sorted(hidden.iterdir())}
+    if (out / _marker).exists():
+        claim(out, json.loads((out / _marker).read_text(encoding="utf-8"))["run"], written)
+    for name in written:
+        os.replace(hidden / name, out / name)
     hidden.rmdir()
+    return written
 
 # %% ../../nbs/61_folder.ipynb #7311de8e
 def write_student(
@@ -194,13 +355,14 @@ def write_student(
     steps, seconds = trainer.state.global_step, time.time() - started
     result = TrainingResult(run.out, steps, kept_metrics(trainer.state), rows, seconds)
     if trainer.is_world_process_zero():
-        write_model(student, state, run.out)
+        written = write_model(student, state, run.out)
         rate = (steps - first_step) / seconds
         write_json(run.out / "times.json", dict(seconds=seconds, steps_per_second=rate))
-        note = _note(trainer, student, run, result)
+        note = _note(trainer, student, run, result) | dict(written=written)
         write_text(run.out / "README.md", card_text(note))
         write_json(run.out / "student.json", note)
-        shutil.rmtree(run.out / "checkpoints", ignore_errors=True)
+        remove_checkpoints(run.out)
+        (run.out / _marker).unlink(missing_ok=True)
     trainer.accelerator.wait_for_everyone()
     return result
 

@@ -17,7 +17,7 @@ from typing import Sequence
 from ..files import BadInput, write_json
 from ..ranks import error_line, leave_ranks, rank_variables, run_ranks
 from ..records import read_records
-from .folder import TrainingResult
+from .folder import TrainingResult, checked_out, read_note
 from .settings import Settings
 from .train import train_student
 
@@ -39,7 +39,7 @@ def train_seeds(
     seeds
         how many, from 0; or which
     """
-    seeds = list(range(seeds)) if isinstance(seeds, int) else list(seeds)
+    seeds, out = list(range(seeds)) if isinstance(seeds, int) else list(seeds), checked_out(out)
     if "seed" in settings:
         raise BadInput(
             "conflicts with seeds",
@@ -54,6 +54,9 @@ def train_seeds(
             value=seeds,
             remedy="Give a number of seeds, or a list of them.",
         )
+    for seed in seeds:  # all are checked before the first is trained
+        Settings(seed=seed, **{k: v for k, v in settings.items() if k in Settings.model_fields})
+    _check_summary(out / "seeds.json")
     results = []
     for seed in seeds:
         folder = Path(out) / f"seed-{seed}"
@@ -63,6 +66,22 @@ def train_seeds(
     return results
 
 # %% ../../nbs/63_launch.ipynb #cfc5f568
+def _check_summary(path: Path) -> None:
+    "Raises `BadInput` if the file to be written is there and is something else."
+    if not os.path.lexists(path):
+        return
+    try:
+        own = not path.is_symlink() and {"seeds", "metrics"} == set(
+            json.loads(path.read_text(encoding="utf-8"))
+        )
+    except (OSError, ValueError, TypeError):
+        own = False
+    if not own:
+        raise BadInput(
+            "is not a summary of seeds", file=path, remedy="Move it away, or choose another folder."
+        )
+
+
 def _over_seeds(results: list[TrainingResult]) -> dict:
     "Mean, standard deviation and values of each metric that all of them have."
     found = {}
@@ -102,7 +121,10 @@ def launch(
     """
     from faithful_distill.training.trainer import StepBatches
 
-    checked = Settings(**settings)  # here, and the division too, rather than by every process
+    out, checked = (
+        checked_out(out),
+        Settings(**settings),
+    )  # here, and the division too, rather than by every process
     StepBatches([], checked.batch_size, ranks=ranks, micro_batches=checked.accumulation)
     call = checked.model_dump() | dict(student=str(student), out=str(out), overwrite=overwrite)
     for name, given in (("rationales", rationales), ("dev", dev)):
@@ -115,7 +137,7 @@ def launch(
     if code:
         problem = f"training on {ranks} processes failed:\n{error_line(printed)}"
         raise BadInput(problem, field="ranks", value=ranks)
-    note = json.loads((Path(out) / "student.json").read_text(encoding="utf-8"))
+    note = read_note(Path(out))
     times = json.loads((Path(out) / "times.json").read_text(encoding="utf-8"))
     return TrainingResult(Path(out), note["steps"], note["metrics"], note["rows"], times["seconds"])
 

@@ -30,6 +30,12 @@ class Settings(BaseModel):
         "both", description="tags that tell gold from counterfactual; 'random': by a coin"
     )
     answer_only: bool = Field(False, description="no rationales: the student only names the answer")
+    learn_tag: bool = Field(
+        False, description="the tag of factual rows is predicted too, not only given (the authors' way)"
+    )
+    list_choices: bool = Field(
+        True, description="yes/no questions and statements list their choices (the authors' do not)"
+    )
     lr: float = Field(3e-4, gt=0, description="learning rate at its highest")
     epochs: float = Field(10.0, gt=0, description="passes over the gold rationales")
     max_steps: int | None = Field(None, ge=1, description="steps to stop after, instead of `epochs`")
@@ -49,9 +55,11 @@ class Settings(BaseModel):
     weight_decay: float = Field(0.0, ge=0, description="decoupled weight decay")
     clip: float = Field(1.0, gt=0, description="largest norm of a step's gradient")
     label_smoothing: float = Field(
-        0.0, ge=0, le=1, description="share of each label that is spread over the vocabulary"
+        0.0, ge=0, lt=1, description="share of each label that is spread over the vocabulary"
     )
-    seed: int = Field(0, ge=0, description="of order, dropout, adapters and random tags")
+    seed: int = Field(
+        0, ge=0, le=2**32 - 1, description="of order, dropout, adapters and random tags; below 2**32"
+    )
     precision: Literal["fp32", "bf16"] | None = Field(
         None, description="None: bf16 on a GPU that has it, else fp32"
     )
@@ -93,6 +101,11 @@ class Settings(BaseModel):
     def _path_as_text(cls, value):
         return str(value) if isinstance(value, Path) else value
 
+    @field_validator("lora", mode="before")
+    @classmethod
+    def _lora_as_dict(cls, value):
+        return lora_arguments(value) if isinstance(value, (str, dict)) else value
+
     @field_validator("report_to", mode="before")
     @classmethod
     def _checked_reporters(cls, value):
@@ -124,7 +137,8 @@ def _bad_setting(e: ValidationError, settings: dict) -> BadInput:
         return cause
     name = first["loc"][0]
     if first["type"] == "extra_forbidden":
-        return BadInput("is not a setting", field=name, remedy=did_you_mean(name, Settings.model_fields))
+        remedy = did_you_mean(_names_elsewhere.get(name, name), Settings.model_fields)
+        return BadInput("is not a setting", field=name, remedy=remedy)
     if first["type"] == "literal_error":
         problem = f"must be one of {first['ctx']['expected']}"
     else:  # a union has a line for each of its types
@@ -132,6 +146,63 @@ def _bad_setting(e: ValidationError, settings: dict) -> BadInput:
         problem = f"must {' or '.join(dict.fromkeys(of_field))}"
     meaning = f"{name}: {Settings.model_fields[name].description}."
     return BadInput(problem, field=name, value=settings[name], remedy=meaning)
+
+
+_names_elsewhere = {
+    "learning_rate": "lr",
+    "num_train_epochs": "epochs",
+    "num_epochs": "epochs",
+    "per_device_train_batch_size": "batch_size",
+    "train_batch_size": "batch_size",
+    "gradient_accumulation_steps": "accumulation",
+    "gradient_checkpointing": "recompute",
+    "optim": "optimizer",
+    "lr_scheduler_type": "schedule",
+    "warmup_ratio": "warmup",
+    "warmup_steps": "warmup",
+    "max_grad_norm": "clip",
+    "label_smoothing_factor": "label_smoothing",
+    "bf16": "precision",
+    "fp16": "precision",
+    "save_steps": "save_every",
+    "eval_steps": "evaluate_every",
+    "logging_steps": "log_every",
+    "metric_for_best_model": "metric",
+    "early_stopping_patience": "patience",
+    "peft_config": "lora",
+    "max_length": "max_target",
+}  # in transformers and TRL
+
+# %% ../../nbs/55_settings.ipynb #55000002
+def lora_arguments(given: str | dict) -> dict[str, Any]:
+    """Arguments of `peft.LoraConfig` from a dict, or from 'r=8,use_rslora=false,target_modules=q+v'.
+
+    Texts that are numbers, true, false or none are read as such, in a dict too. Raises `BadInput` for another text.
+    """
+    if isinstance(given, dict):
+        return {name: _argument(name, value) for name, value in given.items()}
+    pairs = [part.split("=", 1) for part in given.split(",")]
+    if any(len(pair) != 2 or not pair[0].strip() for pair in pairs):
+        remedy = "Write name=value,name=value, such as r=8,target_modules=q+v."
+        raise BadInput("must be a dict, or name=value in a text", field="lora", value=given, remedy=remedy)
+    return {name.strip(): _argument(name.strip(), value.strip()) for name, value in pairs}
+
+
+def _argument(name, value):
+    if name == "bias" and value in (None, "none"):
+        return "none"  # peft's own word
+    return _value(value) if isinstance(value, str) else value
+
+
+def _value(text: str):
+    for number in (int, float):
+        try:
+            return number(text)
+        except ValueError:
+            pass
+    if "+" in text.strip("+"):
+        return [_value(part) for part in text.split("+") if part]
+    return {"true": True, "false": False, "none": None, "null": None}.get(text.lower(), text)
 
 # %% ../../nbs/55_settings.ipynb #c6bb56c1
 _packages = {
@@ -174,14 +245,16 @@ recipes = {
         batch_size=16,
         epochs=10,
         metric="loss_factual",
-        patience=1,
+        patience=2,
         max_source=128,
         max_target=128,
         alpha_cf=0.5,
         reduction="per_part",
         prefixes="both",
-        precision="bf16",
-        deepspeed="zero2",
+        learn_tag=True,
+        list_choices=False,
+        precision="fp32",
+        deepspeed=dict(zero_optimization=dict(stage=0)),  # Adafactor is exact under no other
     ),
     "t5-base": dict(
         student="google-t5/t5-base",

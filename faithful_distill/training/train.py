@@ -7,6 +7,7 @@ __all__ = ['train_student']
 
 # %% ../../nbs/60_train.ipynb #8ed7bd2d
 import copy
+import logging
 import os
 import sys
 import time
@@ -14,14 +15,18 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Sequence
 
-from ..files import BadInput, sole_writer, writable_folder
+from ..files import BadInput, read_jsonl, sole_writer, writable_folder
 from ..ranks import count_nodes
 from ..records import Rationale, read_records
 from ..student.model import Student, load_student
+from ..student.rows import check_choices, unknown_tokens
 from .adapters import fuse_activations, with_lora
 from faithful_distill.training.folder import (
     Run,
     TrainingResult,
+    check_out,
+    checked_out,
+    claim,
     clear,
     finished,
     run_key,
@@ -29,6 +34,48 @@ from faithful_distill.training.folder import (
     write_student,
 )
 from .settings import Settings
+
+# %% ../../nbs/60_train.ipynb #60000001
+def checked_records(given, name: str = "rationales") -> list[Rationale]:
+    """`read_records`, and what can only be seen in all of them together.
+
+    Raises `BadInput` where records of one id are about different questions; says how many are there twice.
+    """
+    records = read_records(given, name)
+    in_file = isinstance(given, (str, Path))
+    lines = [line for line, _ in read_jsonl(given)] if in_file else range(1, len(records) + 1)
+    first, seen, twice = {}, {}, []
+    for line, r in zip(lines, records):
+        before, asked = first.setdefault(r.id, (line, r))
+        if (asked.question, asked.choices, asked.answer) != (r.question, r.choices, r.answer):
+            raise BadInput(
+                f"is that of another question, other choices or another answer in line {before}",
+                file=given if in_file else None,
+                line=line,
+                field="id",
+                value=r.id,
+                remedy="Records of one id are about one question: give each question an id of its own.",
+            )
+        again = seen.setdefault((r.id, r.role, r.target, r.rationale), line)
+        twice += [(again, line)] if again != line else []
+    if twice:
+        a, b = twice[0]
+        said = f"{name}: {len(twice)} are there twice (lines {a} and {b} first) and count twice in training"
+        logging.getLogger("faithful_distill").warning(said)
+    return records
+
+# %% ../../nbs/60_train.ipynb #60000002
+def check_words(student: Student, rationales: list[Rationale], first: bool = True) -> None:
+    "Says how many tokens the student does not know. Raises `BadInput` if that makes two choices one."
+    check_choices(student, [r.as_question() for r in rationales])
+    counts = {part: counts for part, counts in unknown_tokens(student, rationales).items() if counts[0]}
+    if first and counts:
+        shares = ", ".join(
+            f"{100 * n / all_:.0f} % of the {part} tokens ({n} of {all_})"
+            for part, (n, all_) in counts.items()
+        )
+        said = f"{shares} are unknown to the tokenizer of {student.name}: it cannot learn these words"
+        logging.getLogger("faithful_distill").warning(said)
 
 # %% ../../nbs/60_train.ipynb #82f55449
 def used_rationales(rationales: list[Rationale], settings: Settings) -> list[Rationale]:
@@ -52,7 +99,7 @@ def dev_rationales(dev, settings: Settings) -> list[Rationale] | None:
                 "needs dev rationales", field="metric", value=settings.metric, remedy="Pass dev= (--dev)."
             )
         return None
-    dev = [r for r in read_records(dev, "dev") if r.role == "gold" or not settings.answer_only]
+    dev = [r for r in checked_records(dev, "dev") if r.role == "gold" or not settings.answer_only]
     if settings.metric == "loss_counterfactual" and all(r.role == "gold" for r in dev):
         raise BadInput(
             "needs counterfactual dev rationales",
@@ -90,14 +137,18 @@ def train_student(
     dev
         rationales to evaluate on
     overwrite
-        discard what another run left in `out`
+        discard what another run left in `out`; files that no run wrote are never removed
     callbacks
         further transformers TrainerCallbacks
     **settings
         see `Settings`
     """
-    settings, out = Settings(**settings), writable_folder(out)
-    used = used_rationales(read_records(rationales), settings)
+    settings, out = Settings(**settings), checked_out(out)
+    if not isinstance(student, Student) and (not student or not str(student).strip()):
+        raise BadInput("must be a Student, a folder or a hub name", field="student", value=student)
+    check_out(out, student)
+    writable_folder(out)
+    used = used_rationales(checked_records(rationales), settings)
     dev = dev_rationales(dev, settings)
     run = Run(settings, used, dev, out, key=run_key(settings, used, dev, weights_key(student)))
     with sole_writer(out, lock=out / f".rank{os.environ.get('RANK', 0)}.lock"):
@@ -163,14 +214,17 @@ def _train(student, run: Run, callbacks, overwrite) -> TrainingResult:
     args = engine_arguments(run.settings, n_examples, run.out, dev=run.dev is not None)
     about = dict(run=run.key, ranks=ranks, nodes=count_nodes(), stage=zero_stage(args.deepspeed))
     student = prepared(student, run.settings)
+    check_words(student, run.rationales, first=args.process_index == 0)
     trainer, rows = _trainer(student, run, args, ranks)
     for callback in [*_callbacks(trainer, run, about), *callbacks]:
         trainer.add_callback(callback)
     try:
-        if overwrite and trainer.is_world_process_zero():
-            clear(run.out)
+        if trainer.is_world_process_zero():
+            claim(run.out, run.key)
+            if overwrite:
+                clear(run.out)
         trainer.accelerator.wait_for_everyone()
-        checkpoint = checkpoint_to_resume(run.out / "checkpoints", about)
+        checkpoint = checkpoint_to_resume(run.out / "checkpoints", about, args.device)
         first_step = int(checkpoint.rsplit("-", 1)[1]) if checkpoint else 0
         trainer.train(resume_from_checkpoint=checkpoint)
         return write_student(trainer, student, run, rows, started=started, first_step=first_step)
@@ -186,7 +240,8 @@ def prepared(student, settings: Settings) -> Student:
     else:
         student = load_student(student, device="cpu")
     lengths = settings.max_source, settings.max_target
-    student = Student(student.model, student.tokenizer, student.name, *lengths)
+    reads = dict(list_choices=settings.list_choices)
+    student = Student(student.model, student.tokenizer, student.name, *lengths, reads)
     if settings.lora is not None:
         student.model = with_lora(student, settings)
     model = student.model
@@ -242,9 +297,9 @@ def _callbacks(trainer, run: Run, about) -> list:
     trainer.remove_callback(PrinterCallback)
     patience = run.settings.patience
     return [
+        AtomicCheckpoints(run.out / "checkpoints", about),
         TrainingSchedule(trainer, run.settings.save_every),
         MetricsFile(run.out / "metrics.jsonl"),
         Bar(),
-        AtomicCheckpoints(run.out / "checkpoints", about),
         *([EarlyStoppingCallback(patience)] if patience else []),
     ]

@@ -32,6 +32,7 @@ def make_examples(
         rationales,
         prefixes=settings.prefixes,
         answer_only=settings.answer_only,
+        learn_tag=settings.learn_tag,
         seed=settings.seed,
     )
     counts = dict(

@@ -110,6 +110,10 @@ def deepspeed_config(name: str | Path | dict | None = None) -> dict:
             remedy=f"Start from one of those in {shipped('data', 'deepspeed')}.",
         )
     config.pop("about", None)
+    stage = config.get("zero_optimization", {}).get("stage", 0)
+    if isinstance(stage, bool) or stage not in (0, 1, 2, 3):
+        remedy = "Use 0 (nothing is shared out), 1, 2 or 3."
+        raise BadInput("has a ZeRO stage that does not exist", field="deepspeed", value=stage, remedy=remedy)
     return config
 
 # %% ../../nbs/56_zero.ipynb #43341058
@@ -166,6 +170,7 @@ def _check_undecided(config, settings, ranks):
                 value=config[section],
                 remedy="Leave it out: lr, optimizer, schedule, warmup and weight_decay decide.",
             )
+    _check_precision(config, settings)
     per_rank = settings.batch_size // (ranks * settings.accumulation)
     for name, setting, value in (
         ("gradient_clipping", "clip", settings.clip),
@@ -180,6 +185,29 @@ def _check_undecided(config, settings, ranks):
                 value=config[name],
                 remedy=f"Put 'auto' there, or {value}.",
             )
+
+
+def uses_bf16(settings: Settings) -> bool:
+    "Does a run with these settings compute in bf16 on this machine?"
+    if settings.precision is None:
+        return torch.cuda.is_available() and torch.cuda.is_bf16_supported()
+    return settings.precision == "bf16"
+
+
+def _check_precision(config, settings):
+    "fp16 is not offered, and bf16 is what the settings say."
+    for name, value in (("fp16", False), ("amp", False), ("bf16", uses_bf16(settings))):
+        section = config.get(name, {})
+        given = section.get("enabled", "auto") if isinstance(section, dict) else section
+        if given in ("auto", value) and isinstance(section, dict):
+            continue
+        offered = "" if name == "bf16" else " and is not offered here"
+        raise BadInput(
+            f"has {name}.enabled, which conflicts with settings.precision{offered}",
+            field="deepspeed",
+            value=given,
+            remedy=f"Put 'auto' there, or {str(value).lower()}; precision (--precision) decides: fp32 or bf16.",
+        )
 
 # %% ../../nbs/56_zero.ipynb #999f60dc
 def count_steps(settings: Settings, n_examples: int) -> int:
@@ -212,8 +240,7 @@ def engine_arguments(settings: Settings, n_examples: int, out: Path, dev: bool):
     return TrainingArguments(
         output_dir=str(out / "checkpoints"),
         use_cpu=not cuda,
-        bf16=settings.precision == "bf16"
-        or (settings.precision is None and cuda and torch.cuda.is_bf16_supported()),
+        bf16=uses_bf16(settings),
         deepspeed=session_config(settings, ranks),
         seed=settings.seed,
         data_seed=settings.seed,
