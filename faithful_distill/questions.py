@@ -11,7 +11,8 @@ import random
 import re
 import unicodedata
 from dataclasses import asdict, dataclass
-from typing import Iterable
+from os import PathLike
+from typing import Iterable, Mapping
 
 from .files import BadInput, check_encodable, stable_seed
 
@@ -421,13 +422,42 @@ def as_dataset(questions: Iterable[Question]):
     )
 
 # %% ../nbs/02_questions.ipynb #2ba5ccc7
-def as_questions(rows: Iterable) -> list[Question]:
-    "`Question`s from a dataset, from dicts with (at least) its fields, or from `Question`s."
-    return [r if isinstance(r, Question) else _question_from(r) for r in rows]
+def as_questions(rows) -> list[Question]:
+    """`Question`s from what is in memory: `Question`s or dicts (one, or several), a `Dataset`, a data frame.
+
+    A dict has the fields of a plain question file: question, choices, answer; an id is made where there is none.
+    Raises `BadInput` with the row's number for one that is no question.
+    """
+    return [r if isinstance(r, Question) else _question_from(r, n) for n, r in enumerate(_several(rows), 1)]
+
+# %% ../nbs/02_questions.ipynb #17f82dd4
+def _several(rows) -> Iterable:
+    "The rows of a list, a dataset or a data frame; of one question itself."
+    if isinstance(rows, (Question, Mapping)):
+        return [rows]
+    if hasattr(rows, "iterrows"):  # a data frame
+        return rows.astype(object).where(rows.notna(), None).to_dict("records")
+    if isinstance(rows, (str, bytes, PathLike)) or not isinstance(rows, Iterable):
+        remedy = "Read a file with `load_questions`; else give dicts with question, choices and answer."
+        raise BadInput("is not a list of questions", field="questions", value=rows, remedy=remedy)
+    return rows
 
 
-def _question_from(row: dict) -> Question:
-    return Question(**{k: v for k, v in row.items() if k in Question.__dataclass_fields__})
+def _question_from(row, number: int) -> Question:
+    "A question from a row with all of its fields, or with those of a plain file."
+    if not isinstance(row, Mapping):
+        remedy = "Give a dict with question, choices and answer."
+        raise BadInput(f"row {number} is not a question", field="questions", value=row, remedy=remedy)
+    plain = {k: v.tolist() if hasattr(v, "tolist") else v for k, v in row.items()}
+    if isinstance(plain.get("choices"), tuple):
+        plain["choices"] = list(plain["choices"])
+    kept = {k: plain[k] for k in ("split", "dataset") if plain.get(k)}
+    try:
+        fields = plain_fields(plain)
+        return Question(**fields | kept | {"id": fields["id"] or f"{number}"})
+    except BadInput as e:
+        got = {"value": e.value} if "(got" in str(e) else {}
+        raise BadInput(f"row {number}: {e.problem}", field=e.field, remedy=e.remedy, **got) from None
 
 # %% ../nbs/02_questions.ipynb #6f3a147e
 def require_answers(questions: Iterable[Question], purpose: str = "scoring") -> list[Question]:

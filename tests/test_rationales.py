@@ -487,6 +487,39 @@ def test_variables_of_a_launcher_that_do_not_fit_are_one_line(
     assert error.value.remedy and not list(tmp_path.iterdir())
 
 
+def test_what_is_in_memory_is_taken_as_it_is(teacher):
+    "One question or several, as a dict, a table or a dataset; a model with its tokenizer. Anything else is one line."
+    import pandas
+
+    from faithful_distill.questions import as_dataset
+
+    questions = world_questions("choice", "test", limit=3)
+    call = lambda questions, teacher=teacher: rationalize(teacher, questions, max_new_tokens=4)
+    whole, table = call(questions), as_dataset(questions)
+    for same in (
+        iter(questions),
+        table,
+        table.to_pandas(),
+        table.to_list(),
+        pandas.DataFrame(table.to_list()),
+    ):
+        assert call(same) == whole
+    one = dict(question=questions[0].question, choices=list(questions[0].choices), answer=questions[0].answer)
+    assert call(questions[0]) == whole[:2]
+    assert [r.rationale for r in call(one)] == [r.rationale for r in call([one])]
+    named = one | dict(answer=one["choices"][one["answer"]])
+    assert [r.answer for r in call(pandas.DataFrame([named, one]))] == [one["answer"]] * 4
+    held = call(questions, (teacher.model, teacher.tokenizer))
+    assert [replace(r, teacher=None) for r in held] == [replace(r, teacher=None) for r in whole]
+    assert held[0].teacher != whole[0].teacher
+    for wrong in ("questions.jsonl", 7, None, ["Who?"], [one | dict(answer="nobody")], dict(question="Who?")):
+        with pytest.raises(BadInput):
+            call(wrong)
+    for wrong in (teacher.model, (teacher.model,), (teacher.model, None), None, 7, ("a", "b")):
+        with pytest.raises(BadInput, match="field 'teacher'"):
+            call(questions, wrong)
+
+
 def test_worked_examples_of_ones_own_are_read_again_when_they_change(tmp_path):
     from faithful_distill.teacher.prompts import few_shot
 

@@ -30,7 +30,7 @@ from faithful_distill.files import (
 from ..questions import Question, letter, require_answers
 from ..ranks import from_first_rank, shard_of
 from ..records import Rationale, rationale_from_row, roles, strip_answer, write_records
-from .loading import Teacher, load_teacher
+from .loading import Teacher, as_teacher
 from .prompts import contrast_ids, few_shot, prompt_hash
 from .strategy import Strategy, argument, as_strategy
 
@@ -337,8 +337,8 @@ class _Ledger:
 
 # %% ../../nbs/40_rationales.ipynb #e4198ec9
 def rationalize(
-    teacher: Teacher | str | Path,
-    questions: Iterable,
+    teacher: Teacher | str | Path | tuple,
+    questions: Iterable | Question | dict,
     strategy: str | Strategy = "contrastive-wrong",
     *,
     alpha: float | None = None,
@@ -365,9 +365,9 @@ def rationalize(
     Parameters
     ----------
     teacher
-        a `Teacher`, or a name or folder for `load_teacher`
+        a `Teacher`, a hub name, a folder, or (model, tokenizer)
     questions
-        labelled questions
+        labelled questions: `Question`s or dicts, one or several, a `Dataset` or a data frame
     strategy
         a name from `strategies`, or a `Strategy`
     alpha, beta, temperature, perturbation
@@ -411,8 +411,7 @@ def rationalize(
         raise BadInput("must be at least 1", field="max_new_tokens", value=max_new_tokens)
     examples = few_shot(prompt, shots)
     jobs = _jobs(shard_of(questions, *shard) if shard else questions, roles, strategy.perturbation, seed)
-    if not isinstance(teacher, Teacher):
-        teacher = load_teacher(teacher)
+    teacher = as_teacher(teacher)
     provenance = _provenance(teacher, strategy, examples, seed, max_new_tokens)
     expected = _Expected({job.key: job for job in jobs}, provenance, scores)
     options = dict(seed=seed, max_new_tokens=max_new_tokens, scores=scores)

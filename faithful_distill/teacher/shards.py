@@ -14,7 +14,7 @@ from ..files import BadInput, read_jsonl
 from ..questions import require_answers
 from ..ranks import shard_from_environment, shard_of, shard_path
 from ..records import Rationale, write_records
-from .loading import Teacher, load_teacher
+from .loading import Teacher, as_teacher
 from faithful_distill.teacher.rationales import (
     finished_from_row,
     journal_path,
@@ -64,7 +64,12 @@ def _refuse_repeats(rationales: list[Rationale], out) -> None:
 
 # %% ../../nbs/42_shards.ipynb #84709136
 def rationalize_in_parts(
-    teacher: Teacher | str | Path, questions: Iterable, strategy="contrastive-wrong", *, out, **settings
+    teacher: Teacher | str | Path | tuple,
+    questions: Iterable,
+    strategy="contrastive-wrong",
+    *,
+    out,
+    **settings,
 ) -> list[Rationale]:
     """`rationalize` by all processes of a launcher; alone it is `rationalize`.
 
@@ -76,8 +81,8 @@ def rationalize_in_parts(
         as in `rationalize`
     """
     shard = shard_from_environment()
-    if shard is not None and not isinstance(teacher, Teacher):
-        teacher = load_teacher(teacher)
+    if shard is not None:
+        teacher = as_teacher(teacher)
     if shard is None or teacher.tensor_parallel:
         return rationalize(teacher, questions, strategy, out=out, **settings)
     questions, n = require_answers(questions, "a rationale for the gold answer"), shard[1]
