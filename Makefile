@@ -4,7 +4,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: quickstart study results test slow notebooks figures drift docs clean help
+.PHONY: quickstart study results test slow mutants notebooks figures drift docs clean help
 
 help:            ## list what can be made
 	@grep -hE '^[a-z]+: .*##' $(MAKEFILE_LIST) | sed 's/:.*##/:/'
@@ -30,6 +30,10 @@ test: .venv/.ready drift notebooks ## everything that must hold
 
 slow: .venv/.ready ## the tests that `make test` leaves out: kills at random, launchers, long comparisons
 	FAITHFUL_DISTILL_SLOW=1 $(BIN)/python -m pytest tests -q
+
+mutants: .venv/.ready ## how many small faults the tests notice, hours: ARGS="--sample 20 contrast loss" tries some of them
+	$(BIN)/python -m pip install --quiet 'cosmic-ray>=8.7,<9'
+	$(BIN)/python tests/mutants.py $(ARGS)
 
 drift: .venv/.ready ## notebooks and modules are the same, and formatted
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python tests/drift.py
