@@ -447,7 +447,11 @@ def score(
     from faithful_distill.faithfulness.scoring import score_rationales
     from faithful_distill.files import sole_writer, writable_folder
     from faithful_distill.lab.score_report import write_numbers, write_scored
+    from faithful_distill.models import check_name
 
+    for field, name in (("--simulator", simulator), ("--model", model)):
+        if name is not None:
+            check_name(name, field)
     folder, known = writable_folder(out), []
 
     def keep(scored):
