@@ -10,7 +10,7 @@ __all__ = ['fixed_choices', 'Question', 'letter', 'choice_text', 'match_choice',
 import random
 import re
 import unicodedata
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from os import PathLike
 from typing import Iterable, Mapping
 
@@ -341,7 +341,8 @@ def labels_and_texts(choices: list | dict) -> tuple[list[str], list[str]]:
 
 # %% ../nbs/02_questions.ipynb #b52a04f5
 _answer_names = ("answer", "gold", "answerKey")
-_like_an_answer = """answer answeridx answerindex answerid answerletter answertext answerlabel answerkey answers gold goldlabel
+_like_an_answer = """answer answeridx answerindex answerid answerletter answertext answerlabel answerkey answers
+    gold goldlabel
     goldanswer goldindex label labels target targets correct correctanswer correctchoice correctindex correctoption
     key solution""".split()
 
@@ -416,9 +417,9 @@ def as_dataset(questions: Iterable[Question]):
     text, integer = datasets.Value("string"), datasets.Value("int64")
     columns = {name: text for name in Question.__dataclass_fields__}
     columns |= {"choices": datasets.List(text), "answer": integer}
-    rows = [asdict(q) | {"choices": list(q.choices)} for q in questions]
+    questions = list(questions)
     return datasets.Dataset.from_dict(
-        {name: [r[name] for r in rows] for name in columns}, features=datasets.Features(columns)
+        {name: [getattr(q, name) for q in questions] for name in columns}, features=datasets.Features(columns)
     )
 
 # %% ../nbs/02_questions.ipynb #2ba5ccc7

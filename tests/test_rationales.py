@@ -801,3 +801,26 @@ def test_the_pipeline_on_real_questions(tmp_path, real_data, name, split):
     assert done.exit_code == 0, (done.output, done.exception)
     metrics = json.loads((tmp_path / "evaluation" / "metrics.json").read_text())
     assert metrics["accuracy"]["n"] == 6 and {"perturb", "refine", "swap_factual"} <= set(metrics)
+
+
+@pytest.mark.parametrize("foreign", ["remember the milk", '{"note": 1}\n', '{"id": "1"}\n', '{"to do": "mi'])
+def test_a_partial_file_of_another_origin_stops_the_call_and_stays(tmp_path, foreign):
+    partial = tmp_path / "out.jsonl.partial"
+    partial.write_text(foreign)
+    done = CliRunner().invoke(
+        main, ["rationales", "--data", "world", "--limit", "1", "--out", str(tmp_path / "out.jsonl")]
+    )
+    assert done.exit_code == 2 and "out.jsonl.partial:1: " in done.output and "Traceback" not in done.output
+    assert partial.read_text() == foreign and [p.name for p in tmp_path.iterdir()] == [partial.name]
+
+
+@pytest.mark.parametrize("name", ["out.jsonl", "out.jsonl.partial", ".out.jsonl.lock"])
+def test_rationales_are_not_written_through_a_link(tmp_path, name):
+    (tmp_path / "victim").write_text("mine")
+    (tmp_path / name).symlink_to(tmp_path / "victim")
+    done = CliRunner().invoke(
+        main, ["rationales", "--data", "world", "--limit", "1", "--out", str(tmp_path / "out.jsonl")]
+    )
+    assert done.exit_code == 2 and "it is a link" in done.output.replace("\n", " ")
+    assert (tmp_path / "victim").read_text() == "mine" and (tmp_path / name).is_symlink()
+    assert len(list(tmp_path.iterdir())) == 2

@@ -12,6 +12,7 @@ import json
 import logging
 import random
 import re
+import unicodedata
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -466,16 +467,11 @@ _function_words = frozenset(
 )
 
 
-_marks = "[\u0300-\u036f\u0900-\u0903\u093a-\u094f\u0980-\u0983\u09bc-\u09cd\u0591-\u05bd\u064b-\u065f\u0b82\u0bbe-\u0bcd]"
-
-
 def content_words(text: str) -> set[str]:
     "The distinct words of a text without function words and plural endings, lower case."
-    words = [
-        w
-        for w in re.findall(r"(?:[^\W_]|(?<=[^\W_])" + _marks + r")+", text.lower())
-        if w not in _function_words
-    ]
+    plain = unicodedata.normalize("NFC", text.lower())  # marks are vowels in many scripts
+    kept = "".join(c if c.isalnum() or unicodedata.category(c)[0] == "M" else " " for c in plain)
+    words = [w for w in kept.split() if w not in _function_words]
     plural = lambda w: len(w) > 3 and w.endswith("s") and not w.endswith("ss")
     return {w[:-1] if plural(w) else w for w in words}
 
