@@ -338,7 +338,9 @@ def across_seeds(values: Sequence, level: float = 0.95) -> Score:
     """Mean over seeds with a Student interval; n counts seeds.
 
     It is about other seeds. Where all seeds answered one fixed test set it says nothing of other questions: use
-    `mean_score` on the (S, n) values for both. There is no interval for one seed, nor where all seeds have the same value.
+    `mean_score` on the (S, n) values for both.
+
+    There is no interval for one seed, nor where all seeds have the same value.
 
     Parameters
     ----------
