@@ -658,7 +658,7 @@ def test_a_dry_run_of_the_authors_recipe_asks_no_hub(tmp_path, monkeypatch):
         )
 
     assert re.search(
-        r"zero2 +57.0 +34.2 +22.8 +17.1", dry()
+        r"zero2 +57(\.0)? +34\.2 +22\.8 +17\.1", dry()
     )  # the authors' fp32: 20 bytes a parameter on one
     text = dry("--precision", "bf16")
     assert (
