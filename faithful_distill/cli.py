@@ -407,6 +407,8 @@ def evaluate(
         )
     for name, s in scores.items():
         click.echo(f"{name:32s}{s}")
+    if unread := sum(a.choice is None for a in written):
+        click.echo(f"{unread} of {len(written)} answers name no choice; they count as wrong")
 
 # %% ../nbs/95_cli.ipynb #56f252cb
 @command("faithfulness.scoring:score_rationales")

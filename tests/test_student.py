@@ -378,6 +378,9 @@ def test_what_is_spelled_like_a_special_token_is_read_as_text(make):
         [target] = encode_targets(student, [q], [0], [f"First . {held} Then more ."], [prefix])
         assert control.isdisjoint(target.rationale + target.sentence + target.answer[:-1])
         assert target.answer[-1] == student.eos and len(target.rationale) > 5
+        if make.startswith("byte_level"):  # every text can be written, so it is written as it is
+            written = student.tokenizer.decode(target.rationale, clean_up_tokenization_spaces=False)
+            assert written.strip() == f"First . {held} Then more ."
         pieces = token_pieces(student.tokenizer, [[tag_of(prefix), q.question, *q.choices]])[0]
         assert control.isdisjoint(sum(pieces, []))
 
