@@ -1358,10 +1358,11 @@ def test_intervals_of_several_seeds_cover_as_they_say(seeds, n, seed_sd, shared,
     "clusters, least", [(5, 0.91), (10, 0.925), (19, 0.925), (20, 0.925), (40, 0.915), (75, 0.93)]
 )
 def test_intervals_over_clusters_cover_as_they_say(clusters, least):
+    "All repetitions share the seed of their resamples, so few resamples would err alike in all of them."
     rng, covered = np.random.default_rng(clusters), 0
     for _ in range(1500):
         rate, which = np.repeat(rng.random(clusters), 20), np.repeat(np.arange(clusters), 20)
-        score = intervals.mean_score((rng.random(len(rate)) < rate).astype(float), cluster=which, draws=300)
+        score = intervals.mean_score((rng.random(len(rate)) < rate).astype(float), cluster=which, draws=2000)
         covered += score.low <= 0.5 <= score.high
     assert least <= covered / 1500 <= 0.975
 
