@@ -41,7 +41,7 @@ copied = (
 killers = "tests/test_mutants_killed.py"
 modules = {
     "contrast": ("teacher/contrast.py", f"{killers} tests/test_decoding.py"),
-    "loss": ("student/loss.py", "tests/test_student.py"),
+    "loss": ("student/loss.py", f"{killers} tests/test_student.py"),
     "rows": ("student/rows.py", f"{killers} tests/test_student.py"),
     "metrics": ("faithfulness/metrics.py", f"{killers} tests/test_faithfulness.py"),
     "simulators": (
@@ -70,10 +70,10 @@ def test_command(tests: str, options: str) -> str:
     return f"{pytest} {options} {tests}".replace("  ", " ")
 
 
-def session_path(name: str, command: str) -> Path:
+def session_path(name: str, tree: Path, command: str) -> Path:
     "Where the results for this module and these tests lie."
     path, tests = modules[name]
-    files = [root / "faithful_distill" / path, *(root / test for test in tests.split())]
+    files = [tree / "faithful_distill" / path, *(tree / test for test in tests.split())]
     content = b"".join(f.read_bytes() for f in files) + command.encode()
     return build / f"{name}-{hashlib.sha256(content).hexdigest()[:12]}.sqlite"
 
@@ -133,7 +133,7 @@ def try_faults(name: str, tree: Path, asked) -> dict:
     if unharmed != TestOutcome.SURVIVED:
         sys.exit(f"{name}: the tests fail without any fault, or take over {asked.cap} s\n{output[-2000:]}")
     print(f"{name}: the tests take {time.monotonic() - began:.0f} s on the unchanged module", flush=True)
-    with use_db(session_path(name, command), WorkDB.Mode.create) as db:
+    with use_db(session_path(name, tree, command), WorkDB.Mode.create) as db:
         places = places_in(db, path)
         chosen = drawn(places, path.read_text(encoding="utf-8"), asked.sample, f"{asked.seed} {name}")
         results = dict(db.results)

@@ -1,6 +1,7 @@
-"""Small oracles for faults that once passed every other test: each test here fails on one that was put in by hand.
+"""Small oracles for faults that once passed every other test: each test here fails on one that was put in.
 
-Readers and students are stand-ins of a few lines, so that what is right is known beforehand and nothing is trained for long.
+Readers and students are stand-ins of a few lines, so that what is right is known beforehand and nothing is trained
+for long.
 """
 
 import math
@@ -23,8 +24,9 @@ from faithful_distill.faithfulness.simulators import (
     simulator_texts,
 )
 from faithful_distill.questions import Question
+from faithful_distill.student.loss import answer_token_weight, combine, learned_logits, student_logits
 from faithful_distill.student.model import tiny_student
-from faithful_distill.student.rows import training_rows
+from faithful_distill.student.rows import collate, training_rows
 from faithful_distill.teacher.contrast import Stop
 from faithful_distill.teacher.strategy import argument
 
@@ -68,6 +70,43 @@ def test_both_roles_learn_exactly_these_words(kind):
         "a bank </s>",
     )
     assert (gold.counterfactual, wrong.counterfactual) == (False, True)
+
+
+@pytest.mark.parametrize("kind", ["t5", "gpt2"])
+def test_logits_of_the_learned_positions_are_those_of_the_whole_pass(kind):
+    "Computed for these positions alone, in the order of the labels; and the model is as it was afterwards."
+    student = tiny_student([beaver.question, *beaver.choices, *reasons.values()], kind)
+    fields = dict(id="1", question=beaver.question, choices=list(beaver.choices), answer=0)
+    roles = {"gold": 0, "counterfactual": 1}
+    rows = training_rows(
+        student, [dict(fields, role=r, target=i, rationale=reasons[i]) for r, i in roles.items()]
+    )
+    batch = collate(rows, student)
+    learned = batch["labels"] != -100
+    some = learned_logits(student.model, batch)
+    whole = student_logits(student.model, batch)
+    assert whole.shape[:2] == learned.shape and learned.sum() == sum(len(row.target) for row in rows)
+    torch.testing.assert_close(some, whole[learned])
+    torch.testing.assert_close(learned_logits(student.model, batch), some)
+
+
+def test_what_a_counterfactual_answer_token_weighs():
+    "By hand: 30 factual tokens, 3 counterfactual ones."
+    assert answer_token_weight(30, 3) == pytest.approx(10)
+    assert answer_token_weight(30, 3, alpha_cf=0.25) == pytest.approx(10 / 3)
+    assert answer_token_weight(30, 3, reduction="per_token") == pytest.approx(1)
+    assert answer_token_weight(30, 3, alpha_cf=0.2, reduction="per_token") == pytest.approx(1 / 4)
+
+
+@pytest.mark.parametrize("number", [float, torch.tensor])
+def test_a_part_of_one_token_counts_once_and_a_part_without_tokens_adds_nothing(number):
+    sums_and_counts = lambda *numbers: [number(float(n)) for n in numbers]
+    for reduction in ("per_part", "per_token"):
+        assert combine(*sums_and_counts(0, 0, 0, 0), 0.5, reduction) == 0
+    assert combine(*sums_and_counts(3, 8, 1, 1), 0.25, "per_part") == 0.75 * 3 + 0.25 * 8
+    assert combine(*sums_and_counts(3, 8, 1, 1), 0.25, "per_token") == 0.75 * 3 + 0.25 * 8
+    assert combine(*sums_and_counts(3, 0, 2, 0), 0.25, "per_part") == 0.75 * 3 / 2
+    assert combine(*sums_and_counts(0, 8, 0, 4), 0.25, "per_part") == 0.25 * 8 / 4
 
 
 # ---- which answer a rationale argues for
