@@ -511,6 +511,35 @@ def test_folders_of_kernels_lie_with_the_runs_and_those_of_killed_drivers_are_sw
     lock.release()
 
 
+def test_a_full_disk_is_one_line_even_where_no_log_can_be_written(simple, tmp_path, monkeypatch):
+    import errno
+
+    from click.testing import CliRunner
+    from faithful_distill import cli
+    from faithful_distill.lab import study
+
+    (tmp_path / "g.yaml").write_text("groups: {a: {notebook: simple.ipynb}}")
+    asked = ["reproduce", "--profile", str(tmp_path / "g.yaml"), "--runs", str(tmp_path / "runs")]
+    monkeypatch.setattr(study, "run_plan", lambda *_, **__: [])
+
+    def fails(error):
+        def fail(*_, **__):
+            raise error
+
+        return fail
+
+    monkeypatch.setattr(study, "gather", fails(OSError(errno.ENOSPC, "No space left on device", "x.png")))
+    done = CliRunner().invoke(cli.main, asked)
+    assert done.exit_code == 1 and done.output.endswith("Make room and call again.\n")
+    assert done.output.count("\n") == 1 and "x.png" in done.output
+    monkeypatch.setattr(study, "gather", fails(RuntimeError("odd")))
+    monkeypatch.setattr(cli.tempfile, "NamedTemporaryFile", fails(OSError(errno.EROFS, "Read-only")))
+    done = CliRunner().invoke(cli.main, asked)
+    assert done.exit_code == 1 and done.output == "Error: RuntimeError: odd.\n"
+    monkeypatch.setattr(plans, "open", fails(OSError(errno.ENOSPC, "full")), raising=False)
+    plans._remember_seconds(tmp_path, "a", 1.0)  # a note that is not worth a run
+
+
 def test_shipped_notebooks_are_found_and_others_named(tmp_path):
     with pytest.raises(BadInput, match="no such notebook"):
         found_notebook("experiments/nowhere.ipynb")

@@ -63,7 +63,9 @@ def score_rationales(
 ) -> Scored:
     """The whole suite, as far as it applies, for rationales of any origin.
 
-    What will take over a minute is logged with an estimate, from a short trial. Raises `BadInput` for a bad row, an unknown metric, or a model or simulator that cannot be loaded.
+    What will take over a minute is logged with an estimate, from a short trial.
+
+    Raises `BadInput` for a bad row, an unknown metric, or a model or simulator that cannot be loaded.
 
     Parameters
     ----------
