@@ -99,7 +99,7 @@ def annotations(text: str) -> list[tuple]:
 
 
 def places_in(db: WorkDB, path: Path) -> list:
-    "All places where a fault can be put, in an order that does not change. Annotations do nothing: none of theirs."
+    "All places for a fault, in an order that does not change; none in annotations, where it would do nothing."
     if not db.num_work_items:
         init([path], db, {})
     passive, found = annotations(path.read_text(encoding="utf-8")), []
@@ -132,7 +132,13 @@ def try_faults(name: str, tree: Path, asked) -> dict:
     unharmed, output = run_tests(command, asked.cap)
     if unharmed != TestOutcome.SURVIVED:
         sys.exit(f"{name}: the tests fail without any fault, or take over {asked.cap} s\n{output[-2000:]}")
-    print(f"{name}: the tests take {time.monotonic() - began:.0f} s on the unchanged module", flush=True)
+    took = time.monotonic() - began
+    print(f"{name}: the tests take {took:.0f} s on the unchanged module", flush=True)
+    if took > asked.cap / 2:
+        print(
+            f"  over half of --cap {asked.cap:.0f}: on a busy machine survivors may pass for timeouts",
+            flush=True,
+        )
     with use_db(session_path(name, tree, command), WorkDB.Mode.create) as db:
         places = places_in(db, path)
         chosen = drawn(places, path.read_text(encoding="utf-8"), asked.sample, f"{asked.seed} {name}")
