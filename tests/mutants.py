@@ -23,6 +23,7 @@ from cosmic_ray.plugins import get_operator
 from cosmic_ray.testing import run_tests
 from cosmic_ray.work_db import WorkDB, use_db
 from cosmic_ray.work_item import TestOutcome
+from filelock import FileLock, Timeout
 
 root = Path(__file__).resolve().parents[1]
 build = root / "build" / "mutants"
@@ -191,13 +192,17 @@ def main() -> None:
         parser.error(f"{', '.join(unknown)}: must be some of {', '.join(modules)}")
     if asked.sample < 0 or asked.cap <= 0:
         parser.error("--sample must not be negative, and --cap must be positive")
-    tree = copy_tree()
     os.environ.setdefault("FAITHFUL_DISTILL_SHARED", str(root.parent / "shared"))
     os.environ.setdefault("OMP_NUM_THREADS", "1")
-    os.environ["PYTHONPATH"] = str(tree)
     os.environ["HYPOTHESIS_STORAGE_DIRECTORY"] = str(build / "hypothesis")
-    os.chdir(tree)
-    report({name: try_faults(name, tree, asked) for name in asked.modules or modules})
+    build.mkdir(parents=True, exist_ok=True)
+    try:
+        with FileLock(build / "lock", timeout=0):
+            os.environ["PYTHONPATH"] = str(tree := copy_tree())
+            os.chdir(tree)
+            report({name: try_faults(name, tree, asked) for name in asked.modules or modules})
+    except Timeout:
+        sys.exit(f"{build}: another run is at work there")
 
 
 if __name__ == "__main__":
