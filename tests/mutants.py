@@ -23,6 +23,7 @@ from cosmic_ray.plugins import get_operator
 from cosmic_ray.testing import run_tests
 from cosmic_ray.work_db import WorkDB, use_db
 from cosmic_ray.work_item import TestOutcome
+from filelock import FileLock, Timeout
 
 root = Path(__file__).resolve().parents[1]
 build = root / "build" / "mutants"
@@ -99,7 +100,7 @@ def annotations(text: str) -> list[tuple]:
 
 
 def places_in(db: WorkDB, path: Path) -> list:
-    "All places where a fault can be put, in an order that does not change. Annotations do nothing: none of theirs."
+    "All places for a fault, in an order that does not change; none in annotations, where it would do nothing."
     if not db.num_work_items:
         init([path], db, {})
     passive, found = annotations(path.read_text(encoding="utf-8")), []
@@ -132,7 +133,13 @@ def try_faults(name: str, tree: Path, asked) -> dict:
     unharmed, output = run_tests(command, asked.cap)
     if unharmed != TestOutcome.SURVIVED:
         sys.exit(f"{name}: the tests fail without any fault, or take over {asked.cap} s\n{output[-2000:]}")
-    print(f"{name}: the tests take {time.monotonic() - began:.0f} s on the unchanged module", flush=True)
+    took = time.monotonic() - began
+    print(f"{name}: the tests take {took:.0f} s on the unchanged module", flush=True)
+    if took > asked.cap / 2:
+        print(
+            f"  over half of --cap {asked.cap:.0f}: on a busy machine survivors may pass for timeouts",
+            flush=True,
+        )
     with use_db(session_path(name, tree, command), WorkDB.Mode.create) as db:
         places = places_in(db, path)
         chosen = drawn(places, path.read_text(encoding="utf-8"), asked.sample, f"{asked.seed} {name}")
@@ -185,13 +192,17 @@ def main() -> None:
         parser.error(f"{', '.join(unknown)}: must be some of {', '.join(modules)}")
     if asked.sample < 0 or asked.cap <= 0:
         parser.error("--sample must not be negative, and --cap must be positive")
-    tree = copy_tree()
     os.environ.setdefault("FAITHFUL_DISTILL_SHARED", str(root.parent / "shared"))
     os.environ.setdefault("OMP_NUM_THREADS", "1")
-    os.environ["PYTHONPATH"] = str(tree)
     os.environ["HYPOTHESIS_STORAGE_DIRECTORY"] = str(build / "hypothesis")
-    os.chdir(tree)
-    report({name: try_faults(name, tree, asked) for name in asked.modules or modules})
+    build.mkdir(parents=True, exist_ok=True)
+    try:
+        with FileLock(build / "lock", timeout=0):
+            os.environ["PYTHONPATH"] = str(tree := copy_tree())
+            os.chdir(tree)
+            report({name: try_faults(name, tree, asked) for name in asked.modules or modules})
+    except Timeout:
+        sys.exit(f"{build}: another run is at work there")
 
 
 if __name__ == "__main__":

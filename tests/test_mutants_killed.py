@@ -24,7 +24,13 @@ from faithful_distill.faithfulness.simulators import (
     simulator_texts,
 )
 from faithful_distill.questions import Question
-from faithful_distill.student.loss import answer_token_weight, combine, learned_logits, student_logits
+from faithful_distill.student.loss import (
+    answer_token_weight,
+    combine,
+    distillation_loss,
+    learned_logits,
+    student_logits,
+)
 from faithful_distill.student.model import tiny_student
 from faithful_distill.student.rows import collate, training_rows
 from faithful_distill.teacher.contrast import Stop
@@ -87,6 +93,8 @@ def test_logits_of_the_learned_positions_are_those_of_the_whole_pass(kind):
     whole = student_logits(student.model, batch)
     assert whole.shape[:2] == learned.shape and learned.sum() == sum(len(row.target) for row in rows)
     torch.testing.assert_close(some, whole[learned])
+    loss = lambda logits: distillation_loss(logits, batch["labels"], batch["counterfactual"]).total
+    torch.testing.assert_close(loss(some), loss(whole))
     torch.testing.assert_close(learned_logits(student.model, batch), some)
 
 
