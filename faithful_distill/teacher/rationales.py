@@ -297,7 +297,7 @@ class _Ledger:
         done = expected.read(rows, out)
         journal = Journal(journal_path(out), [f.name for f in fields(Rationale)])
         try:
-            kept = expected.read(read_jsonl(journal.path), journal.path)
+            kept = expected.read(enumerate(journal.records, 1), journal.path)
             if not rows and not kept:
                 done = _from_other_parts(out, expected)
             journal.append(*(r.to_row() for key, r in done.items() if key not in kept))
