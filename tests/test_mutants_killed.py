@@ -33,7 +33,7 @@ from faithful_distill.student.loss import (
 )
 from faithful_distill.student.model import tiny_student
 from faithful_distill.student.rows import collate, training_rows
-from faithful_distill.teacher.contrast import Stop
+from faithful_distill.teacher.contrast import Generation, Stop, rationale_text
 from faithful_distill.teacher.strategy import argument
 
 # ---- where a rationale ends
@@ -48,8 +48,17 @@ def test_a_stop_text_over_several_tokens_ends_a_rationale_wherever_it_is_cut(tex
         written = "A" + stop.piece(1)
         assert stop.ends(written, 2) and not stop.ends(written, 3), (text, cut)
         assert stop.ends(text[:cut], 2), "the rationale began with it"
+        for before in (f"A{text}", f"A much longer text {text} that went on"):
+            assert not stop.ends(before, 3), "this token does not end it, whatever stands before"
     letters = Stop(frozenset({99}), text, tuple(text))
     assert [letters.ends(f"A {text[:i]}", i) for i in range(len(text))] == [False] * (len(text) - 1) + [True]
+
+
+def test_the_text_of_a_rationale_has_what_its_last_token_carried_and_no_blanks_around_it():
+    read = []
+    decode = lambda ids, skip_special_tokens: read.append((ids, skip_special_tokens)) or "  It cuts wood"
+    text = rationale_text(SimpleNamespace(decode=decode), Generation([5, 6, 7], "stop", ". "))
+    assert text == "It cuts wood." and read == [([5, 6, 7], True)]
 
 
 # ---- what a student learns
