@@ -314,9 +314,9 @@ def test_a_letter_that_is_another_choices_text_is_no_answer():
         with pytest.raises(BadInput, match=f"line 1: field '{field}': is ambiguous"):
             read_rationales([dict(row, **{field: "B"})])
     digits = dict(question="How many?", choices=["1", "2", "3"], rationale="I counted.")
-    for given in (2, "2"):
+    for said in (2, "2"):
         with pytest.raises(BadInput, match="line 1: field 'prediction': is ambiguous"):
-            read_rationales([dict(digits, prediction=given)])
+            read_rationales([dict(digits, prediction=said)])
     [one] = read_rationales([dict(digits, prediction="(b)", gold="3")])
     assert (one.prediction, one.question.answer) == (1, 2) and read_rationales(
         [one.to_row() | {"id": "line 1"}]

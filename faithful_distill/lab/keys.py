@@ -509,7 +509,16 @@ class _Inputs:
     def _file(self, name: str, path: Path, base: Path):
         run = run_around(path)
         if run is None:
-            return str(path), {"checksum": self.checksum(path)}
+            try:
+                return str(path), {"checksum": self.checksum(path)}
+            except OSError as e:
+                raise BadInput(
+                    f"cannot be read: {e.strerror or e}",
+                    file=self.notebook,
+                    field=name,
+                    value=str(path),
+                    remedy="Name a file or folder of data.",
+                ) from None
         inside = Upstream(run.name, "" if path == run else str(path.relative_to(run)))
         received, counts = self.resolved(name, inside, base)
         return received if run.parent == self.runs else str(path), counts
