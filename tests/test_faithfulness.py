@@ -882,7 +882,7 @@ def record_of(q, target=1, **other):
         (dict(choices=[["dog"], 3]), "choices"),
         (dict(question="Something else?"), "question"),
         (dict(question=3), "question"),
-        (dict(target="a"), "target"),
+        (dict(target="zebra"), "target"),
         (dict(target=None), "target"),
         (dict(target=True), "target"),
         (dict(target=0.0), "target"),
@@ -1140,7 +1140,7 @@ def test_a_student_without_rationales_has_no_las():
 @pytest.mark.parametrize(
     "change, field",
     [
-        (dict(target="a"), "target"),
+        (dict(target="zebra"), "target"),
         (dict(target=None), "target"),
         (dict(target=True), "target"),
         (dict(target=0.0), "target"),

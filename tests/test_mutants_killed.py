@@ -236,11 +236,16 @@ class Words:
     "A tokenizer with an id for each word; the number n is 1000 + n."
 
     pad_token_id, eos_token_id, sep_token_id = 0, 1, None
+    bos_token_id = unk_token_id = None
+    all_special_ids, all_special_tokens = [0, 1], []
 
     def __init__(self):
         self.known = {}
 
-    def __call__(self, texts, add_special_tokens=True):
+    def convert_tokens_to_ids(self, token):
+        return None
+
+    def __call__(self, texts, add_special_tokens=True, **options):
         if isinstance(texts, str):
             return {"input_ids": self.ids(texts)}
         return {"input_ids": [self.ids(text) for text in texts]}

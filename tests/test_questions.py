@@ -422,7 +422,7 @@ def test_answers_that_would_be_guessed_or_lost_are_refused(tmp_path, row, field,
 
 
 def test_half_a_character_in_memory_is_named():
-    with pytest.raises(BadInput, match="field 'choices': contains a lone surrogate"):
+    with pytest.raises(BadInput, match="field 'choices': row 1: contains a lone surrogate"):
         as_questions([asked | {"id": "1", "choices": ["a", "\ud83d"]}])
 
 

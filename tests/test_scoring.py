@@ -616,7 +616,7 @@ def test_what_fails_late_is_said_early_or_takes_nothing_with_it(tmp_path, monkey
     trained = []
     monkeypatch.setattr(module, "simulate", lambda base, train, *_, **__: trained.append(train))
     for asked in (dict(model=str(tmp_path / "gpt-4o")), dict(simulator=str(tmp_path / "gpt-4o"))):
-        with pytest.raises(BadInput, match="cannot be loaded"):
+        with pytest.raises(BadInput, match="there is no such folder"):
             score_rationales(rows_of_a_file, **asked, **cheap)
     assert not trained
 
@@ -778,7 +778,7 @@ def test_the_writer_is_a_model_or_a_reason(tmp_path):
     (tmp_path / "absent").mkdir()
     assert find_writer(named).student is None and "cannot be loaded" in find_writer(named).reason
     (tmp_path / "absent").rmdir()
-    with pytest.raises(BadInput, match="cannot be loaded"):
+    with pytest.raises(BadInput, match="there is no such folder"):
         find_writer(rows, str(tmp_path / "absent"))
     student, reason = find_writer(named, student_folder(tmp_path))
     assert student.tokenizer is not None and reason == ""

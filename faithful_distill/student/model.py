@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Iterable, Iterator
 
 from ..files import BadInput
-from ..models import load_pretrained
+from ..models import check_name, load_pretrained
 from ..questions import letter
 from ..records import answer_sentence
 
@@ -310,6 +310,7 @@ def load_student(
     """
     import torch
 
+    check_name(name_or_dir, "student")
     trained = read_settings(name_or_dir)
     model, tokenizer = load_pretrained(name_or_dir, "student", model_class, dtype=dtype)
     return Student(

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Sequence
 
 from ..files import BadInput, read_jsonl, sole_writer, writable_folder
+from ..models import check_name
 from ..ranks import count_nodes
 from ..records import Rationale, read_records
 from ..student.model import Student, load_student
@@ -144,8 +145,8 @@ def train_student(
         see `Settings`
     """
     settings, out = Settings(**settings), checked_out(out)
-    if not isinstance(student, Student) and (not student or not str(student).strip()):
-        raise BadInput("must be a Student, a folder or a hub name", field="student", value=student)
+    if not isinstance(student, Student):
+        check_name(student, "student")
     check_out(out, student)
     writable_folder(out)
     used = used_rationales(checked_records(rationales), settings)
