@@ -347,9 +347,9 @@ def evaluate(
     rationales: str | None = None,
     metrics: list[str] = ("perturb", "refine", "swap", "controls"),
     simulator: str | None = None,
-    draws=inherit,
-    batch_size=inherit,
-    max_new_tokens=inherit,
+    draws: AtLeastOne = inherit,
+    batch_size: AtLeastOne = inherit,
+    max_new_tokens: AtLeastOne | None = inherit,
     seed=inherit,
     out: str,
 ):

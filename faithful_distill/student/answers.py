@@ -230,6 +230,9 @@ def answer(
     """
     import torch
 
+    for name, value in (("batch_size", batch_size), ("max_new_tokens", max_new_tokens)):
+        if value is not None and value < 1:
+            raise BadInput("must be at least 1", field=name, value=value)
     questions = as_questions(questions)
     texts = [None] * len(questions) if rationales is None else list(rationales)
     prefix, limit = prefix or student.prefix, max_new_tokens or student.max_target
