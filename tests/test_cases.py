@@ -1,7 +1,6 @@
 """Bad and odd inputs that were tried on the command line: each is accepted, or refused in one line that is no traceback.
 
-The inputs lie in `shared/cases` beside the checkout; without them these tests are skipped. Commands that train take
-minutes together, and run with FAITHFUL_DISTILL_SLOW=1."""
+The inputs lie in `shared/cases` beside the checkout; without them these tests are skipped."""
 
 import os
 import re
@@ -17,7 +16,6 @@ from faithful_distill.files import shipped
 
 shared = Path(os.environ.get("FAITHFUL_DISTILL_SHARED", Path(__file__).resolve().parents[2] / "shared"))
 inputs = shared / "cases" / "bad_input"
-slow = os.environ.get("FAITHFUL_DISTILL_SLOW")
 pytestmark = pytest.mark.skipif(not inputs.is_dir(), reason=f"there are no cases in {inputs}")
 
 
@@ -70,8 +68,6 @@ def check(done) -> str:
 @pytest.mark.parametrize("words", listed())
 def test_commands(words, scratch):
     words = in_words(words)
-    if not slow and words[0] == "train":
-        pytest.skip("takes long; set FAITHFUL_DISTILL_SLOW=1")
     missing = [w for w in words if w.startswith("MODELS/") and not (scratch / w).exists()]
     if missing:
         pytest.skip(f"{missing[0]} is a broken model; tests/test_models.py has its kind")
