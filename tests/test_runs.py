@@ -515,7 +515,7 @@ def test_a_full_disk_is_one_line_even_where_no_log_can_be_written(simple, tmp_pa
     import errno
 
     from click.testing import CliRunner
-    from faithful_distill import cli
+    from faithful_distill import cli, commands
     from faithful_distill.lab import study
 
     (tmp_path / "g.yaml").write_text("groups: {a: {notebook: simple.ipynb}}")
@@ -533,7 +533,7 @@ def test_a_full_disk_is_one_line_even_where_no_log_can_be_written(simple, tmp_pa
     assert done.exit_code == 1 and done.output.endswith("Make room and call again.\n")
     assert done.output.count("\n") == 1 and "x.png" in done.output
     monkeypatch.setattr(study, "gather", fails(RuntimeError("odd")))
-    monkeypatch.setattr(cli.tempfile, "NamedTemporaryFile", fails(OSError(errno.EROFS, "Read-only")))
+    monkeypatch.setattr(commands.tempfile, "NamedTemporaryFile", fails(OSError(errno.EROFS, "Read-only")))
     done = CliRunner().invoke(cli.main, asked)
     assert done.exit_code == 1 and done.output == "Error: RuntimeError: odd.\n"
     monkeypatch.setattr(plans, "open", fails(OSError(errno.ENOSPC, "full")), raising=False)
