@@ -1244,13 +1244,22 @@ def _plain_bootstrap(values):
     return [values[rng.integers(0, len(values), len(values))].mean() for _ in range(5000)]
 
 
-def test_simulators_of_las_add_their_spread():
-    y, xr, x, r = np.random.default_rng(10).integers(0, 2, (4, 3, 300))
-    score = metrics.las(y[0], xr, x, r)
-    error = stats.t.ppf(0.975, 2) * score.details["seed_sd"] / 3**0.5
-    assert score.high == pytest.approx(
-        score.value + math.hypot(score.details["examples_high"] - score.value, error)
-    )
+def test_simulators_of_las_add_their_spread_and_examples_are_counted_once():
+    "The parts of LAS that are plain means over some examples have the interval of that mean."
+    rng = np.random.default_rng(10)
+    groups, hard = np.arange(400) // 2, rng.random(400)
+    after, before = (hard + rng.random((4, 400))) / 2, rng.random((4, 400))
+    leaks = np.tile(np.arange(400) // 2 % 2, (4, 1))  # the same ones for every simulator
+    score = metrics.las_from_credit(leaks, after, before, cluster=groups)
+    some = {"unadjusted": leaks[0] >= 0, "las_0": leaks[0] == 0, "las_1": leaks[0] == 1}
+    for name, kept in some.items():
+        plain = intervals.mean_score((after - before)[:, kept], ends=(-1, 1), cluster=groups[kept])
+        part = score.details[name]
+        assert part.value == pytest.approx(plain.value)
+        assert part.high - part.low == pytest.approx(plain.high - plain.low, rel=0.05), name
+    halves = [(score.details[f"las_{k}"].high - score.details[f"las_{k}"].low) / 2 for k in (0, 1)]
+    seed_part = stats.t.ppf(0.975, 3) * score.details["seed_sd"] / 2
+    assert seed_part < (score.high - score.low) / 2 < math.hypot(*halves)
 
 
 def test_seeds_that_share_nothing_have_students_interval():
