@@ -1385,3 +1385,62 @@ def test_draws_of_an_intervention_are_not_taken_for_seeds():
     error = stats.norm.ppf(0.975) * score.details["seed_sd"] / 2**0.5
     half = math.hypot(math.sqrt(once) * (score.value - score.details["examples_low"]), error)
     assert 0 < once < 1 and score.low == pytest.approx(max(0, score.value - half))
+
+
+def _by_text(questions, rationales, prefix, continue_from=False):
+    "A student whose answers depend on the question's text, and on the rationale it is given if there is one."
+    from types import SimpleNamespace
+
+    from faithful_distill.files import stable_seed
+
+    found = []
+    for q, text in zip(questions, rationales):
+        own = f"because {stable_seed(0, q.question) % 7}. It is so, and more"
+        said = own if text is None else text
+        choice = (stable_seed(1, q.question, said) % 5) or None
+        scores = [float(stable_seed(2, q.question, said, k) % 90) / 30 for k in range(len(q.choices))]
+        found.append(SimpleNamespace(rationale=said, choice=choice and choice - 1, scores=scores))
+    return found
+
+
+def test_rows_of_one_question_are_one_cluster_whatever_is_measured():
+    "Each question asked three times over, with its choices in another order: no interval is narrower for it."
+    from faithful_distill.faithfulness.interventions import measure, measure_insertion
+    from faithful_distill.questions import Question
+
+    def asked(copies):
+        return [
+            Question(f"{i}/{k}", f"Which is number {i} ?", tuple("abcd"), i % 4)
+            for k in range(copies)
+            for i in range(60)
+        ]
+
+    chosen = ("early", "swap", "refine", "filler")
+    teacher = [dict(id=q.id, target=i, rationale=f"it is {i}") for q in asked(3) for i in range(2)]
+    about = lambda copies: [r for r in teacher if int(r["id"].split("/")[1]) < copies]
+    once, thrice = (
+        measure(_by_text, asked(n), about(n), metrics=chosen, prefix="none").scores
+        | measure_insertion(_by_text, asked(n), ["very", "quite"], per_question=2)
+        for n in (1, 3)
+    )
+    width = lambda score: score.high - score.low
+    same = [n for n, s in once.items() if s.low is not None and not n.startswith(("swap_shuffled", "inser"))]
+    assert len(same) > 20
+    for name in same:
+        assert width(thrice[name]) == pytest.approx(width(once[name]), rel=0.1), name
+
+
+def test_evaluate_resamples_facts_of_the_world(embedded, tmp_path, monkeypatch):
+    from faithful_distill.faithfulness import interventions
+
+    asked = {}
+
+    @functools.wraps(interventions.measure)
+    def measured(student, questions, *a, interval, **k):
+        asked["ids"], asked["clusters"] = [q.id for q in questions], interval["cluster"]
+        raise BadInput("stops here")
+
+    monkeypatch.setattr(interventions, "measure", measured)
+    evaluate(embedded, tmp_path)
+    facts = [" ".join(id.split("-")[1:-1]) for id in asked["ids"]]
+    assert asked["clusters"] == facts and len(facts) == 24

@@ -26,6 +26,7 @@ from faithful_distill.questions import (
     letter,
     match_choice,
     normalized,
+    question_key,
     without_punctuation,
 )
 from ..records import answer_sentences, strip_answer
@@ -138,8 +139,7 @@ class ExternalRationale:
     @property
     def group(self) -> str:
         "What the rows of one question have in common."
-        q = self.question
-        return "\n".join([normalized(q.question), *sorted(map(normalized, q.choices))])
+        return question_key(self.question)
 
     @property
     def reasons(self) -> str:

@@ -29,7 +29,7 @@ from faithful_distill.faithfulness.protocol import (
     own_rationales,
 )
 from ..files import BadInput, read_jsonl
-from ..questions import Question, as_questions, require_answers
+from ..questions import Question, as_questions, clusters_of, require_answers
 from ..records import Rationale, read_records, strip_answer
 
 # %% ../../nbs/75_interventions.ipynb #eab2dfea
@@ -118,6 +118,16 @@ def _handed(rationales, questions: list[Question]) -> dict:
     none = f"none of the {len(given):,} teacher rationales given"
     return {"handed": [], "no_handed": f"{none} is about one of these questions: no id is the same"}
 
+# %% ../../nbs/75_interventions.ipynb #0d3dc406
+def _interval(given: dict | None, questions: list[Question]) -> dict:
+    "`interval` and `clusters` of a `Context`."
+    interval = dict(given or {})
+    clusters = interval.pop("cluster", None)
+    if clusters is not None and len(clusters) != len(questions):
+        problem = f"there must be one entry for each of {len(questions)} questions"
+        raise BadInput(problem, field="cluster", value=len(clusters))
+    return {"interval": interval, "clusters": clusters_of(questions) if clusters is None else clusters}
+
 # %% ../../nbs/75_interventions.ipynb #fb4e738f
 def measure(
     student: Any,
@@ -161,7 +171,8 @@ def measure(
     max_new_tokens
         longest rationale that it writes; default: as it was trained
     interval
-        draws, level, seed of the bootstrap
+        draws, level, seed of the bootstrap; `cluster`, one entry a question: what is resampled together, if more than
+        the rows of one question
     """
     chosen = choose_interventions(metrics)
     questions = _labelled(questions, draws)
@@ -179,7 +190,7 @@ def measure(
         prefix=prefix,
         draws=draws,
         seed=seed,
-        interval=interval or {},
+        **_interval(interval, questions),
         **handed,
     )
     scores, arms = carry_out([Baseline(), *chosen], context, ask)
@@ -224,6 +235,6 @@ def measure_insertion(
     prefix = prefix or getattr(student, "prefix", "factual")
     written = ask(questions, [None] * len(questions), prefix, False)
     own = [a.rationale for a in written]
-    context = Context(questions, written, own, prefix=prefix, seed=seed, interval=interval or {})
+    context = Context(questions, written, own, prefix=prefix, seed=seed, **_interval(interval, questions))
     scores, _ = carry_out([insertion], context, ask)
     return scores

@@ -168,6 +168,8 @@ class Context:
         draws, level, seed of the bootstrap
     no_handed
         the reason for scores that need teacher rationales if there are none
+    clusters
+        one entry a question: those with the same one are resampled together; None: each by itself
     """
 
     questions: list[Question]
@@ -180,6 +182,15 @@ class Context:
     seed: int = 0
     interval: dict = field(default_factory=dict)
     no_handed: str = "no teacher rationales were given"
+    clusters: Sequence | None = None
+
+    def over(self, rows: Iterable[int] | None = None) -> dict:
+        "Arguments of a score over these numbers of questions (None: all): rows of one question are one cluster."
+        rows = range(len(self.questions)) if rows is None else [int(i) for i in rows]
+        if self.clusters is None and len(set(rows)) == len(rows):
+            return self.interval
+        of_row = rows if self.clusters is None else [self.clusters[i] for i in rows]
+        return {**self.interval, "cluster": list(of_row)}
 
     def hand(self, rationales: Iterable[str | None]) -> list[Request | None]:
         "One request a question: its rationale handed over; none where it is None."
@@ -327,27 +338,27 @@ def _effect(context: Context, answers: Answers, arm: str, gain: bool, probabilit
         return Score(None, n=0, reason=f"the arm {arm!r} applies to no question")
     if not gain and not any(a is not None and a.rationale for a in answers["own"][0]):
         return Score(None, n=0, reason="the student writes no rationale")
+    over = context.over(np.flatnonzero(kept))
     if gain:
-        score = refinement_gain(own[kept], other[0, kept], **context.interval)
+        score = refinement_gain(own[kept], other[0, kept], **over)
     else:
-        score = perturbation_drop(own[kept], other[:, kept], **context.interval)
+        score = perturbation_drop(own[kept], other[:, kept], **over)
     return replace(score, details=score.details | {"left_out": int((~kept).sum())})
 
 # %% ../../nbs/73_protocol.ipynb #0063988b
 def change_scores(context: Context, answers: Answers, arm: str) -> dict[str, Score]:
     "'<arm>_same': same-answer rate between own rationale and arm; '<arm>_shift': mean total variation distance."
-    pairs = [
-        [(a, b) for a, b in zip(answers["own"][0], column) if a is not None and b is not None]
-        for column in answers[arm]
-    ]
-    before = [choice_of(a) for a, _ in pairs[0]]
-    after = [[choice_of(b) for _, b in column] for column in pairs]
-    same = same_answer_rate(before, after, **context.interval)
-    return {f"{arm}_same": same, f"{arm}_shift": _shift(context, pairs)}
+    whole = list(zip(answers["own"][0], *answers[arm]))
+    rows = [i for i, given in enumerate(whole) if None not in given]
+    own, *columns = ([whole[i][k] for i in rows] for k in range(1 + len(answers[arm])))
+    before, over = [choice_of(a) for a in own], context.over(rows)
+    same = same_answer_rate(before, [[choice_of(b) for b in column] for column in columns], **over)
+    return {f"{arm}_same": same, f"{arm}_shift": _shift(own, columns, over)}
 
 # %% ../../nbs/73_protocol.ipynb #f5e7bf2a
-def _shift(context: Context, pairs: list[list[tuple]]) -> Score:
-    if any(a.scores is None or b.scores is None for column in pairs for a, b in column):
+def _shift(own: list, columns: list[list], over: dict) -> Score:
+    if any(a.scores is None for column in (own, *columns) for a in column):
         return Score(None, n=0, reason=no_scores)
-    moved = [total_variation([a.scores for a, _ in c], [b.scores for _, b in c]) for c in pairs]
-    return mean_score(np.mean(moved, 0), **context.interval)
+    before = [a.scores for a in own]
+    moved = [total_variation(before, [b.scores for b in column]) for column in columns]
+    return mean_score(np.mean(moved, 0), **over)

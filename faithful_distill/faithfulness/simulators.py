@@ -21,7 +21,14 @@ from .protocol import asking, own_rationales
 from .metrics import las, las_from_credit, rev
 from .readers import ChoiceReader, Reader, fit_reader, read_choices
 from ..files import BadInput, stable_seed
-from ..questions import Question, as_questions, choice_text, letter, normalized
+from faithful_distill.questions import (
+    Question,
+    as_questions,
+    choice_text,
+    clusters_of,
+    letter,
+    normalized,
+)
 from ..records import strip_answer
 
 # %% ../../nbs/77_simulators.ipynb #2b511718
@@ -168,16 +175,20 @@ class Simulation:
         `read[seed][mode][i]`: log-probabilities (choices,) of example i, with modes xr, x, r
     histories
         held-out losses of each simulator's training
+    clusters
+        see `questions.clusters_of`: intervals resample rows of one question together
     """
 
     y: list[int]
     read: list[dict[str, list[np.ndarray]]]
     histories: list[list[float]]
+    clusters: list | None = None
 
     def part(self, indices: Sequence[int]) -> "Simulation":
         "The simulation of some of its examples: one kind of question, say."
         read = [{mode: [rows[i] for i in indices] for mode, rows in one.items()} for one in self.read]
-        return Simulation([self.y[i] for i in indices], read, self.histories)
+        clusters = self.clusters and [self.clusters[i] for i in indices]
+        return Simulation([self.y[i] for i in indices], read, self.histories, clusters)
 
     def predictions(self, mode: str) -> np.ndarray:
         "(S, n) the simulators' choices."
@@ -189,14 +200,18 @@ class Simulation:
         return np.array([of_y(one[mode]) for one in self.read]).clip(0, 1)
 
     def scores(self, **interval) -> dict[str, Score]:
-        "LAS in the flip and the probability version."
-        kept = np.array(self.y) >= 0
+        "LAS in the flip and the probability version; `cluster`: other clusters than rows of one question."
+        kept, cluster = np.array(self.y) >= 0, interval.pop("cluster", None)
+        cluster = self.clusters if cluster is None else cluster
+        known = None if cluster is None else np.asarray(cluster)[kept]
         leaks = (self.predictions("r") == self.y)[:, kept]
         xr, x = (self.probabilities(mode)[:, kept] for mode in ("xr", "x"))
         details = {"unpredicted": int((~kept).sum())}
         return {
-            "las": las(self.y, *(self.predictions(mode) for mode in ("xr", "x", "r")), **interval),
-            "las_probability": las_from_credit(leaks, xr, x, details=details, **interval),
+            "las": las(
+                self.y, *(self.predictions(mode) for mode in ("xr", "x", "r")), cluster=cluster, **interval
+            ),
+            "las_probability": las_from_credit(leaks, xr, x, details=details, cluster=known, **interval),
         }
 
 # %% ../../nbs/77_simulators.ipynb #b14d9552
@@ -240,7 +255,8 @@ def simulate(
         modes = zip(("xr", "x", "r"), zip(*test_texts) if test_texts else ((), (), ()))
         read.append({mode: read_choices(reader, test.questions, texts) for mode, texts in modes})
         histories.append(reader.history)
-    return Simulation([-1 if y is None else y for y in test.predictions], read, histories)
+    y = [-1 if y is None else y for y in test.predictions]
+    return Simulation(y, read, histories, clusters_of(test.questions))
 
 # %% ../../nbs/77_simulators.ipynb #b0d55097
 def _three_texts(reader, explained: ModelBehaviour, fit: Callable) -> list[tuple[str, str, str]]:
@@ -342,10 +358,13 @@ def simulate_folds(
             for mode, found in theirs.items():
                 for i, r in zip(rows, found):
                     ours[mode][i] = r
-    return Simulation([-1 if y is None else y for y in explained.predictions], read, histories)
+    y = [-1 if y is None else y for y in explained.predictions]
+    return Simulation(y, read, histories, clusters_of(explained.questions))
 
 # %% ../../nbs/77_simulators.ipynb #a04cd3df
-def try_las(base: Any, explained: ModelBehaviour, *, least: int = 20, **settings) -> dict[str, Score]:
+def try_las(
+    base: Any, explained: ModelBehaviour, *, least: int = 20, cluster: Sequence | None = None, **settings
+) -> dict[str, Score]:
     """LAS by cross-fitting, or the reason why there is none.
 
     Parameters
@@ -354,6 +373,8 @@ def try_las(base: Any, explained: ModelBehaviour, *, least: int = 20, **settings
         what simulators start from: see `load_base`
     least
         answers below which no simulator is trained
+    cluster
+        one entry an example: what intervals resample together; None: the rows of one question
     **settings
         parts, seeds, settings: see `simulate_folds`
 
@@ -368,7 +389,7 @@ def try_las(base: Any, explained: ModelBehaviour, *, least: int = 20, **settings
         why = f"too few answers to train a simulator on: {answered}, at least {least} are needed"
     try:
         if not why:
-            return simulate_folds(base, explained, **settings).scores()
+            return simulate_folds(base, explained, **settings).scores(cluster=cluster)
     except BadInput as error:
         why = f"no simulator could be trained: {error}"
     return {name: Score(None, n=len(explained.questions), reason=why) for name in ("las", "las_probability")}
@@ -444,7 +465,7 @@ def measure_rev(
         nothing = [0.0] * len(test.predictions)
         return rev(nothing, nothing, test.predictions, **interval)
     with_r, without = rev_logs(base, train, test, seeds, settings, restate)
-    return rev(with_r, without, test.predictions, **interval)
+    return rev(with_r, without, test.predictions, **{"cluster": clusters_of(test.questions), **interval})
 
 # %% ../../nbs/77_simulators.ipynb #afb25f43
 def leaking_words(reader: ChoiceReader, explained: ModelBehaviour, threshold: float = 0.1) -> list[list[int]]:
@@ -553,5 +574,5 @@ def rora_lite(
     if len(set(test.predictions)) < 2:
         return Score(None, n=len(test.predictions), reason="one class only: there is nothing to tell apart")
     (xr, x), left = rora_logs(base, train, test, seeds, settings, threshold, rounds)
-    score = rev(xr, x, test.predictions, **interval)
+    score = rev(xr, x, test.predictions, **{"cluster": clusters_of(test.questions), **interval})
     return replace(score, details=score.details | {"masked": 1 - left, "complete": False})
