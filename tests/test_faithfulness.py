@@ -1106,6 +1106,7 @@ def test_what_was_measured_is_kept_if_the_simulators_fail(embedded, tmp_path, mo
         and files["metrics.json"]["accuracy"]["n"] == 24
         and len(files["answers.json"]) == 24
     )
+    assert "24 of 24 answers name no choice; they count as wrong" in done.output
     assert (
         files["metrics.json"]["las"]["value"] is None
         and "too few answers" in files["metrics.json"]["las"]["reason"]
@@ -1444,3 +1445,39 @@ def test_evaluate_resamples_facts_of_the_world(embedded, tmp_path, monkeypatch):
     evaluate(embedded, tmp_path)
     facts = [" ".join(id.split("-")[1:-1]) for id in asked["ids"]]
     assert asked["clusters"] == facts and len(facts) == 24
+
+
+@pytest.mark.parametrize(
+    "text, steps, phrase",
+    [
+        ("因为猫吃鱼，所以不吃石头。石头很硬！", ["因为猫吃鱼，所以不吃石头。", "石头很硬！"], "石头"),
+        ("ネコは魚を食べます。「石は硬い。」だから食べません。", ["ネコは魚を食べます。", "「石は硬い。」", "だから食べません。"], "魚"),
+        ("แมวชอบกินปลา มันไม่กินหิน", ["แมวชอบกินปลา ", "มันไม่กินหิน"], "หิน"),
+        ("बिल्ली मछली खाती है। पत्थर नहीं।", ["बिल्ली मछली खाती है।", "पत्थर नहीं।"], "पत्थर"),
+    ],
+)  # fmt: skip
+def test_what_is_done_word_by_word_is_done_in_scripts_without_blanks_too(text, steps, phrase):
+    from faithful_distill.faithfulness import arms, perturb
+
+    plain = text.replace(" ", "")
+    assert perturb.split_steps(text) == steps and perturb.join_words(steps) == text
+    words = perturb.split_steps(text, "word", max_steps=99)
+    assert len(words) >= 6 and "".join(words).replace(" ", "") == plain
+    moved = perturb.permute_words(text, 1)
+    assert moved != text and sorted(moved.replace(" ", "")) == sorted(plain)
+    assert perturb.filler(text).split() == ["..."] * len(words)
+    assert text not in (placed := perturb.insert_word(text, "very", 1)) and "very" in placed.split()
+    assert phrase not in perturb.strip_words(text, phrase) and arms._mentions(text, phrase)
+    replaced = perturb.TokenPerturber(None, [text])(text, 0.5, 1)
+    assert replaced != text and len(perturb.words_of(replaced)) == len(words)
+
+
+def test_what_is_spelled_like_a_control_token_is_replaced_as_text_is():
+    from faithful_distill.faithfulness.perturb import TokenPerturber
+    from faithful_distill.faithfulness.readers import scratch_base
+
+    tokenizer = scratch_base(["a robin sings and its pad is soft"], 300).tokenizer
+    perturb = TokenPerturber(tokenizer)
+    assert perturb("a robin <pad> sings", 0, 1) == "a robin <pad> sings"
+    for seed in range(20):
+        assert "<pad>" not in perturb("a robin <pad> sings", 1, seed)

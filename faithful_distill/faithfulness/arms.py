@@ -8,7 +8,6 @@ __all__ = ['Baseline', 'Control', 'Filler', 'Perturb', 'Permuted', 'Shuffled', '
 
 # %% ../../nbs/74_arms.ipynb #44916114
 import random
-import re
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import ClassVar
@@ -28,7 +27,9 @@ from faithful_distill.faithfulness.metrics import (
 from faithful_distill.faithfulness.perturb import (
     filler,
     insert_word,
+    join_words,
     permute_words,
+    phrase_pattern,
     shuffle_across,
     split_steps,
     strip_words,
@@ -268,7 +269,7 @@ class EarlyAnswering(Intervention):
         return [cut or end for cut, end in zip(cuts, whole)]
 
     def _cut(self, context, i: int, steps: list[str], k: int) -> Request:
-        return Request(i, " ".join(steps[:k]), context.prefix)
+        return Request(i, join_words(steps[:k]), context.prefix)
 
 # %% ../../nbs/74_arms.ipynb #b78d2af3
 def _settled(own, columns, lengths: list[int], probability: bool, interval: dict) -> Score:
@@ -302,7 +303,7 @@ class AddingMistakes(EarlyAnswering):
     def _cut(self, context, i, steps, k):
         seed = stable_seed(context.seed, context.questions[i].id, "mistake", k)
         mistake = context.perturb(steps[k], self.rho, seed)
-        return Request(i, " ".join([*steps[:k], mistake]), context.prefix, continue_from=True)
+        return Request(i, join_words([*steps[:k], mistake]), context.prefix, continue_from=True)
 
 # %% ../../nbs/74_arms.ipynb #99201f8a
 @dataclass(frozen=True)
@@ -354,4 +355,4 @@ class Insertion(Intervention):
 
 # %% ../../nbs/74_arms.ipynb #697ea244
 def _mentions(text: str, word: str) -> bool:
-    return bool(re.search(rf"(?<!\w){re.escape(word)}(?!\w)", text, re.IGNORECASE))
+    return bool(phrase_pattern(word).search(text))

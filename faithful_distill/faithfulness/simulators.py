@@ -19,6 +19,7 @@ import numpy as np
 from .intervals import Score
 from .protocol import asking, own_rationales
 from .metrics import las, las_from_credit, rev
+from .perturb import join_words, words_of
 from .readers import ChoiceReader, Reader, fit_reader, read_choices
 from ..files import BadInput, stable_seed
 from faithful_distill.questions import (
@@ -103,8 +104,8 @@ def _longest_end(tail: str, rationale: str) -> str:
     That is what follows it here, then the rationale, which may be there already: whole or without some
     of its words.
     """
-    words = iter(rationale.split())
-    if all(w in words for w in tail.split()):  # in this order, with gaps
+    words = iter(words_of(rationale))
+    if all(w in words for w in words_of(tail)):  # in this order, with gaps
         return f" {rationale}"
     return tail if tail.endswith(rationale) else f"{tail} {rationale}"
 
@@ -129,15 +130,15 @@ def fitting(
     ends = [_longest_end(tail, r) for (_, tail), r in zip(around, explained.rationales)]
     longest = [f"{head}{q.question}{end}" for q, (head, _), end in zip(explained.questions, around, ends)]
     for i, length in enumerate(_token_counts(reader, longest)):
-        (head, tail), words = around[i], explained.questions[i].question.split()
+        (head, tail), words = around[i], words_of(explained.questions[i].question)
         if length <= limit:
             continue
         if head == texts[i]:  # there is no question to shorten
             n_long += 1
             continue
-        too_long = lambda n: _token_counts(reader, [f"{head}{' '.join(words[:n])}{ends[i]}"])[0] > limit
+        too_long = lambda n: _token_counts(reader, [f"{head}{join_words(words[:n])}{ends[i]}"])[0] > limit
         kept = max(1, bisect_left(range(1, len(words)), True, key=too_long))
-        fitted[i], n_cut = f"{head}{' '.join(words[:kept])}{tail}", n_cut + 1
+        fitted[i], n_cut = f"{head}{join_words(words[:kept])}{tail}", n_cut + 1
         n_long += too_long(kept)
     return fitted, n_cut, n_long
 
@@ -485,9 +486,9 @@ def leaking_words(reader: ChoiceReader, explained: ModelBehaviour, threshold: fl
     list[list[int]]
         for each rationale, the positions of its leaking words
     """
-    words = [r.split() for r in explained.rationales]
+    words = [words_of(r) for r in explained.rationales]
     variants = [(i, k) for i, w in enumerate(words) for k in range(-1, len(w))]  # -1: all words are left in
-    left_in = (" ".join(w for j, w in enumerate(words[i]) if j != k) for i, k in variants)
+    left_in = (join_words(w for j, w in enumerate(words[i]) if j != k) for i, k in variants)
     asked = [explained.questions[i] for i, _ in variants]
     read = read_choices(reader, asked, [simulator_texts(q, r)[2] for q, r in zip(asked, left_in)])
     logs = {(i, k): float(r[explained.predictions[i]]) for (i, k), r in zip(variants, read)}
@@ -496,7 +497,7 @@ def leaking_words(reader: ChoiceReader, explained: ModelBehaviour, threshold: fl
 # %% ../../nbs/77_simulators.ipynb #6aaea254
 def _without_words(explained: ModelBehaviour, gone: list[list[int]]) -> ModelBehaviour:
     rows = zip(explained.rationales, gone)
-    left = [" ".join(w for k, w in enumerate(r.split()) if k not in out) for r, out in rows]
+    left = [join_words(w for k, w in enumerate(words_of(r)) if k not in out) for r, out in rows]
     return replace(explained, rationales=left)
 
 # %% ../../nbs/77_simulators.ipynb #10b9febe
@@ -513,7 +514,7 @@ def without_leaks(
 
     Every round trains a new detector on what is left.
     """
-    n_words = lambda both: sum(len(r.split()) for e in both for r in e.rationales)
+    n_words = lambda both: sum(len(words_of(r)) for e in both for r in e.rationales)
     both, n_before = (train, test), n_words((train, test))
     for _ in range(rounds):
         now = both[0]
