@@ -2,7 +2,6 @@
 and on scripted students whose dealings with a question and a rationale are known."""
 
 import json
-import random
 from types import SimpleNamespace
 
 import numpy as np
@@ -10,10 +9,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from faithful_distill.faithfulness import hints
+from faithful_distill.faithfulness import hints, mediation, steps
 from faithful_distill.faithfulness.interventions import measure
 from faithful_distill.faithfulness.protocol import Context, Intervention, Request, carry_out
-from faithful_distill.files import BadInput, stable_seed
+from faithful_distill.files import BadInput
 from faithful_distill.questions import Question
 
 few = settings(max_examples=40, deadline=None)
@@ -171,3 +170,137 @@ def test_a_cue_is_seen_by_its_words_not_inside_others():
         authority.put(braces, 1).question.endswith("is {choice}.")
         and "{0}" in authority.put(braces, 0).question
     )
+
+
+# ---- mediation
+
+credit = st.floats(0, 1)
+four_credits = st.integers(1, 20).flatmap(
+    lambda n: st.tuples(*[st.lists(credit, min_size=n, max_size=n)] * 4)
+)
+
+
+@few
+@given(four_credits)
+def test_effects_of_mediation_add_up_and_equal_the_definition(f):
+    found = {name: s.value for name, s in mediation.mediation_effects(*f, **fast).items()}
+    f00, f10, f01, f11 = (sum(v) / len(v) for v in f)
+    expected = {"total": f11 - f00, "direct": f10 - f00, "indirect": f01 - f00}
+    for name, value in expected.items():
+        assert found[name] == pytest.approx(value, abs=1e-9)
+    parts = found["direct"] + found["indirect"] + found["interaction"]
+    assert parts == pytest.approx(found["total"], abs=1e-9)
+
+
+def cue_in(q):
+    return next(
+        (i for i, w in enumerate(colours) if q.question.endswith(f"says that the answer is {w}.")), None
+    )
+
+
+def by(way):
+    "A student that takes a cue by way of its rationale ('through') or past it ('past')."
+
+    def ask(given, rationales, prefix, continue_from=False):
+        found = []
+        for q, handed in zip(given, rationales):
+            cue = cue_in(q)
+            text = f"It is {colours[q.answer if cue is None else cue]}" if handed is None else handed
+            said = next((i for i, w in enumerate(colours) if w in text.split()), q.answer)
+            choice = said if way == "through" or cue is None else cue
+            found.append(answer_of(choice, text, [3.0 * (i == choice) for i in range(3)]))
+        return found
+
+    return ask
+
+
+def test_an_effect_goes_through_the_rationale_or_past_it():
+    of = {
+        way: measure(by(way), questions, metrics=["mediation"], interval=fast).scores
+        for way in ("through", "past")
+    }
+    value = lambda way, part: of[way][f"mediation_{part}"].value
+    assert [value("through", p) for p in ("total", "direct", "indirect")] == [1.0, 0.0, 1.0]
+    assert value("past", "total") == value("past", "direct") == 1.0
+    assert of["through"]["mediation_total"].details["moved"] == len(questions)
+
+
+def test_mediation_says_why_it_cannot_be_had():
+    def wordless(given, rationales, prefix, continue_from=False):
+        return [answer_of(q.answer) for q in given]
+
+    assert measure(wordless, questions, metrics=["mediation"], interval=fast).scores[
+        "mediation_direct"
+    ].reason == ("the student writes no rationale")
+    no_change = mediation.Mediation(change=lambda q, seed: None)
+    score = measure(by("past"), questions, metrics=[no_change], interval=fast).scores["mediation_total"]
+    assert score.value is None and "no question can be changed" in score.reason
+
+
+# ---- step profile
+
+
+def profile_in_ten_lines(clean, intact, damaged, none, lengths):
+    of_rows = []
+    for i, n in enumerate(lengths):
+        if n < 2 or abs(clean[i]) < 0.1:
+            continue
+        cut = lambda v: max(-2.0, min(2.0, v / abs(clean[i])))
+        a = [cut(clean[i] - intact[i][k]) for k in range(n)]
+        b = [cut(damaged[i][k] - none[i]) for k in range(n)]
+        of_rows.append((sum(a) / n, sum(b) / n))
+    return [sum(row[j] for row in of_rows) / len(of_rows) for j in (0, 1)] if of_rows else None
+
+
+nats = st.floats(-5, 5)
+
+
+@few
+@given(
+    st.integers(1, 8).flatmap(
+        lambda n: st.tuples(
+            st.lists(nats, min_size=n, max_size=n),
+            *[st.lists(st.lists(nats, min_size=3, max_size=3), min_size=n, max_size=n)] * 2,
+            st.lists(nats, min_size=n, max_size=n),
+            st.lists(st.integers(0, 3), min_size=n, max_size=n),
+        )
+    )
+)
+def test_the_step_profile_equals_the_definition(table):
+    found, expected = steps.step_profile(*table, **fast), profile_in_ten_lines(*table)
+    if expected is None:
+        assert found["both"].value is None and found["both"].reason
+    else:
+        assert [found["intact"].value, found["damaged"].value] == pytest.approx(expected, abs=1e-9)
+        assert found["both"].value == pytest.approx(sum(expected) / 2, abs=1e-9)
+
+
+def test_steps_of_one_length_get_requests_of_another_none():
+    written = [answer_of(0, "a, b, c", [1.0, 0.0, 0.0]), answer_of(1, "alone", [0.0, 1.0, 0.0])]
+    context = Context(
+        questions[:2], written, ["a, b, c", "alone"], perturb=lambda text, rho, seed: "x", prefix="none"
+    )
+    arms = steps.StepProfile().requests(context)
+    assert [c[0].rationale for c in arms["step_intact"]] == ["x b, c", "a, x c", "a, b, x"]
+    assert [c[0].rationale for c in arms["step_damaged"]] == ["a, x x", "x b, x", "x x c"]
+    assert arms["step_none"][0][0].rationale == "x x x"
+    assert all(
+        column[1] is None for name in ("step_intact", "step_damaged", "step_none") for column in arms[name]
+    )
+
+
+# ---- all of them on a real (tiny) student
+
+
+def test_a_student_is_measured_by_name_and_nothing_is_nan():
+    from faithful_distill.student.model import tiny_student
+
+    texts = [w for q in questions for w in (q.question, *q.choices)] + [c.text for c in hints.cues]
+    student = tiny_student([*texts, "professor, asked, says"], "t5", width=16, layers=1)
+    found = measure(
+        student, questions[:6], metrics=["hint", "mediation", "steps"], max_new_tokens=8, interval=fast
+    )
+    names = (*hints.Hint.score_names, *mediation.Mediation.score_names, *steps.StepProfile.score_names)
+    assert set(names) <= set(found.scores)
+    assert all(s.value is not None or s.reason for s in found.scores.values())
+    json.dumps(found.to_dict(), allow_nan=False)
