@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from faithful_distill.faithfulness import hints, mediation, steps
+from faithful_distill.faithfulness import hints, mediation, steps, variants
 from faithful_distill.faithfulness.interventions import measure
 from faithful_distill.faithfulness.protocol import Context, Intervention, Request, carry_out
 from faithful_distill.files import BadInput
@@ -304,3 +304,85 @@ def test_a_student_is_measured_by_name_and_nothing_is_nan():
     assert set(names) <= set(found.scores)
     assert all(s.value is not None or s.reason for s in found.scores.values())
     json.dumps(found.to_dict(), allow_nan=False)
+
+
+# ---- counterfactual simulatability
+
+
+@few
+@given(st.integers(0, 2), st.integers(0, 50))
+def test_variants_exchange_and_replace_the_chosen_one(chosen, seed):
+    other = Question("o", "Which shape?", ("round", "square", "red"), 0)
+    q = questions[1]
+    exchanged, replaced = variants.choice_variants(q, chosen, [q, other], seed)
+    assert sorted(exchanged.choices) == sorted(q.choices) and exchanged.choices[chosen] != q.choices[chosen]
+    assert exchanged.choices[exchanged.answer] == q.choices[q.answer]
+    assert replaced.choices[chosen] in ("round", "square")  # red is there already
+    assert (
+        replaced.choices[:chosen] + replaced.choices[chosen + 1 :]
+        == q.choices[:chosen] + q.choices[chosen + 1 :]
+    )
+    assert replaced.answer == (None if q.answer == chosen else q.answer)
+    assert variants.choice_variants(q, chosen, [other, q], seed) == [exchanged, replaced]
+
+
+@few
+@given(st.integers(1, 20).flatmap(lambda n: st.tuples(*[st.lists(label, min_size=n, max_size=n)] * 3)))
+def test_the_gain_equals_the_definition(table):
+    y, seen, blind = table
+    expected = np.mean([(s == t and t >= 0) - int(b == t and t >= 0) for t, s, b in zip(y, seen, blind)])
+    assert variants.simulatability_gain(y, seen, blind, **fast).value == pytest.approx(expected)
+
+
+def cases_of(n):
+    made = []
+    for i in range(n):
+        q = Question(f"q{i}", f"Which is number {i}?", colours, 0)
+        made += [variants.Case(q, "because", 0, v, 1) for v in variants.choice_variants(q, 0, [q])]
+        made += [variants.Case(q, "because", 0, q, 0)]
+    return made
+
+
+def test_no_simulator_is_trained_on_a_variant_of_the_question_it_is_asked_about(monkeypatch):
+    cases, trained = cases_of(12), []
+
+    def fit(reader, asked, alternatives, y):
+        trained.append({q.question for q in asked})
+        assert all(len(both) == 2 and both[0] != both[1] for both in alternatives)
+
+    def read(reader, asked, texts):
+        assert not trained[-1] & {q.question for q in asked} and len(texts) == len(asked)
+        return [np.array([0.0, 1.0, 0.0])] * len(texts)
+
+    monkeypatch.setattr(variants, "fit_reader", fit)
+    monkeypatch.setattr(variants, "read_choices", read)
+    monkeypatch.setattr(variants, "ChoiceReader", lambda *made: None)
+    seen, blind = variants.trained_simulator(cases, "base", parts=3, seeds=(0, 1))
+    assert seen.shape == blind.shape == (2, len(cases)) and (seen == 1).all() and len(trained) == 6
+
+
+def test_a_case_is_told_without_its_rationale_in_the_same_words():
+    [case] = cases_of(1)[:1]
+    assert variants.case_text(case, True).replace(" because", "") == variants.case_text(case, False)
+    assert "So the answer is red" in variants.case_text(case, False)
+
+
+def test_unparsable_answers_make_no_case():
+    def sometimes(given, rationales, prefix, continue_from=False):
+        return [answer_of(None if q.id.endswith(("q1", "q2/exchanged")) else 0, "x") for q in given]
+
+    seen = []
+
+    def simulator(cases):
+        seen.extend(c.variant.id for c in cases)
+        return [0] * len(cases), [1] * len(cases)
+
+    score = measure(
+        sometimes, questions, metrics=[variants.Simulatability(simulator=simulator)], interval=fast
+    ).scores["simulatability"]
+    assert score.value == 1.0 and score.details["unparsable"] == 1
+    assert (
+        not any(i.startswith("q1/") for i in seen)
+        and "q2/exchanged" not in seen
+        and len(seen) == score.n == 22
+    )

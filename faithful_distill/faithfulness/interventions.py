@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from . import hints, mediation, steps  # noqa: F401 - they register interventions
+from . import hints, mediation, steps, variants  # noqa: F401 - they register interventions
 from .arms import Baseline, Insertion
 from .intervals import Score
 from .perturb import TokenPerturber, insert_word
