@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from . import hints, mediation, steps, variants  # noqa: F401 - they register interventions
 from .arms import Baseline, Insertion
 from .intervals import Score
 from .perturb import TokenPerturber, insert_word
@@ -157,7 +158,8 @@ def measure(
         the teacher's for these questions, in memory or a file: gold for refine, gold and counterfactual
         for swap
     metrics
-        some of perturb, refine, swap, controls, early, mistakes; or `Intervention`s
+        some of perturb, refine, swap, controls, early, mistakes, or others that are registered; or
+        `Intervention`s
     prefix
         the tag the student answers under; default: as it was trained
     draws
@@ -191,6 +193,7 @@ def measure(
         draws=draws,
         seed=seed,
         **_interval(interval, questions),
+        student=None if callable(student) else student,
         **handed,
     )
     scores, arms = carry_out([Baseline(), *chosen], context, ask)

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['Answers', 'interventions', 'no_scores', 'asking', 'Request', 'HandedRationale', 'Context', 'Intervention',
-           'register_intervention', 'choice_of', 'credit_of', 'both_versions', 'effect_scores', 'change_scores']
+           'register_intervention', 'choice_of', 'credit_of', 'both_versions', 'cost_of', 'effect_scores',
+           'change_scores']
 
 # %% ../../nbs/73_protocol.ipynb #19b4e45f
 from collections.abc import Callable, Iterable, Sequence
@@ -170,6 +171,8 @@ class Context:
         the reason for scores that need teacher rationales if there are none
     clusters
         one entry a question: those with the same one are resampled together; None: each by itself
+    student
+        the one that is asked, for what needs its weights; None: only its answers can be had
     """
 
     questions: list[Question]
@@ -183,6 +186,7 @@ class Context:
     interval: dict = field(default_factory=dict)
     no_handed: str = "no teacher rationales were given"
     clusters: Sequence | None = None
+    student: Any = None
 
     def over(self, rows: Iterable[int] | None = None) -> dict:
         "Arguments of a score over these numbers of questions (None: all): rows of one question are one cluster."
@@ -223,6 +227,10 @@ class Intervention:
     def requests(self, context: Context) -> dict[str, list[list[Request | None]]]:
         "arm -> columns -> one request a row."
         raise NotImplementedError
+
+    def follow_up(self, context: Context, answers: Answers) -> dict[str, list[list[Request | None]]]:
+        "More of the same, when the answers to `requests` are known."
+        return {}
 
     def score(self, context: Context, answers: Answers) -> dict[str, Score]:
         "Scores by name, from arm -> columns -> one answer a row (None where nothing was asked)."
@@ -266,22 +274,31 @@ def carry_out(chosen: Sequence[Intervention], context: Context, ask: Callable) -
     place = {name: k for k, name in enumerate(interventions)}
     lacking = {i.name: i.lacks(context) for i in chosen}
     able = [i for i in chosen if lacking[i.name] is None]
-    asked = {i.name: i.requests(context) for i in sorted(able, key=lambda i: place.get(i.name, len(place)))}
-    arms = {arm: columns for of_one in asked.values() for arm, columns in of_one.items()}
-    if len(arms) < sum(map(len, asked.values())):
-        names = [arm for of_one in asked.values() for arm in of_one]
-        twice = next(arm for arm in names if names.count(arm) > 1)
-        raise BadInput("two interventions have the same arm", field="requests", value=twice)
-    found = ask_all(ask, context.questions, (r for c in arms.values() for column in c for r in column))
-    answers = {arm: [[found.get(r) for r in column] for column in c] for arm, c in arms.items()}
-    answers["written"] = [list(context.written)]
+    able.sort(key=lambda i: place.get(i.name, len(place)))
+    asked, answers = {i.name: [] for i in able}, {"written": [list(context.written)]}
+    for round_of in (lambda i: i.requests(context), lambda i: i.follow_up(context, answers)):
+        answers |= _ask_round({i.name: round_of(i) for i in able}, asked, context, ask)
     scores = {}
     for i in chosen:
         lack = lacking[i.name]
         names = i.score_names or (i.name,)
         scores |= i.score(context, answers) if lack is None else dict.fromkeys(names, lack)
-    kept = ["written", *(arm for i in able if i.keeps_answers for arm in asked[i.name])]
+    keeping = [i for i in chosen if i.name in asked and i.keeps_answers]
+    kept = ["written", *(arm for i in keeping for arm in asked[i.name])]
     return scores, {arm: answers[arm] for arm in kept}
+
+# %% ../../nbs/73_protocol.ipynb #519488e4
+def _ask_round(requests: dict[str, dict], asked: dict[str, list], context: Context, ask: Callable) -> Answers:
+    "The answers of all arms of one round; `asked` (intervention -> arms so far) is lengthened by them."
+    for name, arms in requests.items():
+        before = [arm for known in asked.values() for arm in known]
+        if twice := [arm for arm in arms if arm in before]:
+            raise BadInput("two interventions have the same arm", field="requests", value=twice[0])
+        asked[name].extend(arms)
+    columns_of = {arm: columns for arms in requests.values() for arm, columns in arms.items()}
+    wanted = (r for columns in columns_of.values() for column in columns for r in column)
+    found = ask_all(ask, context.questions, wanted)
+    return {arm: [[found.get(r) for r in c] for c in columns] for arm, columns in columns_of.items()}
 
 # %% ../../nbs/73_protocol.ipynb #a8fd06e8
 no_scores = "the student gives no scores of the choices"
@@ -308,6 +325,21 @@ def credit_of(y: Sequence[int], column: Sequence[Any], probability: bool = False
 def both_versions(name: str, make: Callable[[bool], Score]) -> dict[str, Score]:
     "make(False) under the name, make(True) under the name with '_probability'."
     return {name: make(False), f"{name}_probability": make(True)}
+
+# %% ../../nbs/73_protocol.ipynb #bbaa4d32
+def cost_of(intervention: Intervention, context: Context) -> dict[str, float]:
+    """Distinct requests of an intervention per question; those of `follow_up` are not known before it is asked.
+
+    Returns
+    -------
+    dict[str, float]
+        'read': a rationale is handed over and answered; 'written': the student writes one, then answers
+    """
+    columns = (column for arm in intervention.requests(context).values() for column in arm)
+    distinct = {r for column in columns for r in column if r is not None}
+    written = sum(r.rationale is None or r.continue_from for r in distinct)
+    n = len(context.questions)
+    return {"read": (len(distinct) - written) / n, "written": written / n}
 
 # %% ../../nbs/73_protocol.ipynb #50b48701
 def effect_scores(
