@@ -7,7 +7,7 @@ __all__ = ['Answers', 'interventions', 'no_scores', 'asking', 'Request', 'Handed
            'register_intervention', 'choice_of', 'credit_of', 'both_versions', 'effect_scores', 'change_scores']
 
 # %% ../../nbs/73_protocol.ipynb #19b4e45f
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, NamedTuple
 
@@ -23,6 +23,7 @@ from faithful_distill.faithfulness.metrics import (
 )
 from ..files import BadInput, stable_seed
 from ..questions import Question
+from ..reasoners.protocol import abilities, as_reasoner
 from ..records import Rationale, strip_answer
 
 # %% ../../nbs/73_protocol.ipynb #bfed35a2
@@ -32,29 +33,18 @@ def asking(student: Any, batch_size: int = 64, max_new_tokens: int | None = None
     Parameters
     ----------
     student
-        a `Student`, or any function ask(questions, rationales, prefix, continue_from) -> answers
+        a `Reasoner`, a `Student`, or any function ask(questions, rationales, prefix, continue_from) -> answers
     batch_size
-        rows in a batch
+        rows in a batch, of a `Student`
     max_new_tokens
-        for what the student writes itself; default: as much as it was trained to
+        for what a `Student` writes itself; default: as much as it was trained to
     """
-    if callable(student):
-        return student
-
-    def ask(questions, rationales, prefix, continue_from=False):
-        from faithful_distill.student.answers import answer
-
-        return answer(
-            student, questions, rationales, prefix, batch_size, max_new_tokens, continue_from=continue_from
-        )
-
-    return ask
+    return as_reasoner(student, batch_size, max_new_tokens).ask
 
 # %% ../../nbs/73_protocol.ipynb #b731392b
 def own_rationales(student: Any, n: int) -> list[str | None]:
     "n times None (write your own); for an answer-only student n times the empty rationale."
-    answer_only = getattr(student, "settings", {}).get("answer_only")
-    return ["" if answer_only else None] * n
+    return ["" if as_reasoner(student).answer_only else None] * n
 
 # %% ../../nbs/73_protocol.ipynb #411727cb
 class Request(NamedTuple):
@@ -168,6 +158,8 @@ class Context:
         draws, level, seed of the bootstrap
     no_handed
         the reason for scores that need teacher rationales if there are none
+    unable
+        what the student cannot do: a name of `reasoners.protocol.abilities` -> the reason
     """
 
     questions: list[Question]
@@ -180,6 +172,7 @@ class Context:
     seed: int = 0
     interval: dict = field(default_factory=dict)
     no_handed: str = "no teacher rationales were given"
+    unable: Mapping[str, str] = field(default_factory=dict)
 
     def hand(self, rationales: Iterable[str | None]) -> list[Request | None]:
         "One request a question: its rationale handed over; none where it is None."
@@ -199,13 +192,14 @@ class Intervention:
     """Something done to what a student is given. Subclasses say what is asked, and score the answers.
 
     Class attributes: `name`, under which it is registered; `needs_handed`, whether it cannot do without teacher
-    rationales; `score_names`, the scores that carry the reason if it lacks something (default: its name);
-    `keeps_answers`, whether `Measurement.arms` keeps its answers (then a column has one row a question). Fields of the
-    dataclass are its own parameters.
+    rationales; `needs`, names of `abilities` without which it is not carried out; `score_names`, the scores that carry
+    the reason if it lacks something (default: its name); `keeps_answers`, whether `Measurement.arms` keeps its answers
+    (then a column has one row a question). Fields of the dataclass are its own parameters.
     """
 
     name: ClassVar[str] = ""
     needs_handed: ClassVar[bool] = False
+    needs: ClassVar[tuple[str, ...]] = ()
     score_names: ClassVar[tuple[str, ...]] = ()
     keeps_answers: ClassVar[bool] = True
 
@@ -240,6 +234,22 @@ def register_intervention(intervention: Intervention | type[Intervention]):
     interventions[registered.name] = registered
     return intervention
 
+# %% ../../nbs/73_protocol.ipynb #0de79b92
+def unable_to(intervention: Intervention, context: Context) -> Score | None:
+    "An undefined score with the reason why this student cannot do what the intervention needs; None if it can."
+    for ability in intervention.needs:
+        if ability in context.unable:
+            reason = f"the reasoner cannot {abilities[ability]}: {context.unable[ability]}"
+            return Score(None, n=0, reason=reason)
+    return None
+
+
+def with_own_reason(score: Score, context: Context) -> Score:
+    "A score that lacks likelihoods, with the reason why this student gives none."
+    if score.reason == no_scores and "scores" in context.unable:
+        return replace(score, reason=context.unable["scores"])
+    return score
+
 # %% ../../nbs/73_protocol.ipynb #9c9dc72f
 def carry_out(chosen: Sequence[Intervention], context: Context, ask: Callable) -> tuple[dict, Answers]:
     """Asks what the interventions request, each distinct request once, and scores the answers.
@@ -253,7 +263,7 @@ def carry_out(chosen: Sequence[Intervention], context: Context, ask: Callable) -
         scores by name; the answers of the arms that are kept
     """
     place = {name: k for k, name in enumerate(interventions)}
-    lacking = {i.name: i.lacks(context) for i in chosen}
+    lacking = {i.name: unable_to(i, context) or i.lacks(context) for i in chosen}
     able = [i for i in chosen if lacking[i.name] is None]
     asked = {i.name: i.requests(context) for i in sorted(able, key=lambda i: place.get(i.name, len(place)))}
     arms = {arm: columns for of_one in asked.values() for arm, columns in of_one.items()}
@@ -268,7 +278,8 @@ def carry_out(chosen: Sequence[Intervention], context: Context, ask: Callable) -
     for i in chosen:
         lack = lacking[i.name]
         names = i.score_names or (i.name,)
-        scores |= i.score(context, answers) if lack is None else dict.fromkeys(names, lack)
+        found = i.score(context, answers) if lack is None else dict.fromkeys(names, lack)
+        scores |= {name: with_own_reason(score, context) for name, score in found.items()}
     kept = ["written", *(arm for i in able if i.keeps_answers for arm in asked[i.name])]
     return scores, {arm: answers[arm] for arm in kept}
 
