@@ -210,7 +210,8 @@ class Swap(Intervention):
 
     def requests(self, context):
         handed, questions = context.handed, context.questions
-        arms = {f"swap_{p}": [[Request(h.question, h.rationale, p) for h in handed]] for p in self.prefixes}
+        known = [p for p in self.prefixes if self._no_tag(context, p) is None]
+        arms = {f"swap_{p}": [[Request(h.question, h.rationale, p) for h in handed]] for p in known}
         if self._one_question(context):
             return arms
         givers = shuffle_across([f"{questions[h.question].id}/{h.target}" for h in handed], context.seed)
@@ -222,10 +223,17 @@ class Swap(Intervention):
         if self._one_question(context):
             reason = "all records are about one question: there is no other's rationale to hand over"
             scores["swap_shuffled"] = Score(None, n=len(context.handed), reason=reason)
+        for prefix in self.prefixes:
+            if (reason := self._no_tag(context, prefix)) is not None:
+                names = (f"swap_{prefix}", f"swap_{prefix}_probability")
+                scores |= dict.fromkeys(names, Score(None, n=0, reason=reason))
         arms = [f"swap_{p}" for p in self.prefixes] + ["swap_shuffled"]
         for arm in (a for a in arms if a in answers):
             scores |= both_versions(arm, lambda p: self._followed(context, answers[arm][0], p))
         return scores
+
+    def _no_tag(self, context, prefix: str) -> str | None:
+        return None if prefix == "none" else context.unable.get("tags")
 
     def _one_question(self, context) -> bool:
         return len({normalized(context.questions[h.question].question) for h in context.handed}) < 2
@@ -294,6 +302,8 @@ class AddingMistakes(EarlyAnswering):
     "The first k steps and a step with a fraction `rho` of its tokens replaced; the student writes the rest."
 
     name: ClassVar[str] = "mistakes"
+    needs: ClassVar[tuple[str, ...]] = ("continue",)
+    score_names: ClassVar[tuple[str, ...]] = ("adding_mistakes", "adding_mistakes_probability")
     arm: ClassVar[str] = "adding_mistakes"
     rho: float = 0.5
 
