@@ -14,6 +14,7 @@ import re
 import zlib
 from collections import Counter
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 from typing import Any, Callable, Iterable, Iterator
 
@@ -383,33 +384,35 @@ def load_questions(
     name, bad = str(name_or_file), None if skip_bad is None else []
     read, where, rows = _find_rows(name, split, path, bad)
     known = dict(split=split, dataset=name if name in sources else Path(name).stem)
-    questions, lines, others, names = [], {}, Counter(), {}
-    for line, row in rows if limit != 0 else ():
-        try:
-            fields = known | read(row)
-            names |= dict.fromkeys(row) if read is _own_fields else {}
-            if _same_split(fields["split"], split):
-                questions.append(_question(fields, line, lines))
-            else:
-                others[fields["split"]] += 1
-        except (BadInput, *_unforeseen) as e:
-            error = _located(e, where, line)
-            if bad is None:
-                raise error from None
-            bad.append(error)
-        if len(questions) == limit:
-            break
+    lines, others, names = {}, Counter(), {}
+
+    def found():
+        for line, row in rows:
+            try:
+                fields = known | read(row)
+                names.update(dict.fromkeys(row) if read is _own_fields else {})
+                if _same_split(fields["split"], split):
+                    yield _question(fields, line, lines)
+                else:
+                    others[fields["split"]] += 1
+            except (BadInput, *_unforeseen) as e:
+                error = _located(e, where, line)
+                if bad is None:
+                    raise error from None
+                bad.append(error)
+
+    questions = as_dataset(islice(found(), limit))
     if bad is not None:
         _report_rejected(bad, skip_bad)
     _warn(where, split, others, names)
-    if not questions and limit != 0:
+    if not len(questions) and limit != 0:
         why = "The file is empty: fetch or write it again."
         if others:
             why = f"All {others.total()} are of another split than {split!r}: ask for {_counts(others)}."
         if bad:
             why = f"Why its {len(bad)} records were left out is in {skip_bad}."
         raise BadInput("there are no questions", file=where, remedy=why)
-    return as_dataset(questions)
+    return questions
 
 # %% ../nbs/03_sources.ipynb #43016f54
 _split_names = dict(

@@ -267,5 +267,5 @@ class Hint(Intervention):
             "hinted": self.hinted(context),
             "said": [float(self.cues[k].mentioned(a.rationale)) for a in cued],
             "neutral": [choice_of(a) for a in answers["hint_neutral"][k]],
-            "cluster": [q.id for q in context.questions],
+            "cluster": [context.cluster_of(i) for i in range(len(context.questions))],
         }

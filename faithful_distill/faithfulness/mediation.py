@@ -149,7 +149,9 @@ class Mediation(Intervention):
                 ("total", "direct", "indirect", "interaction"), Score(None, n=0, reason=no_scores)
             )
         y = [choice_of(a) for a in of[-1]]
-        effects = mediation_effects(*(credit_of(y, column, probability) for column in of), **context.interval)
+        effects = mediation_effects(
+            *(credit_of(y, column, probability) for column in of), **context.over(kept)
+        )
         moved = sum(choice_of(a) != label for a, label in zip(of[0], y))
         more = {"moved": moved, "left_out": len(columns[-1]) - len(kept)}
         return {name: replace(s, details=s.details | more) for name, s in effects.items()}

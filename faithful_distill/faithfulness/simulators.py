@@ -7,6 +7,7 @@ __all__ = ['ModelBehaviour', 'simulator_texts', 'Simulation', 'simulate', 'folds
            'restatement', 'measure_rev', 'leaking_words', 'rora_lite']
 
 # %% ../../nbs/77_simulators.ipynb #a25f6ccb
+import copy
 import logging
 import random
 from bisect import bisect_left
@@ -20,7 +21,14 @@ from .intervals import Score
 from .protocol import asking, own_rationales
 from .metrics import las, las_from_credit, rev
 from .perturb import join_words, words_of
-from .readers import ChoiceReader, Reader, fit_reader, read_choices
+from faithful_distill.faithfulness.readers import (
+    ChoiceReader,
+    Reader,
+    fit_encoded,
+    fit_reader,
+    read_choices,
+    read_encoded,
+)
 from ..files import BadInput, stable_seed
 from faithful_distill.questions import (
     Question,
@@ -66,8 +74,10 @@ class ModelBehaviour:
 
     def part(self, rows: Iterable[int]) -> "ModelBehaviour":
         "Some of the examples."
-        rows, columns = list(rows), (self.questions, self.rationales, self.predictions)
-        return ModelBehaviour(*([column[i] for i in rows] for column in columns))
+        rows, some = list(rows), copy.copy(self)  # nothing is checked or removed a second time
+        for name in ("questions", "rationales", "predictions"):
+            setattr(some, name, [getattr(self, name)[i] for i in rows])
+        return some
 
     def predicted(self) -> "ModelBehaviour":
         "Only the examples with a prediction."
@@ -241,30 +251,29 @@ def simulate(
         train on permuted predictions: the null check
     """
     train, read, histories = train.predicted(), [], []
-    train_texts = test_texts = None
+    given = asked = None
     for seed in seeds:
         reader = ChoiceReader(base, seed, settings)
-        if train_texts is None:  # the tokenizer is the same for all
-            train_texts = _three_texts(reader, train, lambda *given: fitting(*given)[0])
-            test_texts = _three_texts(reader, test, _fitting_logged)
-        fit_reader(
-            reader,
-            train.questions,
-            train_texts,
-            _permuted(train, seed) if permute_labels else train.predictions,
-        )
-        modes = zip(("xr", "x", "r"), zip(*test_texts) if test_texts else ((), (), ()))
-        read.append({mode: read_choices(reader, test.questions, texts) for mode, texts in modes})
+        if given is None:  # the tokenizer is the same for all
+            given = _encoded(reader, train, lambda *given: fitting(*given)[0])
+            asked = _encoded(reader, test, _fitting_logged)
+        modes, choices = given
+        labels = _permuted(train, seed) if permute_labels else train.predictions
+        fit_encoded(reader, list(zip(*modes)), choices, labels)
+        modes, choices = asked
+        found = zip(("xr", "x", "r"), modes, strict=True)
+        read.append({mode: read_encoded(reader, texts, choices) for mode, texts in found})
         histories.append(reader.history)
     y = [-1 if y is None else y for y in test.predictions]
     return Simulation(y, read, histories, clusters_of(test.questions))
 
 # %% ../../nbs/77_simulators.ipynb #b0d55097
-def _three_texts(reader, explained: ModelBehaviour, fit: Callable) -> list[tuple[str, str, str]]:
-    "(x and r, x, r) of each example, the first two fitted to the reader."
+def _encoded(reader, explained: ModelBehaviour, fit: Callable) -> tuple[list[list], list]:
+    "Token ids of x and r, of x and of r of all examples, the first two fitted to the reader; and of their choices."
     texts = [simulator_texts(q, r) for q, r in zip(explained.questions, explained.rationales)]
     xr, x, r = zip(*texts) if texts else ((), (), ())
-    return list(zip(fit(reader, explained, xr), fitting(reader, explained, x)[0], r))
+    three = (fit(reader, explained, xr), fitting(reader, explained, x)[0], r)
+    return [reader.texts(mode) for mode in three], reader.choices(explained.questions)
 
 
 def _permuted(train: ModelBehaviour, seed: int) -> list[int]:
@@ -409,10 +418,11 @@ def evaluator_logs(
     for seed in seeds:
         reader = ChoiceReader(base, seed, settings)
         if not logs:  # the tokenizer is the same for all
-            train_texts = fitting(reader, train, train_texts)[0]
-            test_texts = _fitting_logged(reader, test, test_texts)
-        fit_reader(reader, train.questions, [[t] for t in train_texts], train.predictions)
-        read = read_choices(reader, test.questions, test_texts)
+            given = [[ids] for ids in reader.texts(fitting(reader, train, train_texts)[0])]
+            asked = reader.texts(_fitting_logged(reader, test, test_texts))
+            choices = reader.choices(train.questions), reader.choices(test.questions)
+        fit_encoded(reader, given, choices[0], train.predictions)
+        read = read_encoded(reader, asked, choices[1])
         logs.append([float(r[y]) for r, y in zip(read, test.predictions)])
     return np.array(logs)
 

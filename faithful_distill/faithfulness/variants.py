@@ -222,17 +222,18 @@ class Simulatability(Intervention):
 
     def score(self, context, answers):
         questions, own, written = context.questions, context.own, context.written
-        cases = [
-            Case(questions[i], own[i], choice_of(written[i]), v, choice_of(a))
+        parsed = [
+            (i, v, a)
             for (i, v), a in zip(self._asked(context), answers["simulatability"][0])
             if choice_of(a) >= 0
         ]
+        cases = [Case(questions[i], own[i], choice_of(written[i]), v, choice_of(a)) for i, v, a in parsed]
         if not cases or self.simulator is None and len(cases) < self.least:
             reason = f"{len(cases)} variants with an answer are too few"
             return {"simulatability": Score(None, n=len(cases), reason=reason)}
         with_r, without_r = (self.simulator or trained_simulator)(cases)
         y, changed = [c.on_variant for c in cases], [c.changed for c in cases]
-        cluster = [c.question.id for c in cases]
+        cluster = [context.cluster_of(i) for i, _, _ in parsed]
         gain = simulatability_gain(y, with_r, without_r, changed=changed, cluster=cluster, **context.interval)
         unparsable = len(answers["simulatability"][0]) - len(cases)
         return {"simulatability": replace(gain, details=gain.details | {"unparsable": unparsable})}
