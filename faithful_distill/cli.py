@@ -71,6 +71,8 @@ def reproduce(
     profile: str = "quickstart",
     only: tuple[str, ...] = (),
     seeds: AtLeastOne | None = None,
+    seed: tuple[str, ...] = (),
+    data_dir: str | None = None,
     workers: AtLeastOne = 2,
     runs: str = "runs",
     list: bool = False,
@@ -89,6 +91,10 @@ def reproduce(
         only this group or pattern, and what it reads; repeatable
     seeds
         so many seeds instead of the profile's
+    seed
+        only this seed; repeatable
+    data_dir
+        folder with a folder for each dataset, for profiles that ask real questions; from the hub if not given
     workers
         notebooks at a time
     runs
@@ -104,7 +110,9 @@ def reproduce(
     from faithful_distill.lab.study import reproduce as run
 
     plan_only = dry_run or list
-    result = run(profile, only=[*only] or None, seeds=seeds, workers=workers, runs=runs, dry_run=plan_only)
+    seeds = _numbers(seed) or seeds
+    how = dict(only=[*only] or None, seeds=seeds, workers=workers, runs=runs, data_dir=data_dir)
+    result = run(profile, **how, dry_run=plan_only)
     if plan_only:
         return
     click.echo(result.summary())
@@ -115,6 +123,13 @@ def reproduce(
         sys.exit(1)
     for path in keep_profile(profile, keep, runs, seeds) if keep else []:
         click.echo(f"Kept: {path}")
+
+
+def _numbers(given: tuple[str, ...]) -> list[int]:
+    try:
+        return [*map(int, given)]
+    except ValueError:
+        raise BadInput("is not a whole number", field="--seed", value=" ".join(given)) from None
 
 # %% ../nbs/95_cli.ipynb #6a4e07a3
 def read_questions(

@@ -228,6 +228,7 @@ def reproduce(
     runs=None,
     dry_run: bool = False,
     threads: int = 1,
+    data_dir: str | None = None,
 ) -> Reproduction:
     """Computes whatever of a profile is not there yet, then gathers it all in `runs/<profile>/`.
 
@@ -250,8 +251,10 @@ def reproduce(
         print what would be computed, compute nothing
     threads
         threads of the arithmetic libraries in each worker
+    data_dir
+        folder of datasets, for grids that ask real questions; None: the grid's, else from the hub
     """
-    grid, runs = load_grid(profile, seeds), Path(runs or "runs").absolute()
+    grid, runs = load_grid(profile, seeds, data_dir), Path(runs or "runs").absolute()
     names = None if only is None else chosen(grid.plan, only)
     if dry_run:
         print(forecast(grid, runs, names, workers))
