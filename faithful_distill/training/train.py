@@ -242,7 +242,7 @@ def prepared(student, settings: Settings) -> Student:
     else:
         student = load_student(student, device="cpu")
     lengths = settings.max_source, settings.max_target
-    reads = dict(list_choices=settings.list_choices)
+    reads = {name: getattr(settings, name) for name in ("list_choices", "hide_choices", "chat")}
     student = Student(student.model, student.tokenizer, student.name, *lengths, reads)
     if settings.lora is not None:
         student.model = with_lora(student, settings)
