@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from . import hints, mediation, steps, variants  # noqa: F401 - they register interventions
 from .arms import Baseline, Insertion
 from .intervals import Score
 from .perturb import TokenPerturber, insert_word
@@ -28,7 +29,7 @@ from faithful_distill.faithfulness.protocol import (
     own_rationales,
 )
 from ..files import BadInput, read_jsonl
-from ..questions import Question, as_questions, require_answers
+from ..questions import Question, as_questions, clusters_of, require_answers
 from ..reasoners.protocol import as_reasoner, without_answer
 from ..records import Rationale, read_records
 
@@ -121,6 +122,16 @@ def _handed(rationales, questions: list[Question]) -> dict:
     none = f"none of the {len(given):,} teacher rationales given"
     return {"handed": [], "no_handed": f"{none} is about one of these questions: no id is the same"}
 
+# %% ../../nbs/75_interventions.ipynb #0d3dc406
+def _interval(given: dict | None, questions: list[Question]) -> dict:
+    "`interval` and `clusters` of a `Context`."
+    interval = dict(given or {})
+    clusters = interval.pop("cluster", None)
+    if clusters is not None and len(clusters) != len(questions):
+        problem = f"there must be one entry for each of {len(questions)} questions"
+        raise BadInput(problem, field="cluster", value=len(clusters))
+    return {"interval": interval, "clusters": clusters_of(questions) if clusters is None else clusters}
+
 # %% ../../nbs/75_interventions.ipynb #a268399e
 def _askable(questions: list[Question], written: list, interval: dict) -> tuple[list, list, dict, dict]:
     "Questions that could be asked, their answers, the interval over them, and id -> reason of those that were not."
@@ -163,7 +174,8 @@ def measure(
         the teacher's for these questions, in memory or a file: gold for refine, gold and counterfactual
         for swap
     metrics
-        some of perturb, refine, swap, controls, early, mistakes; or `Intervention`s
+        some of perturb, refine, swap, controls, early, mistakes, or others that are registered; or
+        `Intervention`s
     prefix
         the tag the student answers under; default: as it was trained
     draws
@@ -177,7 +189,8 @@ def measure(
     max_new_tokens
         longest rationale that a `Student` writes; default: as it was trained
     interval
-        draws, level, seed of the bootstrap
+        draws, level, seed of the bootstrap; `cluster`, one entry a question: what is resampled together, if more than
+        the rows of one question
     """
     chosen = choose_interventions(metrics)
     questions = _labelled(questions, draws)
@@ -199,7 +212,8 @@ def measure(
         prefix=prefix,
         draws=draws,
         seed=seed,
-        interval=interval,
+        **_interval(interval, questions),
+        student=None if callable(student) else student,
         unable=reasoner.unable,
         **handed,
     )
@@ -246,6 +260,6 @@ def measure_insertion(
     written = reasoner.ask(questions, [None] * len(questions), prefix, False)
     questions, written, interval, _ = _askable(questions, written, interval or {})
     own = [a.rationale for a in written]
-    about = dict(prefix=prefix, seed=seed, interval=interval, unable=reasoner.unable)
+    about = dict(prefix=prefix, seed=seed, unable=reasoner.unable, **_interval(interval, questions))
     scores, _ = carry_out([insertion], Context(questions, written, own, **about), reasoner.ask)
     return scores
