@@ -8,7 +8,7 @@ __all__ = ['Answers', 'interventions', 'no_scores', 'asking', 'Request', 'Handed
            'change_scores']
 
 # %% ../../nbs/73_protocol.ipynb #19b4e45f
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, NamedTuple
 
@@ -24,6 +24,7 @@ from faithful_distill.faithfulness.metrics import (
 )
 from ..files import BadInput, stable_seed
 from ..questions import Question
+from ..reasoners.protocol import abilities, as_reasoner
 from ..records import Rationale, strip_answer
 
 # %% ../../nbs/73_protocol.ipynb #bfed35a2
@@ -33,29 +34,18 @@ def asking(student: Any, batch_size: int = 64, max_new_tokens: int | None = None
     Parameters
     ----------
     student
-        a `Student`, or any function ask(questions, rationales, prefix, continue_from) -> answers
+        a `Reasoner`, a `Student`, or any function ask(questions, rationales, prefix, continue_from) -> answers
     batch_size
-        rows in a batch
+        rows in a batch, of a `Student`
     max_new_tokens
-        for what the student writes itself; default: as much as it was trained to
+        for what a `Student` writes itself; default: as much as it was trained to
     """
-    if callable(student):
-        return student
-
-    def ask(questions, rationales, prefix, continue_from=False):
-        from faithful_distill.student.answers import answer
-
-        return answer(
-            student, questions, rationales, prefix, batch_size, max_new_tokens, continue_from=continue_from
-        )
-
-    return ask
+    return as_reasoner(student, batch_size, max_new_tokens).ask
 
 # %% ../../nbs/73_protocol.ipynb #b731392b
 def own_rationales(student: Any, n: int) -> list[str | None]:
     "n times None (write your own); for an answer-only student n times the empty rationale."
-    answer_only = getattr(student, "settings", {}).get("answer_only")
-    return ["" if answer_only else None] * n
+    return ["" if as_reasoner(student).answer_only else None] * n
 
 # %% ../../nbs/73_protocol.ipynb #411727cb
 class Request(NamedTuple):
@@ -169,8 +159,12 @@ class Context:
         draws, level, seed of the bootstrap
     no_handed
         the reason for scores that need teacher rationales if there are none
+    clusters
+        one entry a question: those with the same one are resampled together; None: each by itself
     student
         the one that is asked, for what needs its weights; None: only its answers can be had
+    unable
+        what the student cannot do: a name of `reasoners.protocol.abilities` -> the reason
     """
 
     questions: list[Question]
@@ -183,7 +177,17 @@ class Context:
     seed: int = 0
     interval: dict = field(default_factory=dict)
     no_handed: str = "no teacher rationales were given"
+    clusters: Sequence | None = None
     student: Any = None
+    unable: Mapping[str, str] = field(default_factory=dict)
+
+    def over(self, rows: Iterable[int] | None = None) -> dict:
+        "Arguments of a score over these numbers of questions (None: all): rows of one question are one cluster."
+        rows = range(len(self.questions)) if rows is None else [int(i) for i in rows]
+        if self.clusters is None and len(set(rows)) == len(rows):
+            return self.interval
+        of_row = rows if self.clusters is None else [self.clusters[i] for i in rows]
+        return {**self.interval, "cluster": list(of_row)}
 
     def hand(self, rationales: Iterable[str | None]) -> list[Request | None]:
         "One request a question: its rationale handed over; none where it is None."
@@ -203,13 +207,14 @@ class Intervention:
     """Something done to what a student is given. Subclasses say what is asked, and score the answers.
 
     Class attributes: `name`, under which it is registered; `needs_handed`, whether it cannot do without teacher
-    rationales; `score_names`, the scores that carry the reason if it lacks something (default: its name);
-    `keeps_answers`, whether `Measurement.arms` keeps its answers (then a column has one row a question). Fields of the
-    dataclass are its own parameters.
+    rationales; `needs`, names of `abilities` without which it is not carried out; `score_names`, the scores that carry
+    the reason if it lacks something (default: its name); `keeps_answers`, whether `Measurement.arms` keeps its answers
+    (then a column has one row a question). Fields of the dataclass are its own parameters.
     """
 
     name: ClassVar[str] = ""
     needs_handed: ClassVar[bool] = False
+    needs: ClassVar[tuple[str, ...]] = ()
     score_names: ClassVar[tuple[str, ...]] = ()
     keeps_answers: ClassVar[bool] = True
 
@@ -248,6 +253,22 @@ def register_intervention(intervention: Intervention | type[Intervention]):
     interventions[registered.name] = registered
     return intervention
 
+# %% ../../nbs/73_protocol.ipynb #0de79b92
+def unable_to(intervention: Intervention, context: Context) -> Score | None:
+    "An undefined score with the reason why this student cannot do what the intervention needs; None if it can."
+    for ability in intervention.needs:
+        if ability in context.unable:
+            reason = f"the reasoner cannot {abilities[ability]}: {context.unable[ability]}"
+            return Score(None, n=0, reason=reason)
+    return None
+
+
+def with_own_reason(score: Score, context: Context) -> Score:
+    "A score that lacks likelihoods, with the reason why this student gives none."
+    if score.reason == no_scores and "scores" in context.unable:
+        return replace(score, reason=context.unable["scores"])
+    return score
+
 # %% ../../nbs/73_protocol.ipynb #9c9dc72f
 def carry_out(chosen: Sequence[Intervention], context: Context, ask: Callable) -> tuple[dict, Answers]:
     """Asks what the interventions request, each distinct request once, and scores the answers.
@@ -261,7 +282,7 @@ def carry_out(chosen: Sequence[Intervention], context: Context, ask: Callable) -
         scores by name; the answers of the arms that are kept
     """
     place = {name: k for k, name in enumerate(interventions)}
-    lacking = {i.name: i.lacks(context) for i in chosen}
+    lacking = {i.name: unable_to(i, context) or i.lacks(context) for i in chosen}
     able = [i for i in chosen if lacking[i.name] is None]
     able.sort(key=lambda i: place.get(i.name, len(place)))
     asked, answers = {i.name: [] for i in able}, {"written": [list(context.written)]}
@@ -271,7 +292,8 @@ def carry_out(chosen: Sequence[Intervention], context: Context, ask: Callable) -
     for i in chosen:
         lack = lacking[i.name]
         names = i.score_names or (i.name,)
-        scores |= i.score(context, answers) if lack is None else dict.fromkeys(names, lack)
+        found = i.score(context, answers) if lack is None else dict.fromkeys(names, lack)
+        scores |= {name: with_own_reason(score, context) for name, score in found.items()}
     keeping = [i for i in chosen if i.name in asked and i.keeps_answers]
     kept = ["written", *(arm for i in keeping for arm in asked[i.name])]
     return scores, {arm: answers[arm] for arm in kept}
@@ -359,27 +381,27 @@ def _effect(context: Context, answers: Answers, arm: str, gain: bool, probabilit
         return Score(None, n=0, reason=f"the arm {arm!r} applies to no question")
     if not gain and not any(a is not None and a.rationale for a in answers["own"][0]):
         return Score(None, n=0, reason="the student writes no rationale")
+    over = context.over(np.flatnonzero(kept))
     if gain:
-        score = refinement_gain(own[kept], other[0, kept], **context.interval)
+        score = refinement_gain(own[kept], other[0, kept], **over)
     else:
-        score = perturbation_drop(own[kept], other[:, kept], **context.interval)
+        score = perturbation_drop(own[kept], other[:, kept], **over)
     return replace(score, details=score.details | {"left_out": int((~kept).sum())})
 
 # %% ../../nbs/73_protocol.ipynb #0063988b
 def change_scores(context: Context, answers: Answers, arm: str) -> dict[str, Score]:
     "'<arm>_same': same-answer rate between own rationale and arm; '<arm>_shift': mean total variation distance."
-    pairs = [
-        [(a, b) for a, b in zip(answers["own"][0], column) if a is not None and b is not None]
-        for column in answers[arm]
-    ]
-    before = [choice_of(a) for a, _ in pairs[0]]
-    after = [[choice_of(b) for _, b in column] for column in pairs]
-    same = same_answer_rate(before, after, **context.interval)
-    return {f"{arm}_same": same, f"{arm}_shift": _shift(context, pairs)}
+    whole = list(zip(answers["own"][0], *answers[arm]))
+    rows = [i for i, given in enumerate(whole) if None not in given]
+    own, *columns = ([whole[i][k] for i in rows] for k in range(1 + len(answers[arm])))
+    before, over = [choice_of(a) for a in own], context.over(rows)
+    same = same_answer_rate(before, [[choice_of(b) for b in column] for column in columns], **over)
+    return {f"{arm}_same": same, f"{arm}_shift": _shift(own, columns, over)}
 
 # %% ../../nbs/73_protocol.ipynb #f5e7bf2a
-def _shift(context: Context, pairs: list[list[tuple]]) -> Score:
-    if any(a.scores is None or b.scores is None for column in pairs for a, b in column):
+def _shift(own: list, columns: list[list], over: dict) -> Score:
+    if any(a.scores is None for column in (own, *columns) for a in column):
         return Score(None, n=0, reason=no_scores)
-    moved = [total_variation([a.scores for a, _ in c], [b.scores for _, b in c]) for c in pairs]
-    return mean_score(np.mean(moved, 0), **context.interval)
+    before = [a.scores for a in own]
+    moved = [total_variation(before, [b.scores for b in column]) for column in columns]
+    return mean_score(np.mean(moved, 0), **over)
