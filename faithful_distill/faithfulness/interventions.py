@@ -13,7 +13,13 @@ from typing import Any
 
 import numpy as np
 
-from . import hints, mediation, steps, variants  # noqa: F401 - they register interventions
+from faithful_distill.faithfulness import (  # noqa: F401 - they register interventions
+    hints,
+    mediation,
+    steps,
+    unlearning,
+    variants,
+)
 from .arms import Baseline, Insertion
 from .intervals import Score
 from .perturb import TokenPerturber, insert_word
