@@ -389,6 +389,7 @@ def evaluate(
     from faithful_distill.faithfulness.readers import ChoiceReader, read_choices
     from faithful_distill.faithfulness.simulators import ModelBehaviour, try_las
     from faithful_distill.files import writable_folder, write_json
+    from faithful_distill.lab.world import fact_of
     from faithful_distill.questions import require_answers
     from faithful_distill.records import read_records
     from faithful_distill.student.model import load_student
@@ -399,6 +400,7 @@ def evaluate(
     records = read_records(rationales, questions=questions) if rationales else []
     if simulator is not None:  # before the long part: can it be had, and does it read?
         read_choices(ChoiceReader(simulator), questions[:1], ["a text"])
+    facts = [fact_of(q) for q in questions] if data.split("-")[0] == "world" else None
     measured = measure(
         load_student(student),
         questions,
@@ -408,13 +410,14 @@ def evaluate(
         seed=seed,
         batch_size=batch_size,
         max_new_tokens=max_new_tokens,
+        interval={"cluster": facts},
     )
     scores, written = dict(measured.scores), measured.arms["written"][0]
     write_json(folder / "answers.json", measured.rows())
     write_json(folder / "metrics.json", {name: s.to_dict() for name, s in scores.items()})
     if simulator is not None:
         behaviour = ModelBehaviour(questions, [a.rationale for a in written], [a.choice for a in written])
-        scores |= try_las(simulator, behaviour)
+        scores |= try_las(simulator, behaviour, cluster=facts)
         write_json(folder / "metrics.json", {name: s.to_dict() for name, s in scores.items()})
     if (Path(student) / "student.json").is_file():
         model_card(

@@ -26,9 +26,11 @@ from faithful_distill.questions import (
     letter,
     match_choice,
     normalized,
+    question_key,
     without_punctuation,
 )
-from ..records import answer_sentences, strip_answer
+from .perturb import unspaced
+from ..records import AnswerSentence, answer_sentences, strip_answer
 
 # %% ../../nbs/78_external.ipynb #d26b2386
 def stated_choice(q: Question, text: str) -> int | None:
@@ -42,12 +44,19 @@ def stated_choice(q: Question, text: str) -> int | None:
     Returns
     -------
     int | None
-        index of the choice that its last answer sentence states; None where it states none, or two
+        index of the choice that its last answer sentence states; None where it states none, or two, as boxes do
+        that differ
     """
     found = answer_sentences(text, q.choices)
-    if not found:
-        return None
-    said, rest = _unwrapped(found[-1].said), found[-1].rest
+    boxed = [a for a in found if text[a.start] in "$\\"]
+    last = boxed if found[-1:] == boxed[-1:] else found[-1:]
+    stated = {_choice_in(q, a) for a in last}
+    return stated.pop() if len(stated) == 1 else None
+
+
+def _choice_in(q: Question, sentence: AnswerSentence) -> int | None:
+    "The choice that one answer sentence states."
+    said, rest = _unwrapped(sentence.said), sentence.rest
     lettered = re.match(r"\(([a-z])\)\s*(.*)", said + rest, re.IGNORECASE)
     if lettered:
         return _lettered_choice(q, _index(lettered[1]), lettered[2])
@@ -138,8 +147,7 @@ class ExternalRationale:
     @property
     def group(self) -> str:
         "What the rows of one question have in common."
-        q = self.question
-        return "\n".join([normalized(q.question), *sorted(map(normalized, q.choices))])
+        return question_key(self.question)
 
     @property
     def reasons(self) -> str:
@@ -275,10 +283,7 @@ def _unread(fields: Sequence[str], known: Iterable[str]) -> str:
     return ", ".join(found)
 
 # %% ../../nbs/78_external.ipynb #185868c0
-_unspaced = re.compile(
-    "[\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff\U00020000-\U0003ffff"  # Japanese, Chinese
-    "\u0e00-\u0eff\u0f00-\u0fff\u1000-\u109f\u1780-\u17ff]"  # Thai, Lao, Tibetan, Burmese, Khmer
-)
+_unspaced = re.compile(f"[{unspaced}]")
 
 
 def without_blanks(text: str) -> bool:
@@ -332,8 +337,22 @@ def read_rationales(
         logging.getLogger("faithful_distill").warning(
             "%s: not read: the fields %s", name, _unread(unread, fields)
         )
-    _warn_unspaced(found, "the rationales" if file is None else file)
+    name = "the rationales" if file is None else file
+    _warn_unspaced(found, name)
+    _warn_unread(found, name)
     return found
+
+
+def _warn_unread(found: list[ExternalRationale], name) -> None:
+    "Log where most rows state no readable answer: what is simulated would rest on the few others."
+    if 2 * (n := sum(one.prediction is None for one in found)) > len(found):
+        logging.getLogger("faithful_distill").warning(
+            "%s: %d of %d rows have no readable answer; they count as wrong, and no simulator sees them. Give the"
+            " field 'prediction' (an index, a letter or a choice's text), or end the rationales with an answer sentence",
+            name,
+            n,
+            len(found),
+        )
 
 
 def _warn_unspaced(found: list[ExternalRationale], name) -> None:

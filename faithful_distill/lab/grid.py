@@ -225,6 +225,20 @@ def _choices(axis: str, values, file, where: str) -> list[tuple[Any, dict]]:
     problem = "should be a list of values, or names that stand for parameters"
     raise BadInput(problem, file=file, field=f"{where}.for.{axis}", value=values)
 
+# %% ../../nbs/84_grid.ipynb #17ea3463
+def _check_axes_apart(axes: dict[str, list[tuple[Any, dict]]], file, where: str) -> None:
+    "Raises `BadInput` if two axes set one parameter."
+    set_by: dict[str, str] = {}
+    for axis, choices in axes.items():
+        for name in {name for _, params in choices for name in params}:
+            if set_by.setdefault(name, axis) != axis:
+                raise BadInput(
+                    f"sets the parameter {name!r}, as the axis {set_by[name]!r} does: one of them would have no effect",
+                    file=file,
+                    field=f"{where}.for.{axis}",
+                    remedy="Set it on one axis.",
+                )
+
 # %% ../../nbs/84_grid.ipynb #8fa9e158
 def _points(spec: GroupSpec, seeds: list[int] | None, file, where: str) -> Iterator[tuple[dict, dict]]:
     "(labels, parameters) of each combination of a group's axes."
@@ -234,6 +248,7 @@ def _points(spec: GroupSpec, seeds: list[int] | None, file, where: str) -> Itera
         raise BadInput("seeds are not an axis of `for`", file=file, field=f"{where}.for.seed", remedy=remedy)
     if seeds is not None:
         axes["seed"] = [(s, {"seed": s}) for s in seeds]
+    _check_axes_apart(axes, file, where)
     skip = spec.skip or []
     _check_number(math.prod(map(len, axes.values())), "combinations of its axes", most_cells, file, where)
     _check_number(len(skip), "rules", most_rules, file, f"{where}.skip")
@@ -256,6 +271,10 @@ def _check_number(n: int, of_what: str, most: int, file, where: str | None) -> N
 def _group_notebook(name: str, spec: GroupSpec, file: Path) -> Path:
     if not spec.notebook:
         raise BadInput("names no notebook", file=file, field=name)
+    if ".." in PureWindowsPath(spec.notebook).parts:
+        problem, remedy = "leads out of its folder", "Write a path below it, without `..`."
+        where = {"file": file, "field": f"{name}.notebook", "value": spec.notebook}
+        raise BadInput(problem, **where, remedy=remedy)
     beside = file.parent / spec.notebook
     if beside.exists():
         return beside

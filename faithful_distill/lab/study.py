@@ -12,6 +12,7 @@ import re
 import shutil
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Iterable
 
@@ -23,7 +24,7 @@ from .grid import Grid, chosen, load_grid
 from .keys import Run
 from .plan import From, Outcome, TableOf, last_seconds, run_plan
 from .report import cost_report
-from .tables import metrics_of, read_table, tidy, write_table
+from .tables import metrics_of, note_origin, read_table, tidy, write_table
 
 # %% ../../nbs/93_study.ipynb #e27f1408
 def _known_seconds(cells: list[str], seconds: dict[str, float]) -> float | None:
@@ -279,15 +280,14 @@ def small_table(table, digits: int = 6):
     return kept.drop(columns=empty).reset_index(drop=True)
 
 # %% ../../nbs/93_study.ipynb #90e145e6
-def _kept_tables(gathered: Path, groups: Iterable[str] | dict[str, Iterable[str]]) -> dict[str, Any]:
+def _kept_tables(gathered: Path, groups: dict[str, Iterable[str]]) -> dict[str, Any]:
     "The tables to be kept, by name."
     file = gathered / "results.csv"
     results = read_table(file)
-    wanted = groups if isinstance(groups, dict) else {group: [group] for group in groups}
-    for group in (g for of in wanted.values() for g in of):
+    for group in (g for of in groups.values() for g in of):
         if group not in set(results["group"]):
             raise BadInput("is not a group of these results", file=file, field="group", value=group)
-    tables = {name: results[results["group"].isin(list(of))] for name, of in wanted.items()}
+    tables = {name: results[results["group"].isin(list(of))] for name, of in groups.items()}
     return {**tables, "times": read_table(gathered / "times" / "times.csv")}
 
 # %% ../../nbs/93_study.ipynb #4dd665fe
@@ -304,6 +304,31 @@ def _kept_files(gathered: Path, files: Iterable[tuple[str, str]]) -> dict[str, P
             raise BadInput("is not there", file=path, remedy="Run the whole profile first.")
     return found
 
+# %% ../../nbs/93_study.ipynb #06efc4b0
+def _origin_of(folders: Iterable[Path]) -> dict[str, str]:
+    "Version, date and commit of some runs, as `note_origin` takes them; several versions with commas between them."
+    folders = sorted(set(folders))
+    noted = [json.loads((f / "params.json").read_text(encoding="utf-8")) for f in folders]
+    several = lambda name: ", ".join(sorted({str(n.get(name) or "unknown") for n in noted})) or "unknown"
+    last = max((f / "params.json").stat().st_mtime for f in folders)
+    date = datetime.fromtimestamp(last, UTC).date().isoformat()
+    commits = ", ".join(commit[:7] for commit in several("commit").split(", "))
+    return {"version": several("version"), "date": date, "commit": commits}
+
+
+def _note_origins(gathered: Path, into: Path, groups: dict[str, Iterable[str]], files: Iterable) -> None:
+    "Notes of each kept file which runs it comes from."
+    made = json.loads((gathered / "runs.json").read_text(encoding="utf-8"))
+    runs_of = lambda group: [gathered.parent / r for c, r in made.items() if c.split(" ")[0] == group]
+    for name, of in groups.items():
+        folders = [folder for group in of for folder in runs_of(group)]
+        note_origin([into / f"{gathered.name}_{name}.csv"], **_origin_of(folders))
+    everything = [gathered.parent / run for run in made.values()]
+    note_origin([into / f"{gathered.name}_times.csv"], **_origin_of(everything))
+    for cell, name in files:
+        kept = into / f"{gathered.name}_{Path(name).name}"
+        note_origin([kept], **_origin_of([gathered.parent / made.get(cell, cell)]))
+
 # %% ../../nbs/93_study.ipynb #b8ab1e37
 def keep_results(
     gathered,
@@ -313,7 +338,7 @@ def keep_results(
 ) -> list[Path]:
     """Writes `<profile>_<name>.csv` for each table, `<profile>_times.csv` and `<profile>_<file>` for each file.
 
-    The figures are drawn from these.
+    The figures are drawn from these. `origin.json` beside them says where each comes from.
 
     Parameters
     ----------
@@ -326,13 +351,16 @@ def keep_results(
     files
         (cell, file in its run folder) to be kept too
     """
-    gathered, into = Path(gathered), Path(into)
-    tables, files = _kept_tables(gathered, groups), _kept_files(gathered, files)
+    gathered, into, asked = Path(gathered), Path(into), list(files)
+    groups = groups if isinstance(groups, dict) else {group: [group] for group in groups}
+    tables, files = _kept_tables(gathered, groups), _kept_files(gathered, asked)
     kept = [
         write_table(into / f"{gathered.name}_{name}.csv", small_table(table))
         for name, table in tables.items()
     ]
-    return [*kept, *(write_text(into / name, path.read_bytes()) for name, path in files.items())]
+    kept += [write_text(into / name, path.read_bytes()) for name, path in files.items()]
+    _note_origins(gathered, into, groups, asked)
+    return kept
 
 # %% ../../nbs/93_study.ipynb #f4db310a
 def read_by_figures(grid: Grid) -> tuple[dict[str, list[str]], list[tuple[str, str]]]:

@@ -17,7 +17,7 @@ from typing import Sequence
 
 from ..files import BadInput, read_jsonl, sole_writer, writable_folder
 from ..models import check_name
-from ..ranks import count_nodes
+from ..ranks import count_nodes, launched
 from ..records import Rationale, read_records
 from ..student.model import Student, load_student
 from ..student.rows import check_choices, unknown_tokens
@@ -144,6 +144,7 @@ def train_student(
     **settings
         see `Settings`
     """
+    launched()  # half of a launcher's variables are an error, before anything is read or written
     settings, out = Settings(**settings), checked_out(out)
     if not isinstance(student, Student):
         check_name(student, "student")
