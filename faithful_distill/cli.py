@@ -104,14 +104,14 @@ def reproduce(
     dry_run
         the same: what would be computed, and how long it took last time
     keep
-        when all is done, also write the small tables that the figures read into this folder, such as data/results
+        folder such as data/results: what stands in its tables is not computed again, and when all is done the small tables that the figures read are written there
     """
     from faithful_distill.lab.study import keep_profile
     from faithful_distill.lab.study import reproduce as run
 
     plan_only = dry_run or list
     seeds = _numbers(seed) or seeds
-    how = dict(only=[*only] or None, seeds=seeds, workers=workers, runs=runs, data_dir=data_dir)
+    how = dict(only=[*only] or None, seeds=seeds, workers=workers, runs=runs, data_dir=data_dir, keep=keep)
     result = run(profile, **how, dry_run=plan_only)
     if plan_only:
         return
@@ -121,7 +121,7 @@ def reproduce(
         click.echo(f"Report: {report}")
     if not result.ok:
         sys.exit(1)
-    for path in keep_profile(profile, keep, runs, seeds) if keep else []:
+    for path in keep_profile(profile, keep, runs, seeds, data_dir) if keep else []:
         click.echo(f"Kept: {path}")
 
 

@@ -384,8 +384,9 @@ def _referred(kind: str, value: dict, reader: Cell, groups: _Groups):
     found = [c for name in dict.fromkeys(names) for c in _matching(groups, name, wanted, reader, where)]
     groups.n_read += len(found)
     _check_number(groups.n_read, "reads of other runs, with those before it", most_reads, groups.file, where)
-    if kind in ("table", "times"):
-        return TableOf(tuple(c.name for c in found), kind == "times")
+    if kind in ("table", "times", "rows"):
+        of_file = file or "rows.jsonl" if kind == "rows" else ""
+        return TableOf(tuple(c.name for c in found), kind == "times", of_file)
     if kind == "each":
         return [From(c.name, file) for c in found]
     if len(found) != 1:
@@ -395,7 +396,7 @@ def _referred(kind: str, value: dict, reader: Cell, groups: _Groups):
     return From(found[0].name, file)
 
 # %% ../../nbs/84_grid.ipynb #0270f948
-_references = ("from", "each", "table", "times", "shipped")
+_references = ("from", "each", "table", "times", "rows", "shipped")
 
 
 def _resolved(value, reader: Cell, groups: _Groups):
