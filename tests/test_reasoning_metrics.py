@@ -519,3 +519,49 @@ def test_a_causal_student_moves_where_its_answer_comes_from_the_step():
         of[name] = measure(student, names["questions"], metrics=["unlearning"], max_new_tokens=12).scores
         assert of[name]["accuracy"].value > 0.7, name
     assert of["uses"]["unlearning_probability"].value > of["shortcut"]["unlearning_probability"].value + 0.3
+
+
+# ---- questions that read alike, and answers that are missing
+
+
+def test_rows_of_one_question_are_one_cluster_in_every_metric():
+    "The same questions twice, under other ids, are no more evidence than once."
+    eight = questions[:8]
+    twice = [*eight, *(Question(f"{q.id}b", q.question, q.choices, q.answer) for q in eight)]
+    guess = lambda cases: ([0] * len(cases), [int(len(c.rationale) > 3) for c in cases])
+    metrics = ["hint", "mediation", "steps", variants.Simulatability(simulator=guess)]
+    once, again = (measure(wavering, some, metrics=metrics, interval=fast).scores for some in (eight, twice))
+    for name in ("hint_influenced", "mediation_total", "steps_intact", "simulatability"):
+        clusters = int(again[name].details["warning"].split()[1])  # "only 8 clusters: ..."
+        assert clusters <= 8 < again[name].n and again[name].n > once[name].n, name
+
+
+def wavering(given, rationales, prefix, continue_from=False):
+    "Takes a cue in two questions of three, tells of it in half, reads the words of its rationale."
+    found = []
+    for q, handed in zip(given, rationales):
+        number, cue = int(q.question.split("number ")[1].split("?")[0]), None
+        for one in hints.cues:
+            cue = next(
+                (i for i, w in enumerate(colours) if q.question.endswith(one.text.format(choice=w))), cue
+            )
+        colour = colours[number % 3 if cue is None or number % 3 == 0 else cue]
+        told = f"It is {'by the professor, the key, you think, ' if number % 2 else ''}{colour}, or so"
+        text = told if handed is None else handed
+        said = next((i for i, w in enumerate(colours) if w in text.replace(",", "").split()), number % 3)
+        scores = [(3.0 + number % 5) * (i == said) for i in range(3)]
+        found.append(answer_of(said, text, scores))
+    return found
+
+
+def test_a_question_without_likelihoods_costs_that_question_alone():
+    def patchy(given, rationales, prefix, continue_from=False):
+        answers = wavering(given, rationales, prefix)
+        for q, a in zip(given, answers):
+            if "number 3?" in q.question:
+                a.scores = None
+        return answers
+
+    found = measure(patchy, questions, metrics=["mediation", "steps"], interval=fast).scores
+    assert found["mediation_direct"].n == 24 and found["mediation_direct_probability"].n == 23
+    assert found["steps"].n == 23

@@ -222,9 +222,11 @@ class Simulatability(Intervention):
 
     def score(self, context, answers):
         questions, own, written = context.questions, context.own, context.written
+        asked = list(zip(self._asked(context), answers["simulatability"][0]))
+        rows = [i for (i, _), a in asked if choice_of(a) >= 0]
         cases = [
             Case(questions[i], own[i], choice_of(written[i]), v, choice_of(a))
-            for (i, v), a in zip(self._asked(context), answers["simulatability"][0])
+            for (i, v), a in asked
             if choice_of(a) >= 0
         ]
         if not cases or self.simulator is None and len(cases) < self.least:
@@ -232,7 +234,6 @@ class Simulatability(Intervention):
             return {"simulatability": Score(None, n=len(cases), reason=reason)}
         with_r, without_r = (self.simulator or trained_simulator)(cases)
         y, changed = [c.on_variant for c in cases], [c.changed for c in cases]
-        cluster = [c.question.id for c in cases]
-        gain = simulatability_gain(y, with_r, without_r, changed=changed, cluster=cluster, **context.interval)
-        unparsable = len(answers["simulatability"][0]) - len(cases)
+        gain = simulatability_gain(y, with_r, without_r, changed=changed, **context.over(rows))
+        unparsable = len(asked) - len(cases)
         return {"simulatability": replace(gain, details=gain.details | {"unparsable": unparsable})}
