@@ -6,6 +6,7 @@
 __all__ = ['families', 'Measurement', 'choose_interventions', 'measure', 'measure_insertion']
 
 # %% ../../nbs/75_interventions.ipynb #5ccd5d47
+import logging
 from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,9 +29,12 @@ from faithful_distill.faithfulness.protocol import (
     match_records,
     own_rationales,
 )
-from ..files import BadInput, read_jsonl
-from ..questions import Question, as_questions, require_answers
+from ..exchange import trained_overlap
+from ..files import BadInput
+from ..formats import read_rows, rows_of
+from ..questions import Question, require_answers
 from ..records import Rationale, read_records, strip_answer
+from ..sources import questions_from
 
 # %% ../../nbs/75_interventions.ipynb #eab2dfea
 @dataclass
@@ -98,7 +102,7 @@ def _labelled(questions: Iterable, draws: int) -> list[Question]:
     "The questions, checked to be labelled, there, and of different ids."
     if draws < 1:
         raise BadInput("at least one draw is needed", field="draws", value=draws)
-    questions = require_answers(questions, "measuring")
+    questions = require_answers(questions_from(questions), "measuring")
     if not questions:
         raise BadInput("there is nothing to measure", field="questions", value=[])
     if len({q.id for q in questions}) < len(questions):
@@ -107,14 +111,22 @@ def _labelled(questions: Iterable, draws: int) -> list[Question]:
     return questions
 
 # %% ../../nbs/75_interventions.ipynb #9651329f
+def _warn_of_overlap(student, questions: list[Question]) -> None:
+    "Log how many of the questions the student was trained on, where its folder says what those were."
+    found = trained_overlap(getattr(student, "trained_on", ()), questions)
+    if found.ids:
+        log = logging.getLogger("faithful_distill")
+        log.warning("%s: its answers to them are no test (%s, ...)", found, ", ".join(found.ids[:3]))
+
+
 def _handed(rationales, questions: list[Question]) -> dict:
     "The teacher's rationales for these questions, and the reason if there are none, as `Context` takes them."
     if not isinstance(rationales, (str, Path)):
-        rationales = list(rationales)
+        rationales = rows_of(rationales)
     handed = match_records(questions, read_records(rationales, questions=questions))
     if handed or not rationales:
         return {"handed": handed}
-    given = rationales if isinstance(rationales, list) else list(read_jsonl(rationales))
+    given = rationales if isinstance(rationales, list) else list(read_rows(rationales))
     none = f"none of the {len(given):,} teacher rationales given"
     return {"handed": [], "no_handed": f"{none} is about one of these questions: no id is the same"}
 
@@ -142,7 +154,7 @@ def measure(
     student
         a `Student`, or a function ask(questions, rationales, prefix, continue_from)
     questions
-        labelled `Question`s, dicts or a Dataset of them
+        labelled, in any form of `questions_from`: `Question`s, dicts, a data frame, a Dataset, a file
     rationales
         the teacher's for these questions, in memory or a file: gold for refine, gold and counterfactual
         for swap
@@ -165,6 +177,7 @@ def measure(
     """
     chosen = choose_interventions(metrics)
     questions = _labelled(questions, draws)
+    _warn_of_overlap(student, questions)
     handed = _handed(rationales, questions)
     ask, prefix = asking(student, batch_size, max_new_tokens), prefix or getattr(student, "prefix", "factual")
     written = ask(questions, own_rationales(student, len(questions)), prefix, False)
@@ -220,7 +233,7 @@ def measure_insertion(
         'insertion' (flips), 'insertion_correlation' (probabilities)
     """
     insertion = Insertion(tuple(candidates), per_question, insert)
-    questions, ask = as_questions(questions), asking(student, batch_size, max_new_tokens)
+    questions, ask = questions_from(questions), asking(student, batch_size, max_new_tokens)
     prefix = prefix or getattr(student, "prefix", "factual")
     written = ask(questions, [None] * len(questions), prefix, False)
     own = [a.rationale for a in written]

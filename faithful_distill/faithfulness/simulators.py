@@ -21,8 +21,9 @@ from .protocol import asking, own_rationales
 from .metrics import las, las_from_credit, rev
 from .readers import ChoiceReader, Reader, fit_reader, read_choices
 from ..files import BadInput, stable_seed
-from ..questions import Question, as_questions, choice_text, letter, normalized
+from ..questions import Question, choice_text, letter, normalized
 from ..records import strip_answer
+from ..sources import questions_from
 
 # %% ../../nbs/77_simulators.ipynb #2b511718
 @dataclass
@@ -68,7 +69,7 @@ class ModelBehaviour:
     @classmethod
     def by(cls, student: Any, questions: Iterable, **asked) -> "ModelBehaviour":
         "Ask a student for its rationales and predictions."
-        questions = as_questions(questions)
+        questions = questions_from(questions)
         prefix = getattr(student, "prefix", "factual")
         ask = asking(student, **asked)
         answers = ask(questions, own_rationales(student, len(questions)), prefix, False)
