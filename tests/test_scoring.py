@@ -426,22 +426,7 @@ def test_fields_that_are_not_read_are_named_with_the_one_that_was_meant(caplog):
     ] and not caplog.messages
 
 
-def test_records_of_this_package_and_empty_cut_marks_are_refused():
-    record = dict(
-        id="q",
-        split="dev",
-        question="Which?",
-        choices=["a", "b"],
-        answer=0,
-        target=1,
-        role="counterfactual",
-        rationale="b is it",
-    )
-    with pytest.raises(
-        BadInput,
-        match="line 1: field 'target': is a rationale record of this package.* Rename 'answer' to 'gold'",
-    ):
-        read_rationales([record])
+def test_empty_cut_marks_are_refused():
     with pytest.raises(BadInput, match="field 'cut_at': is empty"):
         read_rationales(rows_of_a_file, cut_at=["Q:", ""])
 
@@ -974,7 +959,7 @@ def palm_files(folder, texts, n_questions=2):
 
 
 def test_published_files_that_do_not_fit_together_are_refused(tmp_path):
-    with pytest.raises(BadInput, match="must be one of palm, gpt3"):
+    with pytest.raises(BadInput, match="must be one of palm, .*gpt3"):
         read_published("cot", tmp_path)
     for name in ("palm", "gpt3"):
         with pytest.raises(BadInput, match="no such file"):

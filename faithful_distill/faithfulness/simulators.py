@@ -30,14 +30,9 @@ from faithful_distill.faithfulness.readers import (
     read_parts,
 )
 from ..files import BadInput, stable_seed
-from faithful_distill.questions import (
-    Question,
-    as_questions,
-    choice_text,
-    clusters_of,
-    normalized,
-)
+from ..questions import Question, choice_text, clusters_of, normalized
 from ..records import strip_answer
+from ..sources import questions_from
 
 # %% ../../nbs/77_simulators.ipynb #2b511718
 @dataclass
@@ -83,7 +78,7 @@ class ModelBehaviour:
     @classmethod
     def by(cls, student: Any, questions: Iterable, **asked) -> "ModelBehaviour":
         "Ask a student for its rationales and predictions."
-        questions = as_questions(questions)
+        questions = questions_from(questions)
         prefix = getattr(student, "prefix", "factual")
         ask = asking(student, **asked)
         answers = ask(questions, own_rationales(student, len(questions)), prefix, False)

@@ -12,8 +12,9 @@ from pathlib import Path
 from typing import NamedTuple, Sequence
 
 from ..files import BadInput, progress
-from ..questions import Question, as_questions, choice_text, match_choice
+from ..questions import Question, choice_text, match_choice
 from ..records import answer_sentence, answer_sentences
+from ..sources import questions_from
 from faithful_distill.student.decoding import (
     DecoderBatch,
     choice_scores,
@@ -220,7 +221,7 @@ def answer(
     Parameters
     ----------
     questions
-        Questions, dicts or a Dataset of them
+        in any form of `questions_from`: Questions, dicts, a data frame, a Dataset, a file
     rationales
         None: the student writes its own; else one per question (None in the list: its own)
     prefix
@@ -237,7 +238,7 @@ def answer(
     for name, value in (("batch_size", batch_size), ("max_new_tokens", max_new_tokens)):
         if value is not None and value < 1:
             raise BadInput("must be at least 1", field=name, value=value)
-    questions = as_questions(questions)
+    questions = questions_from(questions)
     texts = [None] * len(questions) if rationales is None else list(rationales)
     prefix, limit = prefix or student.prefix, max_new_tokens or student.max_target
     if len(texts) != len(questions):
@@ -294,7 +295,7 @@ def explain(
         of that probability; `replaced`: rationale, answer and moves of each replacement
     """
     student = model if isinstance(model, Student) else load_student(model)
-    [q] = as_questions([question])
+    [q] = questions_from(question)
     own = answer(student, [q], prefix=prefix)[0]
     first, at = _probabilities(own.scores), own.likely
     replaced = []
