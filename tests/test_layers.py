@@ -21,6 +21,8 @@ LAYERS = (  # from the ground up; the wings of one layer do not import each othe
     ("questions", "ranks", "models"),
     ("sources",),
     ("records",),
+    ("attention",),
+    ("prefix_tree",),
     ("teacher", "student"),
     ("training",),
     ("reasoners",),
