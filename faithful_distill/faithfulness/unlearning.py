@@ -282,8 +282,7 @@ class Unlearning(Intervention):
         for n, i in enumerate(progress(chosen, desc="unlearning", unit="q")):
             for k, found in enumerate(bench.steps_of(i, usable)):
                 tables[:, n, k] = found
-        interval = dict(context.interval, cluster=[context.questions[i].id for i in chosen])
-        return unlearning_scores(*tables, least=self.least, **interval)
+        return unlearning_scores(*tables, least=self.least, **context.over(chosen))
 
 # %% ../../nbs/77_unlearning.ipynb #94440366
 class _Bench:

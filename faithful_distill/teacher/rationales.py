@@ -30,6 +30,7 @@ from faithful_distill.files import (
 from ..questions import Question, letter, require_answers
 from ..ranks import from_first_rank, shard_of
 from ..records import Rationale, rationale_from_row, roles, strip_answer, write_records
+from ..sources import questions_from
 from .loading import Teacher, as_teacher
 from .prompts import contrast_ids, few_shot, prompt_hash, styles, worked_turns
 from .strategy import Strategy, argument, as_strategy
@@ -338,7 +339,7 @@ class _Ledger:
 # %% ../../nbs/40_rationales.ipynb #e4198ec9
 def rationalize(
     teacher: Teacher | str | Path | tuple,
-    questions: Iterable | Question | dict,
+    questions: Iterable | Question | dict | str | Path,
     strategy: str | Strategy = "contrastive-wrong",
     *,
     alpha: float | None = None,
@@ -368,7 +369,8 @@ def rationalize(
     teacher
         a `Teacher`, a hub name, a folder, or (model, tokenizer)
     questions
-        labelled questions: `Question`s or dicts, one or several, a `Dataset` or a data frame
+        labelled questions in any form of `questions_from`: `Question`s, dicts, a data frame, a `Dataset`, a file,
+        a dataset and its split ('csqa:train')
     strategy
         a name from `strategies`, or a `Strategy`
     alpha, beta, temperature, perturbation
@@ -407,7 +409,7 @@ def rationalize(
         raise BadInput("is not a setting of rationalize", field=name, value=value, remedy=remedy)
     changes = dict(alpha=alpha, beta=beta, temperature=temperature, perturbation=perturbation)
     strategy = as_strategy(strategy, **changes)
-    questions = require_answers(questions, "a rationale for the gold answer")
+    questions = require_answers(questions_from(questions), "a rationale for the gold answer")
     if out is not None:
         check_target(out)
         check_target(journal_path(out))
