@@ -71,6 +71,8 @@ def reproduce(
     profile: str = "quickstart",
     only: tuple[str, ...] = (),
     seeds: AtLeastOne | None = None,
+    seed: tuple[str, ...] = (),
+    data_dir: str | None = None,
     workers: AtLeastOne = 2,
     runs: str = "runs",
     list: bool = False,
@@ -89,6 +91,10 @@ def reproduce(
         only this group or pattern, and what it reads; repeatable
     seeds
         so many seeds instead of the profile's
+    seed
+        only this seed; repeatable
+    data_dir
+        folder with a folder for each dataset, for profiles that ask real questions; from the hub if not given
     workers
         notebooks at a time
     runs
@@ -98,13 +104,15 @@ def reproduce(
     dry_run
         the same: what would be computed, and how long it took last time
     keep
-        when all is done, also write the small tables that the figures read into this folder, such as data/results
+        folder such as data/results: what stands in its tables is not computed again, and when all is done the small tables that the figures read are written there
     """
     from faithful_distill.lab.study import keep_profile
     from faithful_distill.lab.study import reproduce as run
 
     plan_only = dry_run or list
-    result = run(profile, only=[*only] or None, seeds=seeds, workers=workers, runs=runs, dry_run=plan_only)
+    seeds = _numbers(seed) or seeds
+    how = dict(only=[*only] or None, seeds=seeds, workers=workers, runs=runs, data_dir=data_dir, keep=keep)
+    result = run(profile, **how, dry_run=plan_only)
     if plan_only:
         return
     click.echo(result.summary())
@@ -113,8 +121,15 @@ def reproduce(
         click.echo(f"Report: {report}")
     if not result.ok:
         sys.exit(1)
-    for path in keep_profile(profile, keep, runs, seeds) if keep else []:
+    for path in keep_profile(profile, keep, runs, seeds, data_dir) if keep else []:
         click.echo(f"Kept: {path}")
+
+
+def _numbers(given: tuple[str, ...]) -> list[int]:
+    try:
+        return [*map(int, given)]
+    except ValueError:
+        raise BadInput("is not a whole number", field="--seed", value=" ".join(given)) from None
 
 # %% ../nbs/95_cli.ipynb #6a4e07a3
 def read_questions(
@@ -454,6 +469,7 @@ def evaluate(
     from faithful_distill.faithfulness.readers import ChoiceReader, read_choices
     from faithful_distill.faithfulness.simulators import ModelBehaviour, try_las
     from faithful_distill.files import writable_folder, write_json
+    from faithful_distill.lab.world import fact_of
     from faithful_distill.questions import require_answers
     from faithful_distill.records import read_records
     from faithful_distill.student.model import load_student
@@ -465,6 +481,7 @@ def evaluate(
     records = read_records(rationales, questions=questions) if rationales else []
     if simulator is not None:  # before the long part: can it be had, and does it read?
         read_choices(ChoiceReader(simulator), questions[:1], ["a text"])
+    facts = [fact_of(q) for q in questions] if data.split("-")[0] == "world" else None
     measured = measure(
         load_student(student),
         questions,
@@ -474,13 +491,14 @@ def evaluate(
         seed=seed,
         batch_size=batch_size,
         max_new_tokens=max_new_tokens,
+        interval={"cluster": facts},
     )
     scores, written = dict(measured.scores), measured.arms["written"][0]
     write_json(folder / "answers.json", measured.rows())
     write_json(folder / "metrics.json", {name: s.to_dict() for name, s in scores.items()})
     if simulator is not None:
         behaviour = ModelBehaviour(questions, [a.rationale for a in written], [a.choice for a in written])
-        scores |= try_las(simulator, behaviour)
+        scores |= try_las(simulator, behaviour, cluster=facts)
         write_json(folder / "metrics.json", {name: s.to_dict() for name, s in scores.items()})
     if (Path(student) / "student.json").is_file():
         model_card(

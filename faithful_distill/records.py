@@ -364,11 +364,14 @@ class AnswerSentence(NamedTuple):
     said: str
     rest: str = ""
 
+# %% ../nbs/05_records.ipynb #39fb212d
+_box = re.compile(r"\$*\\(?:boxed|fbox)\s*\{((?:[^{}]|\{[^{}]*\})*)\}\$*[.!?]*")
+
 # %% ../nbs/05_records.ipynb #5f42882c
 def answer_sentences(text: str, choices: Sequence[str] = ()) -> list[AnswerSentence]:
     """All sentences of `text` that state an answer.
 
-    'So the answer is ...', 'The correct answer is ...', 'Thus the statement is ...'.
+    'So the answer is ...', 'The correct answer is ...', 'Thus the statement is ...', a box outside these.
 
     Parameters
     ----------
@@ -389,7 +392,9 @@ def answer_sentences(text: str, choices: Sequence[str] = ()) -> list[AnswerSente
         rest = "" if stated is None else text[stated : stop.start()].rstrip()
         found.append(AnswerSentence(start, end.end(), said.strip(), rest))
         at = max(end.end(), begins)
-    return found
+    inside = [range(a.start, a.end) for a in found]
+    boxes = (box for box in _box.finditer(text) if not any(box.start() in span for span in inside))
+    return sorted([*found, *(AnswerSentence(*box.span(), box[1].strip()) for box in boxes)])
 
 # %% ../nbs/05_records.ipynb #c8bb46b5
 def _stop_after(text: str, at: int) -> re.Match:

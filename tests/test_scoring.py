@@ -290,6 +290,13 @@ wrapped = [
     ("The answer is Z.", None),
     ("The answer is A cat.", 1),  # an article
     ("The answer is not B.", None),
+    (r"\boxed{B}", 1),
+    (r"$\boxed{\text{(B)}}$.", 1),
+    (r"\boxed{cat}", 1),
+    (r"\boxed{A} or \boxed{B}", None),
+    (r"\boxed{B}. \boxed{B}", 1),
+    (r"\boxed{7}", None),
+    (r"\boxed{A}. So the answer is B.", 1),
 ]
 
 
@@ -302,7 +309,16 @@ def test_a_letter_is_read_however_it_is_wrapped(text, choice):
             [row] = read_rationales(
                 [dict(question="Which?", choices=list(q.choices), rationale=before + text)]
             )
-            assert row.reasons.startswith("It purrs") and "nswer" not in row.reasons
+            assert row.reasons.startswith("It purrs") and not {"nswer", "boxed"} & set(row.reasons.split())
+
+
+@pytest.mark.parametrize("unread, warned", [(3, True), (2, False)])
+def test_it_is_said_where_most_rows_have_no_readable_answer(unread, warned, caplog):
+    row = dict(question="Which?", choices=["dog", "cat"])
+    said = ["It barks."] * unread + ["It barks. So the answer is dog."] * 2
+    read_rationales([dict(row, rationale=text, id=str(i)) for i, text in enumerate(said)])
+    assert [f"{unread} of 5 rows have no readable answer" in m for m in caplog.messages] == [True] * warned
+    assert all("'prediction'" in m for m in caplog.messages)
 
 
 def test_a_letter_that_is_another_choices_text_is_no_answer():

@@ -26,7 +26,9 @@ from faithful_distill.questions import (
     letter,
     match_choice,
     normalized,
+    question_key,
 )
+from .perturb import unspaced
 from ..records import strip_answer
 
 # %% ../../nbs/78_external.ipynb #48bdc647
@@ -60,8 +62,7 @@ class ExternalRationale:
     @property
     def group(self) -> str:
         "What the rows of one question have in common."
-        q = self.question
-        return "\n".join([normalized(q.question), *sorted(map(normalized, q.choices))])
+        return question_key(self.question)
 
     @property
     def reasons(self) -> str:
@@ -197,10 +198,7 @@ def _unread(fields: Sequence[str], known: Iterable[str]) -> str:
     return ", ".join(found)
 
 # %% ../../nbs/78_external.ipynb #185868c0
-_unspaced = re.compile(
-    "[\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff\U00020000-\U0003ffff"  # Japanese, Chinese
-    "\u0e00-\u0eff\u0f00-\u0fff\u1000-\u109f\u1780-\u17ff]"  # Thai, Lao, Tibetan, Burmese, Khmer
-)
+_unspaced = re.compile(f"[{unspaced}]")
 
 
 def without_blanks(text: str) -> bool:
@@ -256,8 +254,22 @@ def read_rationales(
         logging.getLogger("faithful_distill").warning(
             "%s: not read: the fields %s", name, _unread(unread, fields)
         )
-    _warn_unspaced(found, "the rationales" if file is None else file)
+    name = "the rationales" if file is None else file
+    _warn_unspaced(found, name)
+    _warn_unread(found, name)
     return found
+
+
+def _warn_unread(found: list[ExternalRationale], name) -> None:
+    "Log where most rows state no readable answer: what is simulated would rest on the few others."
+    if 2 * (n := sum(one.prediction is None for one in found)) > len(found):
+        logging.getLogger("faithful_distill").warning(
+            "%s: %d of %d rows have no readable answer; they count as wrong, and no simulator sees them. Give the"
+            " field 'prediction' (an index, a letter or a choice's text), or end the rationales with an answer sentence",
+            name,
+            n,
+            len(found),
+        )
 
 
 def _warn_unspaced(found: list[ExternalRationale], name) -> None:

@@ -22,7 +22,7 @@ from .intervals import Score, mean_score
 from .protocol import asking
 from .interventions import measure
 from .metrics import accuracy, las_from_credit, rev, same_answer_rate
-from .perturb import shuffle_across
+from .perturb import shuffle_across, words_of
 from .readers import ChoiceReader, Reader, scratch_base
 from faithful_distill.faithfulness.simulators import (
     ModelBehaviour,
@@ -468,7 +468,7 @@ class RoraLite(_Information):
         "Two rounds of detectors come on top, and they read each text once for every word that may leak."
         rows, (trained, read) = self.pick(task), super().work(task)
         detectors, _ = task.work(len(rows), 1)
-        variants = sum(1 + len(task.rows[i].reasons.split()) for i in rows)
+        variants = sum(1 + len(words_of(task.rows[i].reasons)) for i in rows)
         return trained + 2 * detectors, read + 2 * task.parts * variants
 
 # %% ../../nbs/79_families.ipynb #1c90e4f2

@@ -19,9 +19,16 @@ import numpy as np
 from .intervals import Score
 from .protocol import asking, own_rationales
 from .metrics import las, las_from_credit, rev
+from .perturb import join_words, words_of
 from .readers import ChoiceReader, Reader, fit_reader, read_choices
 from ..files import BadInput, stable_seed
-from ..questions import Question, choice_text, letter, normalized
+from faithful_distill.questions import (
+    Question,
+    choice_text,
+    clusters_of,
+    letter,
+    normalized,
+)
 from ..records import strip_answer
 from ..sources import questions_from
 
@@ -97,8 +104,8 @@ def _longest_end(tail: str, rationale: str) -> str:
     That is what follows it here, then the rationale, which may be there already: whole or without some
     of its words.
     """
-    words = iter(rationale.split())
-    if all(w in words for w in tail.split()):  # in this order, with gaps
+    words = iter(words_of(rationale))
+    if all(w in words for w in words_of(tail)):  # in this order, with gaps
         return f" {rationale}"
     return tail if tail.endswith(rationale) else f"{tail} {rationale}"
 
@@ -123,15 +130,15 @@ def fitting(
     ends = [_longest_end(tail, r) for (_, tail), r in zip(around, explained.rationales)]
     longest = [f"{head}{q.question}{end}" for q, (head, _), end in zip(explained.questions, around, ends)]
     for i, length in enumerate(_token_counts(reader, longest)):
-        (head, tail), words = around[i], explained.questions[i].question.split()
+        (head, tail), words = around[i], words_of(explained.questions[i].question)
         if length <= limit:
             continue
         if head == texts[i]:  # there is no question to shorten
             n_long += 1
             continue
-        too_long = lambda n: _token_counts(reader, [f"{head}{' '.join(words[:n])}{ends[i]}"])[0] > limit
+        too_long = lambda n: _token_counts(reader, [f"{head}{join_words(words[:n])}{ends[i]}"])[0] > limit
         kept = max(1, bisect_left(range(1, len(words)), True, key=too_long))
-        fitted[i], n_cut = f"{head}{' '.join(words[:kept])}{tail}", n_cut + 1
+        fitted[i], n_cut = f"{head}{join_words(words[:kept])}{tail}", n_cut + 1
         n_long += too_long(kept)
     return fitted, n_cut, n_long
 
@@ -169,16 +176,20 @@ class Simulation:
         `read[seed][mode][i]`: log-probabilities (choices,) of example i, with modes xr, x, r
     histories
         held-out losses of each simulator's training
+    clusters
+        see `questions.clusters_of`: intervals resample rows of one question together
     """
 
     y: list[int]
     read: list[dict[str, list[np.ndarray]]]
     histories: list[list[float]]
+    clusters: list | None = None
 
     def part(self, indices: Sequence[int]) -> "Simulation":
         "The simulation of some of its examples: one kind of question, say."
         read = [{mode: [rows[i] for i in indices] for mode, rows in one.items()} for one in self.read]
-        return Simulation([self.y[i] for i in indices], read, self.histories)
+        clusters = self.clusters and [self.clusters[i] for i in indices]
+        return Simulation([self.y[i] for i in indices], read, self.histories, clusters)
 
     def predictions(self, mode: str) -> np.ndarray:
         "(S, n) the simulators' choices."
@@ -190,14 +201,18 @@ class Simulation:
         return np.array([of_y(one[mode]) for one in self.read]).clip(0, 1)
 
     def scores(self, **interval) -> dict[str, Score]:
-        "LAS in the flip and the probability version."
-        kept = np.array(self.y) >= 0
+        "LAS in the flip and the probability version; `cluster`: other clusters than rows of one question."
+        kept, cluster = np.array(self.y) >= 0, interval.pop("cluster", None)
+        cluster = self.clusters if cluster is None else cluster
+        known = None if cluster is None else np.asarray(cluster)[kept]
         leaks = (self.predictions("r") == self.y)[:, kept]
         xr, x = (self.probabilities(mode)[:, kept] for mode in ("xr", "x"))
         details = {"unpredicted": int((~kept).sum())}
         return {
-            "las": las(self.y, *(self.predictions(mode) for mode in ("xr", "x", "r")), **interval),
-            "las_probability": las_from_credit(leaks, xr, x, details=details, **interval),
+            "las": las(
+                self.y, *(self.predictions(mode) for mode in ("xr", "x", "r")), cluster=cluster, **interval
+            ),
+            "las_probability": las_from_credit(leaks, xr, x, details=details, cluster=known, **interval),
         }
 
 # %% ../../nbs/77_simulators.ipynb #b14d9552
@@ -241,7 +256,8 @@ def simulate(
         modes = zip(("xr", "x", "r"), zip(*test_texts) if test_texts else ((), (), ()))
         read.append({mode: read_choices(reader, test.questions, texts) for mode, texts in modes})
         histories.append(reader.history)
-    return Simulation([-1 if y is None else y for y in test.predictions], read, histories)
+    y = [-1 if y is None else y for y in test.predictions]
+    return Simulation(y, read, histories, clusters_of(test.questions))
 
 # %% ../../nbs/77_simulators.ipynb #b0d55097
 def _three_texts(reader, explained: ModelBehaviour, fit: Callable) -> list[tuple[str, str, str]]:
@@ -343,10 +359,13 @@ def simulate_folds(
             for mode, found in theirs.items():
                 for i, r in zip(rows, found):
                     ours[mode][i] = r
-    return Simulation([-1 if y is None else y for y in explained.predictions], read, histories)
+    y = [-1 if y is None else y for y in explained.predictions]
+    return Simulation(y, read, histories, clusters_of(explained.questions))
 
 # %% ../../nbs/77_simulators.ipynb #a04cd3df
-def try_las(base: Any, explained: ModelBehaviour, *, least: int = 20, **settings) -> dict[str, Score]:
+def try_las(
+    base: Any, explained: ModelBehaviour, *, least: int = 20, cluster: Sequence | None = None, **settings
+) -> dict[str, Score]:
     """LAS by cross-fitting, or the reason why there is none.
 
     Parameters
@@ -355,6 +374,8 @@ def try_las(base: Any, explained: ModelBehaviour, *, least: int = 20, **settings
         what simulators start from: see `load_base`
     least
         answers below which no simulator is trained
+    cluster
+        one entry an example: what intervals resample together; None: the rows of one question
     **settings
         parts, seeds, settings: see `simulate_folds`
 
@@ -369,7 +390,7 @@ def try_las(base: Any, explained: ModelBehaviour, *, least: int = 20, **settings
         why = f"too few answers to train a simulator on: {answered}, at least {least} are needed"
     try:
         if not why:
-            return simulate_folds(base, explained, **settings).scores()
+            return simulate_folds(base, explained, **settings).scores(cluster=cluster)
     except BadInput as error:
         why = f"no simulator could be trained: {error}"
     return {name: Score(None, n=len(explained.questions), reason=why) for name in ("las", "las_probability")}
@@ -445,7 +466,7 @@ def measure_rev(
         nothing = [0.0] * len(test.predictions)
         return rev(nothing, nothing, test.predictions, **interval)
     with_r, without = rev_logs(base, train, test, seeds, settings, restate)
-    return rev(with_r, without, test.predictions, **interval)
+    return rev(with_r, without, test.predictions, **{"cluster": clusters_of(test.questions), **interval})
 
 # %% ../../nbs/77_simulators.ipynb #afb25f43
 def leaking_words(reader: ChoiceReader, explained: ModelBehaviour, threshold: float = 0.1) -> list[list[int]]:
@@ -465,9 +486,9 @@ def leaking_words(reader: ChoiceReader, explained: ModelBehaviour, threshold: fl
     list[list[int]]
         for each rationale, the positions of its leaking words
     """
-    words = [r.split() for r in explained.rationales]
+    words = [words_of(r) for r in explained.rationales]
     variants = [(i, k) for i, w in enumerate(words) for k in range(-1, len(w))]  # -1: all words are left in
-    left_in = (" ".join(w for j, w in enumerate(words[i]) if j != k) for i, k in variants)
+    left_in = (join_words(w for j, w in enumerate(words[i]) if j != k) for i, k in variants)
     asked = [explained.questions[i] for i, _ in variants]
     read = read_choices(reader, asked, [simulator_texts(q, r)[2] for q, r in zip(asked, left_in)])
     logs = {(i, k): float(r[explained.predictions[i]]) for (i, k), r in zip(variants, read)}
@@ -476,7 +497,7 @@ def leaking_words(reader: ChoiceReader, explained: ModelBehaviour, threshold: fl
 # %% ../../nbs/77_simulators.ipynb #6aaea254
 def _without_words(explained: ModelBehaviour, gone: list[list[int]]) -> ModelBehaviour:
     rows = zip(explained.rationales, gone)
-    left = [" ".join(w for k, w in enumerate(r.split()) if k not in out) for r, out in rows]
+    left = [join_words(w for k, w in enumerate(words_of(r)) if k not in out) for r, out in rows]
     return replace(explained, rationales=left)
 
 # %% ../../nbs/77_simulators.ipynb #10b9febe
@@ -493,7 +514,7 @@ def without_leaks(
 
     Every round trains a new detector on what is left.
     """
-    n_words = lambda both: sum(len(r.split()) for e in both for r in e.rationales)
+    n_words = lambda both: sum(len(words_of(r)) for e in both for r in e.rationales)
     both, n_before = (train, test), n_words((train, test))
     for _ in range(rounds):
         now = both[0]
@@ -554,5 +575,5 @@ def rora_lite(
     if len(set(test.predictions)) < 2:
         return Score(None, n=len(test.predictions), reason="one class only: there is nothing to tell apart")
     (xr, x), left = rora_logs(base, train, test, seeds, settings, threshold, rounds)
-    score = rev(xr, x, test.predictions, **interval)
+    score = rev(xr, x, test.predictions, **{"cluster": clusters_of(test.questions), **interval})
     return replace(score, details=score.details | {"masked": 1 - left, "complete": False})

@@ -47,17 +47,21 @@ class Answer:
     choice
         the choice they name; None: unparsable
     scores
-        log-likelihood of each choice after the rationale, end-of-text token included, in nats
+        log-likelihood of each choice after the rationale, end-of-text token included, in nats; None where
+        there is none
     truncated
         the rationale did not fit, or did not end
+    problem
+        why the question could not be asked at all; '' where it could
     """
 
     id: str
     rationale: str
     text: str
     choice: int | None
-    scores: list[float]
+    scores: list[float] | None
     truncated: bool
+    problem: str = ""
 
     @property
     def likely(self) -> int:
