@@ -156,6 +156,11 @@ class ChoiceReader:
         ids = dict(zip(distinct, self.texts(distinct)))
         return [[ids[text] for text in row] for row in named]
 
+# %% ../../nbs/76_readers.ipynb #d2509168
+def new_reader(base: Any, seed: int = 0, settings: Reader = Reader()) -> Any:
+    "A reader that has learned nothing yet: of a frozen simulator, or a `ChoiceReader`."
+    return base.reader(settings) if hasattr(base, "reader") else ChoiceReader(base, seed, settings)
+
 # %% ../../nbs/76_readers.ipynb #f202c7fb
 def _padded(reader: ChoiceReader, rows: Sequence[list], filler=None):
     "Rows as one tensor, and its mask of ones; a GPU likes widths in eights, a CPU pays for every column."
@@ -242,7 +247,22 @@ def read_choices(
     list[np.ndarray]
         log-probability (nats) of each choice of each question
     """
+    if hasattr(reader, "read"):  # a frozen one
+        return reader.read(questions, texts)
     return read_encoded(reader, reader.texts(texts), reader.choices(questions))
+
+# %% ../../nbs/76_readers.ipynb #51af98e5
+def read_parts(
+    reader: Any, questions: Sequence[Question], triples: Sequence[tuple[str, str, str]]
+) -> dict[str, list[np.ndarray]]:
+    "`read_choices` of three texts a question: with both parts ('xr'), the question ('x'), the rationale ('r')."
+    if hasattr(reader, "read_parts"):
+        return reader.read_parts(questions, triples)
+    columns, choices = zip(*triples) if triples else ((), (), ()), reader.choices(questions)
+    return {
+        mode: read_encoded(reader, reader.texts(texts), choices)
+        for mode, texts in zip(("xr", "x", "r"), columns)
+    }
 
 # %% ../../nbs/76_readers.ipynb #214193c1
 def read_encoded(reader, texts, choices) -> list[np.ndarray]:
@@ -329,6 +349,8 @@ def fit_reader(
     ChoiceReader
         the same reader; `history` holds the held-out loss per epoch
     """
+    if hasattr(reader, "fit"):  # a frozen one
+        return reader.fit(questions, alternatives, y)
     flat = iter(reader.texts([t for row in alternatives for t in row]))
     return fit_encoded(
         reader, [[next(flat) for _ in row] for row in alternatives], reader.choices(questions), y
@@ -367,6 +389,12 @@ def fit_encoded(reader: ChoiceReader, texts, choices, y: Sequence[int]) -> Choic
                 break
     reader.model.load_state_dict(weights)
     return reader
+
+# %% ../../nbs/76_readers.ipynb #4ad7e778
+def fit_parts(reader: Any, questions: Sequence[Question], triples: Sequence[tuple], y: Sequence[int]) -> Any:
+    "`fit_reader` on three texts a question, in which a frozen reader tells the parts apart: see `read_parts`."
+    fit = reader.fit_parts if hasattr(reader, "fit_parts") else lambda *given: fit_reader(reader, *given)
+    return fit(questions, triples, y)
 
 # %% ../../nbs/76_readers.ipynb #4f46aa7d
 @contextmanager
