@@ -12,8 +12,9 @@ from pathlib import Path
 from typing import NamedTuple, Sequence
 
 from ..files import BadInput, progress
-from ..questions import Question, as_questions, choice_text, match_choice
+from ..questions import Question, choice_text, match_choice
 from ..records import answer_sentence, answer_sentences
+from ..sources import questions_from
 from faithful_distill.student.decoding import (
     begin,
     choice_scores,
@@ -47,17 +48,21 @@ class Answer:
     choice
         the choice they name; None: unparsable
     scores
-        log-likelihood of each choice after the rationale, end-of-text token included, in nats
+        log-likelihood of each choice after the rationale, end-of-text token included, in nats; None where
+        there is none
     truncated
         the rationale did not fit, or did not end
+    problem
+        why the question could not be asked at all; '' where it could
     """
 
     id: str
     rationale: str
     text: str
     choice: int | None
-    scores: list[float]
+    scores: list[float] | None
     truncated: bool
+    problem: str = ""
 
     @property
     def likely(self) -> int:
@@ -234,7 +239,7 @@ def answer(
     Parameters
     ----------
     questions
-        Questions, dicts or a Dataset of them
+        in any form of `questions_from`: Questions, dicts, a data frame, a Dataset, a file
     rationales
         None: the student writes its own; else one per question (None in the list: its own)
     prefix
@@ -251,7 +256,7 @@ def answer(
     for name, value in (("batch_size", batch_size), ("max_new_tokens", max_new_tokens)):
         if value is not None and value < 1:
             raise BadInput("must be at least 1", field=name, value=value)
-    questions = as_questions(questions)
+    questions = questions_from(questions)
     texts = [None] * len(questions) if rationales is None else list(rationales)
     prefix, limit = prefix or student.prefix, max_new_tokens or student.max_target
     if len(texts) != len(questions):
@@ -308,7 +313,7 @@ def explain(
         of that probability; `replaced`: rationale, answer and moves of each replacement
     """
     student = model if isinstance(model, Student) else load_student(model)
-    [q] = as_questions([question])
+    [q] = questions_from(question)
     own = answer(student, [q], prefix=prefix)[0]
     first, at = _probabilities(own.scores), own.likely
     replaced = []
