@@ -9,7 +9,9 @@ __all__ = []
 import difflib
 import os
 import re
+import time
 from contextlib import contextmanager
+from functools import cache
 from inspect import isclass
 from pathlib import Path
 from typing import Any
@@ -77,6 +79,36 @@ def check_dtype(dtype, field: str = "dtype"):
         problem = "must be one of auto, float32, bfloat16, float16, float64"
         raise BadInput(problem, field=field, value=dtype)
     return found
+
+# %% ../nbs/08_models.ipynb #b8cde48e
+@cache
+def slow_on_cpu(dtype) -> bool:
+    "Does a product of matrices take longer in this precision than in float32, on one core?"
+    import torch
+
+    def seconds(precision):
+        x, weight = torch.ones(64, 512, dtype=precision), torch.ones(512, 512, dtype=precision)
+        return min(_seconds(lambda: torch.nn.functional.linear(x, weight)) for _ in range(8))
+
+    return seconds(dtype) > seconds(torch.float32)
+
+
+def _seconds(run) -> float:
+    start = time.thread_time()
+    run()
+    return time.thread_time() - start
+
+# %% ../nbs/08_models.ipynb #ef6baf2f
+def fast_dtype(dtype, config):
+    "'auto' on a CPU: float32, if the weights are stored in a precision that is slower here; else what is given."
+    import torch
+
+    stored = getattr(config, "dtype", None)
+    if isinstance(stored, str):
+        stored = getattr(torch, stored, None)
+    if dtype != "auto" or torch.cuda.is_available() or stored not in (torch.bfloat16, torch.float16):
+        return dtype
+    return torch.float32 if slow_on_cpu(stored) else dtype
 
 # %% ../nbs/08_models.ipynb #08a0000d
 def _damaged_file(folder: str) -> str | None:
@@ -203,7 +235,7 @@ def load_pretrained(
     field
         what errors call the name; None: `what`
     dtype
-        see `check_dtype`
+        see `check_dtype`; 'auto': as it is stored, or float32 on a CPU that is slow in that precision
     new_head
         a head may be missing from the checkpoint and is made anew
     **options
@@ -219,7 +251,7 @@ def load_pretrained(
     with _refusing("config.json or its weights", **bad):
         safe = dict(use_safetensors=True, trust_remote_code=False, output_loading_info=True)
         kind = model_class if isclass(model_class) else model_class(config)
-        model, loaded = kind.from_pretrained(name, dtype=dtype, **safe, **options)
+        model, loaded = kind.from_pretrained(name, dtype=fast_dtype(dtype, config), **safe, **options)
     with _refusing("tokenizer", **bad):
         wrong = _check_whole(model, tokenizer, loaded, new_head)
     if wrong:

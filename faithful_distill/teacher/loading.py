@@ -71,7 +71,7 @@ def load_teacher(
     name_or_dir
         hub name or local folder
     dtype
-        'auto', 'float32', 'bfloat16', ...
+        'auto' (as it is stored, or float32 on a CPU that is slow in that), 'float32', 'bfloat16', ...
     device_map
         as in `from_pretrained`; None: see `placement`
     tensor_parallel
