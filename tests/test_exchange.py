@@ -13,7 +13,7 @@ from faithful_distill import (
     publish_rationales,
     train_student,
 )
-from faithful_distill.exchange import published_rows, question_key
+from faithful_distill.exchange import published_rows, question_hash
 from faithful_distill.faithfulness.external import read_published, read_rationales
 from faithful_distill.files import BadInput
 from faithful_distill.questions import Question
@@ -63,7 +63,7 @@ def test_a_student_learns_from_four_fields_alone_and_knows_what_it_was_trained_o
     trained = load_student(out)
     questions = [Question(f"other {i}", row["question"], row["choices"], 0) for i, row in enumerate(own)]
     new = Question("new", "Who flies?", ("penguin", "camel"), 0)
-    assert trained.trained_on == {question_key(q) for q in questions}
+    assert trained.trained_on == {question_hash(q) for q in questions}
     with caplog.at_level(logging.WARNING, "faithful_distill"):
         measure(trained, [new], metrics=["controls"])
         assert "trained on" not in caplog.text

@@ -83,7 +83,7 @@ class Student:
 
     @cached_property
     def trained_on(self) -> frozenset[str]:
-        "The `question_key`s of what it was trained on, where its folder says so."
+        "The `question_hash`s of what it was trained on, where its folder says so."
         noted = Path(self.name) / "trained_on.json"
         return frozenset(json.loads(noted.read_text(encoding="utf-8"))) if noted.is_file() else frozenset()
 

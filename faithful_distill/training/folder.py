@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
-from ..exchange import question_key
+from ..exchange import question_hash
 from faithful_distill.files import (
     BadInput,
     content_key,
@@ -362,7 +362,7 @@ def write_student(
         write_json(run.out / "times.json", dict(seconds=seconds, steps_per_second=rate))
         note = _note(trainer, student, run, result) | dict(written=written)
         write_text(run.out / "README.md", card_text(note))
-        trained_on = {question_key(r.as_question()) for r in run.rationales}
+        trained_on = {question_hash(r.as_question()) for r in run.rationales}
         write_json(run.out / "trained_on.json", sorted(trained_on))
         write_json(run.out / "student.json", note)
         remove_checkpoints(run.out)
