@@ -48,6 +48,7 @@ setup(
             "README.md",
             "world/*",
             "prompts/*",
+            "rationales/*",
             "grids/*",
             "deepspeed/*",
             "report/*",
