@@ -213,7 +213,7 @@ def measure(
         draws=draws,
         seed=seed,
         **_interval(interval, questions),
-        student=None if callable(student) else student,
+        student=getattr(reasoner, "student", None),
         unable=reasoner.unable,
         **handed,
     )
