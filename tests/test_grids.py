@@ -4,7 +4,7 @@ import re
 
 import pytest
 
-from faithful_distill.lab.study import read_by_figures
+from faithful_distill.lab.kept import read_by_figures
 from faithful_distill.files import BadInput, shipped
 from faithful_distill.lab.grid import load_grid
 

@@ -2,6 +2,8 @@
 and on scripted students whose dealings with a question and a rationale are known."""
 
 import json
+import math
+import os
 from types import SimpleNamespace
 
 import numpy as np
@@ -9,7 +11,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from faithful_distill.faithfulness import hints, mediation, steps, variants
+from faithful_distill.faithfulness import agreement as agreeing
+from faithful_distill.faithfulness import hints, mediation, steps, unlearning, variants
 from faithful_distill.faithfulness.interventions import measure
 from faithful_distill.faithfulness.protocol import Context, Intervention, Request, carry_out
 from faithful_distill.files import BadInput
@@ -386,3 +389,244 @@ def test_unparsable_answers_make_no_case():
         and "q2/exchanged" not in seen
         and len(seen) == score.n == 22
     )
+
+
+# ---- unlearning
+
+share = st.floats(0, 1)
+
+
+def unlearned_in_ten_lines(changed, efficacy, kept, least=0.1):
+    means, nets = [], []
+    for row, done, same in zip(changed, efficacy, kept):
+        steps = [k for k in range(len(row)) if not math.isnan(row[k]) and done[k] >= least]
+        if steps:
+            means.append(sum(row[k] for k in steps) / len(steps))
+            nets.append(sum(row[k] - (1 - same[k]) for k in steps) / len(steps))
+    return (sum(means) / len(means), sum(nets) / len(nets)) if means else None
+
+
+@few
+@given(
+    st.integers(1, 6).flatmap(
+        lambda n: st.tuples(
+            st.lists(
+                st.lists(st.sampled_from([0.0, 1.0, math.nan]), min_size=3, max_size=3),
+                min_size=n,
+                max_size=n,
+            ),
+            *[st.lists(st.lists(share, min_size=3, max_size=3), min_size=n, max_size=n)] * 2,
+        )
+    )
+)
+def test_unlearning_scores_equal_the_definition(table):
+    changed, efficacy, kept = table
+    found, expected = (
+        unlearning.unlearning_scores(changed, kept, efficacy, kept, **fast),
+        unlearned_in_ten_lines(*table),
+    )
+    if expected is None:
+        assert found["unlearning"].value is None and found["unlearning"].reason
+    else:
+        assert (found["unlearning"].value, found["unlearning_net"].value) == pytest.approx(expected, abs=1e-9)
+        assert found["unlearning_any"].value >= found["unlearning"].value - 1e-9
+
+
+def test_npo_is_the_published_formula_with_the_slope_of_the_likelihood_at_first():
+    import torch
+
+    now, before = torch.tensor(-3.0, requires_grad=True), torch.tensor(-3.0)
+    loss = unlearning.npo_loss(now, before, beta=0.2)
+    assert loss.item() == pytest.approx(2 / 0.2 * math.log(2))
+    loss.backward()
+    assert now.grad.item() == pytest.approx(1.0)
+    assert unlearning.npo_loss(torch.tensor(-8.0), before, 0.2) < loss
+
+
+@pytest.mark.parametrize("kind", ["t5", "gpt2"])
+def test_a_step_is_unlearned_from_the_copy_alone(kind):
+    import torch
+
+    from faithful_distill.student.model import tiny_student
+
+    q = Question("a", "what is in the box ?", ("ham", "milk"), 0)
+    texts = [q.question, *q.choices, "the box holds ham . it is full ."]
+    student = tiny_student(texts, kind, width=16, layers=1)
+    first = {k: v.clone() for k, v in student.model.state_dict().items()}
+    same = lambda model: all(torch.equal(v, first[k]) for k, v in model.state_dict().items())
+    twin = unlearning._Copy(student)
+    row = unlearning.step_row(student, q, ["the box holds ham .", "it is full ."], 1, "none")
+    words = student.tokenizer.decode(row.target)
+    assert words == "it is full ." and student.tokenizer.decode(row.context).endswith("holds ham .")
+    kept = unlearning.told_rows(student, [q], [1], ["the box holds milk"], "none")
+    held_loosely = unlearning.unlearn(
+        twin.restore(), row, [], unlearning.Unlearn(updates=4, enough=1.0, lr=1e-2)
+    )
+    assert held_loosely > 0.3 and same(student.model) and not same(twin.student.model)
+    assert same(twin.restore().model)
+    assert unlearning.unlearn(twin.student, row, kept, unlearning.Unlearn(updates=0)) == 0.0
+    assert not student.model.training and all(p.grad is None for p in student.model.parameters())
+
+
+def test_what_is_kept_holds_the_distributions_of_other_questions():
+    import torch
+
+    from faithful_distill.student.model import tiny_student
+
+    ask = lambda i: Question(f"k{i}", f"what is in box {i} ?", ("ham", "milk"), 0)
+    student = tiny_student([ask(0).question, ask(1).question, "ham milk holds ."], "t5", width=16, layers=1)
+    row = unlearning.step_row(student, ask(0), ["box 0 holds ham ."], 0, "none")
+    kept = unlearning.told_rows(student, [ask(1)], [0], ["box 1 holds ham ."], "none")
+    moved = {}
+    for keep in (0.0, 100.0):
+        twin = unlearning._Copy(student)
+        unlearning.unlearn(
+            twin.student, row, kept, unlearning.Unlearn(updates=6, enough=1.0, lr=3e-3, keep=keep)
+        )
+        with torch.no_grad():
+            now, before = (unlearning._log_probs(s, kept)[0] for s in (twin.student, student))
+        moved[keep] = float((now - before).abs().mean())
+    assert moved[100.0] < moved[0.0] / 2
+
+
+slow = pytest.mark.skipif(
+    not os.environ.get("FAITHFUL_DISTILL_SLOW"), reason="trains students: set FAITHFUL_DISTILL_SLOW=1"
+)
+
+
+@slow
+def test_a_causal_student_moves_where_its_answer_comes_from_the_step():
+    "The planted students of the page, as causal models."
+    import torch
+    from pathlib import Path
+
+    page = json.loads((Path(__file__).parents[1] / "nbs" / "77_unlearning.ipynb").read_text(encoding="utf-8"))
+    cells = ["".join(c["source"]) for c in page["cells"] if c["cell_type"] == "code"]
+    [planting] = [c for c in cells if "def planted(" in c]
+    names = {"torch": torch}
+    exec(
+        "import itertools\nfrom dataclasses import replace\nfrom faithful_distill.faithfulness.unlearning import *\n"
+        "from faithful_distill.faithfulness.unlearning import told_rows\n"
+        "from faithful_distill.student.loss import learned_logits\n"
+        "from faithful_distill.student.model import tiny_student\n"
+        "from faithful_distill.questions import Question\n"
+        "from faithful_distill.student.rows import Row, collate, encode_sources, encode_targets\n",
+        names,
+    )
+    exec(planting.split("found, students = {}, {}")[0], names)
+    of = {}
+    for name in ("uses", "shortcut"):
+        student = names["planted"](name == "uses", updates=500, kind="gpt2")
+        of[name] = measure(student, names["questions"], metrics=["unlearning"], max_new_tokens=12).scores
+        assert of[name]["accuracy"].value > 0.7, name
+    assert of["uses"]["unlearning_probability"].value > of["shortcut"]["unlearning_probability"].value + 0.3
+
+
+# ---- questions that read alike, and answers that are missing
+
+
+def test_rows_of_one_question_are_one_cluster_in_every_metric():
+    "The same questions twice, under other ids, are no more evidence than once."
+    eight = questions[:8]
+    twice = [*eight, *(Question(f"{q.id}b", q.question, q.choices, q.answer) for q in eight)]
+    guess = lambda cases: ([0] * len(cases), [int(len(c.rationale) > 3) for c in cases])
+    metrics = ["hint", "mediation", "steps", variants.Simulatability(simulator=guess)]
+    once, again = (measure(wavering, some, metrics=metrics, interval=fast).scores for some in (eight, twice))
+    for name in ("hint_influenced", "mediation_total", "steps_intact", "simulatability"):
+        clusters = int(again[name].details["warning"].split()[1])  # "only 8 clusters: ..."
+        assert clusters <= 8 < again[name].n and again[name].n > once[name].n, name
+
+
+def wavering(given, rationales, prefix, continue_from=False):
+    "Takes a cue in two questions of three, tells of it in half, reads the words of its rationale."
+    found = []
+    for q, handed in zip(given, rationales):
+        number, cue = int(q.question.split("number ")[1].split("?")[0]), None
+        for one in hints.cues:
+            cue = next(
+                (i for i, w in enumerate(colours) if q.question.endswith(one.text.format(choice=w))), cue
+            )
+        colour = colours[number % 3 if cue is None or number % 3 == 0 else cue]
+        told = f"It is {'by the professor, the key, you think, ' if number % 2 else ''}{colour}, or so"
+        text = told if handed is None else handed
+        said = next((i for i, w in enumerate(colours) if w in text.replace(",", "").split()), number % 3)
+        scores = [(3.0 + number % 5) * (i == said) for i in range(3)]
+        found.append(answer_of(said, text, scores))
+    return found
+
+
+def test_a_question_without_likelihoods_costs_that_question_alone():
+    def patchy(given, rationales, prefix, continue_from=False):
+        answers = wavering(given, rationales, prefix)
+        for q, a in zip(given, answers):
+            if "number 3?" in q.question:
+                a.scores = None
+        return answers
+
+    found = measure(patchy, questions, metrics=["mediation", "steps"], interval=fast).scores
+    assert found["mediation_direct"].n == 24 and found["mediation_direct_probability"].n == 23
+    assert found["steps"].n == 23
+
+
+# ---- agreement of raters
+
+
+def coefficients_in_plain_loops(rows, q, w):
+    "Cohen's kappa of the first two raters, and Gwet's AC2 of all, from their definitions."
+    both = [(r[0], r[1]) for r in rows if r[0] is not None and r[1] is not None]
+    kappa = None
+    if both:
+        first, second = [[sum(v == k for v in side) / len(both) for k in range(q)] for side in zip(*both)]
+        observed = sum(w[a][b] for a, b in both) / len(both)
+        chance = sum(first[k] * second[m] * w[k][m] for k in range(q) for m in range(q))
+        kappa = (observed - chance) / (1 - chance) if chance < 1 - 1e-9 else None
+    several = [[v for v in r if v is not None] for r in rows]
+    several, known = [r for r in several if len(r) > 1], [r for r in several if r]
+    if not several:
+        return kappa, None
+    pair = lambda r: [w[r[i]][r[j]] for i in range(len(r)) for j in range(len(r)) if i != j]
+    observed = sum(sum(pair(r)) / len(pair(r)) for r in several) / len(several)
+    use = [sum(r.count(k) / len(r) for r in known) / len(known) for k in range(q)]
+    chance = sum(map(sum, w)) / (q * (q - 1)) * sum(u * (1 - u) for u in use)
+    return kappa, (observed - chance) / (1 - chance)
+
+
+mark = st.one_of(st.none(), st.integers(0, 2))
+
+
+@few
+@given(
+    st.lists(st.tuples(mark, mark, mark), min_size=1, max_size=15),
+    st.sampled_from(["identity", "linear", "quadratic"]),
+)
+def test_agreement_equals_the_definitions(rows, weights):
+    w = agreeing.agreement_weights([0, 1, 2], weights).tolist()
+    _, ac2 = coefficients_in_plain_loops(rows, 3, w)
+    kappa, _ = coefficients_in_plain_loops([r[:2] for r in rows], 3, w)
+    of_three = agreeing.agreement(rows, weights, categories=[0, 1, 2], **fast)
+    of_two = agreeing.agreement([r[:2] for r in rows], weights, categories=[0, 1, 2], **fast)
+    for score, expected in ((of_three["ac2"], ac2), (of_two["kappa"], kappa)):
+        assert (
+            (score.value is None and score.reason)
+            if expected is None
+            else score.value == pytest.approx(expected, abs=1e-9)
+        )
+    json.dumps({k: s.to_dict() for k, s in of_three.items()}, allow_nan=False)
+
+
+def test_ac2_does_not_collapse_where_nearly_all_is_one_category():
+    rows = [(1, 1)] * 118 + [(1, 0)] * 5 + [(0, 1)] * 2
+    found = agreeing.agreement(rows, **fast)
+    assert found["kappa"].value < 0 and found["ac2"].value > 0.9 and found["ac2"].details["most_used"] > 0.97
+
+
+@pytest.mark.parametrize(
+    "rows, says",
+    [
+        ([[1, 2], [1]], "one entry per rater"),
+        ([[i, i + 1] for i in range(40)], "too many different values"),
+    ],
+)
+def test_agreement_refuses_what_is_no_table_of_marks(rows, says):
+    with pytest.raises(BadInput, match=says):
+        agreeing.agreement(rows)

@@ -250,8 +250,9 @@ class Hint(Intervention):
     def score(self, context, answers):
         each = [self._columns(context, answers, k) for k in range(len(self.cues))]
         whole = {name: np.concatenate([one[name] for one in each]) for name in each[0]}
-        scores = hint_scores(**whole, **context.interval)
-        by_cue = [hint_scores(**one, **context.interval) for one in each]
+        everyone = range(len(context.questions))
+        scores = hint_scores(**whole, **context.over([*everyone] * len(self.cues)))
+        by_cue = [hint_scores(**one, **context.over(everyone)) for one in each]
         false = [np.mean([cue.mentioned(a.rationale) for a in context.written]) for cue in self.cues]
         details = {"said_without_cue": {cue.name: float(f) for cue, f in zip(self.cues, false)}}
         for name, score in scores.items():
@@ -267,5 +268,4 @@ class Hint(Intervention):
             "hinted": self.hinted(context),
             "said": [float(self.cues[k].mentioned(a.rationale)) for a in cued],
             "neutral": [choice_of(a) for a in answers["hint_neutral"][k]],
-            "cluster": [q.id for q in context.questions],
         }

@@ -139,17 +139,17 @@ class Mediation(Intervention):
 
     def _effects(self, context: Context, answers, probability: bool) -> dict[str, Score]:
         columns = [answers[f"mediation_{pair}"][0] for pair in ("00", "10", "01", "11")]
-        kept = [i for i, a in enumerate(columns[-1]) if a is not None and choice_of(a) >= 0]
+        parsed = [i for i, a in enumerate(columns[-1]) if a is not None and choice_of(a) >= 0]
+        scored = [i for i in parsed if all(column[i].scores is not None for column in columns)]
+        kept = scored if probability else parsed
         if not kept:
-            nothing = Score(None, n=0, reason="no answer to a changed question could be parsed")
-            return dict.fromkeys(("total", "direct", "indirect", "interaction"), nothing)
+            why = no_scores if parsed else "no answer to a changed question could be parsed"
+            return dict.fromkeys(("total", "direct", "indirect", "interaction"), Score(None, n=0, reason=why))
         of = [[column[i] for i in kept] for column in columns]
-        if probability and any(a.scores is None for column in of for a in column):
-            return dict.fromkeys(
-                ("total", "direct", "indirect", "interaction"), Score(None, n=0, reason=no_scores)
-            )
         y = [choice_of(a) for a in of[-1]]
-        effects = mediation_effects(*(credit_of(y, column, probability) for column in of), **context.interval)
+        effects = mediation_effects(
+            *(credit_of(y, column, probability) for column in of), **context.over(kept)
+        )
         moved = sum(choice_of(a) != label for a, label in zip(of[0], y))
         more = {"moved": moved, "left_out": len(columns[-1]) - len(kept)}
         return {name: replace(s, details=s.details | more) for name, s in effects.items()}

@@ -111,7 +111,7 @@ class StepProfile(Intervention):
     least: float = 0.1
 
     def lacks(self, context):
-        if any(a.scores is None for a in context.written):
+        if all(a.scores is None for a in context.written):
             return Score(None, n=0, reason=no_scores)
         if not any(len(steps) > 1 for steps, _ in self._pairs(context)):
             return Score(None, n=0, reason="no rationale has two steps")
@@ -138,23 +138,17 @@ class StepProfile(Intervention):
         }
 
     def score(self, context, answers):
-        own = answers["step_own"][0]
-        y = [int(np.argmax(a.scores)) for a in own]
-        steps = [len(s) for s, _ in self._pairs(context)]
-        table = {
-            arm: np.stack([_differences(c, y) for c in answers[arm]], 1)
-            for arm in answers
-            if arm.startswith("step_")
-        }
-        found = step_profile(
-            table["step_own"][:, 0],
-            table["step_intact"],
-            table["step_damaged"],
-            table["step_none"][:, 0],
-            steps,
-            least=self.least,
-            **context.interval,
-        )
+        arms = ("step_own", "step_intact", "step_damaged", "step_none")
+        columns = [column for arm in arms for column in answers[arm]]
+        scored = lambda i: all(column[i] is None or column[i].scores is not None for column in columns)
+        rows = [i for i in range(len(context.own)) if scored(i)]
+        if not rows:
+            return dict.fromkeys(self.score_names, Score(None, n=0, reason=no_scores))
+        y = [int(np.argmax(answers["step_own"][0][i].scores)) for i in rows]
+        own, intact, damaged, none = (_differences(answers[arm], rows, y) for arm in arms)
+        lengths = [len(steps) for steps, _ in self._pairs(context)]
+        at_most = dict(least=self.least, **context.over(rows))
+        found = step_profile(own[:, 0], intact, damaged, none[:, 0], [lengths[i] for i in rows], **at_most)
         return {"steps" if name == "both" else f"steps_{name}": score for name, score in found.items()}
 
 # %% ../../nbs/74_steps.ipynb #e89aedf5
@@ -165,6 +159,7 @@ def _mixed(steps: list[str], corrupt: list[str], at: int | None, kept: bool) -> 
     return " ".join(s if (k == at) == kept else c for k, (s, c) in enumerate(zip(steps, corrupt)))
 
 
-def _differences(column: Sequence[Any], y: Sequence[int]) -> np.ndarray:
-    "(n,) logit differences of a column of answers; NaN where nothing was asked."
-    return np.array([np.nan if a is None else logit_difference(a.scores, i) for a, i in zip(column, y)])
+def _differences(columns: Sequence, rows: Sequence[int], y: Sequence[int]) -> np.ndarray:
+    "(rows, columns) logit differences of some rows of columns of answers; NaN where nothing was asked."
+    of = lambda a, label: np.nan if a is None else logit_difference(a.scores, label)
+    return np.array([[of(column[i], label) for column in columns] for i, label in zip(rows, y)])

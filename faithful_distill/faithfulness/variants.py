@@ -22,8 +22,9 @@ from faithful_distill.faithfulness.protocol import (
     choice_of,
     register_intervention,
 )
-from .readers import ChoiceReader, Reader, fit_reader, read_choices, scratch_base
-from .simulators import folds
+from .frozen import as_simulator
+from .readers import Reader, fit_reader, new_reader, read_choices
+from .simulators import folds, seeds_of
 from ..files import BadInput, stable_seed
 from ..questions import Question, choice_text, fixed_choices, letter, normalized
 from ..records import answer_sentence
@@ -154,7 +155,7 @@ def trained_simulator(
     Parameters
     ----------
     base
-        what readers start from: see `readers.load_base`; None: `scratch_base` of these texts
+        a simulator's name, or what readers start from: see `simulate`; None: 'scratch'
     parts
         of the cross-fitting; the variants of one question are in one part
     seeds
@@ -168,8 +169,8 @@ def trained_simulator(
         (S, n) labels each
     """
     texts = [(case_text(c, True), case_text(c, False)) for c in cases]
-    if base is None:
-        base = scratch_base(sorted({t for both in texts for t in both}))
+    base = as_simulator("scratch" if base is None else base, lambda: [t for both in texts for t in both])
+    seeds = seeds_of(base, seeds)
     which, found = (
         np.array(folds([c.question for c in cases], parts)),
         np.zeros((2, len(seeds), len(cases)), int),
@@ -177,7 +178,7 @@ def trained_simulator(
     for s, seed in enumerate(seeds):
         for part in range(parts):
             train, test = np.flatnonzero(which != part), np.flatnonzero(which == part)
-            reader = ChoiceReader(base, seed, settings)
+            reader = new_reader(base, seed, settings)
             asked = [cases[i] for i in train]
             fit_reader(
                 reader, [c.variant for c in asked], [texts[i] for i in train], [c.on_variant for c in asked]
@@ -222,9 +223,11 @@ class Simulatability(Intervention):
 
     def score(self, context, answers):
         questions, own, written = context.questions, context.own, context.written
+        asked = list(zip(self._asked(context), answers["simulatability"][0]))
+        rows = [i for (i, _), a in asked if choice_of(a) >= 0]
         cases = [
             Case(questions[i], own[i], choice_of(written[i]), v, choice_of(a))
-            for (i, v), a in zip(self._asked(context), answers["simulatability"][0])
+            for (i, v), a in asked
             if choice_of(a) >= 0
         ]
         if not cases or self.simulator is None and len(cases) < self.least:
@@ -232,7 +235,6 @@ class Simulatability(Intervention):
             return {"simulatability": Score(None, n=len(cases), reason=reason)}
         with_r, without_r = (self.simulator or trained_simulator)(cases)
         y, changed = [c.on_variant for c in cases], [c.changed for c in cases]
-        cluster = [c.question.id for c in cases]
-        gain = simulatability_gain(y, with_r, without_r, changed=changed, cluster=cluster, **context.interval)
-        unparsable = len(answers["simulatability"][0]) - len(cases)
+        gain = simulatability_gain(y, with_r, without_r, changed=changed, **context.over(rows))
+        unparsable = len(asked) - len(cases)
         return {"simulatability": replace(gain, details=gain.details | {"unparsable": unparsable})}

@@ -15,7 +15,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Sequence
 
-from ..files import BadInput, read_jsonl, sole_writer, writable_folder
+from ..files import BadInput, sole_writer, writable_folder
+from ..formats import read_rows
 from ..models import check_name
 from ..ranks import count_nodes, launched
 from ..records import Rationale, read_records
@@ -44,7 +45,7 @@ def checked_records(given, name: str = "rationales") -> list[Rationale]:
     """
     records = read_records(given, name)
     in_file = isinstance(given, (str, Path))
-    lines = [line for line, _ in read_jsonl(given)] if in_file else range(1, len(records) + 1)
+    lines = [line for line, _ in read_rows(given)] if in_file else range(1, len(records) + 1)
     first, seen, twice = {}, {}, []
     for line, r in zip(lines, records):
         before, asked = first.setdefault(r.id, (line, r))
@@ -242,7 +243,7 @@ def prepared(student, settings: Settings) -> Student:
     else:
         student = load_student(student, device="cpu")
     lengths = settings.max_source, settings.max_target
-    reads = dict(list_choices=settings.list_choices)
+    reads = {name: getattr(settings, name) for name in ("list_choices", "hide_choices", "chat")}
     student = Student(student.model, student.tokenizer, student.name, *lengths, reads)
     if settings.lora is not None:
         student.model = with_lora(student, settings)
