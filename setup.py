@@ -60,7 +60,7 @@ setup(
     },
     install_requires=c["requirements"].split(),
     extras_require={
-        "gguf": ["gguf"],
+        "gguf": c["gguf_requirements"].split(),
         "docs": ["myst-nb", "furo", "sphinx-copybutton"],
         "dev": c["dev_requirements"].split(),
         "lora": ["peft"],
