@@ -271,7 +271,8 @@ def train(
     dry_run: bool = False,
     **given,
 ):
-    """Train a student on a teacher's rationales, with the factual and the counterfactual loss, on DeepSpeed.
+    """Train a student on a teacher's rationales, with the factual and the counterfactual loss or another objective, on
+    DeepSpeed.
 
     Example:  faithful-distill train --rationales rationales.jsonl --student google/t5-v1_1-small --out student
     GPUs:     torchrun --standalone --nproc_per_node 8 $(which faithful-distill) train --recipe scott-t5-3b ...
@@ -293,7 +294,8 @@ def train(
     recipe
         named settings: scott-t5-3b (the authors'), t5-base, tiny; other options change them
     method
-        what is learned: answers that follow wrong rationales too, rationales and answers, or answers alone
+        what is learned: answers that follow wrong rationales too, rationales and answers, or answers alone; other
+        objectives by --objective
     seeds
         train so many students, in OUT/seed-0, OUT/seed-1, ...; their mean and standard deviation are in OUT/seeds.json
     overwrite
@@ -317,6 +319,9 @@ def train(
     embedded = shipped("data", "models", "student")
     base = next(str(name) for name in (student, named, embedded) if name is not None)
     if method != "counterfactual":
+        if given.get("objective") is not None:
+            remedy = "Give --objective alone: --objective factual is --method factual."
+            raise BadInput("conflicts with --objective", field="--method", value=method, remedy=remedy)
         settings |= dict(alpha_cf=0.0, answer_only=method == "answer-only")
     if dry_run:
         return click.echo(memory_report(base, rationales, dev, **settings))

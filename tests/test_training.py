@@ -691,8 +691,8 @@ def test_a_dry_run_of_the_authors_recipe_asks_no_hub(tmp_path, monkeypatch):
     [
         ("'rationales': there are no rationales", dict(records=[])),
         ("'dev': there are no rationales", dict(dev=[])),
-        ("no gold rationale", dict(records=[r for r in ranks.records() if r["role"] == "counterfactual"])),
-        ("alpha_cf=0", dict(records=[r for r in ranks.records() if r["role"] == "gold"])),
+        ("needs gold", dict(records=[r for r in ranks.records() if r["role"] == "counterfactual"])),
+        ("--objective factual", dict(records=[r for r in ranks.records() if r["role"] == "gold"])),
         ("divide", dict(batch_size=3, accumulation=2)),
         ("dev", dict(metric="loss")),
         ("peft refuses", dict(lora=dict(rank=8))),
