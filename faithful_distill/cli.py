@@ -171,6 +171,9 @@ def rationales(
     strategy: str = inherit,
     alpha: float | None = None,
     beta: float | None = None,
+    temperature: float | None = None,
+    samples: AtLeastOne = inherit,
+    select: str = "growth",
     roles: list[str] = inherit,
     prompt: str | None = None,
     shots=inherit,
@@ -202,6 +205,10 @@ def rationales(
         strength of the contrast, lambda / (1 + lambda); the strategy's own if not given
     beta
         plausibility mask; the strategy's own if not given
+    temperature
+        0 for the best token, else sample; the strategy's own if not given, and 1 for several samples
+    select
+        by what one of several samples is kept: growth, or the folder of a student that reads them
     prompt
         worked examples: csqa, strategyqa, creak, qasc, a .jsonl file, or none; the dataset's own if not given
     out
@@ -216,7 +223,7 @@ def rationales(
 
     writable_folder(Path(out).absolute().parent)
     questions = read_questions(data, path, split, limit, skip_bad)
-    chosen = as_strategy(strategy, **{k: v for k, v in dict(alpha=alpha, beta=beta).items() if v is not None})
+    chosen = as_strategy(strategy, alpha=alpha, beta=beta, temperature=temperature)
     if teacher is None and not data.startswith("world"):
         raise BadInput(
             "is needed for these questions",
@@ -239,12 +246,28 @@ def rationales(
             seed=seed,
             max_new_tokens=max_new_tokens,
             scores=scores,
+            samples=samples,
+            select=select if select == "growth" or samples == 1 else _reader(select),
             token_budget=token_budget,
             out=out,
         )
     if loaded.tensor_parallel:
         leave_ranks()
     click.echo(f"{out}: {summary(records)}")
+
+# %% ../nbs/95_cli.ipynb #95000001
+def _reader(student: str):
+    "A student as a judge of rationales: how likely the answer argued for is to it, once it has read them."
+    from faithful_distill.student.answers import reading_shares
+    from faithful_distill.student.model import load_student
+
+    loaded = load_student(student)
+
+    def score(rationales):
+        return reading_shares(loaded, rationales)
+
+    score.__name__ = f"reader {Path(student).name}"
+    return score
 
 # %% ../nbs/95_cli.ipynb #fbe28419
 def _prompt_for(prompt: str | None, data: str) -> str | None:
