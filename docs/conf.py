@@ -1,6 +1,7 @@
 """The site: every notebook as stored (nothing is executed), the API from its docstrings, the command line from itself.
 
 Built by `make docs`, offline, warnings as errors."""
+import re
 import shutil
 import subprocess
 import sys
@@ -35,6 +36,30 @@ def command_line() -> str:
     return "\n".join(parts)
 
 
+def setup(app):
+    "Formulas are MathML, which browsers draw themselves: no script, no network."
+    from latex2mathml.converter import convert
+
+    def mathml(self, node, display: str, around: str):
+        tag = f'<{around} class="math">{convert(node.astext(), display=display)}</{around}>'
+        self.body.append(tag)
+        from docutils.nodes import SkipNode
+
+        raise SkipNode
+
+    inline = lambda self, node: mathml(self, node, "inline", "span")
+    block = lambda self, node: mathml(self, node, "block", "div")
+    app.add_html_math_renderer("mathml", (inline, None), (block, None))
+    app.connect("autodoc-process-docstring", code_in_backticks, priority=1)
+
+
+def code_in_backticks(app, what, name, obj, options, lines):
+    "Docstrings are written as people read them: `name` is code, and may have a plural s behind it."
+    for i, line in enumerate(lines):
+        line = re.sub(r"(?<![`:])`([^`]+)`(?!`)", r"``\1``", line)
+        lines[i] = re.sub(r"(?<=[^` (]``)(?=\w)", r"\\ ", line)
+
+
 stage()
 
 project = "faithful_distill"
@@ -49,6 +74,7 @@ extensions = [
     "sphinx_copybutton",
 ]
 exclude_patterns = ["_build"]
+html_math_renderer = "mathml"
 html_theme = "furo"
 html_title = "faithful_distill"
 html_static_path = ["_static"]
