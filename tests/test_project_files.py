@@ -79,9 +79,11 @@ def test_links_lead_to_files_and_headings(page):
 def test_commands_and_their_options_exist(page):
     for name, options in commands(page):
         assert name in main.commands, f"{name_of(page)}: faithful-distill {name}"
-        known = {o for p in main.commands[name].get_params(click.Context(main.commands[name])) for o in (*p.opts, *p.secondary_opts)} | {
-            "--help"
-        }
+        known = {
+            o
+            for p in main.commands[name].get_params(click.Context(main.commands[name]))
+            for o in (*p.opts, *p.secondary_opts)
+        } | {"--help"}
         assert {*options} <= known, f"{name_of(page)}: faithful-distill {name}: {sorted({*options} - known)}"
     targets = {*re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE)}
     asked = re.findall(r"(?:^|`)make ([a-z]+)", page.read_text(encoding="utf-8"), re.MULTILINE)
