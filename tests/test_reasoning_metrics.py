@@ -11,6 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from faithful_distill.faithfulness import agreement as agreeing
 from faithful_distill.faithfulness import hints, mediation, steps, unlearning, variants
 from faithful_distill.faithfulness.interventions import measure
 from faithful_distill.faithfulness.protocol import Context, Intervention, Request, carry_out
@@ -565,3 +566,67 @@ def test_a_question_without_likelihoods_costs_that_question_alone():
     found = measure(patchy, questions, metrics=["mediation", "steps"], interval=fast).scores
     assert found["mediation_direct"].n == 24 and found["mediation_direct_probability"].n == 23
     assert found["steps"].n == 23
+
+
+# ---- agreement of raters
+
+
+def coefficients_in_plain_loops(rows, q, w):
+    "Cohen's kappa of the first two raters, and Gwet's AC2 of all, from their definitions."
+    both = [(r[0], r[1]) for r in rows if r[0] is not None and r[1] is not None]
+    kappa = None
+    if both:
+        first, second = [[sum(v == k for v in side) / len(both) for k in range(q)] for side in zip(*both)]
+        observed = sum(w[a][b] for a, b in both) / len(both)
+        chance = sum(first[k] * second[m] * w[k][m] for k in range(q) for m in range(q))
+        kappa = (observed - chance) / (1 - chance) if chance < 1 - 1e-9 else None
+    several = [[v for v in r if v is not None] for r in rows]
+    several, known = [r for r in several if len(r) > 1], [r for r in several if r]
+    if not several:
+        return kappa, None
+    pair = lambda r: [w[r[i]][r[j]] for i in range(len(r)) for j in range(len(r)) if i != j]
+    observed = sum(sum(pair(r)) / len(pair(r)) for r in several) / len(several)
+    use = [sum(r.count(k) / len(r) for r in known) / len(known) for k in range(q)]
+    chance = sum(map(sum, w)) / (q * (q - 1)) * sum(u * (1 - u) for u in use)
+    return kappa, (observed - chance) / (1 - chance)
+
+
+mark = st.one_of(st.none(), st.integers(0, 2))
+
+
+@few
+@given(
+    st.lists(st.tuples(mark, mark, mark), min_size=1, max_size=15),
+    st.sampled_from(["identity", "linear", "quadratic"]),
+)
+def test_agreement_equals_the_definitions(rows, weights):
+    w = agreeing.agreement_weights([0, 1, 2], weights).tolist()
+    _, ac2 = coefficients_in_plain_loops(rows, 3, w)
+    kappa, _ = coefficients_in_plain_loops([r[:2] for r in rows], 3, w)
+    of_three = agreeing.agreement(rows, weights, categories=[0, 1, 2], **fast)
+    of_two = agreeing.agreement([r[:2] for r in rows], weights, categories=[0, 1, 2], **fast)
+    for score, expected in ((of_three["ac2"], ac2), (of_two["kappa"], kappa)):
+        assert (
+            (score.value is None and score.reason)
+            if expected is None
+            else score.value == pytest.approx(expected, abs=1e-9)
+        )
+    json.dumps({k: s.to_dict() for k, s in of_three.items()}, allow_nan=False)
+
+
+def test_ac2_does_not_collapse_where_nearly_all_is_one_category():
+    rows = [(1, 1)] * 118 + [(1, 0)] * 5 + [(0, 1)] * 2
+    found = agreeing.agreement(rows, **fast)
+    assert found["kappa"].value < 0 and found["ac2"].value > 0.9 and found["ac2"].details["most_used"] > 0.97
+
+
+@pytest.mark.parametrize(
+    "rows, says",
+    [
+        ([[1, 2], [1]], "one entry per rater"),
+        ([[i, i + 1] for i in range(40)], "too many different values"),
+    ],
+)
+def test_agreement_refuses_what_is_no_table_of_marks(rows, says):
+    with pytest.raises(BadInput, match=says):
+        agreeing.agreement(rows)

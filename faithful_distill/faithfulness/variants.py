@@ -22,8 +22,9 @@ from faithful_distill.faithfulness.protocol import (
     choice_of,
     register_intervention,
 )
-from .readers import ChoiceReader, Reader, fit_reader, read_choices, scratch_base
-from .simulators import folds
+from .frozen import as_simulator
+from .readers import Reader, fit_reader, new_reader, read_choices
+from .simulators import folds, seeds_of
 from ..files import BadInput, stable_seed
 from ..questions import Question, choice_text, fixed_choices, letter, normalized
 from ..records import answer_sentence
@@ -154,7 +155,7 @@ def trained_simulator(
     Parameters
     ----------
     base
-        what readers start from: see `readers.load_base`; None: `scratch_base` of these texts
+        a simulator's name, or what readers start from: see `simulate`; None: 'scratch'
     parts
         of the cross-fitting; the variants of one question are in one part
     seeds
@@ -168,8 +169,8 @@ def trained_simulator(
         (S, n) labels each
     """
     texts = [(case_text(c, True), case_text(c, False)) for c in cases]
-    if base is None:
-        base = scratch_base(sorted({t for both in texts for t in both}))
+    base = as_simulator("scratch" if base is None else base, lambda: [t for both in texts for t in both])
+    seeds = seeds_of(base, seeds)
     which, found = (
         np.array(folds([c.question for c in cases], parts)),
         np.zeros((2, len(seeds), len(cases)), int),
@@ -177,7 +178,7 @@ def trained_simulator(
     for s, seed in enumerate(seeds):
         for part in range(parts):
             train, test = np.flatnonzero(which != part), np.flatnonzero(which == part)
-            reader = ChoiceReader(base, seed, settings)
+            reader = new_reader(base, seed, settings)
             asked = [cases[i] for i in train]
             fit_reader(
                 reader, [c.variant for c in asked], [texts[i] for i in train], [c.on_variant for c in asked]

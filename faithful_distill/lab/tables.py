@@ -186,7 +186,8 @@ def _absent_results(name: str, labels: Iterable[str]):
 
     table = pd.DataFrame(columns=[*labels, *_score_columns])
     table = table.astype({"value": float, "low": float, "high": float, "n": "Int64"})
-    remedy = "`faithful-distill reproduce --profile study` makes it."
+    profile = "real" if name.startswith("real_") else "study"
+    remedy = f"`faithful-distill reproduce --profile {profile}` makes it."
     table.attrs["absent"] = f"No results yet: `{name}` is not there. {remedy}"
     return table
 
