@@ -50,6 +50,7 @@ setup(
             "README.md",
             "world/*",
             "prompts/*",
+            "rationales/*",
             "grids/*",
             "deepspeed/*",
             "report/*",
@@ -61,7 +62,7 @@ setup(
     },
     install_requires=c["requirements"].split(),
     extras_require={
-        "gguf": ["gguf"],
+        "gguf": c["gguf_requirements"].split(),
         "docs": ["myst-nb", "furo", "sphinx-copybutton", "latex2mathml"],
         "dev": c["dev_requirements"].split(),
         "lora": ["peft"],

@@ -427,6 +427,23 @@ def publish(
     folder = publish_rationales(rationales, out, **about, push_to=push_to, private=private)
     click.echo(f"{folder}: {', '.join(sorted(p.name for p in folder.iterdir()))}")
 
+# %% ../nbs/95_cli.ipynb #5cd108fd
+def named_simulator(name: str | None) -> str | None:
+    "What `--simulator` names, checked; None for none. Raises `BadInput`."
+    from faithful_distill.faithfulness.frozen import default_models, model_at_hand, simulators
+    from faithful_distill.models import check_name
+
+    kind, _, model = (name or "").partition(":")
+    if name is None or kind not in simulators:
+        return name if name is None else check_name(name, "--simulator")
+    if model:
+        check_name(model, "--simulator")
+    elif kind in default_models and model_at_hand(kind) is None:
+        from faithful_distill.lab.pretrained import pretrained
+
+        pretrained(default_models[kind])
+    return name
+
 # %% ../nbs/95_cli.ipynb #c845544e
 @command("cli:read_questions", "faithfulness.interventions:measure")
 def evaluate(
@@ -461,12 +478,15 @@ def evaluate(
     rationales
         the teacher's rationales for these questions: needed for refine and swap
     simulator
-        base model of the LAS simulators (a folder or hub name); without one LAS is not measured
+        what guesses the answers for LAS: embeddings, embeddings+head, likelihood, fine-tuned (NAME or NAME:MODEL), or
+        a folder or hub name, which is fine-tuned; if none is named, that of `score` for real questions where its
+        model is here, else LAS is not measured
     out
         folder for metrics.json and answers.json
     """
     from faithful_distill.faithfulness.interventions import measure
-    from faithful_distill.faithfulness.readers import ChoiceReader, read_choices
+    from faithful_distill.faithfulness.frozen import as_simulator, default_simulator
+    from faithful_distill.faithfulness.readers import new_reader, read_choices
     from faithful_distill.faithfulness.simulators import ModelBehaviour, try_las
     from faithful_distill.files import writable_folder, write_json
     from faithful_distill.lab.world import fact_of
@@ -479,9 +499,13 @@ def evaluate(
     asked = read_questions(data, path, split, limit, skip_bad, columns, config)
     questions = require_answers(asked, "evaluation")
     records = read_records(rationales, questions=questions) if rationales else []
+    in_world = data.split("-")[0] == "world"
+    if simulator is None and not in_world and default_simulator() != "scratch":
+        simulator = default_simulator()
     if simulator is not None:  # before the long part: can it be had, and does it read?
-        read_choices(ChoiceReader(simulator), questions[:1], ["a text"])
-    facts = [fact_of(q) for q in questions] if data.split("-")[0] == "world" else None
+        simulator = as_simulator(named_simulator(simulator), lambda: [q.question for q in questions])
+        read_choices(new_reader(simulator), questions[:1], ["a text"])
+    facts = [fact_of(q) for q in questions] if in_world else None
     measured = measure(
         load_student(student),
         questions,
@@ -498,7 +522,8 @@ def evaluate(
     write_json(folder / "metrics.json", {name: s.to_dict() for name, s in scores.items()})
     if simulator is not None:
         behaviour = ModelBehaviour(questions, [a.rationale for a in written], [a.choice for a in written])
-        scores |= try_las(simulator, behaviour, cluster=facts)
+        with shown_log():
+            scores |= try_las(simulator, behaviour, cluster=facts)
         write_json(folder / "metrics.json", {name: s.to_dict() for name, s in scores.items()})
     if (Path(student) / "student.json").is_file():
         model_card(
@@ -537,7 +562,9 @@ def score(
     cut_at
         a rationale ends before this text, such as an invented next question: '\n\nQ:'; repeatable
     simulator
-        base model of the simulators (a folder or hub name); a small reader made from this file if none is named
+        what guesses the predictions: scratch (a small reader made from this file), embeddings, embeddings+head,
+        likelihood, fine-tuned (NAME or NAME:MODEL), or a folder or hub name, which is fine-tuned; embeddings+head
+        where its model is here, else scratch, if none is named
     model
         model that wrote the rationales: adds interventions; else the field 'model' of the file, where it is a folder here
     simulators
@@ -550,9 +577,9 @@ def score(
     from faithful_distill.lab.score_report import write_numbers, write_scored
     from faithful_distill.models import check_name
 
-    for field, name in (("--simulator", simulator), ("--model", model)):
-        if name is not None:
-            check_name(name, field)
+    if model is not None:
+        check_name(model, "--model")
+    simulator = named_simulator(simulator)
     folder, known = writable_folder(out), []
 
     def keep(scored):

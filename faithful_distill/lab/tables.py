@@ -120,7 +120,7 @@ def tidy(results: Iterable, times: bool = False):
 
 # %% ../../nbs/86_tables.ipynb #104195a9
 def rows_of(results: Iterable, file: str = "rows.jsonl"):
-    """The rows of a JSON-lines file in each of some run folders as one table: labels, then the fields of the rows.
+    """The rows of a JSON-lines file in each of some run folders as one table: labels, id, role, then other fields.
 
     Truth values become 0 and 1. A field that is called like a label gets a `_`.
 
@@ -140,7 +140,8 @@ def rows_of(results: Iterable, file: str = "rows.jsonl"):
             row = {k + "_" * (k in labels): int(v) if isinstance(v, bool) else v for k, v in row.items()}
             fields |= dict.fromkeys(row)
             rows.append({**labels, **row})
-    table = pd.DataFrame(rows, columns=[*columns, *(f for f in fields if f not in columns)])
+    ordered = sorted(fields, key=lambda f: (f not in ("id", "role"), f))
+    table = pd.DataFrame(rows, columns=[*columns, *ordered])
     return _sorted(table, list(columns)) if len(columns) else table
 
 # %% ../../nbs/86_tables.ipynb #93a39c4b
