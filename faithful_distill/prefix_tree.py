@@ -7,7 +7,7 @@ __all__ = ['Root', 'PrefixTree', 'windows', 'refused']
 
 # %% ../nbs/09_prefix_tree.ipynb #0d188421
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -247,7 +247,12 @@ class PrefixTree(Tree):
     "A tree that goes on writing its rows, and scores what could follow them."
 
     def write(
-        self, rows: Sequence, contexts: Sequence[list[int]], limits: Sequence[int], eos: int
+        self,
+        rows: Sequence,
+        contexts: Sequence[list[int]],
+        limits: Sequence[int],
+        eos: int | Collection[int],
+        over: Callable[[Any, list[int]], bool] | None = None,
     ) -> tuple[list[list[int]], list[bool]]:
         """Greedy continuations without `eos`, of at most `limits` tokens; and did they end within the limit?
 
@@ -260,8 +265,11 @@ class PrefixTree(Tree):
         limits
             tokens; the one that ends the text is not counted
         eos
-            ends a text
+            ends a text, or several that do
+        over
+            (row, its tokens so far) -> is that enough?; None: never
         """
+        ends = {eos} if isinstance(eos, int) else {*eos}
         nodes = [self.end(*row) for row in zip(rows, contexts)]
         written, ended = [[] for _ in nodes], [False] * len(nodes)
         alive = [i for i, limit in enumerate(limits) if limit > 0]
@@ -271,10 +279,11 @@ class PrefixTree(Tree):
             self._gather({nodes[i].cluster for i in alive})
             self.compute()
             for i in alive:
-                ended[i] = nodes[i].best == eos
+                ended[i] = nodes[i].best in ends
                 if not ended[i]:
                     written[i].append(nodes[i].best)
             alive = [i for i in alive if not ended[i] and len(written[i]) < limits[i]]
+            alive = [i for i in alive if over is None or not over(rows[i], written[i])]
             for i in alive:
                 nodes[i] = self.add(nodes[i], written[i][-1:])
         return written, ended

@@ -76,7 +76,7 @@ def _check_options(kind: ReasonerKind, given: dict) -> None:
             remedy = f"Leave it out; {kind.name} takes {', '.join(list(known)[2:]) or 'no options'}."
             raise BadInput(f"cannot be given for {kind.name}", field=name, value=value, remedy=remedy)
 
-# %% ../../nbs/67_opening.ipynb #3e7ea6ce
+# %% ../../nbs/67_opening.ipynb #d107b23a
 @register_reasoner("a causal model", lambda model, style: not isinstance(model, (Reasoner, type(None))))
 def open_causal(
     model,
@@ -88,7 +88,7 @@ def open_causal(
     tags: tuple[str, str] = ("<think>", "</think>"),
     answers: str = "likely",
     max_new_tokens: int | None = None,
-    batch_size: int = 16,
+    batch_size: int = 64,
     dtype: str = "auto",
 ) -> Reasoner:
     "A causal model in some style; a folder, .gguf file, hub name, `Teacher` or (model, tokenizer)."
