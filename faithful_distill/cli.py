@@ -569,6 +569,7 @@ def score(
     *,
     out: str,
     cut_at: tuple[str, ...] = (),
+    questions: str | None = None,
     simulator: str | None = None,
     model: str | None = None,
     metrics: list[str] = inherit,
@@ -579,7 +580,8 @@ def score(
 ):
     r"""The whole suite, as far as it applies, for rationales that any system wrote.
 
-    FILE is JSON lines: question, choices, prediction (index, letter, text, or null), rationale; optional gold, rating, id, model.
+    FILE is JSON lines: question, choices, prediction (index, letter, text, or null), rationale; optional gold, rating, judge, id, model.
+    Also: samples of lm-evaluation-harness, an Inspect log in JSON, OpenAI's batch output, or what `rationales` wrote.
 
     Example:  faithful-distill score rationales.jsonl --out scored --cut-at '\n\nQ:'
 
@@ -589,6 +591,8 @@ def score(
         folder for metrics.json, scores.jsonl and report.html
     cut_at
         a rationale ends before this text, such as an invented next question: '\n\nQ:'; repeatable
+    questions
+        JSON lines with id, question, choices, answer, for a batch output, which does not hold them
     simulator
         what guesses the predictions: scratch (a small reader made from this file), embeddings, embeddings+head,
         likelihood, fine-tuned (NAME or NAME:MODEL), or a folder or hub name, which is fine-tuned; embeddings+head
@@ -626,6 +630,7 @@ def score(
                 cut_at=[mark.replace("\\n", "\n") for mark in cut_at],
                 limit=limit,
                 train_limit=train_limit,
+                questions=questions,
                 after=keep,
             )
             known.append(scored)

@@ -43,6 +43,14 @@ _titles = {
     "rora_lite": "RORA, lite (nats)",
     "rating": "human rating",
     "rater_agreement": "one rater against the others",
+    "rater_kappa": "kappa of the raters, graded",
+    "rater_ac2": "Gwet's AC2 of the raters, graded",
+    "judge": "judges' marks",
+    "judge_kappa": "kappa of the judges, graded",
+    "judge_ac2": "Gwet's AC2 of the judges, graded",
+    "judge_human_rank": "rank correlation of judges with people",
+    "judge_human_kappa": "kappa of judges with people, graded",
+    "judge_human_ac2": "Gwet's AC2 of judges with people, graded",
     "p_xr": "p(y | x, r)",
     "p_x": "p(y | x)",
     "p_r": "p(y | r)",
@@ -83,8 +91,11 @@ def rating_table(scores: dict[str, Score]) -> list[list[str]]:
     names = [n for n in pooled if pooled[n].value is not None]
     names.sort(key=lambda n: -abs(within[n].value or 0))
     rows = [[_title(n), _text(pooled[n]), _text(within[n])] for n in names]
-    people = [_title("rater_agreement"), _text(scores["rater_agreement"]), "–"]
-    return [["score", "pooled", "within question"], *rows, people]
+    agreed = ("rater_agreement", "rater_kappa", "rater_ac2")
+    people = [
+        [_title(n), _text(scores[n]), "–"] for n in agreed if n == agreed[0] or scores[n].value is not None
+    ]
+    return [["score", "pooled", "within question"], *rows, *people]
 
 # %% ../../nbs/92_score_report.ipynb #fc820fbb
 def _control_text(other: Score, true: Score) -> str:
@@ -193,7 +204,7 @@ def _missing(s: dict[str, Score]) -> Section:
 def _sections(scored: Scored, folder: Path) -> list[Section]:
     "The report's sections; tables and pictures are written to `folder`."
     s = scored.scores
-    by_need = {"text": [], "simulators": [], "ratings": []}
+    by_need = {"text": [], "simulators": [], "ratings": [], "judges": []}
     for family in families.values():
         by_need.get(family.needs, []).extend(family.scores)
     text, simulated, rated = by_need["text"], by_need["simulators"], [n for n in by_need["ratings"] if n in s]
@@ -216,7 +227,14 @@ def _sections(scored: Scored, folder: Path) -> list[Section]:
         figure, table = _rating_figure(s, folder), rating_table(s)
         heading = "Against human ratings"
         sections.append(_section(scored, folder, heading, "rated", words, rated, figure, table))
-    if acted := [n for n in s if n not in (*text, *simulated, *rated)]:
+    judged = by_need["judges"]
+    if any(n in s and s[n].value is not None for n in judged):
+        by = ", ".join(s["judge"].details["judges"])
+        words = (
+            f"Marks by {literal(by)}. They are a model's, and no more than their agreement with people says."
+        )
+        sections.append(_section(scored, folder, "Judges", "judged", words, judged))
+    if acted := [n for n in s if n not in (*text, *simulated, *rated, *judged)]:
         words = (
             "" if any(s[n].value is not None for n in acted) else f"None: this {literal(s[acted[0]].reason)}."
         )
