@@ -197,6 +197,9 @@ def rationales(
     strategy: str = inherit,
     alpha: float | None = None,
     beta: float | None = None,
+    temperature: float | None = None,
+    samples: AtLeastOne = inherit,
+    select: str = "growth",
     roles: list[str] = inherit,
     prompt: str | None = None,
     shots=inherit,
@@ -228,6 +231,10 @@ def rationales(
         strength of the contrast, lambda / (1 + lambda); the strategy's own if not given
     beta
         plausibility mask; the strategy's own if not given
+    temperature
+        0 for the best token, else sample; the strategy's own if not given, and 1 for several samples
+    select
+        by what one of several samples is kept: growth, or the folder of a student that reads them
     prompt
         worked examples: csqa, strategyqa, creak, qasc, a .jsonl file, or none; the dataset's own if not given
     out
@@ -242,7 +249,7 @@ def rationales(
 
     writable_folder(Path(out).absolute().parent)
     questions = read_questions(data, path, split, limit, skip_bad, columns, config)
-    chosen = as_strategy(strategy, **{k: v for k, v in dict(alpha=alpha, beta=beta).items() if v is not None})
+    chosen = as_strategy(strategy, alpha=alpha, beta=beta, temperature=temperature)
     if teacher is None and not data.startswith("world"):
         raise BadInput(
             "is needed for these questions",
@@ -265,12 +272,28 @@ def rationales(
             seed=seed,
             max_new_tokens=max_new_tokens,
             scores=scores,
+            samples=samples,
+            select=select if select == "growth" or samples == 1 else _reader(select),
             token_budget=token_budget,
             out=out,
         )
     if loaded.tensor_parallel:
         leave_ranks()
     click.echo(f"{out}: {summary(records)}")
+
+# %% ../nbs/95_cli.ipynb #95000001
+def _reader(student: str):
+    "A student as a judge of rationales: how likely the answer argued for is to it, once it has read them."
+    from faithful_distill.student.answers import reading_shares
+    from faithful_distill.student.model import load_student
+
+    loaded = load_student(student)
+
+    def score(rationales):
+        return reading_shares(loaded, rationales)
+
+    score.__name__ = f"reader {Path(student).name}"
+    return score
 
 # %% ../nbs/95_cli.ipynb #fbe28419
 def _prompt_for(prompt: str | None, data: str) -> str | None:
@@ -298,7 +321,8 @@ def train(
     dry_run: bool = False,
     **given,
 ):
-    """Train a student on a teacher's rationales, with the factual and the counterfactual loss, on DeepSpeed.
+    """Train a student on a teacher's rationales, with the factual and the counterfactual loss or another objective, on
+    DeepSpeed.
 
     Example:  faithful-distill train --rationales rationales.jsonl --student google/t5-v1_1-small --out student
     GPUs:     torchrun --standalone --nproc_per_node 8 $(which faithful-distill) train --recipe scott-t5-3b ...
@@ -322,7 +346,8 @@ def train(
     recipe
         named settings: scott-t5-3b (the authors'), t5-base, tiny; other options change them
     method
-        what is learned: answers that follow wrong rationales too, rationales and answers, or answers alone
+        what is learned: answers that follow wrong rationales too, rationales and answers, or answers alone; other
+        objectives by --objective
     seeds
         train so many students, in OUT/seed-0, OUT/seed-1, ...; their mean and standard deviation are in OUT/seeds.json
     overwrite
@@ -351,6 +376,9 @@ def train(
     embedded = shipped("data", "models", "student")
     base = next(str(name) for name in (student, named, embedded) if name is not None)
     if method != "counterfactual":
+        if given.get("objective") is not None:
+            remedy = "Give --objective alone: --objective factual is --method factual."
+            raise BadInput("conflicts with --objective", field="--method", value=method, remedy=remedy)
         settings |= dict(alpha_cf=0.0, answer_only=method == "answer-only")
     if dry_run:
         return click.echo(memory_report(base, rationales, dev, **settings))

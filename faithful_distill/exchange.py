@@ -41,7 +41,6 @@ from faithful_distill.questions import (
 from faithful_distill.records import (
     AnswerSentence,
     Rationale,
-    AnswerSentence,
     answer_sentences,
     rationale_from_row,
     read_records,

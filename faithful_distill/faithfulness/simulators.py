@@ -17,28 +17,23 @@ from typing import Any
 
 import numpy as np
 
-from .intervals import Score
+from .intervals import Score, mean_score
 from .protocol import asking, own_rationales
 from .metrics import las, las_from_credit, rev
 from .perturb import join_words, words_of
+from .frozen import as_simulator, listed_choices
 from faithful_distill.faithfulness.readers import (
-    ChoiceReader,
     Reader,
-    fit_encoded,
+    fit_parts,
     fit_reader,
+    new_reader,
     read_choices,
-    read_encoded,
+    read_parts,
 )
 from ..files import BadInput, stable_seed
-from faithful_distill.questions import (
-    Question,
-    as_questions,
-    choice_text,
-    clusters_of,
-    letter,
-    normalized,
-)
+from ..questions import Question, choice_text, clusters_of, normalized
 from ..records import strip_answer
+from ..sources import questions_from
 
 # %% ../../nbs/77_simulators.ipynb #2b511718
 @dataclass
@@ -86,7 +81,7 @@ class ModelBehaviour:
     @classmethod
     def by(cls, student: Any, questions: Iterable, **asked) -> "ModelBehaviour":
         "Ask a student for its rationales and predictions."
-        questions = as_questions(questions)
+        questions = questions_from(questions)
         prefix = getattr(student, "prefix", "factual")
         ask = asking(student, **asked)
         answers = ask(questions, own_rationales(student, len(questions)), prefix, False)
@@ -95,7 +90,7 @@ class ModelBehaviour:
 # %% ../../nbs/77_simulators.ipynb #263a487d
 def simulator_texts(q: Question, rationale: str) -> tuple[str, str, str]:
     "The three texts (x and r, x, r), each with the choices."
-    choices = " ".join(f"{letter(i)} {c}" for i, c in enumerate(q.choices))
+    choices = listed_choices(q)
     return f"{choices} {q.question} {rationale}", f"{choices} {q.question}", f"{choices} {rationale}"
 
 # %% ../../nbs/77_simulators.ipynb #dc26c4c1
@@ -120,9 +115,7 @@ def _longest_end(tail: str, rationale: str) -> str:
     return tail if tail.endswith(rationale) else f"{tail} {rationale}"
 
 # %% ../../nbs/77_simulators.ipynb #f5c2726c
-def fitting(
-    reader: ChoiceReader, explained: ModelBehaviour, texts: Sequence[str]
-) -> tuple[list[str], int, int]:
+def fitting(reader: Any, explained: ModelBehaviour, texts: Sequence[str]) -> tuple[list[str], int, int]:
     """The texts, each question shortened from its end where its longest text would not fit the reader.
 
     Parameters
@@ -153,7 +146,7 @@ def fitting(
     return fitted, n_cut, n_long
 
 # %% ../../nbs/77_simulators.ipynb #34e6a7db
-def _token_counts(reader: ChoiceReader, texts: list[str]) -> list[int]:
+def _token_counts(reader: Any, texts: list[str]) -> list[int]:
     return (
         [len(ids) for ids in reader.tokenizer(texts, add_special_tokens=False)["input_ids"]] if texts else []
     )
@@ -188,18 +181,21 @@ class Simulation:
         held-out losses of each simulator's training
     clusters
         see `questions.clusters_of`: intervals resample rows of one question together
+    gold
+        the gold answers; -1 where there is none; None: none is known
     """
 
     y: list[int]
     read: list[dict[str, list[np.ndarray]]]
     histories: list[list[float]]
     clusters: list | None = None
+    gold: list[int] | None = None
 
     def part(self, indices: Sequence[int]) -> "Simulation":
         "The simulation of some of its examples: one kind of question, say."
         read = [{mode: [rows[i] for i in indices] for mode, rows in one.items()} for one in self.read]
-        clusters = self.clusters and [self.clusters[i] for i in indices]
-        return Simulation([self.y[i] for i in indices], read, self.histories, clusters)
+        clusters, gold = (known and [known[i] for i in indices] for known in (self.clusters, self.gold))
+        return Simulation([self.y[i] for i in indices], read, self.histories, clusters, gold)
 
     def predictions(self, mode: str) -> np.ndarray:
         "(S, n) the simulators' choices."
@@ -211,19 +207,70 @@ class Simulation:
         return np.array([of_y(one[mode]) for one in self.read]).clip(0, 1)
 
     def scores(self, **interval) -> dict[str, Score]:
-        "LAS in the flip and the probability version; `cluster`: other clusters than rows of one question."
+        """LAS in the flip and the probability version, and the simulators' accuracy on gold labels beside them.
+
+        `cluster`: other clusters than rows of one question.
+        """
         kept, cluster = np.array(self.y) >= 0, interval.pop("cluster", None)
         cluster = self.clusters if cluster is None else cluster
         known = None if cluster is None else np.asarray(cluster)[kept]
-        leaks = (self.predictions("r") == self.y)[:, kept]
+        chosen = {mode: self.predictions(mode) for mode in ("xr", "x", "r")}
+        leaks = (chosen["r"] == self.y)[:, kept]
         xr, x = (self.probabilities(mode)[:, kept] for mode in ("xr", "x"))
         details = {"unpredicted": int((~kept).sum())}
+        gold = np.array([-1] * len(kept) if self.gold is None else self.gold, int)
+        right = np.stack([(chosen[mode] == gold)[:, kept] for mode in ("xr", "x", "r")])
+        n_choices = np.array([len(row) for row in self.read[0]["x"]])[kept]
         return {
-            "las": las(
-                self.y, *(self.predictions(mode) for mode in ("xr", "x", "r")), cluster=cluster, **interval
-            ),
+            "las": las(self.y, *chosen.values(), cluster=cluster, **interval),
             "las_probability": las_from_credit(leaks, xr, x, details=details, cluster=known, **interval),
+            **gold_scores(right, gold[kept], n_choices, cluster=known, **interval),
         }
+
+# %% ../../nbs/77_simulators.ipynb #19d5ed1f
+gold_names = ("simulator_gold", "simulator_gold_x", "simulator_gold_r")
+
+
+def gold_scores(
+    hits: np.ndarray, gold: Sequence[int], n_choices: Sequence[int], **interval
+) -> dict[str, Score]:
+    """The simulators' accuracy on gold labels, and a line of the log where it is at chance.
+
+    Parameters
+    ----------
+    hits
+        (3, S, n) from question and rationale, from the question, from the rationale: is the choice the gold answer?
+    gold
+        (n,) -1: there is none
+    n_choices
+        (n,)
+    **interval
+        cluster, draws, level, seed: see `bootstrap`
+    """
+    known = np.asarray(gold) >= 0
+    if not known.any():
+        return {name: Score(None, n=0, reason="no gold answers are given") for name in gold_names}
+    if interval.get("cluster") is not None:
+        interval["cluster"] = np.asarray(interval["cluster"])[known]
+    chance = float((1 / np.asarray(n_choices)[known]).mean())
+    found = {
+        name: mean_score(of_mode[:, known].astype(float), details={"chance": chance}, **interval)
+        for name, of_mode in zip(gold_names, hits)
+    }
+    if line := at_chance(found["simulator_gold"]):
+        logging.getLogger("faithful_distill").warning("%s", line)
+    return found
+
+
+def at_chance(gold: Score) -> str:
+    "What is to be said of a simulator whose accuracy on gold labels is not above chance; '' for any other."
+    chance = gold.details.get("chance")
+    if gold.value is None or (gold.value if gold.low is None else gold.low) > chance:
+        return ""
+    return (
+        f"the simulator is at chance: with question and rationale it finds the gold answer in {gold.value:.0%} of"
+        f" {gold.n:,} examples (chance {chance:.0%}), so its LAS says little; another simulator may read better"
+    )
 
 # %% ../../nbs/77_simulators.ipynb #b14d9552
 def simulate(
@@ -240,40 +287,53 @@ def simulate(
     Parameters
     ----------
     base
-        what simulators start from: see `load_base`
+        a simulator's name (`frozen.simulators`), such as 'embeddings+head' or 'scratch'; or what readers
+        start from: see `load_base`
     train
         what they learn from
     test
         what they are asked about
     seeds
-        one simulator each
+        one simulator each; one alone where the seed makes no difference
     permute_labels
-        train on permuted predictions: the null check
+        train on permuted predictions: the null check; simulators that learn nothing are asked for permuted ones
     """
+    base = as_simulator(base, lambda: [*_texts_of(train), *_texts_of(test)])
     train, read, histories = train.predicted(), [], []
-    given = asked = None
-    for seed in seeds:
-        reader = ChoiceReader(base, seed, settings)
-        if given is None:  # the tokenizer is the same for all
-            given = _encoded(reader, train, lambda *given: fitting(*given)[0])
-            asked = _encoded(reader, test, _fitting_logged)
-        modes, choices = given
-        labels = _permuted(train, seed) if permute_labels else train.predictions
-        fit_encoded(reader, list(zip(*modes)), choices, labels)
-        modes, choices = asked
-        found = zip(("xr", "x", "r"), modes, strict=True)
-        read.append({mode: read_encoded(reader, texts, choices) for mode, texts in found})
+    train_texts = test_texts = None
+    learns, asked = getattr(base, "learns", True), test.predictions
+    for seed in seeds_of(base, seeds):
+        reader = new_reader(base, seed, settings)
+        if train_texts is None:  # the tokenizer is the same for all
+            train_texts = _three_texts(reader, train, lambda *given: fitting(*given)[0]) if learns else []
+            test_texts = _three_texts(reader, test, _fitting_logged)
+        if learns:
+            labels = _permuted(train, seed) if permute_labels else train.predictions
+            fit_parts(reader, train.questions, train_texts, labels)
+        elif permute_labels:
+            asked = _permuted(test, seed)
+        read.append(read_parts(reader, test.questions, test_texts))
         histories.append(reader.history)
-    y = [-1 if y is None else y for y in test.predictions]
-    return Simulation(y, read, histories, clusters_of(test.questions))
+    y, gold = ([-1 if i is None else i for i in a] for a in (asked, [q.answer for q in test.questions]))
+    return Simulation(y, read, histories, clusters_of(test.questions), gold)
+
+# %% ../../nbs/77_simulators.ipynb #4f17a276
+def seeds_of(base: Any, seeds: Sequence[int]) -> Sequence[int]:
+    "The seeds that make a difference to a simulator: of a frozen one the first."
+    return seeds if getattr(base, "seeded", True) else seeds[:1]
+
+
+def _texts_of(explained: ModelBehaviour) -> list[str]:
+    "Questions, choices and rationales."
+    rows = zip(explained.questions, explained.rationales)
+    return [t for q, r in rows for t in (q.question, *q.choices, r)]
 
 # %% ../../nbs/77_simulators.ipynb #b0d55097
-def _encoded(reader, explained: ModelBehaviour, fit: Callable) -> tuple[list[list], list]:
-    "Token ids of x and r, of x and of r of all examples, the first two fitted to the reader; and of their choices."
+def _three_texts(reader, explained: ModelBehaviour, fit: Callable) -> list[tuple[str, str, str]]:
+    "(x and r, x, r) of each example, the first two fitted to the reader."
     texts = [simulator_texts(q, r) for q, r in zip(explained.questions, explained.rationales)]
     xr, x, r = zip(*texts) if texts else ((), (), ())
-    three = (fit(reader, explained, xr), fitting(reader, explained, x)[0], r)
-    return [reader.texts(mode) for mode in three], reader.choices(explained.questions)
+    return list(zip(fit(reader, explained, xr), fitting(reader, explained, x)[0], r))
 
 
 def _permuted(train: ModelBehaviour, seed: int) -> list[int]:
@@ -354,7 +414,8 @@ def simulate_folds(
     parts
         see `folds`; the other parameters: see `simulate`
     """
-    which = folds(explained.questions, parts)
+    which, base = folds(explained.questions, parts), as_simulator(base, lambda: _texts_of(explained))
+    seeds, y, gold = seeds_of(base, seeds), [-1] * len(which), [-1] * len(which)
     read = [{mode: [None] * len(which) for mode in ("xr", "x", "r")} for _ in seeds]
     asked, histories = dict(seeds=seeds, settings=settings, permute_labels=permute_labels), []
     for part in range(parts):
@@ -364,12 +425,13 @@ def simulate_folds(
         others = explained.part(i for i, w in enumerate(which) if w != part)
         one = simulate(base, others, explained.part(rows), **asked)
         histories += one.histories
+        for i, *labels in zip(rows, one.y, one.gold):
+            y[i], gold[i] = labels
         for ours, theirs in zip(read, one.read):
             for mode, found in theirs.items():
                 for i, r in zip(rows, found):
                     ours[mode][i] = r
-    y = [-1 if y is None else y for y in explained.predictions]
-    return Simulation(y, read, histories, clusters_of(explained.questions))
+    return Simulation(y, read, histories, clusters_of(explained.questions), gold)
 
 # %% ../../nbs/77_simulators.ipynb #a04cd3df
 def try_las(
@@ -391,7 +453,7 @@ def try_las(
     Returns
     -------
     dict[str, Score]
-        'las' and 'las_probability'
+        'las', 'las_probability' and the simulators' accuracies on gold labels
     """
     answered = sum(y is not None for y in explained.predictions)
     why = "" if any(explained.rationales) else "the student writes no rationale"
@@ -402,7 +464,8 @@ def try_las(
             return simulate_folds(base, explained, **settings).scores(cluster=cluster)
     except BadInput as error:
         why = f"no simulator could be trained: {error}"
-    return {name: Score(None, n=len(explained.questions), reason=why) for name in ("las", "las_probability")}
+    names = ("las", "las_probability", *gold_names)
+    return {name: Score(None, n=len(explained.questions), reason=why) for name in names}
 
 # %% ../../nbs/77_simulators.ipynb #e31e6e68
 def restatement(q: Question, i: int) -> str:
@@ -415,14 +478,13 @@ def evaluator_logs(
 ) -> np.ndarray:
     "(S, n) log-probability of y by evaluators trained on one text per example."
     logs = []
-    for seed in seeds:
-        reader = ChoiceReader(base, seed, settings)
+    for seed in seeds_of(base, seeds):
+        reader = new_reader(base, seed, settings)
         if not logs:  # the tokenizer is the same for all
-            given = [[ids] for ids in reader.texts(fitting(reader, train, train_texts)[0])]
-            asked = reader.texts(_fitting_logged(reader, test, test_texts))
-            choices = reader.choices(train.questions), reader.choices(test.questions)
-        fit_encoded(reader, given, choices[0], train.predictions)
-        read = read_encoded(reader, asked, choices[1])
+            train_texts = fitting(reader, train, train_texts)[0]
+            test_texts = _fitting_logged(reader, test, test_texts)
+        fit_reader(reader, train.questions, [[t] for t in train_texts], train.predictions)
+        read = read_choices(reader, test.questions, test_texts)
         logs.append([float(r[y]) for r, y in zip(read, test.predictions)])
     return np.array(logs)
 
@@ -471,6 +533,7 @@ def measure_rev(
     Score
         in nats; see `rev`
     """
+    base = as_simulator(base, lambda: [*_texts_of(train), *_texts_of(test)])
     train, test = train.predicted(), test.predicted()
     if len(set(test.predictions)) < 2:
         nothing = [0.0] * len(test.predictions)
@@ -479,7 +542,7 @@ def measure_rev(
     return rev(with_r, without, test.predictions, **{"cluster": clusters_of(test.questions), **interval})
 
 # %% ../../nbs/77_simulators.ipynb #afb25f43
-def leaking_words(reader: ChoiceReader, explained: ModelBehaviour, threshold: float = 0.1) -> list[list[int]]:
+def leaking_words(reader: Any, explained: ModelBehaviour, threshold: float = 0.1) -> list[list[int]]:
     """Words that tell the answer without the question, found by leaving each one out.
 
     Parameters
@@ -529,7 +592,7 @@ def without_leaks(
     for _ in range(rounds):
         now = both[0]
         texts = [[simulator_texts(q, r)[2]] for q, r in zip(now.questions, now.rationales)]
-        detector = fit_reader(ChoiceReader(base, seed, settings), now.questions, texts, now.predictions)
+        detector = fit_reader(new_reader(base, seed, settings), now.questions, texts, now.predictions)
         leaks = [leaking_words(detector, e, threshold) for e in both]
         if not any(map(len, leaks[0])):
             break
@@ -581,6 +644,7 @@ def rora_lite(
     Score
         in nats; details: masked (share of words removed)
     """
+    base = as_simulator(base, lambda: [*_texts_of(train), *_texts_of(test)])
     train, test = train.predicted(), test.predicted()
     if len(set(test.predictions)) < 2:
         return Score(None, n=len(test.predictions), reason="one class only: there is nothing to tell apart")

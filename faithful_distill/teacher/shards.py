@@ -22,6 +22,7 @@ from faithful_distill.teacher.rationales import (
     provenance_fields,
     rationalize,
 )
+from .selection import rejected_path
 
 # %% ../../nbs/42_shards.ipynb #8e00f6d3
 def merge_shards(out: str | Path, n: int) -> list[Rationale]:
@@ -40,6 +41,9 @@ def merge_shards(out: str | Path, n: int) -> list[Rationale]:
             _refuse_other_settings(r, rationales[0] if rationales else r, part, line)
             rationales.append(r)
     _refuse_repeats(rationales, out)
+    rejected = [row for part in map(rejected_path, parts) if part.is_file() for _, row in read_jsonl(part)]
+    if rejected:
+        write_records(rejected_path(out), rejected)
     write_records(out, rationales)
     return rationales
 
