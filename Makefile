@@ -4,10 +4,10 @@ PYTHON ?= python3
 BIN := .venv/bin
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: quickstart study results test slow mutants notebooks figures drift docs clean help
+.PHONY: quickstart study results real real-smoke test slow mutants notebooks figures drift docs clean help
 
 help:            ## list what can be made
-	@grep -hE '^[a-z]+: .*##' $(MAKEFILE_LIST) | sed 's/:.*##/:/'
+	@grep -hE '^[a-z-]+: .*##' $(MAKEFILE_LIST) | sed 's/:.*##/:/'
 
 .venv/.ready: settings.ini setup.py
 	@$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "Python 3.11 or newer is needed; say PYTHON=/path/to/it")'
@@ -24,6 +24,12 @@ study: .venv/.ready ## every figure and table on several seeds, resumable: runs/
 
 results: .venv/.ready ## the study's small tables into data/results (what is there is not computed again); then `make figures`
 	$(BIN)/faithful-distill reproduce --profile study --keep data/results
+
+real: .venv/.ready ## the method on CommonsenseQA with pretrained models, hours, resumable: runs/real/report.html; DIR=folder of datasets, SEED=2 one seed
+	$(BIN)/faithful-distill reproduce --profile real $(if $(DIR),--data-dir '$(DIR)') $(if $(SEED),--seed $(SEED)) $(if $(KEEP),--keep '$(KEEP)')
+
+real-smoke: .venv/.ready ## the same road at 40 questions, a quarter of an hour: DIR=folder of datasets
+	$(BIN)/faithful-distill reproduce --profile real-smoke $(if $(DIR),--data-dir '$(DIR)')
 
 test: .venv/.ready drift notebooks ## everything that must hold
 	$(BIN)/python -m pytest tests -q

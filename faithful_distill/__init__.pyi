@@ -1,3 +1,8 @@
+from .exchange import (
+    import_rationales as import_rationales,
+    overlap as overlap,
+    publish_rationales as publish_rationales,
+)
 from .faithfulness.interventions import measure as measure
 from .faithfulness.metrics import (
     early_answering_aoc as early_answering_aoc,

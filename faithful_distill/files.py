@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['BadInput', 'did_you_mean', 'read_jsonl', 'write_text', 'write_json', 'Journal', 'writable_folder', 'try_lock',
            'sole_writer', 'sha256_file', 'content_key', 'tree_hash', 'stable_seed', 'weights_hash', 'shipped',
-           'progress', 'shows_progress']
+           'cache_folder', 'progress', 'shows_progress']
 
 # %% ../nbs/00_files.ipynb #c03706f9
 import difflib
@@ -558,6 +558,17 @@ def shipped(*parts: str) -> Path:
         remedy = "Reinstall the package, or run from a whole checkout."
         raise BadInput("is not part of this installation", file=path, remedy=remedy)
     return path
+
+# %% ../nbs/00_files.ipynb #a427a432
+def cache_folder() -> Path:
+    "Where what can be had again is kept: $FAITHFUL_DISTILL_CACHE, else data/cache of a checkout, else ~/.cache/faithful_distill."
+    asked = os.environ.get("FAITHFUL_DISTILL_CACHE")
+    if asked:
+        return Path(asked)
+    checkout = Path(__file__).resolve().parent.parent if "__file__" in globals() else Path.cwd().parent
+    if (checkout / "settings.ini").is_file():
+        return checkout / "data" / "cache"
+    return Path.home() / ".cache" / "faithful_distill"
 
 # %% ../nbs/00_files.ipynb #fe36cdc9
 def progress(iterable: Iterable | None = None, *, total: int | None = None, desc: str = "", unit: str = "it"):

@@ -1106,6 +1106,7 @@ def test_what_was_measured_is_kept_if_the_simulators_fail(embedded, tmp_path, mo
         and files["metrics.json"]["accuracy"]["n"] == 24
         and len(files["answers.json"]) == 24
     )
+    assert "24 of 24 answers name no choice; they count as wrong" in done.output
     assert (
         files["metrics.json"]["las"]["value"] is None
         and "too few answers" in files["metrics.json"]["las"]["reason"]
@@ -1244,13 +1245,22 @@ def _plain_bootstrap(values):
     return [values[rng.integers(0, len(values), len(values))].mean() for _ in range(5000)]
 
 
-def test_simulators_of_las_add_their_spread():
-    y, xr, x, r = np.random.default_rng(10).integers(0, 2, (4, 3, 300))
-    score = metrics.las(y[0], xr, x, r)
-    error = stats.t.ppf(0.975, 2) * score.details["seed_sd"] / 3**0.5
-    assert score.high == pytest.approx(
-        score.value + math.hypot(score.details["examples_high"] - score.value, error)
-    )
+def test_simulators_of_las_add_their_spread_and_examples_are_counted_once():
+    "The parts of LAS that are plain means over some examples have the interval of that mean."
+    rng = np.random.default_rng(10)
+    groups, hard = np.arange(400) // 2, rng.random(400)
+    after, before = (hard + rng.random((4, 400))) / 2, rng.random((4, 400))
+    leaks = np.tile(np.arange(400) // 2 % 2, (4, 1))  # the same ones for every simulator
+    score = metrics.las_from_credit(leaks, after, before, cluster=groups)
+    some = {"unadjusted": leaks[0] >= 0, "las_0": leaks[0] == 0, "las_1": leaks[0] == 1}
+    for name, kept in some.items():
+        plain = intervals.mean_score((after - before)[:, kept], ends=(-1, 1), cluster=groups[kept])
+        part = score.details[name]
+        assert part.value == pytest.approx(plain.value)
+        assert part.high - part.low == pytest.approx(plain.high - plain.low, rel=0.05), name
+    halves = [(score.details[f"las_{k}"].high - score.details[f"las_{k}"].low) / 2 for k in (0, 1)]
+    seed_part = stats.t.ppf(0.975, 3) * score.details["seed_sd"] / 2
+    assert seed_part < (score.high - score.low) / 2 < math.hypot(*halves)
 
 
 def test_seeds_that_share_nothing_have_students_interval():
@@ -1376,3 +1386,98 @@ def test_draws_of_an_intervention_are_not_taken_for_seeds():
     error = stats.norm.ppf(0.975) * score.details["seed_sd"] / 2**0.5
     half = math.hypot(math.sqrt(once) * (score.value - score.details["examples_low"]), error)
     assert 0 < once < 1 and score.low == pytest.approx(max(0, score.value - half))
+
+
+def _by_text(questions, rationales, prefix, continue_from=False):
+    "A student whose answers depend on the question's text, and on the rationale it is given if there is one."
+    from types import SimpleNamespace
+
+    from faithful_distill.files import stable_seed
+
+    found = []
+    for q, text in zip(questions, rationales):
+        own = f"because {stable_seed(0, q.question) % 7}. It is so, and more"
+        said = own if text is None else text
+        choice = (stable_seed(1, q.question, said) % 5) or None
+        scores = [float(stable_seed(2, q.question, said, k) % 90) / 30 for k in range(len(q.choices))]
+        found.append(SimpleNamespace(rationale=said, choice=choice and choice - 1, scores=scores))
+    return found
+
+
+def test_rows_of_one_question_are_one_cluster_whatever_is_measured():
+    "Each question asked three times over, with its choices in another order: no interval is narrower for it."
+    from faithful_distill.faithfulness.interventions import measure, measure_insertion
+    from faithful_distill.questions import Question
+
+    def asked(copies):
+        return [
+            Question(f"{i}/{k}", f"Which is number {i} ?", tuple("abcd"), i % 4)
+            for k in range(copies)
+            for i in range(60)
+        ]
+
+    chosen = ("early", "swap", "refine", "filler")
+    teacher = [dict(id=q.id, target=i, rationale=f"it is {i}") for q in asked(3) for i in range(2)]
+    about = lambda copies: [r for r in teacher if int(r["id"].split("/")[1]) < copies]
+    once, thrice = (
+        measure(_by_text, asked(n), about(n), metrics=chosen, prefix="none").scores
+        | measure_insertion(_by_text, asked(n), ["very", "quite"], per_question=2)
+        for n in (1, 3)
+    )
+    width = lambda score: score.high - score.low
+    same = [n for n, s in once.items() if s.low is not None and not n.startswith(("swap_shuffled", "inser"))]
+    assert len(same) > 20
+    for name in same:
+        assert width(thrice[name]) == pytest.approx(width(once[name]), rel=0.1), name
+
+
+def test_evaluate_resamples_facts_of_the_world(embedded, tmp_path, monkeypatch):
+    from faithful_distill.faithfulness import interventions
+
+    asked = {}
+
+    @functools.wraps(interventions.measure)
+    def measured(student, questions, *a, interval, **k):
+        asked["ids"], asked["clusters"] = [q.id for q in questions], interval["cluster"]
+        raise BadInput("stops here")
+
+    monkeypatch.setattr(interventions, "measure", measured)
+    evaluate(embedded, tmp_path)
+    facts = [" ".join(id.split("-")[1:-1]) for id in asked["ids"]]
+    assert asked["clusters"] == facts and len(facts) == 24
+
+
+@pytest.mark.parametrize(
+    "text, steps, phrase",
+    [
+        ("因为猫吃鱼，所以不吃石头。石头很硬！", ["因为猫吃鱼，所以不吃石头。", "石头很硬！"], "石头"),
+        ("ネコは魚を食べます。「石は硬い。」だから食べません。", ["ネコは魚を食べます。", "「石は硬い。」", "だから食べません。"], "魚"),
+        ("แมวชอบกินปลา มันไม่กินหิน", ["แมวชอบกินปลา ", "มันไม่กินหิน"], "หิน"),
+        ("बिल्ली मछली खाती है। पत्थर नहीं।", ["बिल्ली मछली खाती है।", "पत्थर नहीं।"], "पत्थर"),
+    ],
+)  # fmt: skip
+def test_what_is_done_word_by_word_is_done_in_scripts_without_blanks_too(text, steps, phrase):
+    from faithful_distill.faithfulness import arms, perturb
+
+    plain = text.replace(" ", "")
+    assert perturb.split_steps(text) == steps and perturb.join_words(steps) == text
+    words = perturb.split_steps(text, "word", max_steps=99)
+    assert len(words) >= 6 and "".join(words).replace(" ", "") == plain
+    moved = perturb.permute_words(text, 1)
+    assert moved != text and sorted(moved.replace(" ", "")) == sorted(plain)
+    assert perturb.filler(text).split() == ["..."] * len(words)
+    assert text not in (placed := perturb.insert_word(text, "very", 1)) and "very" in placed.split()
+    assert phrase not in perturb.strip_words(text, phrase) and arms._mentions(text, phrase)
+    replaced = perturb.TokenPerturber(None, [text])(text, 0.5, 1)
+    assert replaced != text and len(perturb.words_of(replaced)) == len(words)
+
+
+def test_what_is_spelled_like_a_control_token_is_replaced_as_text_is():
+    from faithful_distill.faithfulness.perturb import TokenPerturber
+    from faithful_distill.faithfulness.readers import scratch_base
+
+    tokenizer = scratch_base(["a robin sings and its pad is soft"], 300).tokenizer
+    perturb = TokenPerturber(tokenizer)
+    assert perturb("a robin <pad> sings", 0, 1) == "a robin <pad> sings"
+    for seed in range(20):
+        assert "<pad>" not in perturb("a robin <pad> sings", 1, seed)

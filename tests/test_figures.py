@@ -1100,3 +1100,13 @@ def test_numbers_that_are_missing_stay_missing_in_labels_and_in_pools(tmp_path):
         }
     )
     assert comparisons.pooled(parts, "kind").n.tolist() == [10]
+
+
+def test_every_strategy_of_the_teacher_has_a_look_and_a_place():
+    from faithful_distill.teacher.strategy import strategies
+
+    assert [name for name in style.strategies if name != "true"] == sorted(
+        strategies, key=style.strategies.index
+    )
+    looks = [style.named_look(name) for name in strategies]
+    assert len(set(looks)) == len(looks) and None not in looks

@@ -4,8 +4,8 @@ import re
 
 import pytest
 
-from faithful_distill.lab.study import read_by_figures
-from faithful_distill.files import shipped
+from faithful_distill.lab.kept import read_by_figures
+from faithful_distill.files import BadInput, shipped
 from faithful_distill.lab.grid import load_grid
 
 
@@ -36,11 +36,9 @@ def test_an_ablation_shares_the_runs_of_the_main_comparison(tmp_path):
             "curve method=full method n_train=1200",
         ],
         "student method=contrastive CoT": [
-            f"weight_student reduction={r} weight=0.0" for r in ("per_part", "per_token")
+            "weight_student reduction=per_part weight=0.0"
         ],  # no counterfactual loss: no weight, nothing to reduce
-        "evaluation method=contrastive CoT": [
-            f"weight reduction={r} weight=0.0" for r in ("per_part", "per_token")
-        ],
+        "evaluation method=contrastive CoT": ["weight reduction=per_part weight=0.0"],
     }
     for main, others in same.items():
         for other in others:
@@ -57,3 +55,28 @@ def test_what_is_kept_of_the_study_is_what_its_figures_read_by_default():
         for found in re.findall(r"data/results/(study_[\w.]+)", p.read_text(encoding="utf-8"))
     }
     assert named and named <= kept, named - kept
+
+
+@pytest.mark.parametrize(
+    "group, field, said",
+    [
+        ("{notebook: ../simple.ipynb}", "g.notebook", "leads out of its folder"),
+        ("{notebook: sub/../simple.ipynb}", "g.notebook", "leads out of its folder"),
+        ("{notebook: simple.ipynb, for: {n: [1, 2], size: {large: {n: 3}}}}", "g.for.size", "axis 'n' does"),
+        ("{notebook: simple.ipynb, for: {a: {x: {n: 1}}, b: {y: {n: 1}}}}", "g.for.b", "axis 'a' does"),
+        ("{notebook: simple.ipynb, for: {a: {x: {seed: 1}}}}", "g.for.seed", "axis 'a' does"),
+    ],
+)
+def test_a_grid_that_means_two_things_or_leads_elsewhere_is_refused(group, field, said, tmp_path):
+    import nbformat
+    from nbformat.v4 import new_code_cell, new_notebook
+
+    cell = new_code_cell("n: int = 0\nseed: int = 0\nout: str = 'out'", metadata={"tags": ["parameters"]})
+    (tmp_path / "grids" / "sub").mkdir(parents=True)
+    for folder in (tmp_path, tmp_path / "grids"):
+        nbformat.write(new_notebook(cells=[cell]), folder / "simple.ipynb")
+    grid = tmp_path / "grids" / "g.yaml"
+    grid.write_text(f"groups:\n  g: {group}\n")
+    with pytest.raises(BadInput, match=said) as error:
+        load_grid(grid)
+    assert error.value.field == field and error.value.remedy

@@ -19,14 +19,14 @@ from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 
 import faithful_distill
 from faithful_distill.files import BadInput
-from faithful_distill.lab import kernel as kernels, keys, plan as plans
+from faithful_distill.lab import kernel as kernels, keys, plan as plans, runs
 from faithful_distill.lab.grid import _read_yaml, load_grid
 from faithful_distill.lab.kernel import WarmKernel, progress_line
 from faithful_distill.lab.keys import found_notebook, notebook_parameters, planned_run
 from faithful_distill.lab.plan import Cell, From, Plan, run_plan
 from faithful_distill.lab.runs import Busy, NotebookFailed, hold_run, run_notebook
 from faithful_distill.lab.study import _gathering, forecast, gather, keep_results, reproduce
-from faithful_distill.lab.tables import read_table, tidy, write_table
+from faithful_distill.lab.tables import origin_of, read_table, tidy, write_table
 
 PACKAGE = Path(faithful_distill.__file__).parent
 
@@ -853,7 +853,14 @@ def test_one_call_keeps_all_that_the_figures_of_a_profile_read(tmp_path, monkeyp
         "toy_strategies.csv",
         "toy_times.csv",
         "toy_examples.json",
+        "origin.json",
     }
+    for name in ("toy_rationales.csv", "toy_times.csv", "toy_examples.json"):
+        origin = origin_of(tmp_path / "kept" / name)
+        assert origin["version"] == faithful_distill.__version__ and len(origin["date"]) == 10, name
+        assert origin["commit"] == (runs._commit() or "unknown")[:7]
+    (tmp_path / "kept" / "toy_times.csv").write_text("another table")
+    assert origin_of(tmp_path / "kept" / "toy_times.csv") == {"changed": True}
     both = read_table(tmp_path / "kept" / "toy_rationales.csv")
     assert set(zip(both.group, both.strategy)) == {
         ("rationales", "greedy"),

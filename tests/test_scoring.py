@@ -159,6 +159,16 @@ rows_of_a_file = [
     )
     for i in range(60)
 ]
+
+
+@pytest.fixture(autouse=True)
+def no_model_at_hand(monkeypatch):
+    "Where no simulator is named, it is the one that needs no model, whatever lies in this machine's cache."
+    from faithful_distill.faithfulness import frozen
+
+    monkeypatch.setattr(frozen, "model_at_hand", lambda name: None)
+
+
 cheap = dict(parts=2, seeds=(0,), settings=Reader(epochs=2, batch_size=16), interval=dict(draws=200))
 
 
@@ -290,6 +300,13 @@ wrapped = [
     ("The answer is Z.", None),
     ("The answer is A cat.", 1),  # an article
     ("The answer is not B.", None),
+    (r"\boxed{B}", 1),
+    (r"$\boxed{\text{(B)}}$.", 1),
+    (r"\boxed{cat}", 1),
+    (r"\boxed{A} or \boxed{B}", None),
+    (r"\boxed{B}. \boxed{B}", 1),
+    (r"\boxed{7}", None),
+    (r"\boxed{A}. So the answer is B.", 1),
 ]
 
 
@@ -302,7 +319,16 @@ def test_a_letter_is_read_however_it_is_wrapped(text, choice):
             [row] = read_rationales(
                 [dict(question="Which?", choices=list(q.choices), rationale=before + text)]
             )
-            assert row.reasons.startswith("It purrs") and "nswer" not in row.reasons
+            assert row.reasons.startswith("It purrs") and not {"nswer", "boxed"} & set(row.reasons.split())
+
+
+@pytest.mark.parametrize("unread, warned", [(3, True), (2, False)])
+def test_it_is_said_where_most_rows_have_no_readable_answer(unread, warned, caplog):
+    row = dict(question="Which?", choices=["dog", "cat"])
+    said = ["It barks."] * unread + ["It barks. So the answer is dog."] * 2
+    read_rationales([dict(row, rationale=text, id=str(i)) for i, text in enumerate(said)])
+    assert [f"{unread} of 5 rows have no readable answer" in m for m in caplog.messages] == [True] * warned
+    assert all("'prediction'" in m for m in caplog.messages)
 
 
 def test_a_letter_that_is_another_choices_text_is_no_answer():
@@ -400,22 +426,7 @@ def test_fields_that_are_not_read_are_named_with_the_one_that_was_meant(caplog):
     ] and not caplog.messages
 
 
-def test_records_of_this_package_and_empty_cut_marks_are_refused():
-    record = dict(
-        id="q",
-        split="dev",
-        question="Which?",
-        choices=["a", "b"],
-        answer=0,
-        target=1,
-        role="counterfactual",
-        rationale="b is it",
-    )
-    with pytest.raises(
-        BadInput,
-        match="line 1: field 'target': is a rationale record of this package.* Rename 'answer' to 'gold'",
-    ):
-        read_rationales([record])
+def test_empty_cut_marks_are_refused():
     with pytest.raises(BadInput, match="field 'cut_at': is empty"):
         read_rationales(rows_of_a_file, cut_at=["Q:", ""])
 
@@ -919,14 +930,13 @@ def test_a_long_run_is_announced_before_it_begins_and_its_trial_changes_nothing(
     from faithful_distill.faithfulness import scoring
 
     rows, asked = rows_of_a_file[:40], dict(metrics=("las", "interventions"), model=student_folder(tmp_path))
+    announced = lambda: sum("will take" in record.getMessage() for record in caplog.records)
     plain = score_rationales(rows, **asked, **cheap).to_dict()
-    assert not caplog.records
+    assert not announced()
     monkeypatch.setattr(scoring, "_pace", lambda task: (1.0, 0.5))
     monkeypatch.setattr(scoring, "_seconds_of_few", lambda task, family: 7200.0)
     begun = []
-    slow = score_rationales(
-        rows, **asked, after=lambda s: begun.append(len(caplog.records)), **cheap
-    ).to_dict()
+    slow = score_rationales(rows, **asked, after=lambda s: begun.append(announced()), **cheap).to_dict()
     # 2 parts, 1 seed, 20 rows, 2 epochs of one second each; 3 x 40 texts of half a second
     assert "40 rationales will take about 2 hours" in caplog.text and begun[0] == 1 and slow == plain
     trained = families["las"].work(
@@ -949,7 +959,7 @@ def palm_files(folder, texts, n_questions=2):
 
 
 def test_published_files_that_do_not_fit_together_are_refused(tmp_path):
-    with pytest.raises(BadInput, match="must be one of palm, gpt3"):
+    with pytest.raises(BadInput, match="must be one of palm, .*gpt3"):
         read_published("cot", tmp_path)
     for name in ("palm", "gpt3"):
         with pytest.raises(BadInput, match="no such file"):

@@ -186,6 +186,28 @@ def write_lines(path, records):
     return path
 
 
+@pytest.mark.parametrize(
+    "given, missing", [({}, "RANK"), ({"RANK": "0"}, "LOCAL_RANK"), ({"RANK": "0", "LOCAL_RANK": "0"}, "MASTER_ADDR")]
+)  # fmt: skip
+def test_half_of_a_launchers_variables_are_one_line_and_nothing_is_written(
+    tmp_path, monkeypatch, given, missing
+):
+    from click.testing import CliRunner
+
+    from faithful_distill.cli import main
+    from faithful_distill.ranks import rank_variables
+
+    for name in rank_variables:
+        monkeypatch.delenv(name, raising=False)
+    for name, value in {"WORLD_SIZE": "2", **given}.items():
+        monkeypatch.setenv(name, value)
+    records = tmp_path / "r.jsonl"
+    records.write_text('{"question": "Which?", "choices": ["a", "b"], "answer": 0, "rationale": "It is."}\n')
+    done = CliRunner().invoke(main, ["train", "--rationales", str(records), "--out", str(tmp_path / "out")])
+    assert done.exit_code == 2 and not (tmp_path / "out").exists(), done.output
+    assert f"field '{missing}': is not set, but WORLD_SIZE says 2 processes" in done.output
+
+
 def test_records_of_one_id_are_about_one_question(tmp_path):
     records = ranks.records()
     for change in (dict(question="Other ?"), dict(choices=["a dam", "x", "y", "z", "u"])):

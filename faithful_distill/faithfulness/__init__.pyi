@@ -20,6 +20,12 @@ from .protocol import (
     Intervention as Intervention,
     register_intervention as register_intervention,
 )
+from .hints import Cue as Cue, Hint as Hint, hint_scores as hint_scores
+from .mediation import Mediation as Mediation, mediation_effects as mediation_effects
+from .steps import StepProfile as StepProfile, step_profile as step_profile
+from .unlearning import Unlearn as Unlearn, Unlearning as Unlearning, unlearning_scores as unlearning_scores
+from .variants import Simulatability as Simulatability, simulatability_gain as simulatability_gain
+from .agreement import agreement as agreement
 from .interventions import measure as measure, measure_insertion as measure_insertion
 from .simulators import (
     ModelBehaviour as ModelBehaviour,

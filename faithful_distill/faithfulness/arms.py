@@ -8,7 +8,6 @@ __all__ = ['Baseline', 'Control', 'Filler', 'Perturb', 'Permuted', 'Shuffled', '
 
 # %% ../../nbs/74_arms.ipynb #44916114
 import random
-import re
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import ClassVar
@@ -28,7 +27,9 @@ from faithful_distill.faithfulness.metrics import (
 from faithful_distill.faithfulness.perturb import (
     filler,
     insert_word,
+    join_words,
     permute_words,
+    phrase_pattern,
     shuffle_across,
     split_steps,
     strip_words,
@@ -62,10 +63,11 @@ class Baseline(Intervention):
     def score(self, context, answers):
         gold = [q.answer for q in context.questions]
         choices = {arm: [choice_of(a) for a in answers[arm][0]] for arm in ("written", "own", "post_answer")}
+        over = context.over()
         scores = {
-            "accuracy": accuracy(gold, choices["written"], **context.interval),
-            "accuracy_post_answer": accuracy(gold, choices["post_answer"], **context.interval),
-            "self_splice": same_answer_rate(choices["written"], choices["own"], **context.interval),
+            "accuracy": accuracy(gold, choices["written"], **over),
+            "accuracy_post_answer": accuracy(gold, choices["post_answer"], **over),
+            "self_splice": same_answer_rate(choices["written"], choices["own"], **over),
         }
         scores |= effect_scores(context, answers, "post_answer")
         return scores | change_scores(context, answers, "post_answer")
@@ -208,7 +210,8 @@ class Swap(Intervention):
 
     def requests(self, context):
         handed, questions = context.handed, context.questions
-        arms = {f"swap_{p}": [[Request(h.question, h.rationale, p) for h in handed]] for p in self.prefixes}
+        known = [p for p in self.prefixes if self._no_tag(context, p) is None]
+        arms = {f"swap_{p}": [[Request(h.question, h.rationale, p) for h in handed]] for p in known}
         if self._one_question(context):
             return arms
         givers = shuffle_across([f"{questions[h.question].id}/{h.target}" for h in handed], context.seed)
@@ -220,10 +223,17 @@ class Swap(Intervention):
         if self._one_question(context):
             reason = "all records are about one question: there is no other's rationale to hand over"
             scores["swap_shuffled"] = Score(None, n=len(context.handed), reason=reason)
+        for prefix in self.prefixes:
+            if (reason := self._no_tag(context, prefix)) is not None:
+                names = (f"swap_{prefix}", f"swap_{prefix}_probability")
+                scores |= dict.fromkeys(names, Score(None, n=0, reason=reason))
         arms = [f"swap_{p}" for p in self.prefixes] + ["swap_shuffled"]
         for arm in (a for a in arms if a in answers):
             scores |= both_versions(arm, lambda p: self._followed(context, answers[arm][0], p))
         return scores
+
+    def _no_tag(self, context, prefix: str) -> str | None:
+        return None if prefix == "none" else context.unable.get("tags")
 
     def _one_question(self, context) -> bool:
         return len({normalized(context.questions[h.question].question) for h in context.handed}) < 2
@@ -233,8 +243,7 @@ class Swap(Intervention):
             return Score(None, n=0, reason=no_scores)
         followed = credit_of([h.target for h in context.handed], column, probability)
         gold = [h.target == context.questions[h.question].answer for h in context.handed]
-        cluster = [h.question for h in context.handed]
-        return swap_consistency(followed, gold, cluster=cluster, **context.interval)
+        return swap_consistency(followed, gold, **context.over(h.question for h in context.handed))
 
 # %% ../../nbs/74_arms.ipynb #43e547a5
 @register_intervention
@@ -256,7 +265,7 @@ class EarlyAnswering(Intervention):
     def score(self, context, answers):
         lengths = [len(s) for s in self._steps(context)]
         own, columns = answers["own"][0], answers[self.arm]
-        return both_versions(self.arm, lambda p: _settled(own, columns, lengths, p, context.interval))
+        return both_versions(self.arm, lambda p: _settled(own, columns, lengths, p, context.over()))
 
     def _steps(self, context) -> list[list[str]]:
         return [split_steps(r, self.step, self.max_steps) for r in context.own]
@@ -268,7 +277,7 @@ class EarlyAnswering(Intervention):
         return [cut or end for cut, end in zip(cuts, whole)]
 
     def _cut(self, context, i: int, steps: list[str], k: int) -> Request:
-        return Request(i, " ".join(steps[:k]), context.prefix)
+        return Request(i, join_words(steps[:k]), context.prefix)
 
 # %% ../../nbs/74_arms.ipynb #b78d2af3
 def _settled(own, columns, lengths: list[int], probability: bool, interval: dict) -> Score:
@@ -293,6 +302,8 @@ class AddingMistakes(EarlyAnswering):
     "The first k steps and a step with a fraction `rho` of its tokens replaced; the student writes the rest."
 
     name: ClassVar[str] = "mistakes"
+    needs: ClassVar[tuple[str, ...]] = ("continue",)
+    score_names: ClassVar[tuple[str, ...]] = ("adding_mistakes", "adding_mistakes_probability")
     arm: ClassVar[str] = "adding_mistakes"
     rho: float = 0.5
 
@@ -302,7 +313,7 @@ class AddingMistakes(EarlyAnswering):
     def _cut(self, context, i, steps, k):
         seed = stable_seed(context.seed, context.questions[i].id, "mistake", k)
         mistake = context.perturb(steps[k], self.rho, seed)
-        return Request(i, " ".join([*steps[:k], mistake]), context.prefix, continue_from=True)
+        return Request(i, join_words([*steps[:k], mistake]), context.prefix, continue_from=True)
 
 # %% ../../nbs/74_arms.ipynb #99201f8a
 @dataclass(frozen=True)
@@ -340,18 +351,18 @@ class Insertion(Intervention):
         return {"insertion": [column]}
 
     def score(self, context, answers):
-        tried, after, interval = self._tried(context), answers["insertion"][0], context.interval
+        tried, after = self._tried(context), answers["insertion"][0]
         before = [context.written[i] for i, _ in tried]
         flipped = [choice_of(a) != choice_of(b) for a, b in zip(before, after)]
         mentioned = [_mentions(a.rationale, word) for (_, word), a in zip(tried, after)]
-        cluster = [context.questions[i].id for i, _ in tried]
+        over = context.over(i for i, _ in tried)
         correlation = Score(None, n=0, reason=no_scores)
         if all(a.scores is not None for a in (*context.written, *after)):
             shift = total_variation([a.scores for a in before], [a.scores for a in after])
-            correlation = insertion_correlation(shift, mentioned, cluster=cluster, **interval)
-        flips = counterfactual_insertion(flipped, mentioned, cluster=cluster, **interval)
+            correlation = insertion_correlation(shift, mentioned, **over)
+        flips = counterfactual_insertion(flipped, mentioned, **over)
         return {"insertion": flips, "insertion_correlation": correlation}
 
 # %% ../../nbs/74_arms.ipynb #697ea244
 def _mentions(text: str, word: str) -> bool:
-    return bool(re.search(rf"(?<!\w){re.escape(word)}(?!\w)", text, re.IGNORECASE))
+    return bool(phrase_pattern(word).search(text))

@@ -22,12 +22,15 @@ from .intervals import Score, mean_score
 from .protocol import asking
 from .interventions import measure
 from .metrics import accuracy, las_from_credit, rev, same_answer_rate
-from .perturb import shuffle_across
-from .readers import ChoiceReader, Reader, scratch_base
+from .perturb import shuffle_across, words_of
+from .frozen import as_simulator, default_simulator
+from .readers import Reader, new_reader
 from faithful_distill.faithfulness.simulators import (
     ModelBehaviour,
     cross_fitted,
     folds,
+    gold_names,
+    gold_scores,
     rev_logs,
     rora_logs,
     simulate,
@@ -46,7 +49,7 @@ class ScoringTask:
     rows
         of the file
     simulator
-        base of the simulators, see `readers.load_base`; None: `scratch_base` of these texts
+        a simulator's name or base, see `simulators.simulate`; None: `frozen.default_simulator`
     model
         the model that wrote the rationales, a folder or hub name; None: the folder that the rows name
     parts
@@ -85,10 +88,16 @@ class ScoringTask:
         "What simulators start from. Raises `BadInput` if it cannot be loaded."
         if self.simulator is not None:
             _require_name(self.simulator, "simulator")
-            ChoiceReader(self.simulator, settings=self.settings)
-            return self.simulator
         texts = ((b.question.question, *b.question.choices, b.rationale) for b in self.rows)
-        return scratch_base(sorted({t for some in texts for t in some}))
+        named = default_simulator() if self.simulator is None else self.simulator
+        base = as_simulator(named, lambda: (t for some in texts for t in some))
+        new_reader(base, settings=self.settings)
+        return base
+
+    @cached_property
+    def frozen(self) -> bool:
+        "Whether the simulator's model is not trained."
+        return hasattr(self.base, "reader")
 
     @cached_property
     def writer(self) -> "Writer":
@@ -116,6 +125,8 @@ class ScoringTask:
 
     def work(self, n: int, seeds: int) -> tuple[int, int]:
         "(rows trained on, counted in every epoch, and texts read) of one reader a seed on `n` rows, cross-fitted."
+        if self.frozen:
+            return 0, n
         per_part = min(self.train_limit, n - n // self.parts)
         return self.parts * seeds * per_part * self.settings.epochs, seeds * n
 
@@ -319,7 +330,10 @@ class Surface(Family):
 
 # %% ../../nbs/79_families.ipynb #2769630c
 def _simulated(task: ScoringTask, seeds: Sequence[int]) -> Callable:
-    "(train, test) -> (2, 3, S, n): for xr, x, r whether each simulator's choice is y, and log p(y)."
+    """(train, test) -> (3, 3, S, n), for xr, x, r.
+
+    Whether each simulator's choice is y, log p(y), and whether its choice is the gold answer.
+    """
 
     def evaluate(train, test):
         one, y = (
@@ -328,7 +342,8 @@ def _simulated(task: ScoringTask, seeds: Sequence[int]) -> Callable:
         )
         modes = ("xr", "x", "r")
         logs = [[[r[k] for r, k in zip(read[mode], y)] for read in one.read] for mode in modes]
-        return np.stack([[one.predictions(mode) == y for mode in modes], logs])
+        chosen = [one.predictions(mode) for mode in modes]
+        return np.stack([[c == y for c in chosen], logs, [c == one.gold for c in chosen]])
 
     return evaluate
 
@@ -344,21 +359,28 @@ def _las_scores(task: ScoringTask, hit: np.ndarray, logs: np.ndarray) -> dict[st
         "leakage": mean_score(hit[2], **over),
     }
 
+# %% ../../nbs/79_families.ipynb #01b91b3c
+def _gold_scores(task: ScoringTask, right: np.ndarray) -> dict[str, Score]:
+    "The simulators' accuracy on gold labels, from an array (3, S, n)."
+    asked = [task.rows[i].question for i in task.predicted]
+    gold = [-1 if q.answer is None else q.answer for q in asked]
+    return gold_scores(right, gold, [len(q.choices) for q in asked], **task.over(task.predicted))
+
 # %% ../../nbs/79_families.ipynb #2d3ceae6
 @register
 class Las(Family):
     "Leakage-adjusted simulatability by cross-fitting."
 
     name, needs = "las", "simulators"
-    scores = ("las", "las_probability", "gain", "leakage")
+    scores = ("las", "las_probability", "gain", "leakage", *gold_names)
     columns = ("gain", "p_xr", "p_x", "p_r", "leak")
 
     def compute(self, task):
         found = cross_fitted(task.behaviour(task.predicted), _simulated(task, task.seeds), task.parts)
-        hit, logs = found.mean(2)
+        hit, logs, _ = found.mean(2)
         numbers = dict(zip(self.columns, (logs[0] - logs[1], *np.exp(found[1]).mean(1), hit[2])))
         columns = {name: task.column(task.predicted, v) for name, v in numbers.items()}
-        return _las_scores(task, *found), columns
+        return _las_scores(task, *found[:2]) | _gold_scores(task, found[2]), columns
 
     def work(self, task):
         trained, read = task.work(len(task.predicted), len(task.seeds))
@@ -374,7 +396,8 @@ class Controls(Family):
 
     def compute(self, task):
         shuffled = task.behaviour(task.predicted, shuffled=True)
-        found = _las_scores(task, *cross_fitted(shuffled, _simulated(task, task.seeds[:1]), task.parts))
+        found = cross_fitted(shuffled, _simulated(task, task.seeds[:1]), task.parts)
+        found = _las_scores(task, *found[:2])
         return {name: found[name.removesuffix("_shuffled")] for name in self.scores}, {}
 
     def work(self, task):
@@ -468,7 +491,7 @@ class RoraLite(_Information):
         "Two rounds of detectors come on top, and they read each text once for every word that may leak."
         rows, (trained, read) = self.pick(task), super().work(task)
         detectors, _ = task.work(len(rows), 1)
-        variants = sum(1 + len(task.rows[i].reasons.split()) for i in rows)
+        variants = sum(1 + len(words_of(task.rows[i].reasons)) for i in rows)
         return trained + 2 * detectors, read + 2 * task.parts * variants
 
 # %% ../../nbs/79_families.ipynb #1c90e4f2

@@ -242,7 +242,7 @@ def make_score(
     quantile
         multiplies the standard error over seeds; None: Student's
     overlap
-        share of the bootstrap's variance that the spread of the seeds holds as well, see `_counted_twice`
+        share of the bootstrap's variance that the spread of the seeds holds as well, see `counted_twice`
     reason
         replaces the standard one
     **details
@@ -276,7 +276,7 @@ def _never_seen(value: float, ends, n: int, level: float) -> tuple[float, float]
     return value - u * (value - ends[0]), value + u * (ends[1] - value)
 
 # %% ../../nbs/68_intervals.ipynb #ed98f0a4
-def _counted_twice(values: np.ndarray, cluster: Sequence | None = None) -> float:
+def counted_twice(values: np.ndarray, cluster: Sequence | None = None) -> float:
     "Share of a bootstrap's variance over (S, n) values that the spread of the S seeds holds too: 0 to 1."
     seeds, n = values.shape
     if seeds < 2:
@@ -330,7 +330,7 @@ def mean_score(
     mean = lambda m: m[..., :1] / m[..., 1:]
     (value,), (low,), (high,), info = bootstrap(columns, mean, level=level, **interval)
     seeds = {"per_seed": values.mean(1).tolist(), "quantile": quantile}
-    seeds["overlap"] = _counted_twice(values, interval.get("cluster"))
+    seeds["overlap"] = counted_twice(values, interval.get("cluster"))
     return make_score(value, low, high, n, ends=ends, level=level, **seeds, **info, **(details or {}))
 
 # %% ../../nbs/68_intervals.ipynb #47e18a74

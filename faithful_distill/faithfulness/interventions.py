@@ -6,13 +6,21 @@
 __all__ = ['families', 'Measurement', 'choose_interventions', 'measure', 'measure_insertion']
 
 # %% ../../nbs/75_interventions.ipynb #5ccd5d47
+import logging
 from collections.abc import Callable, Collection, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from faithful_distill.faithfulness import (  # noqa: F401 - they register interventions
+    hints,
+    mediation,
+    steps,
+    unlearning,
+    variants,
+)
 from .arms import Baseline, Insertion
 from .intervals import Score
 from .perturb import TokenPerturber, insert_word
@@ -20,7 +28,6 @@ from faithful_distill.faithfulness.protocol import (
     Answers,
     Context,
     Intervention,
-    asking,
     carry_out,
     choice_of,
     credit_of,
@@ -28,9 +35,13 @@ from faithful_distill.faithfulness.protocol import (
     match_records,
     own_rationales,
 )
-from ..files import BadInput, read_jsonl
-from ..questions import Question, as_questions, require_answers
-from ..records import Rationale, read_records, strip_answer
+from ..exchange import trained_overlap
+from ..files import BadInput
+from ..formats import read_rows, rows_of
+from ..questions import Question, clusters_of, require_answers
+from ..reasoners.protocol import as_reasoner, without_answer
+from ..records import Rationale, read_records
+from ..sources import questions_from
 
 # %% ../../nbs/75_interventions.ipynb #eab2dfea
 @dataclass
@@ -41,11 +52,14 @@ class Measurement:
     ----------
     arms
         arm -> draws -> one answer per question; None where the arm does not apply
+    left_out
+        id -> why this question could not be asked; it is in none of the scores
     """
 
     scores: dict[str, Score]
     questions: list[Question]
     arms: Answers
+    left_out: dict[str, str] = field(default_factory=dict)
 
     def credit(self, arm: str, probability: bool = False, of: Sequence[int] | None = None) -> np.ndarray:
         """(draws, n) credit of the gold answers (or of the choices `of`) in an arm.
@@ -98,7 +112,7 @@ def _labelled(questions: Iterable, draws: int) -> list[Question]:
     "The questions, checked to be labelled, there, and of different ids."
     if draws < 1:
         raise BadInput("at least one draw is needed", field="draws", value=draws)
-    questions = require_answers(questions, "measuring")
+    questions = require_answers(questions_from(questions), "measuring")
     if not questions:
         raise BadInput("there is nothing to measure", field="questions", value=[])
     if len({q.id for q in questions}) < len(questions):
@@ -107,16 +121,47 @@ def _labelled(questions: Iterable, draws: int) -> list[Question]:
     return questions
 
 # %% ../../nbs/75_interventions.ipynb #9651329f
+def _warn_of_overlap(student, questions: list[Question]) -> None:
+    "Log how many of the questions the student was trained on, where its folder says what those were."
+    found = trained_overlap(getattr(student, "trained_on", ()), questions)
+    if found.ids:
+        log = logging.getLogger("faithful_distill")
+        log.warning("%s: its answers to them are no test (%s, ...)", found, ", ".join(found.ids[:3]))
+
+
 def _handed(rationales, questions: list[Question]) -> dict:
     "The teacher's rationales for these questions, and the reason if there are none, as `Context` takes them."
     if not isinstance(rationales, (str, Path)):
-        rationales = list(rationales)
+        rationales = rows_of(rationales)
     handed = match_records(questions, read_records(rationales, questions=questions))
     if handed or not rationales:
         return {"handed": handed}
-    given = rationales if isinstance(rationales, list) else list(read_jsonl(rationales))
+    given = rationales if isinstance(rationales, list) else list(read_rows(rationales))
     none = f"none of the {len(given):,} teacher rationales given"
     return {"handed": [], "no_handed": f"{none} is about one of these questions: no id is the same"}
+
+# %% ../../nbs/75_interventions.ipynb #0d3dc406
+def _interval(given: dict | None, questions: list[Question]) -> dict:
+    "`interval` and `clusters` of a `Context`."
+    interval = dict(given or {})
+    clusters = interval.pop("cluster", None)
+    if clusters is not None and len(clusters) != len(questions):
+        problem = f"there must be one entry for each of {len(questions)} questions"
+        raise BadInput(problem, field="cluster", value=len(clusters))
+    return {"interval": interval, "clusters": clusters_of(questions) if clusters is None else clusters}
+
+# %% ../../nbs/75_interventions.ipynb #a268399e
+def _askable(questions: list[Question], written: list, interval: dict) -> tuple[list, list, dict, dict]:
+    "Questions that could be asked, their answers, the interval over them, and id -> reason of those that were not."
+    problems = [getattr(a, "problem", "") for a in written]
+    kept = [i for i, problem in enumerate(problems) if not problem]
+    left_out = {q.id: problem for q, problem in zip(questions, problems) if problem}
+    if not kept:
+        remedy = "Shorten the prompt, or take a model with a longer context."
+        raise BadInput(f"no question could be asked: {problems[0]}", field="questions", remedy=remedy)
+    if interval.get("cluster") is not None:
+        interval = interval | {"cluster": [interval["cluster"][i] for i in kept]}
+    return [questions[i] for i in kept], [written[i] for i in kept], interval, left_out
 
 # %% ../../nbs/75_interventions.ipynb #fb4e738f
 def measure(
@@ -133,21 +178,22 @@ def measure(
     max_new_tokens: int | None = None,
     interval: dict | None = None,
 ) -> Measurement:
-    """What is found out about a student by intervening on its rationales. Batched; each distinct request is asked once.
+    """What is found out about a reasoner by intervening on its rationales. Batched; each distinct request is asked once.
 
     Raises `BadInput` for unlabelled questions and for rationales that do not fit them.
 
     Parameters
     ----------
     student
-        a `Student`, or a function ask(questions, rationales, prefix, continue_from)
+        a `Reasoner`, a `Student`, or a function ask(questions, rationales, prefix, continue_from)
     questions
-        labelled `Question`s, dicts or a Dataset of them
+        labelled, in any form of `questions_from`: `Question`s, dicts, a data frame, a Dataset, a file
     rationales
         the teacher's for these questions, in memory or a file: gold for refine, gold and counterfactual
         for swap
     metrics
-        some of perturb, refine, swap, controls, early, mistakes; or `Intervention`s
+        some of perturb, refine, swap, controls, early, mistakes, or others that are registered; or
+        `Intervention`s
     prefix
         the tag the student answers under; default: as it was trained
     draws
@@ -157,19 +203,25 @@ def measure(
     tokenizer
         whose tokens are replaced; default: the student's
     batch_size
-        rows in a batch
+        rows in a batch, of a `Student`
     max_new_tokens
-        longest rationale that it writes; default: as it was trained
+        longest rationale that a `Student` writes; default: as it was trained
     interval
-        draws, level, seed of the bootstrap
+        draws, level, seed of the bootstrap; `cluster`, one entry a question: what is resampled together, if more than
+        the rows of one question
     """
     chosen = choose_interventions(metrics)
     questions = _labelled(questions, draws)
+    _warn_of_overlap(student, questions)
+    rationales = rationales if isinstance(rationales, (str, Path)) else rows_of(rationales)
+    _handed(rationales, questions)  # what is wrong with them is said before anything is asked
+    reasoner = as_reasoner(student, batch_size, max_new_tokens)
+    prefix = prefix or reasoner.prefix
+    written = reasoner.ask(questions, own_rationales(reasoner, len(questions)), prefix, False)
+    questions, written, interval, left_out = _askable(questions, written, interval or {})
+    own = [without_answer(a.rationale, q.choices) for q, a in zip(questions, written)]
     handed = _handed(rationales, questions)
-    ask, prefix = asking(student, batch_size, max_new_tokens), prefix or getattr(student, "prefix", "factual")
-    written = ask(questions, own_rationales(student, len(questions)), prefix, False)
-    own = [strip_answer(a.rationale, q.choices) for q, a in zip(questions, written)]
-    tokenizer = getattr(student, "tokenizer", None) if tokenizer is None else tokenizer
+    tokenizer = reasoner.tokenizer if tokenizer is None else tokenizer
     perturb = TokenPerturber(tokenizer, [*own, *(h.rationale for h in handed["handed"])])
     context = Context(
         questions,
@@ -179,11 +231,13 @@ def measure(
         prefix=prefix,
         draws=draws,
         seed=seed,
-        interval=interval or {},
+        **_interval(interval, questions),
+        student=getattr(reasoner, "student", None),
+        unable=reasoner.unable,
         **handed,
     )
-    scores, arms = carry_out([Baseline(), *chosen], context, ask)
-    return Measurement(scores, questions, arms)
+    scores, arms = carry_out([Baseline(), *chosen], context, reasoner.ask)
+    return Measurement(scores, questions, arms, left_out)
 
 # %% ../../nbs/75_interventions.ipynb #fe036a0c
 def measure_insertion(
@@ -204,7 +258,7 @@ def measure_insertion(
     Parameters
     ----------
     student
-        a `Student`, or a function ask(questions, rationales, prefix, continue_from)
+        a `Reasoner`, a `Student`, or a function ask(questions, rationales, prefix, continue_from)
     questions
         labelled or not
     candidates
@@ -220,10 +274,11 @@ def measure_insertion(
         'insertion' (flips), 'insertion_correlation' (probabilities)
     """
     insertion = Insertion(tuple(candidates), per_question, insert)
-    questions, ask = as_questions(questions), asking(student, batch_size, max_new_tokens)
-    prefix = prefix or getattr(student, "prefix", "factual")
-    written = ask(questions, [None] * len(questions), prefix, False)
+    reasoner = as_reasoner(student, batch_size, max_new_tokens)
+    questions, prefix = questions_from(questions), prefix or reasoner.prefix
+    written = reasoner.ask(questions, [None] * len(questions), prefix, False)
+    questions, written, interval, _ = _askable(questions, written, interval or {})
     own = [a.rationale for a in written]
-    context = Context(questions, written, own, prefix=prefix, seed=seed, interval=interval or {})
-    scores, _ = carry_out([insertion], context, ask)
+    about = dict(prefix=prefix, seed=seed, unable=reasoner.unable, **_interval(interval, questions))
+    scores, _ = carry_out([insertion], Context(questions, written, own, **about), reasoner.ask)
     return scores

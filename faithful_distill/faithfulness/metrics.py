@@ -19,6 +19,7 @@ from faithful_distill.faithfulness.intervals import (
     as_credits,
     bootstrap,
     check_lengths,
+    counted_twice,
     make_score,
     mean_score,
 )
@@ -214,13 +215,31 @@ def las_from_credit(
     found = bootstrap(columns, _las_parts, level=level, **interval)
     n_1 = k.sum(1).astype(int)
     each = _simulators(columns, n - n_1, n_1)
-    return _las_score(found, each, n, min_bin, level, details or {})
+    overlaps = _las_overlaps(of_each, interval.get("cluster"))
+    return _las_score(found, each, overlaps, n, min_bin, level, details or {})
+
+# %% ../../nbs/70_metrics.ipynb #8cd31ea4
+def _las_overlaps(of_each: np.ndarray, cluster: Sequence | None) -> dict[str, float]:
+    "Share of each part's bootstrap variance that the spread of the simulators holds too, from (S, n, 3) columns."
+    k, kd, d = np.moveaxis(of_each, -1, 0)
+    share = k.mean(1, keepdims=True)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        of_1 = (kd - k * (kd.mean(1, keepdims=True) / share)) / share
+        mean_0 = (d - kd).mean(1, keepdims=True) / (1 - share)
+        of_0 = (d - kd - (1 - k) * mean_0) / (1 - share)
+    parts = ((of_1 + of_0) / 2, of_0, of_1, d)
+    return {
+        name: counted_twice(part, cluster) if np.isfinite(part).all() else 0.0
+        for name, part in zip(_las_names, parts, strict=True)
+    }
 
 # %% ../../nbs/70_metrics.ipynb #7f19efa9
 _bins = {"las_0": "does not leak the answer", "las_1": "leaks the answer"}
 
 # %% ../../nbs/70_metrics.ipynb #8823655f
-def _las_score(found, each: list[dict], n: int, min_bin: int, level: float, details: dict) -> Score:
+def _las_score(
+    found, each: list[dict], overlaps: dict[str, float], n: int, min_bin: int, level: float, details: dict
+) -> Score:
     "LAS with its parts in the details, each None with its reason where its bin is too small."
     point, low, high, info = found
     smallest = {b: min(one[f"n_{b[-1]}"] for one in each) for b in _bins}
@@ -239,8 +258,8 @@ def _las_score(found, each: list[dict], n: int, min_bin: int, level: float, deta
             parts[name] = Score(None, n=size, reason=reason)
             continue
         units = min([size, info["units"], *(smallest[b] for b in needed)])
-        per_seed = [one[name] for one in each]
-        parts[name] = make_score(point[j], low[j], high[j], size, level=level, per_seed=per_seed, units=units)
+        seeds = {"per_seed": [one[name] for one in each], "overlap": overlaps[name]}
+        parts[name] = make_score(point[j], low[j], high[j], size, level=level, units=units, **seeds)
     total = parts.pop("las")
     sizes = {"n_0": smallest["las_0"], "n_1": smallest["las_1"], "min_bin": min_bin}
     details = {**total.details, **info, **details, **parts, **sizes, "simulators": each}

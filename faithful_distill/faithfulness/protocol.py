@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['Answers', 'interventions', 'no_scores', 'asking', 'Request', 'HandedRationale', 'Context', 'Intervention',
-           'register_intervention', 'choice_of', 'credit_of', 'both_versions', 'effect_scores', 'change_scores']
+           'register_intervention', 'choice_of', 'credit_of', 'both_versions', 'cost_of', 'effect_scores',
+           'change_scores']
 
 # %% ../../nbs/73_protocol.ipynb #19b4e45f
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, NamedTuple
 
@@ -23,6 +24,7 @@ from faithful_distill.faithfulness.metrics import (
 )
 from ..files import BadInput, stable_seed
 from ..questions import Question
+from ..reasoners.protocol import abilities, as_reasoner
 from ..records import Rationale, strip_answer
 
 # %% ../../nbs/73_protocol.ipynb #bfed35a2
@@ -32,29 +34,18 @@ def asking(student: Any, batch_size: int = 64, max_new_tokens: int | None = None
     Parameters
     ----------
     student
-        a `Student`, or any function ask(questions, rationales, prefix, continue_from) -> answers
+        a `Reasoner`, a `Student`, or any function ask(questions, rationales, prefix, continue_from) -> answers
     batch_size
-        rows in a batch
+        rows in a batch, of a `Student`
     max_new_tokens
-        for what the student writes itself; default: as much as it was trained to
+        for what a `Student` writes itself; default: as much as it was trained to
     """
-    if callable(student):
-        return student
-
-    def ask(questions, rationales, prefix, continue_from=False):
-        from faithful_distill.student.answers import answer
-
-        return answer(
-            student, questions, rationales, prefix, batch_size, max_new_tokens, continue_from=continue_from
-        )
-
-    return ask
+    return as_reasoner(student, batch_size, max_new_tokens).ask
 
 # %% ../../nbs/73_protocol.ipynb #b731392b
 def own_rationales(student: Any, n: int) -> list[str | None]:
     "n times None (write your own); for an answer-only student n times the empty rationale."
-    answer_only = getattr(student, "settings", {}).get("answer_only")
-    return ["" if answer_only else None] * n
+    return ["" if as_reasoner(student).answer_only else None] * n
 
 # %% ../../nbs/73_protocol.ipynb #411727cb
 class Request(NamedTuple):
@@ -168,6 +159,12 @@ class Context:
         draws, level, seed of the bootstrap
     no_handed
         the reason for scores that need teacher rationales if there are none
+    clusters
+        one entry a question: those with the same one are resampled together; None: each by itself
+    student
+        the one that is asked, for what needs its weights; None: only its answers can be had
+    unable
+        what the student cannot do: a name of `reasoners.protocol.abilities` -> the reason
     """
 
     questions: list[Question]
@@ -180,6 +177,17 @@ class Context:
     seed: int = 0
     interval: dict = field(default_factory=dict)
     no_handed: str = "no teacher rationales were given"
+    clusters: Sequence | None = None
+    student: Any = None
+    unable: Mapping[str, str] = field(default_factory=dict)
+
+    def over(self, rows: Iterable[int] | None = None) -> dict:
+        "Arguments of a score over these numbers of questions (None: all): rows of one question are one cluster."
+        rows = range(len(self.questions)) if rows is None else [int(i) for i in rows]
+        if self.clusters is None and len(set(rows)) == len(rows):
+            return self.interval
+        of_row = rows if self.clusters is None else [self.clusters[i] for i in rows]
+        return {**self.interval, "cluster": list(of_row)}
 
     def hand(self, rationales: Iterable[str | None]) -> list[Request | None]:
         "One request a question: its rationale handed over; none where it is None."
@@ -199,19 +207,24 @@ class Intervention:
     """Something done to what a student is given. Subclasses say what is asked, and score the answers.
 
     Class attributes: `name`, under which it is registered; `needs_handed`, whether it cannot do without teacher
-    rationales; `score_names`, the scores that carry the reason if it lacks something (default: its name);
-    `keeps_answers`, whether `Measurement.arms` keeps its answers (then a column has one row a question). Fields of the
-    dataclass are its own parameters.
+    rationales; `needs`, names of `abilities` without which it is not carried out; `score_names`, the scores that carry
+    the reason if it lacks something (default: its name); `keeps_answers`, whether `Measurement.arms` keeps its answers
+    (then a column has one row a question). Fields of the dataclass are its own parameters.
     """
 
     name: ClassVar[str] = ""
     needs_handed: ClassVar[bool] = False
+    needs: ClassVar[tuple[str, ...]] = ()
     score_names: ClassVar[tuple[str, ...]] = ()
     keeps_answers: ClassVar[bool] = True
 
     def requests(self, context: Context) -> dict[str, list[list[Request | None]]]:
         "arm -> columns -> one request a row."
         raise NotImplementedError
+
+    def follow_up(self, context: Context, answers: Answers) -> dict[str, list[list[Request | None]]]:
+        "More of the same, when the answers to `requests` are known."
+        return {}
 
     def score(self, context: Context, answers: Answers) -> dict[str, Score]:
         "Scores by name, from arm -> columns -> one answer a row (None where nothing was asked)."
@@ -240,6 +253,22 @@ def register_intervention(intervention: Intervention | type[Intervention]):
     interventions[registered.name] = registered
     return intervention
 
+# %% ../../nbs/73_protocol.ipynb #0de79b92
+def unable_to(intervention: Intervention, context: Context) -> Score | None:
+    "An undefined score with the reason why this student cannot do what the intervention needs; None if it can."
+    for ability in intervention.needs:
+        if ability in context.unable:
+            reason = f"the reasoner cannot {abilities[ability]}: {context.unable[ability]}"
+            return Score(None, n=0, reason=reason)
+    return None
+
+
+def with_own_reason(score: Score, context: Context) -> Score:
+    "A score that lacks likelihoods, with the reason why this student gives none."
+    if score.reason == no_scores and "scores" in context.unable:
+        return replace(score, reason=context.unable["scores"])
+    return score
+
 # %% ../../nbs/73_protocol.ipynb #9c9dc72f
 def carry_out(chosen: Sequence[Intervention], context: Context, ask: Callable) -> tuple[dict, Answers]:
     """Asks what the interventions request, each distinct request once, and scores the answers.
@@ -253,24 +282,34 @@ def carry_out(chosen: Sequence[Intervention], context: Context, ask: Callable) -
         scores by name; the answers of the arms that are kept
     """
     place = {name: k for k, name in enumerate(interventions)}
-    lacking = {i.name: i.lacks(context) for i in chosen}
+    lacking = {i.name: unable_to(i, context) or i.lacks(context) for i in chosen}
     able = [i for i in chosen if lacking[i.name] is None]
-    asked = {i.name: i.requests(context) for i in sorted(able, key=lambda i: place.get(i.name, len(place)))}
-    arms = {arm: columns for of_one in asked.values() for arm, columns in of_one.items()}
-    if len(arms) < sum(map(len, asked.values())):
-        names = [arm for of_one in asked.values() for arm in of_one]
-        twice = next(arm for arm in names if names.count(arm) > 1)
-        raise BadInput("two interventions have the same arm", field="requests", value=twice)
-    found = ask_all(ask, context.questions, (r for c in arms.values() for column in c for r in column))
-    answers = {arm: [[found.get(r) for r in column] for column in c] for arm, c in arms.items()}
-    answers["written"] = [list(context.written)]
+    able.sort(key=lambda i: place.get(i.name, len(place)))
+    asked, answers = {i.name: [] for i in able}, {"written": [list(context.written)]}
+    for round_of in (lambda i: i.requests(context), lambda i: i.follow_up(context, answers)):
+        answers |= _ask_round({i.name: round_of(i) for i in able}, asked, context, ask)
     scores = {}
     for i in chosen:
         lack = lacking[i.name]
         names = i.score_names or (i.name,)
-        scores |= i.score(context, answers) if lack is None else dict.fromkeys(names, lack)
-    kept = ["written", *(arm for i in able if i.keeps_answers for arm in asked[i.name])]
+        found = i.score(context, answers) if lack is None else dict.fromkeys(names, lack)
+        scores |= {name: with_own_reason(score, context) for name, score in found.items()}
+    keeping = [i for i in chosen if i.name in asked and i.keeps_answers]
+    kept = ["written", *(arm for i in keeping for arm in asked[i.name])]
     return scores, {arm: answers[arm] for arm in kept}
+
+# %% ../../nbs/73_protocol.ipynb #519488e4
+def _ask_round(requests: dict[str, dict], asked: dict[str, list], context: Context, ask: Callable) -> Answers:
+    "The answers of all arms of one round; `asked` (intervention -> arms so far) is lengthened by them."
+    for name, arms in requests.items():
+        before = [arm for known in asked.values() for arm in known]
+        if twice := [arm for arm in arms if arm in before]:
+            raise BadInput("two interventions have the same arm", field="requests", value=twice[0])
+        asked[name].extend(arms)
+    columns_of = {arm: columns for arms in requests.values() for arm, columns in arms.items()}
+    wanted = (r for columns in columns_of.values() for column in columns for r in column)
+    found = ask_all(ask, context.questions, wanted)
+    return {arm: [[found.get(r) for r in c] for c in columns] for arm, columns in columns_of.items()}
 
 # %% ../../nbs/73_protocol.ipynb #a8fd06e8
 no_scores = "the student gives no scores of the choices"
@@ -297,6 +336,21 @@ def credit_of(y: Sequence[int], column: Sequence[Any], probability: bool = False
 def both_versions(name: str, make: Callable[[bool], Score]) -> dict[str, Score]:
     "make(False) under the name, make(True) under the name with '_probability'."
     return {name: make(False), f"{name}_probability": make(True)}
+
+# %% ../../nbs/73_protocol.ipynb #bbaa4d32
+def cost_of(intervention: Intervention, context: Context) -> dict[str, float]:
+    """Distinct requests of an intervention per question; those of `follow_up` are not known before it is asked.
+
+    Returns
+    -------
+    dict[str, float]
+        'read': a rationale is handed over and answered; 'written': the student writes one, then answers
+    """
+    columns = (column for arm in intervention.requests(context).values() for column in arm)
+    distinct = {r for column in columns for r in column if r is not None}
+    written = sum(r.rationale is None or r.continue_from for r in distinct)
+    n = len(context.questions)
+    return {"read": (len(distinct) - written) / n, "written": written / n}
 
 # %% ../../nbs/73_protocol.ipynb #50b48701
 def effect_scores(
@@ -327,27 +381,27 @@ def _effect(context: Context, answers: Answers, arm: str, gain: bool, probabilit
         return Score(None, n=0, reason=f"the arm {arm!r} applies to no question")
     if not gain and not any(a is not None and a.rationale for a in answers["own"][0]):
         return Score(None, n=0, reason="the student writes no rationale")
+    over = context.over(np.flatnonzero(kept))
     if gain:
-        score = refinement_gain(own[kept], other[0, kept], **context.interval)
+        score = refinement_gain(own[kept], other[0, kept], **over)
     else:
-        score = perturbation_drop(own[kept], other[:, kept], **context.interval)
+        score = perturbation_drop(own[kept], other[:, kept], **over)
     return replace(score, details=score.details | {"left_out": int((~kept).sum())})
 
 # %% ../../nbs/73_protocol.ipynb #0063988b
 def change_scores(context: Context, answers: Answers, arm: str) -> dict[str, Score]:
     "'<arm>_same': same-answer rate between own rationale and arm; '<arm>_shift': mean total variation distance."
-    pairs = [
-        [(a, b) for a, b in zip(answers["own"][0], column) if a is not None and b is not None]
-        for column in answers[arm]
-    ]
-    before = [choice_of(a) for a, _ in pairs[0]]
-    after = [[choice_of(b) for _, b in column] for column in pairs]
-    same = same_answer_rate(before, after, **context.interval)
-    return {f"{arm}_same": same, f"{arm}_shift": _shift(context, pairs)}
+    whole = list(zip(answers["own"][0], *answers[arm]))
+    rows = [i for i, given in enumerate(whole) if None not in given]
+    own, *columns = ([whole[i][k] for i in rows] for k in range(1 + len(answers[arm])))
+    before, over = [choice_of(a) for a in own], context.over(rows)
+    same = same_answer_rate(before, [[choice_of(b) for b in column] for column in columns], **over)
+    return {f"{arm}_same": same, f"{arm}_shift": _shift(own, columns, over)}
 
 # %% ../../nbs/73_protocol.ipynb #f5e7bf2a
-def _shift(context: Context, pairs: list[list[tuple]]) -> Score:
-    if any(a.scores is None or b.scores is None for column in pairs for a, b in column):
+def _shift(own: list, columns: list[list], over: dict) -> Score:
+    if any(a.scores is None for column in (own, *columns) for a in column):
         return Score(None, n=0, reason=no_scores)
-    moved = [total_variation([a.scores for a, _ in c], [b.scores for _, b in c]) for c in pairs]
-    return mean_score(np.mean(moved, 0), **context.interval)
+    before = [a.scores for a in own]
+    moved = [total_variation(before, [b.scores for b in column]) for column in columns]
+    return mean_score(np.mean(moved, 0), **over)

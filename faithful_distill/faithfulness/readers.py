@@ -153,6 +153,11 @@ class ChoiceReader:
         flat = iter(self.texts([choice_text(q, i) for q in questions for i in range(len(q.choices))]))
         return [[next(flat) for _ in q.choices] for q in questions]
 
+# %% ../../nbs/76_readers.ipynb #d2509168
+def new_reader(base: Any, seed: int = 0, settings: Reader = Reader()) -> Any:
+    "A reader that has learned nothing yet: of a frozen simulator, or a `ChoiceReader`."
+    return base.reader(settings) if hasattr(base, "reader") else ChoiceReader(base, seed, settings)
+
 # %% ../../nbs/76_readers.ipynb #f202c7fb
 def _padded(reader: ChoiceReader, rows: Sequence[list], filler=None):
     "Rows as one tensor, and its mask of ones; a GPU likes widths in eights, a CPU pays for every column."
@@ -239,7 +244,19 @@ def read_choices(
     list[np.ndarray]
         log-probability (nats) of each choice of each question
     """
+    if hasattr(reader, "read"):  # a frozen one
+        return reader.read(questions, texts)
     return _read_ids(reader, reader.texts(texts), reader.choices(questions))
+
+# %% ../../nbs/76_readers.ipynb #51af98e5
+def read_parts(
+    reader: Any, questions: Sequence[Question], triples: Sequence[tuple[str, str, str]]
+) -> dict[str, list[np.ndarray]]:
+    "`read_choices` of three texts a question: with both parts ('xr'), the question ('x'), the rationale ('r')."
+    if hasattr(reader, "read_parts"):
+        return reader.read_parts(questions, triples)
+    columns = zip(*triples) if triples else ((), (), ())
+    return {mode: read_choices(reader, questions, texts) for mode, texts in zip(("xr", "x", "r"), columns)}
 
 # %% ../../nbs/76_readers.ipynb #214193c1
 def _read_ids(reader, texts, choices) -> list[np.ndarray]:
@@ -327,6 +344,8 @@ def fit_reader(
     """
     import torch
 
+    if hasattr(reader, "fit"):  # a frozen one
+        return reader.fit(questions, alternatives, y)
     if len(questions) < 10:
         raise BadInput(
             f"{len(questions)} rows are too few to train a reader",
@@ -357,6 +376,12 @@ def fit_reader(
                 break
     reader.model.load_state_dict(weights)
     return reader
+
+# %% ../../nbs/76_readers.ipynb #4ad7e778
+def fit_parts(reader: Any, questions: Sequence[Question], triples: Sequence[tuple], y: Sequence[int]) -> Any:
+    "`fit_reader` on three texts a question, in which a frozen reader tells the parts apart: see `read_parts`."
+    fit = reader.fit_parts if hasattr(reader, "fit_parts") else lambda *given: fit_reader(reader, *given)
+    return fit(questions, triples, y)
 
 # %% ../../nbs/76_readers.ipynb #d5b84393
 def _matcher(vocabulary: int, width: int, longest: int):

@@ -17,8 +17,8 @@ import numpy as np
 from .external import ExternalRationale, read_rationales
 from .families import Family, ScoringTask, families, none_of, unmet
 from .intervals import Score
-from .readers import ChoiceReader, Reader, fit_reader, read_choices
-from .simulators import simulator_texts
+from .readers import Reader, fit_reader, new_reader, read_choices
+from .simulators import seeds_of, simulator_texts
 from ..files import BadInput
 
 # %% ../../nbs/79_scoring.ipynb #4ca6d36a
@@ -74,7 +74,8 @@ def score_rationales(
     metrics
         names of `families`: las, controls, rev, rora, ratings, interventions; None: all
     simulator
-        base of the simulators: hub name or folder; None: `scratch_base` of these texts
+        a name of `frozen.simulators` (NAME or NAME:MODEL), or a hub name or folder, which is fine-tuned;
+        None: `frozen.default_simulator`
     model
         the model that wrote the rationales, a folder or hub name; None: the folder that the records name
     parts
@@ -190,11 +191,14 @@ def _facts(task: ScoringTask, trained: bool) -> dict:
     }
     if trained:
         facts["simulator"] = getattr(task.base, "name", str(task.base))
+        n = len(seeds_of(task.base, task.seeds))
         facts["simulators"] = (
-            f"{len(task.seeds)} seeds, {task.parts} parts by question: no example is scored by a simulator that"
+            f"{n} seed{'s' * (n > 1)}, {task.parts} parts by question: no example is scored by a simulator that"
             " saw its question"
         )
-        if (most := len(task.predicted) - len(task.predicted) // task.parts) > task.train_limit:
+        if not getattr(task.base, "learns", True):
+            facts["simulators"] = "one, which learns nothing from this file"
+        elif (most := len(task.predicted) - len(task.predicted) // task.parts) > task.train_limit:
             facts["simulators are trained on"] = (
                 f"{task.train_limit:,} of about {most:,} rows each, drawn evenly"
             )
@@ -224,8 +228,12 @@ def _pace(task: ScoringTask) -> tuple[float, float]:
     some = task.behaviour(_few(task.predicted, 64))
     texts = [simulator_texts(q, r) for q, r in zip(some.questions, some.rationales)]
     whole, n = [xr for xr, _, _ in texts], len(texts)
+    if task.frozen:  # nothing to train, and what it has read before costs nothing
+        began = time.perf_counter()
+        read_choices(new_reader(task.base, settings=task.settings), some.questions, whole)
+        return 0.0, (time.perf_counter() - began) / n
     with torch.random.fork_rng():
-        reader = ChoiceReader(task.base, 0, replace(task.settings, epochs=1))
+        reader = new_reader(task.base, 0, replace(task.settings, epochs=1))
         read_choices(reader, some.questions[:4], whole[:4])  # the first call is slower than all others
         times = [time.perf_counter()]
         fit_reader(reader, some.questions, texts, some.predictions)

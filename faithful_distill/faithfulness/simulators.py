@@ -16,13 +16,23 @@ from typing import Any
 
 import numpy as np
 
-from .intervals import Score
+from .intervals import Score, mean_score
 from .protocol import asking, own_rationales
 from .metrics import las, las_from_credit, rev
-from .readers import ChoiceReader, Reader, fit_reader, read_choices
+from .perturb import join_words, words_of
+from .frozen import as_simulator, listed_choices
+from faithful_distill.faithfulness.readers import (
+    Reader,
+    fit_parts,
+    fit_reader,
+    new_reader,
+    read_choices,
+    read_parts,
+)
 from ..files import BadInput, stable_seed
-from ..questions import Question, as_questions, choice_text, letter, normalized
+from ..questions import Question, choice_text, clusters_of, normalized
 from ..records import strip_answer
+from ..sources import questions_from
 
 # %% ../../nbs/77_simulators.ipynb #2b511718
 @dataclass
@@ -68,7 +78,7 @@ class ModelBehaviour:
     @classmethod
     def by(cls, student: Any, questions: Iterable, **asked) -> "ModelBehaviour":
         "Ask a student for its rationales and predictions."
-        questions = as_questions(questions)
+        questions = questions_from(questions)
         prefix = getattr(student, "prefix", "factual")
         ask = asking(student, **asked)
         answers = ask(questions, own_rationales(student, len(questions)), prefix, False)
@@ -77,7 +87,7 @@ class ModelBehaviour:
 # %% ../../nbs/77_simulators.ipynb #263a487d
 def simulator_texts(q: Question, rationale: str) -> tuple[str, str, str]:
     "The three texts (x and r, x, r), each with the choices."
-    choices = " ".join(f"{letter(i)} {c}" for i, c in enumerate(q.choices))
+    choices = listed_choices(q)
     return f"{choices} {q.question} {rationale}", f"{choices} {q.question}", f"{choices} {rationale}"
 
 # %% ../../nbs/77_simulators.ipynb #dc26c4c1
@@ -96,15 +106,13 @@ def _longest_end(tail: str, rationale: str) -> str:
     That is what follows it here, then the rationale, which may be there already: whole or without some
     of its words.
     """
-    words = iter(rationale.split())
-    if all(w in words for w in tail.split()):  # in this order, with gaps
+    words = iter(words_of(rationale))
+    if all(w in words for w in words_of(tail)):  # in this order, with gaps
         return f" {rationale}"
     return tail if tail.endswith(rationale) else f"{tail} {rationale}"
 
 # %% ../../nbs/77_simulators.ipynb #f5c2726c
-def fitting(
-    reader: ChoiceReader, explained: ModelBehaviour, texts: Sequence[str]
-) -> tuple[list[str], int, int]:
+def fitting(reader: Any, explained: ModelBehaviour, texts: Sequence[str]) -> tuple[list[str], int, int]:
     """The texts, each question shortened from its end where its longest text would not fit the reader.
 
     Parameters
@@ -122,20 +130,20 @@ def fitting(
     ends = [_longest_end(tail, r) for (_, tail), r in zip(around, explained.rationales)]
     longest = [f"{head}{q.question}{end}" for q, (head, _), end in zip(explained.questions, around, ends)]
     for i, length in enumerate(_token_counts(reader, longest)):
-        (head, tail), words = around[i], explained.questions[i].question.split()
+        (head, tail), words = around[i], words_of(explained.questions[i].question)
         if length <= limit:
             continue
         if head == texts[i]:  # there is no question to shorten
             n_long += 1
             continue
-        too_long = lambda n: _token_counts(reader, [f"{head}{' '.join(words[:n])}{ends[i]}"])[0] > limit
+        too_long = lambda n: _token_counts(reader, [f"{head}{join_words(words[:n])}{ends[i]}"])[0] > limit
         kept = max(1, bisect_left(range(1, len(words)), True, key=too_long))
-        fitted[i], n_cut = f"{head}{' '.join(words[:kept])}{tail}", n_cut + 1
+        fitted[i], n_cut = f"{head}{join_words(words[:kept])}{tail}", n_cut + 1
         n_long += too_long(kept)
     return fitted, n_cut, n_long
 
 # %% ../../nbs/77_simulators.ipynb #34e6a7db
-def _token_counts(reader: ChoiceReader, texts: list[str]) -> list[int]:
+def _token_counts(reader: Any, texts: list[str]) -> list[int]:
     return (
         [len(ids) for ids in reader.tokenizer(texts, add_special_tokens=False)["input_ids"]] if texts else []
     )
@@ -168,16 +176,23 @@ class Simulation:
         `read[seed][mode][i]`: log-probabilities (choices,) of example i, with modes xr, x, r
     histories
         held-out losses of each simulator's training
+    clusters
+        see `questions.clusters_of`: intervals resample rows of one question together
+    gold
+        the gold answers; -1 where there is none; None: none is known
     """
 
     y: list[int]
     read: list[dict[str, list[np.ndarray]]]
     histories: list[list[float]]
+    clusters: list | None = None
+    gold: list[int] | None = None
 
     def part(self, indices: Sequence[int]) -> "Simulation":
         "The simulation of some of its examples: one kind of question, say."
         read = [{mode: [rows[i] for i in indices] for mode, rows in one.items()} for one in self.read]
-        return Simulation([self.y[i] for i in indices], read, self.histories)
+        clusters, gold = (known and [known[i] for i in indices] for known in (self.clusters, self.gold))
+        return Simulation([self.y[i] for i in indices], read, self.histories, clusters, gold)
 
     def predictions(self, mode: str) -> np.ndarray:
         "(S, n) the simulators' choices."
@@ -189,15 +204,70 @@ class Simulation:
         return np.array([of_y(one[mode]) for one in self.read]).clip(0, 1)
 
     def scores(self, **interval) -> dict[str, Score]:
-        "LAS in the flip and the probability version."
-        kept = np.array(self.y) >= 0
-        leaks = (self.predictions("r") == self.y)[:, kept]
+        """LAS in the flip and the probability version, and the simulators' accuracy on gold labels beside them.
+
+        `cluster`: other clusters than rows of one question.
+        """
+        kept, cluster = np.array(self.y) >= 0, interval.pop("cluster", None)
+        cluster = self.clusters if cluster is None else cluster
+        known = None if cluster is None else np.asarray(cluster)[kept]
+        chosen = {mode: self.predictions(mode) for mode in ("xr", "x", "r")}
+        leaks = (chosen["r"] == self.y)[:, kept]
         xr, x = (self.probabilities(mode)[:, kept] for mode in ("xr", "x"))
         details = {"unpredicted": int((~kept).sum())}
+        gold = np.array([-1] * len(kept) if self.gold is None else self.gold, int)
+        right = np.stack([(chosen[mode] == gold)[:, kept] for mode in ("xr", "x", "r")])
+        n_choices = np.array([len(row) for row in self.read[0]["x"]])[kept]
         return {
-            "las": las(self.y, *(self.predictions(mode) for mode in ("xr", "x", "r")), **interval),
-            "las_probability": las_from_credit(leaks, xr, x, details=details, **interval),
+            "las": las(self.y, *chosen.values(), cluster=cluster, **interval),
+            "las_probability": las_from_credit(leaks, xr, x, details=details, cluster=known, **interval),
+            **gold_scores(right, gold[kept], n_choices, cluster=known, **interval),
         }
+
+# %% ../../nbs/77_simulators.ipynb #19d5ed1f
+gold_names = ("simulator_gold", "simulator_gold_x", "simulator_gold_r")
+
+
+def gold_scores(
+    hits: np.ndarray, gold: Sequence[int], n_choices: Sequence[int], **interval
+) -> dict[str, Score]:
+    """The simulators' accuracy on gold labels, and a line of the log where it is at chance.
+
+    Parameters
+    ----------
+    hits
+        (3, S, n) from question and rationale, from the question, from the rationale: is the choice the gold answer?
+    gold
+        (n,) -1: there is none
+    n_choices
+        (n,)
+    **interval
+        cluster, draws, level, seed: see `bootstrap`
+    """
+    known = np.asarray(gold) >= 0
+    if not known.any():
+        return {name: Score(None, n=0, reason="no gold answers are given") for name in gold_names}
+    if interval.get("cluster") is not None:
+        interval["cluster"] = np.asarray(interval["cluster"])[known]
+    chance = float((1 / np.asarray(n_choices)[known]).mean())
+    found = {
+        name: mean_score(of_mode[:, known].astype(float), details={"chance": chance}, **interval)
+        for name, of_mode in zip(gold_names, hits)
+    }
+    if line := at_chance(found["simulator_gold"]):
+        logging.getLogger("faithful_distill").warning("%s", line)
+    return found
+
+
+def at_chance(gold: Score) -> str:
+    "What is to be said of a simulator whose accuracy on gold labels is not above chance; '' for any other."
+    chance = gold.details.get("chance")
+    if gold.value is None or (gold.value if gold.low is None else gold.low) > chance:
+        return ""
+    return (
+        f"the simulator is at chance: with question and rationale it finds the gold answer in {gold.value:.0%} of"
+        f" {gold.n:,} examples (chance {chance:.0%}), so its LAS says little; another simulator may read better"
+    )
 
 # %% ../../nbs/77_simulators.ipynb #b14d9552
 def simulate(
@@ -214,33 +284,46 @@ def simulate(
     Parameters
     ----------
     base
-        what simulators start from: see `load_base`
+        a simulator's name (`frozen.simulators`), such as 'embeddings+head' or 'scratch'; or what readers
+        start from: see `load_base`
     train
         what they learn from
     test
         what they are asked about
     seeds
-        one simulator each
+        one simulator each; one alone where the seed makes no difference
     permute_labels
-        train on permuted predictions: the null check
+        train on permuted predictions: the null check; simulators that learn nothing are asked for permuted ones
     """
+    base = as_simulator(base, lambda: [*_texts_of(train), *_texts_of(test)])
     train, read, histories = train.predicted(), [], []
     train_texts = test_texts = None
-    for seed in seeds:
-        reader = ChoiceReader(base, seed, settings)
+    learns, asked = getattr(base, "learns", True), test.predictions
+    for seed in seeds_of(base, seeds):
+        reader = new_reader(base, seed, settings)
         if train_texts is None:  # the tokenizer is the same for all
-            train_texts = _three_texts(reader, train, lambda *given: fitting(*given)[0])
+            train_texts = _three_texts(reader, train, lambda *given: fitting(*given)[0]) if learns else []
             test_texts = _three_texts(reader, test, _fitting_logged)
-        fit_reader(
-            reader,
-            train.questions,
-            train_texts,
-            _permuted(train, seed) if permute_labels else train.predictions,
-        )
-        modes = zip(("xr", "x", "r"), zip(*test_texts) if test_texts else ((), (), ()))
-        read.append({mode: read_choices(reader, test.questions, texts) for mode, texts in modes})
+        if learns:
+            labels = _permuted(train, seed) if permute_labels else train.predictions
+            fit_parts(reader, train.questions, train_texts, labels)
+        elif permute_labels:
+            asked = _permuted(test, seed)
+        read.append(read_parts(reader, test.questions, test_texts))
         histories.append(reader.history)
-    return Simulation([-1 if y is None else y for y in test.predictions], read, histories)
+    y, gold = ([-1 if i is None else i for i in a] for a in (asked, [q.answer for q in test.questions]))
+    return Simulation(y, read, histories, clusters_of(test.questions), gold)
+
+# %% ../../nbs/77_simulators.ipynb #4f17a276
+def seeds_of(base: Any, seeds: Sequence[int]) -> Sequence[int]:
+    "The seeds that make a difference to a simulator: of a frozen one the first."
+    return seeds if getattr(base, "seeded", True) else seeds[:1]
+
+
+def _texts_of(explained: ModelBehaviour) -> list[str]:
+    "Questions, choices and rationales."
+    rows = zip(explained.questions, explained.rationales)
+    return [t for q, r in rows for t in (q.question, *q.choices, r)]
 
 # %% ../../nbs/77_simulators.ipynb #b0d55097
 def _three_texts(reader, explained: ModelBehaviour, fit: Callable) -> list[tuple[str, str, str]]:
@@ -328,7 +411,8 @@ def simulate_folds(
     parts
         see `folds`; the other parameters: see `simulate`
     """
-    which = folds(explained.questions, parts)
+    which, base = folds(explained.questions, parts), as_simulator(base, lambda: _texts_of(explained))
+    seeds, y, gold = seeds_of(base, seeds), [-1] * len(which), [-1] * len(which)
     read = [{mode: [None] * len(which) for mode in ("xr", "x", "r")} for _ in seeds]
     asked, histories = dict(seeds=seeds, settings=settings, permute_labels=permute_labels), []
     for part in range(parts):
@@ -338,14 +422,18 @@ def simulate_folds(
         others = explained.part(i for i, w in enumerate(which) if w != part)
         one = simulate(base, others, explained.part(rows), **asked)
         histories += one.histories
+        for i, *labels in zip(rows, one.y, one.gold):
+            y[i], gold[i] = labels
         for ours, theirs in zip(read, one.read):
             for mode, found in theirs.items():
                 for i, r in zip(rows, found):
                     ours[mode][i] = r
-    return Simulation([-1 if y is None else y for y in explained.predictions], read, histories)
+    return Simulation(y, read, histories, clusters_of(explained.questions), gold)
 
 # %% ../../nbs/77_simulators.ipynb #a04cd3df
-def try_las(base: Any, explained: ModelBehaviour, *, least: int = 20, **settings) -> dict[str, Score]:
+def try_las(
+    base: Any, explained: ModelBehaviour, *, least: int = 20, cluster: Sequence | None = None, **settings
+) -> dict[str, Score]:
     """LAS by cross-fitting, or the reason why there is none.
 
     Parameters
@@ -354,13 +442,15 @@ def try_las(base: Any, explained: ModelBehaviour, *, least: int = 20, **settings
         what simulators start from: see `load_base`
     least
         answers below which no simulator is trained
+    cluster
+        one entry an example: what intervals resample together; None: the rows of one question
     **settings
         parts, seeds, settings: see `simulate_folds`
 
     Returns
     -------
     dict[str, Score]
-        'las' and 'las_probability'
+        'las', 'las_probability' and the simulators' accuracies on gold labels
     """
     answered = sum(y is not None for y in explained.predictions)
     why = "" if any(explained.rationales) else "the student writes no rationale"
@@ -368,10 +458,11 @@ def try_las(base: Any, explained: ModelBehaviour, *, least: int = 20, **settings
         why = f"too few answers to train a simulator on: {answered}, at least {least} are needed"
     try:
         if not why:
-            return simulate_folds(base, explained, **settings).scores()
+            return simulate_folds(base, explained, **settings).scores(cluster=cluster)
     except BadInput as error:
         why = f"no simulator could be trained: {error}"
-    return {name: Score(None, n=len(explained.questions), reason=why) for name in ("las", "las_probability")}
+    names = ("las", "las_probability", *gold_names)
+    return {name: Score(None, n=len(explained.questions), reason=why) for name in names}
 
 # %% ../../nbs/77_simulators.ipynb #e31e6e68
 def restatement(q: Question, i: int) -> str:
@@ -384,8 +475,8 @@ def evaluator_logs(
 ) -> np.ndarray:
     "(S, n) log-probability of y by evaluators trained on one text per example."
     logs = []
-    for seed in seeds:
-        reader = ChoiceReader(base, seed, settings)
+    for seed in seeds_of(base, seeds):
+        reader = new_reader(base, seed, settings)
         if not logs:  # the tokenizer is the same for all
             train_texts = fitting(reader, train, train_texts)[0]
             test_texts = _fitting_logged(reader, test, test_texts)
@@ -439,15 +530,16 @@ def measure_rev(
     Score
         in nats; see `rev`
     """
+    base = as_simulator(base, lambda: [*_texts_of(train), *_texts_of(test)])
     train, test = train.predicted(), test.predicted()
     if len(set(test.predictions)) < 2:
         nothing = [0.0] * len(test.predictions)
         return rev(nothing, nothing, test.predictions, **interval)
     with_r, without = rev_logs(base, train, test, seeds, settings, restate)
-    return rev(with_r, without, test.predictions, **interval)
+    return rev(with_r, without, test.predictions, **{"cluster": clusters_of(test.questions), **interval})
 
 # %% ../../nbs/77_simulators.ipynb #afb25f43
-def leaking_words(reader: ChoiceReader, explained: ModelBehaviour, threshold: float = 0.1) -> list[list[int]]:
+def leaking_words(reader: Any, explained: ModelBehaviour, threshold: float = 0.1) -> list[list[int]]:
     """Words that tell the answer without the question, found by leaving each one out.
 
     Parameters
@@ -464,9 +556,9 @@ def leaking_words(reader: ChoiceReader, explained: ModelBehaviour, threshold: fl
     list[list[int]]
         for each rationale, the positions of its leaking words
     """
-    words = [r.split() for r in explained.rationales]
+    words = [words_of(r) for r in explained.rationales]
     variants = [(i, k) for i, w in enumerate(words) for k in range(-1, len(w))]  # -1: all words are left in
-    left_in = (" ".join(w for j, w in enumerate(words[i]) if j != k) for i, k in variants)
+    left_in = (join_words(w for j, w in enumerate(words[i]) if j != k) for i, k in variants)
     asked = [explained.questions[i] for i, _ in variants]
     read = read_choices(reader, asked, [simulator_texts(q, r)[2] for q, r in zip(asked, left_in)])
     logs = {(i, k): float(r[explained.predictions[i]]) for (i, k), r in zip(variants, read)}
@@ -475,7 +567,7 @@ def leaking_words(reader: ChoiceReader, explained: ModelBehaviour, threshold: fl
 # %% ../../nbs/77_simulators.ipynb #6aaea254
 def _without_words(explained: ModelBehaviour, gone: list[list[int]]) -> ModelBehaviour:
     rows = zip(explained.rationales, gone)
-    left = [" ".join(w for k, w in enumerate(r.split()) if k not in out) for r, out in rows]
+    left = [join_words(w for k, w in enumerate(words_of(r)) if k not in out) for r, out in rows]
     return replace(explained, rationales=left)
 
 # %% ../../nbs/77_simulators.ipynb #10b9febe
@@ -492,12 +584,12 @@ def without_leaks(
 
     Every round trains a new detector on what is left.
     """
-    n_words = lambda both: sum(len(r.split()) for e in both for r in e.rationales)
+    n_words = lambda both: sum(len(words_of(r)) for e in both for r in e.rationales)
     both, n_before = (train, test), n_words((train, test))
     for _ in range(rounds):
         now = both[0]
         texts = [[simulator_texts(q, r)[2]] for q, r in zip(now.questions, now.rationales)]
-        detector = fit_reader(ChoiceReader(base, seed, settings), now.questions, texts, now.predictions)
+        detector = fit_reader(new_reader(base, seed, settings), now.questions, texts, now.predictions)
         leaks = [leaking_words(detector, e, threshold) for e in both]
         if not any(map(len, leaks[0])):
             break
@@ -549,9 +641,10 @@ def rora_lite(
     Score
         in nats; details: masked (share of words removed)
     """
+    base = as_simulator(base, lambda: [*_texts_of(train), *_texts_of(test)])
     train, test = train.predicted(), test.predicted()
     if len(set(test.predictions)) < 2:
         return Score(None, n=len(test.predictions), reason="one class only: there is nothing to tell apart")
     (xr, x), left = rora_logs(base, train, test, seeds, settings, threshold, rounds)
-    score = rev(xr, x, test.predictions, **interval)
+    score = rev(xr, x, test.predictions, **{"cluster": clusters_of(test.questions), **interval})
     return replace(score, details=score.details | {"masked": 1 - left, "complete": False})

@@ -133,6 +133,7 @@ class GridSpec(BaseModel):
     title: str | None = Field(None, description="a text")
     about: str | None = Field(None, description="a text")
     seeds: Any = 1
+    data_dir: str | None = Field(None, description="a folder")
     groups: dict[str, GroupSpec] | None = Field(None, description="a mapping")
     figures: dict[str, GroupSpec] | None = Field(None, description="a mapping")
     report: GroupSpec = Field(None, description="a mapping")
@@ -224,6 +225,20 @@ def _choices(axis: str, values, file, where: str) -> list[tuple[Any, dict]]:
     problem = "should be a list of values, or names that stand for parameters"
     raise BadInput(problem, file=file, field=f"{where}.for.{axis}", value=values)
 
+# %% ../../nbs/84_grid.ipynb #17ea3463
+def _check_axes_apart(axes: dict[str, list[tuple[Any, dict]]], file, where: str) -> None:
+    "Raises `BadInput` if two axes set one parameter."
+    set_by: dict[str, str] = {}
+    for axis, choices in axes.items():
+        for name in {name for _, params in choices for name in params}:
+            if set_by.setdefault(name, axis) != axis:
+                raise BadInput(
+                    f"sets the parameter {name!r}, as the axis {set_by[name]!r} does: one of them would have no effect",
+                    file=file,
+                    field=f"{where}.for.{axis}",
+                    remedy="Set it on one axis.",
+                )
+
 # %% ../../nbs/84_grid.ipynb #8fa9e158
 def _points(spec: GroupSpec, seeds: list[int] | None, file, where: str) -> Iterator[tuple[dict, dict]]:
     "(labels, parameters) of each combination of a group's axes."
@@ -233,6 +248,7 @@ def _points(spec: GroupSpec, seeds: list[int] | None, file, where: str) -> Itera
         raise BadInput("seeds are not an axis of `for`", file=file, field=f"{where}.for.seed", remedy=remedy)
     if seeds is not None:
         axes["seed"] = [(s, {"seed": s}) for s in seeds]
+    _check_axes_apart(axes, file, where)
     skip = spec.skip or []
     _check_number(math.prod(map(len, axes.values())), "combinations of its axes", most_cells, file, where)
     _check_number(len(skip), "rules", most_rules, file, f"{where}.skip")
@@ -255,6 +271,10 @@ def _check_number(n: int, of_what: str, most: int, file, where: str | None) -> N
 def _group_notebook(name: str, spec: GroupSpec, file: Path) -> Path:
     if not spec.notebook:
         raise BadInput("names no notebook", file=file, field=name)
+    if ".." in PureWindowsPath(spec.notebook).parts:
+        problem, remedy = "leads out of its folder", "Write a path below it, without `..`."
+        where = {"file": file, "field": f"{name}.notebook", "value": spec.notebook}
+        raise BadInput(problem, **where, remedy=remedy)
     beside = file.parent / spec.notebook
     if beside.exists():
         return beside
@@ -265,11 +285,17 @@ def _group_notebook(name: str, spec: GroupSpec, file: Path) -> Path:
         raise BadInput(e.problem, **where, remedy=e.remedy) from None
 
 # %% ../../nbs/84_grid.ipynb #80f31767
-def _group_cells(name: str, spec: GroupSpec, file: Path, grids_seeds, asked, needs: tuple) -> list[Cell]:
-    "All cells of a group, their references not yet resolved."
-    notebook, params = _group_notebook(name, spec, file), spec.params or {}
-    seeds = None
-    if "seed" in notebook_parameters(notebook) and "seed" not in params:
+def _group_cells(
+    name: str, spec: GroupSpec, file: Path, grids_seeds, asked, needs: tuple, shared: dict | None = None
+) -> list[Cell]:
+    """All cells of a group, their references not yet resolved.
+
+    Of the values `shared` by all groups a notebook gets those that it has a parameter for.
+    """
+    notebook = _group_notebook(name, spec, file)
+    declared, seeds = notebook_parameters(notebook), None
+    params = {k: v for k, v in (shared or {}).items() if k in declared} | (spec.params or {})
+    if "seed" in declared and "seed" not in params:
         seeds = _seeds(spec.seeds, grids_seeds, asked, file)
     cells = []
     for labels, chosen_params in _points(spec, seeds, file, name):
@@ -358,8 +384,9 @@ def _referred(kind: str, value: dict, reader: Cell, groups: _Groups):
     found = [c for name in dict.fromkeys(names) for c in _matching(groups, name, wanted, reader, where)]
     groups.n_read += len(found)
     _check_number(groups.n_read, "reads of other runs, with those before it", most_reads, groups.file, where)
-    if kind in ("table", "times"):
-        return TableOf(tuple(c.name for c in found), kind == "times")
+    if kind in ("table", "times", "rows"):
+        of_file = file or "rows.jsonl" if kind == "rows" else ""
+        return TableOf(tuple(c.name for c in found), kind == "times", of_file)
     if kind == "each":
         return [From(c.name, file) for c in found]
     if len(found) != 1:
@@ -369,7 +396,7 @@ def _referred(kind: str, value: dict, reader: Cell, groups: _Groups):
     return From(found[0].name, file)
 
 # %% ../../nbs/84_grid.ipynb #0270f948
-_references = ("from", "each", "table", "times", "shipped")
+_references = ("from", "each", "table", "times", "rows", "shipped")
 
 
 def _resolved(value, reader: Cell, groups: _Groups):
@@ -424,15 +451,17 @@ def _shipped_grid(profile) -> Path:
     return folder / f"{profile}.yaml"
 
 # %% ../../nbs/84_grid.ipynb #e6c25441
-def _all_cells(spec: GridSpec, file: Path, asked) -> dict[str, list[Cell]]:
+def _all_cells(spec: GridSpec, file: Path, asked, data_dir: str | None = None) -> dict[str, list[Cell]]:
     "The cells of each group and figure, and of the report."
     cells: dict[str, list[Cell]] = {}
+    data_dir = data_dir or spec.data_dir
+    shared = {"data_dir": data_dir} if data_dir else {}
     for specs, needs in ((spec.groups, ("metrics.json",)), (spec.figures, ())):
         for name in specs or {}:
             if name in cells or name in ("figures", "report"):
                 raise BadInput("is taken", file=file, field=name)
             own = _inherited(name, specs, file)
-            cells[name] = _group_cells(name, own, file, spec.seeds, asked, needs)
+            cells[name] = _group_cells(name, own, file, spec.seeds, asked, needs, shared)
     if spec.report is not None:
         own = _inherited("report", {"report": spec.report}, file)
         cells["report"] = _group_cells("report", own, file, spec.seeds, asked, ("report.html",))
@@ -443,7 +472,7 @@ def _all_cells(spec: GridSpec, file: Path, asked) -> dict[str, list[Cell]]:
     return cells
 
 # %% ../../nbs/84_grid.ipynb #d0971e17
-def load_grid(profile, seeds: int | list[int] | None = None) -> Grid:
+def load_grid(profile, seeds: int | list[int] | None = None, data_dir: str | None = None) -> Grid:
     """Reads a grid and lays out its plan.
 
     Raises `BadInput` for whatever is unknown, misspelt or ambiguous.
@@ -454,10 +483,12 @@ def load_grid(profile, seeds: int | list[int] | None = None) -> Grid:
         name of a grid in data/grids, or path of a YAML file
     seeds
         how many seeds, or which, instead of the grid's
+    data_dir
+        folder of datasets for all notebooks that read some, instead of the grid's; None: from the hub
     """
     file = Path(profile) if str(profile).endswith((".yaml", ".yml")) else _shipped_grid(profile)
     spec = _read_spec(file)
-    cells = _all_cells(spec, file, seeds)
+    cells = _all_cells(spec, file, seeds, data_dir)
     drawn = [c for name in spec.figures or {} for c in cells[name]]
     groups = _Groups({**{name: of for name, of in cells.items() if name != "report"}, "figures": drawn}, file)
     everything = [c for of in cells.values() for c in of]

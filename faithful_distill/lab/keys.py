@@ -198,10 +198,13 @@ class Table:
         (labels, name of the run folder) for each run
     times
         seconds and memory of the runs instead of their metrics
+    file
+        a JSON-lines file in each run folder: its rows instead of the metrics
     """
 
     rows: tuple[tuple[tuple[tuple[str, Any], ...], str], ...]
     times: bool = False
+    file: str = ""
 
 # %% ../../nbs/80_keys.ipynb #b85347a3
 def _refers(value) -> bool:
@@ -502,7 +505,8 @@ class _Inputs:
             received = "/".join(filter(None, ["..", value.run, value.file]))
             return received, {"run": value.run, "file": value.file}
         if isinstance(value, Table):
-            return f"{name}.csv", {"times" if value.times else "table": value.rows}
+            of_file = {"file": value.file} if value.file else {}
+            return f"{name}.csv", {"times" if value.times else "table": value.rows} | of_file
         path = _input_file(name, value, base, self.notebook) if isinstance(value, str) else None
         return (value, value) if path is None else self._file(name, path, base)
 

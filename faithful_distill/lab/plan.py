@@ -34,10 +34,14 @@ class From:
 
 @dataclass(frozen=True)
 class TableOf:
-    "The metrics of other cells, or their times, as one CSV file, as the value of a parameter."
+    """The metrics of other cells, or their times, as one CSV file, as the value of a parameter.
+
+    With `file`, the rows of that JSON-lines file in each cell's folder.
+    """
 
     cells: tuple[str, ...]
     times: bool = False
+    file: str = ""
 
 # %% ../../nbs/83_plan.ipynb #ad651815
 def _cells_read(value) -> Iterable[str]:
@@ -159,7 +163,8 @@ def planned_cell(
         if isinstance(v, From):
             return Upstream(upstream[v.cell].name, v.file)
         if isinstance(v, TableOf):
-            return Table(tuple((tuple(plan.labels(n).items()), upstream[n].name) for n in v.cells), v.times)
+            rows = tuple((tuple(plan.labels(n).items()), upstream[n].name) for n in v.cells)
+            return Table(rows, v.times, v.file)
         return v
 
     cell = plan.cells[name]
@@ -415,6 +420,7 @@ def run_plan(
     threads: int = 1,
     timeout: int | None = None,
     title: str = "runs",
+    without: Iterable[str] = (),
 ) -> list[Outcome]:
     """Runs a plan and returns what became of each cell, in the plan's order.
 
@@ -436,12 +442,14 @@ def run_plan(
         seconds that a notebook cell may take
     title
         what the overall bar is called
+    without
+        names of cells that are left out, for all that reads them is there
     """
     if workers < 1:
         raise BadInput("should be at least 1", field="workers", value=workers)
     runs = writable_folder(runs).absolute()
     planned = plan.runs(runs)
-    names = set(plan.order) if only is None else plan.needed_for(only)
+    names = (set(plan.order) if only is None else plan.needed_for(only)) - set(without)
     schedule = _Schedule(plan, planned, names, last_seconds(runs))
     with (
         _Watch(title, len(names)) as watch,

@@ -22,7 +22,7 @@ from typing import Iterable, Iterator
 from ..files import stable_seed, writable_folder, write_json, write_text, try_lock
 from .kernel import WarmKernel, peak_memory, sweep, warm_engine
 from .keys import Run, package_folder, planned_run
-from .tables import tidy, write_table
+from .tables import rows_of, tidy, write_table
 
 # %% ../../nbs/82_runs.ipynb #0f2798fd
 class Busy(RuntimeError):
@@ -258,7 +258,8 @@ def _prepare(run: Run) -> None:
     _drop_hidden(run.partial)
     for name, table in run.tables.items():
         pairs = [(dict(labels), run.folder.parent / folder) for labels, folder in table.rows]
-        write_table(run.partial / name, tidy(pairs, times=table.times))
+        made = rows_of(pairs, table.file) if table.file else tidy(pairs, times=table.times)
+        write_table(run.partial / name, made)
 
 # %% ../../nbs/82_runs.ipynb #87bcb158
 def kernel_home(runs) -> Path:

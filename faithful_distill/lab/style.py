@@ -29,6 +29,7 @@ palette = {
     # the teacher's strategies
     "greedy": ("#56b4e9", "o"),
     "contrastive-empty": ("#0072b2", "s"),
+    "contrastive-open": ("#ee7733", "h"),
     "contrastive-wrong": ("#aa4499", "D"),
     "all-wrong": ("#882255", "p"),
     "contrastive-all-wrong": ("#882255", "p"),
@@ -53,7 +54,15 @@ methods = (
     "full method",
     "true rationales",
 )
-strategies = ("greedy", "sampled", "contrastive-empty", "contrastive-wrong", "contrastive-all-wrong", "true")
+strategies = (
+    "greedy",
+    "sampled",
+    "contrastive-empty",
+    "contrastive-open",
+    "contrastive-wrong",
+    "contrastive-all-wrong",
+    "true",
+)
 kinds = {"choice": "multiple choice", "boolean": "yes / no", "statement": "true / false"}
 
 # %% ../../nbs/87_style.ipynb #1e5f787f

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Category', 'categories', 'category_of', 'Relation', 'relations', 'split_of', 'pairs', 'world_questions', 'Asked',
-           'what_is_asked', 'supporting_rationale', 'vacuous_rationale', 'Verdict', 'judge', 'reworded']
+           'what_is_asked', 'fact_of', 'supporting_rationale', 'vacuous_rationale', 'Verdict', 'judge', 'reworded']
 
 # %% ../../nbs/10_world.ipynb #84431c42
 import csv
@@ -235,6 +235,12 @@ def what_is_asked(q: Question) -> Asked:
         if match and match["entity"] in category_of():
             return Asked(match["entity"], rel.name, match.groupdict().get("value"))
     raise BadInput("is not a question of this world", field="question", value=q.question)
+
+# %% ../../nbs/10_world.ipynb #d477abf3
+def fact_of(q: Question) -> str:
+    "The thing and the relation that a question of this world is about: what an interval resamples together."
+    asked = what_is_asked(q)
+    return f"{asked.entity} {asked.relation}"
 
 # %% ../../nbs/10_world.ipynb #e87a20cb
 @cache

@@ -12,10 +12,11 @@ from pathlib import Path
 from typing import NamedTuple, Sequence
 
 from ..files import BadInput, progress
-from ..questions import Question, as_questions, choice_text, match_choice
+from ..questions import Question, choice_text, match_choice
 from ..records import Rationale, answer_sentence, answer_sentences, strip_answer
+from ..sources import questions_from
 from faithful_distill.student.decoding import (
-    DecoderBatch,
+    begin,
     choice_scores,
     greedy_continue,
     read_distinct,
@@ -46,17 +47,21 @@ class Answer:
     choice
         the choice they name; None: unparsable
     scores
-        log-likelihood of each choice after the rationale, end-of-text token included, in nats
+        log-likelihood of each choice after the rationale, end-of-text token included, in nats; None where
+        there is none
     truncated
         the rationale did not fit, or did not end
+    problem
+        why the question could not be asked at all; '' where it could
     """
 
     id: str
     rationale: str
     text: str
     choice: int | None
-    scores: list[float]
+    scores: list[float] | None
     truncated: bool
+    problem: str = ""
 
     @property
     def likely(self) -> int:
@@ -98,7 +103,7 @@ def write_rationales(
     opened = token_pieces(student.tokenizer, rows)
     contexts = [tag + text[: student.max_target - len(tag)] for tag, text in opened]
     limits = [min(limit, student.max_target - len(context)) for context in contexts]
-    batch = DecoderBatch(student, _with_sources(student, sources, contexts), encoded)
+    batch = begin(student, _with_sources(student, sources, contexts), encoded)
     found = []
     for (_, beginning), more, ended in zip(opened, *greedy_continue(batch, limits)):
         text, answer_words = split_answer(
@@ -123,7 +128,7 @@ def read_answers(
     longest = [max(range(len(row)), key=lambda i: len(row[i])) for row in tails]
     targets = encode_targets(student, questions, longest, rationales, [prefix] * len(questions))
     contexts = _with_sources(student, sources, [target.before_answer for target in targets])
-    batch = DecoderBatch(student, contexts, encoded)
+    batch = begin(student, contexts, encoded)
     scores, chosen = choice_scores(batch, tails)
     ids, ended = _write_answers(batch, tails, chosen)
     texts = [text.strip() for text in student.tokenizer.batch_decode(ids, skip_special_tokens=True)]
@@ -145,12 +150,10 @@ def choice_tails(student: Student, questions: list[Question]) -> list[list[list[
 # %% ../../nbs/53_answers.ipynb #c948e29b
 def _write_answers(batch, tails, chosen) -> tuple[list[list[int]], list[bool]]:
     "Token ids of each row's answer, and whether it ended; rows that write a choice need not be written out."
-    import torch
-
     ids = [None if c is None else row[c][:-1] for row, c in zip(tails, chosen)]
     ended, others = [True] * len(ids), [i for i, c in enumerate(chosen) if c is None]
     if 0 < len(others) < len(ids):
-        batch.keep(torch.tensor(others, device=batch.mask.device))
+        batch.keep(others)
     if others:
         limits = [max(map(len, tails[i])) + 4 for i in others]
         for i, row, done in zip(others, *greedy_continue(batch, limits)):
@@ -165,17 +168,42 @@ def _decided_by_ids(student, tails, chosen) -> bool:
     return tails.count(tails[chosen]) == 1 and student.tokenizer.unk_token_id not in tails[chosen]
 
 # %% ../../nbs/53_answers.ipynb #e60b98df
-def _windows(student, sources, batch_size, batches=8):
-    "Indices of questions of similar length, some batches at a time, and a function that gives encoder states."
+def _windows(student, sources, texts, limit, batch_size):
+    "Indices of questions, some at a time; what a batch of them has read; and a function that makes batches of them."
+    from faithful_distill.prefix_tree import refused
+
+    if not student.is_seq2seq and not refused(student.model, _longest(student)):
+        yield from _tree_windows(student, sources, texts, limit, batch_size)
+        return
     by_source = sorted(range(len(sources)), key=lambda i: (len(sources[i]), sources[i], i))
-    for at in range(0, len(by_source), batches * batch_size):
-        window = by_source[at : at + batches * batch_size]
+    for at in range(0, len(by_source), 8 * batch_size):
+        window = by_source[at : at + 8 * batch_size]
         states_of = read_distinct(student, [sources[i] for i in window], batch_size)
 
-        def encoded(batch, states_of=states_of):
+        def read(batch, states_of=states_of):
             return stacked([states_of[tuple(sources[i])] for i in batch]) if states_of else None
 
-        yield window, encoded
+        yield window, read, lambda some: _batches(student, some, texts, batch_size)
+
+# %% ../../nbs/53_answers.ipynb #9a984579
+def _tree_windows(student, sources, texts, limit, batch_size):
+    "The same for a causal student."
+    from faithful_distill.caches import token_budget
+    from faithful_distill.prefix_tree import PrefixTree, Root, windows
+
+    ids = plain_ids(student.tokenizer, [text or "" for text in texts])
+    contexts = [source + row for source, row in zip(sources, ids)]
+    more = [limit if text is None else 32 for text in texts]  # 32: tag, answer sentence, the choices
+    root = Root(student.model, sources, _longest(student))
+    for clusters in windows(contexts, more, len(root.ids), batch_size, token_budget(student.model)):
+        tree = PrefixTree(root, clusters)
+        whole = lambda some: [some] if some else []
+        yield [i for rows in clusters for i in rows], lambda batch, tree=tree: (tree, batch), whole
+
+# %% ../../nbs/53_answers.ipynb #d4a70613
+def _longest(student) -> int:
+    "Tokens that a row of a causal student may come to; an answer in other words than the choices' is a little longer."
+    return student.max_source + student.max_target + 32
 
 # %% ../../nbs/53_answers.ipynb #b8732091
 def _batches(student, indices, texts, batch_size) -> list[list[int]]:
@@ -216,7 +244,7 @@ def answer(
     Parameters
     ----------
     questions
-        Questions, dicts or a Dataset of them
+        in any form of `questions_from`: Questions, dicts, a data frame, a Dataset, a file
     rationales
         None: the student writes its own; else one per question (None in the list: its own)
     prefix
@@ -233,7 +261,7 @@ def answer(
     for name, value in (("batch_size", batch_size), ("max_new_tokens", max_new_tokens)):
         if value is not None and value < 1:
             raise BadInput("must be at least 1", field=name, value=value)
-    questions = as_questions(questions)
+    questions = questions_from(questions)
     texts = [None] * len(questions) if rationales is None else list(rationales)
     prefix, limit = prefix or student.prefix, max_new_tokens or student.max_target
     if len(texts) != len(questions):
@@ -247,18 +275,18 @@ def answer(
     student.model.eval()
     bar = progress(total=len(questions), desc="answers", unit="q")
     with torch.inference_mode():
-        for window, encoded in _windows(student, sources, batch_size):
+        for window, read, split in _windows(student, sources, texts, limit, batch_size):
             written, unwritten = {}, [i for i in window if texts[i] is None or continue_from]
-            for batch in _batches(student, unwritten, texts, batch_size):
+            for batch in split(unwritten):
                 given = _at(batch, sources), _at(batch, texts)
-                found = write_rationales(student, encoded(batch), *given, prefix, limit)
+                found = write_rationales(student, read(batch), *given, prefix, limit)
                 written.update(zip(batch, found))
                 bar.update(len(batch))
             for i, rationale in written.items():
                 texts[i] = rationale.text
-            for batch in _batches(student, window, texts, batch_size):
+            for batch in split(window):
                 given = _at(batch, sources), _at(batch, texts)
-                found = read_answers(student, _at(batch, questions), encoded(batch), *given, prefix)
+                found = read_answers(student, _at(batch, questions), read(batch), *given, prefix)
                 for i, a in zip(batch, found):
                     answers[i] = _as_written(a, written.get(i))
                 bar.update(sum(i not in written for i in batch))
@@ -290,7 +318,7 @@ def explain(
         of that probability; `replaced`: rationale, answer and moves of each replacement
     """
     student = model if isinstance(model, Student) else load_student(model)
-    [q] = as_questions([question])
+    [q] = questions_from(question)
     own = answer(student, [q], prefix=prefix)[0]
     first, at = _probabilities(own.scores), own.likely
     replaced = []

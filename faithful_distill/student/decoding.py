@@ -6,7 +6,8 @@
 __all__ = []
 
 # %% ../../nbs/52_decoding.ipynb #52000002
-from typing import Callable
+from dataclasses import dataclass
+from typing import Any, Callable
 
 from ..caches import cache_name, growing_cache
 from .loss import forward_at
@@ -72,8 +73,11 @@ class DecoderBatch:
         self.cache.crop(-n)
         self.mask = self.mask[:, :-n]
 
-    def keep(self, rows) -> None:
+    def keep(self, rows: list[int]) -> None:
         "Go on with these rows only."
+        import torch
+
+        rows = torch.tensor(rows, device=self.mask.device)
         self.cache.batch_select_indices(rows)
         self.mask, self.logits = self.mask[rows], self.logits[rows]
         if self.encoded:
@@ -97,8 +101,41 @@ def _causal_inputs(batch, tokens) -> dict:
     positions = positions.clamp(0, limit - 1 if limit else None)
     return dict(input_ids=tokens, attention_mask=batch.mask, position_ids=positions[:, -tokens.shape[1] :])
 
+# %% ../../nbs/52_decoding.ipynb #986e4fff
+@dataclass
+class TreeBatch:
+    """Contexts that are rows of a prefix tree.
+
+    Parameters
+    ----------
+    student
+        a causal one
+    contexts
+        token ids of each row, the question in front
+    tree
+        that reads them
+    rows
+        what the tree calls them
+    """
+
+    student: Student
+    contexts: list[list[int]]
+    tree: Any
+    rows: list
+
+    def keep(self, rows: list[int]) -> None:
+        "Go on with these rows only."
+        self.contexts, self.rows = ([values[i] for i in rows] for values in (self.contexts, self.rows))
+
+
+def begin(student: Student, contexts: list[list[int]], read) -> "DecoderBatch | TreeBatch":
+    "The contexts as a batch; `read`: states and mask of the encoder; for a causal student tree and rows, or None."
+    if student.is_seq2seq or not read:
+        return DecoderBatch(student, contexts, read)
+    return TreeBatch(student, contexts, *read)
+
 # %% ../../nbs/52_decoding.ipynb #41286cf3
-def greedy_continue(batch: DecoderBatch, limits: list[int]) -> tuple[list[list[int]], list[bool]]:
+def greedy_continue(batch: DecoderBatch | TreeBatch, limits: list[int]) -> tuple[list[list[int]], list[bool]]:
     """Greedy continuation of every row: its tokens, and whether it ended.
 
     Parameters
@@ -113,8 +150,8 @@ def greedy_continue(batch: DecoderBatch, limits: list[int]) -> tuple[list[list[i
     tuple[list[list[int]], list[bool]]
         tokens of each row without the end-of-text token; and did that come within the limit?
     """
-    import torch
-
+    if isinstance(batch, TreeBatch):
+        return batch.tree.write(batch.rows, batch.contexts, limits, batch.student.eos)
     written, ended = [[] for _ in limits], [False] * len(limits)
     rows, logits = list(range(len(limits))), batch.logits  # rows[i]: whose text is in row i of the batch
 
@@ -132,15 +169,14 @@ def greedy_continue(batch: DecoderBatch, limits: list[int]) -> tuple[list[list[i
         if not alive:
             break
         if 4 * len(alive) <= 3 * len(rows):
-            staying = torch.tensor(alive, device=tokens.device)
-            batch.keep(staying)
-            rows, tokens = [rows[i] for i in alive], tokens[staying]
+            batch.keep(alive)
+            rows, tokens = [rows[i] for i in alive], tokens[alive]
         logits = batch.feed(tokens[:, None])[:, -1]
     return written, ended
 
 # %% ../../nbs/52_decoding.ipynb #9e01c343
 def choice_scores(
-    batch: DecoderBatch, choices: list[list[list[int]]]
+    batch: DecoderBatch | TreeBatch, choices: list[list[list[int]]]
 ) -> tuple[list[list[float]], list[int | None]]:
     """Log-likelihood of each choice after what each row has read; the batch is left as it was.
 
@@ -156,6 +192,8 @@ def choice_scores(
     """
     import torch
 
+    if isinstance(batch, TreeBatch):
+        return batch.tree.score(batch.rows, batch.contexts, choices)
     by_length = [sorted(range(len(row)), key=lambda i: -len(row[i])) for row in choices]
     log_p, best = batch.logits.float().log_softmax(-1), batch.logits.argmax(-1)
     scores, greedy = [], []

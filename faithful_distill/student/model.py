@@ -6,6 +6,7 @@
 __all__ = ['tags', 'task_tags', 'Student', 'add_tags', 'tiny_student', 'model_class', 'load_student']
 
 # %% ../../nbs/50_model.ipynb #f61d39b8
+import json
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -86,6 +87,12 @@ class Student:
     def writes_rationales(self) -> bool:
         "Does it give a reason before it answers? Not if it was trained to answer at once."
         return not self.settings.get("answer_only") and self.prefix != "label"
+
+    @cached_property
+    def trained_on(self) -> frozenset[str]:
+        "The `question_hash`s of what it was trained on, where its folder says so."
+        noted = Path(self.name) / "trained_on.json"
+        return frozenset(json.loads(noted.read_text(encoding="utf-8"))) if noted.is_file() else frozenset()
 
     @cached_property
     def affixes(self) -> tuple[list[int], list[int]]:
@@ -261,8 +268,6 @@ def read_settings(folder) -> dict:
 
     Raises `BadInput` for a note that is torn or of another make.
     """
-    import json
-
     path = Path(folder) / "student.json"
     if not path.is_file():
         return {}

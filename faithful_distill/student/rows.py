@@ -17,15 +17,19 @@ from ..records import answer_sentence, read_records
 from .model import Student, check_tags, tag_of, tags, task_tags
 
 # %% ../../nbs/51_rows.ipynb #fff92e31
-def source_text(q: Question, prefix: str = "factual", list_choices: bool = True) -> str:
+def source_text(
+    q: Question, prefix: str = "factual", list_choices: bool = True, hide_choices: bool = False
+) -> str:
     """What the student reads: tag, question, lettered choices.
 
     Parameters
     ----------
     list_choices
         False: only questions of kind 'choice' list them (the authors' way)
+    hide_choices
+        no question lists them: the student has to think of the answer
     """
-    return _joined(*_source_parts(q, prefix, list_choices))
+    return _joined(*_source_parts(q, prefix, list_choices, hide_choices))
 
 # %% ../../nbs/51_rows.ipynb #1d57c3d7
 def target_text(q: Question, i: int, rationale: str | None, prefix: str = "factual") -> str:
@@ -45,8 +49,8 @@ def target_text(q: Question, i: int, rationale: str | None, prefix: str = "factu
     return _joined(*_target_parts(q, i, rationale, prefix))
 
 # %% ../../nbs/51_rows.ipynb #02492b62
-def _source_parts(q, prefix, list_choices=True):
-    listed = q.choices if list_choices or q.kind == "choice" else ()
+def _source_parts(q, prefix, list_choices=True, hide_choices=False):
+    listed = q.choices if not hide_choices and (list_choices or q.kind == "choice") else ()
     choices = " ".join(f"{letter(i)} {choice}" for i, choice in enumerate(listed))
     return tag_of(prefix), q.question, choices
 
@@ -207,10 +211,9 @@ def encode_sources(
     Raises `BadInput` where nothing of a question fits beside its choices, or a tag cannot be expressed.
     """
     check_tags(student, prefixes)
-    before, after = student.affixes
-    after = after if student.is_seq2seq else _line_end(student.tokenizer)
-    listing = student.settings.get("list_choices", True)
-    rows = [_source_parts(q, prefix, listing) for q, prefix in zip(questions, prefixes)]
+    before, after = _around_source(student)
+    listing = [student.settings.get(name, usual) for name, usual in _listing]
+    rows = [_source_parts(q, prefix, *listing) for q, prefix in zip(questions, prefixes)]
     sources = []
     for q, (tag, question, choices) in zip(questions, token_pieces(student.tokenizer, rows)):
         free = student.max_source - len(before) - len(tag) - len(choices) - len(after)
@@ -225,10 +228,36 @@ def encode_sources(
     return sources
 
 # %% ../../nbs/51_rows.ipynb #d442cb18
+_listing = (("list_choices", True), ("hide_choices", False))
+
+
+def _around_source(student: Student) -> tuple[list[int], list[int]]:
+    "What stands before and after a question: special tokens, a line end, or the markers of a turn."
+    before, after = student.affixes
+    if student.settings.get("chat"):
+        return chat_affixes(student)
+    return before, after if student.is_seq2seq else _line_end(student.tokenizer)
+
+
 def _line_end(tokenizer):
     "What stands between question and rationale in a causal student: a line end, if its tokenizer has one."
     ids = tokenizer("\n", add_special_tokens=False)["input_ids"]
     return [i for i in ids if i != tokenizer.unk_token_id]
+
+# %% ../../nbs/51_rows.ipynb #ecc771cc
+def chat_affixes(student: Student) -> tuple[list[int], list[int]]:
+    "Token ids of the turn markers before and after a question. Raises `BadInput` where there are none."
+    tokenizer = student.tokenizer
+    if student.is_seq2seq or not getattr(tokenizer, "chat_template", None):
+        raise BadInput(
+            "needs a causal student whose tokenizer has a chat template",
+            field="chat",
+            value=student.name,
+            remedy="Train it without chat.",
+        )
+    turn = [{"role": "user", "content": "\x00"}]
+    text = tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True)
+    return tuple(tokenizer(part, add_special_tokens=False)["input_ids"] for part in text.split("\x00", 1))
 
 # %% ../../nbs/51_rows.ipynb #9d072f76
 @dataclass

@@ -30,8 +30,9 @@ from faithful_distill.files import (
 from ..questions import Question, letter, require_answers
 from ..ranks import from_first_rank, shard_of
 from ..records import Rationale, rationale_from_row, roles, strip_answer, write_records
+from ..sources import questions_from
 from .loading import Teacher, as_teacher
-from .prompts import contrast_ids, few_shot, prompt_hash
+from .prompts import contrast_ids, few_shot, prompt_hash, styles, worked_turns
 from .selection import for_samples, kept_share, rejected_path, select_rationales
 from .strategy import Strategy, argument, as_strategy
 
@@ -95,7 +96,7 @@ provenance_fields = (
 )
 
 
-def _provenance(teacher: Teacher, strategy: Strategy, examples: str, seed: int, max_new_tokens: int) -> dict:
+def _provenance(teacher: Teacher, strategy: Strategy, examples, seed: int, max_new_tokens: int) -> dict:
     "What every rationale of a call says of how it was made."
     made = dict(prompt=prompt_hash(examples), version=__version__)
     return asdict(strategy) | teacher.provenance() | made | dict(seed=seed, max_new_tokens=max_new_tokens)
@@ -121,7 +122,7 @@ def _rationale(job: Job, text: str, generation, provenance: dict, half: bool = F
     )
 
 # %% ../../nbs/40_rationales.ipynb #ecfc54b7
-def _prompts(teacher: Teacher, jobs: list[Job], shots: str) -> tuple[list, list]:
+def _prompts(teacher: Teacher, jobs: list[Job], shots: str | list[dict]) -> tuple[list, list]:
     """Token ids of each job's gold context, and of its others.
 
     Equal ids are one object: tens of millions of integers would fill the memory.
@@ -135,7 +136,7 @@ def _prompts(teacher: Teacher, jobs: list[Job], shots: str) -> tuple[list, list]
     return gold, others
 
 # %% ../../nbs/40_rationales.ipynb #99a74b4b
-def _decode(teacher: Teacher, jobs: list[Job], strategy: Strategy, shots: str, finished, **options) -> None:
+def _decode(teacher: Teacher, jobs: list[Job], strategy: Strategy, shots, finished, **options) -> None:
     "Decode all jobs together; `finished(job, text, generation, half)` is called as each one ends."
     from faithful_distill.teacher.contrast import ends_in_half_character, rationale_text, stop_rule
     from faithful_distill.teacher.generate import contrastive_generate
@@ -359,7 +360,7 @@ class _Ledger:
 # %% ../../nbs/40_rationales.ipynb #e4198ec9
 def rationalize(
     teacher: Teacher | str | Path | tuple,
-    questions: Iterable | Question | dict,
+    questions: Iterable | Question | dict | str | Path,
     strategy: str | Strategy = "contrastive-wrong",
     *,
     alpha: float | None = None,
@@ -369,6 +370,7 @@ def rationalize(
     roles: Sequence[str] = roles,
     prompt: str | None = None,
     shots: int | None = None,
+    style: str = "worked",
     seed: int = 0,
     max_new_tokens: int = 64,
     out: str | Path | None = None,
@@ -390,7 +392,8 @@ def rationalize(
     teacher
         a `Teacher`, a hub name, a folder, or (model, tokenizer)
     questions
-        labelled questions: `Question`s or dicts, one or several, a `Dataset` or a data frame
+        labelled questions in any form of `questions_from`: `Question`s, dicts, a data frame, a `Dataset`, a file,
+        a dataset and its split ('csqa:train')
     strategy
         a name from `strategies`, or a `Strategy`
     alpha, beta, temperature, perturbation
@@ -401,6 +404,9 @@ def rationalize(
         worked examples: a dataset family or a file; None: none
     shots
         how many of them; None: all
+    style
+        'worked': the question follows the examples as one text; 'chat': they are turns of a conversation, between
+        the turn markers of a model that was tuned to converse
     seed
         decides the wrong answers, and the samples if there is a temperature
     max_new_tokens
@@ -432,14 +438,16 @@ def rationalize(
     changes = dict(alpha=alpha, beta=beta, temperature=temperature, perturbation=perturbation)
     strategy = as_strategy(strategy, **changes)
     strategy, by = for_samples(strategy, samples, select)
-    questions = require_answers(questions, "a rationale for the gold answer")
+    questions = require_answers(questions_from(questions), "a rationale for the gold answer")
     if out is not None:
         check_target(out)
         check_target(journal_path(out))
         check_target(rejected_path(out))
     if max_new_tokens < 1:
         raise BadInput("must be at least 1", field="max_new_tokens", value=max_new_tokens)
-    examples = few_shot(prompt, shots)
+    if style not in styles:
+        raise BadInput(f"must be one of {', '.join(styles)}", field="style", value=style)
+    examples = (few_shot if style == "worked" else worked_turns)(prompt, shots)
     asked = shard_of(questions, *shard) if shard else questions
     jobs = _jobs(asked, roles, strategy.perturbation, seed, samples)
     teacher = as_teacher(teacher)

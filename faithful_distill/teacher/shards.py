@@ -14,6 +14,7 @@ from ..files import BadInput, read_jsonl
 from ..questions import require_answers
 from ..ranks import shard_from_environment, shard_of, shard_path
 from ..records import Rationale, write_records
+from ..sources import questions_from
 from .loading import Teacher, as_teacher
 from faithful_distill.teacher.rationales import (
     finished_from_row,
@@ -89,7 +90,7 @@ def rationalize_in_parts(
         teacher = as_teacher(teacher)
     if shard is None or teacher.tensor_parallel:
         return rationalize(teacher, questions, strategy, out=out, **settings)
-    questions, n = require_answers(questions, "a rationale for the gold answer"), shard[1]
+    questions, n = require_answers(questions_from(questions), "a rationale for the gold answer"), shard[1]
     own = rationalize(teacher, questions, strategy, out=shard_path(out, *shard), shard=shard, **settings)
     parts = {shard_path(out, k, n): {q.id for q in shard_of(questions, k, n)} for k in range(n)}
     if _unfinished(list(parts)):

@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 
+from ..exchange import question_hash
 from faithful_distill.files import (
     BadInput,
     content_key,
@@ -103,6 +104,7 @@ _marker = ".faithful_distill"
 _always = (
     "student.json",
     "README.md",
+    "trained_on.json",
     "metrics.jsonl",
     "times.json",
     "checkpoints",
@@ -377,6 +379,8 @@ def write_student(
         write_json(run.out / "times.json", dict(seconds=seconds, steps_per_second=rate, **used))
         note = _note(trainer, student, run, result) | dict(cost=cost, written=written)
         write_text(run.out / "README.md", card_text(note))
+        trained_on = {question_hash(r.as_question()) for r in run.rationales}
+        write_json(run.out / "trained_on.json", sorted(trained_on))
         write_json(run.out / "student.json", note)
         remove_checkpoints(run.out)
         (run.out / _marker).unlink(missing_ok=True)

@@ -47,6 +47,12 @@ class Settings(BaseModel):
     list_choices: bool = Field(
         True, description="yes/no questions and statements list their choices (the authors' do not)"
     )
+    hide_choices: bool = Field(
+        False, description="no question lists its choices: the student has to think of the answer"
+    )
+    chat: bool = Field(
+        False, description="questions stand between the turn markers of a student that was tuned to converse"
+    )
     lr: float = Field(3e-4, gt=0, description="learning rate at its highest")
     epochs: float = Field(10.0, gt=0, description="passes over the gold rationales")
     max_steps: int | None = Field(None, ge=1, description="steps to stop after, instead of `epochs`")

@@ -15,9 +15,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Sequence
 
-from ..files import BadInput, read_jsonl, sole_writer, writable_folder
+from ..files import BadInput, sole_writer, writable_folder
+from ..formats import read_rows
 from ..models import check_name
-from ..ranks import count_nodes
+from ..ranks import count_nodes, launched
 from ..records import Rationale, read_records
 from ..student.loss import check_needs, find_objective
 from ..student.model import Student, add_tags, expresses, load_student, task_tags
@@ -45,7 +46,7 @@ def checked_records(given, name: str = "rationales") -> list[Rationale]:
     """
     records = read_records(given, name)
     in_file = isinstance(given, (str, Path))
-    lines = [line for line, _ in read_jsonl(given)] if in_file else range(1, len(records) + 1)
+    lines = [line for line, _ in read_rows(given)] if in_file else range(1, len(records) + 1)
     first, seen, twice = {}, {}, []
     for line, r in zip(lines, records):
         before, asked = first.setdefault(r.id, (line, r))
@@ -143,6 +144,7 @@ def train_student(
     **settings
         see `Settings`
     """
+    launched()  # half of a launcher's variables are an error, before anything is read or written
     settings, out = Settings(**settings), checked_out(out)
     if not isinstance(student, Student):
         check_name(student, "student")
@@ -240,7 +242,8 @@ def prepared(student, settings: Settings) -> Student:
     else:
         student = load_student(student, device="cpu")
     lengths = settings.max_source, settings.max_target
-    reads = dict(list_choices=settings.list_choices, prefixes=settings.prefixes, objective=settings.objective)
+    kept = ("list_choices", "hide_choices", "chat", "prefixes", "objective")
+    reads = {name: getattr(settings, name) for name in kept}
     student = Student(student.model, student.tokenizer, student.name, *lengths, reads)
     if settings.objective == "multitask":
         with_task_tags(student, settings.seed)

@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 
 from ..files import BadInput, shipped
-from ..ranks import free_port, rank_variables
+from ..ranks import free_port, launched
 from .settings import Settings
 
 # %% ../../nbs/56_zero.ipynb #f5cd370d
@@ -28,8 +28,8 @@ def deepspeed_session():
     import numpy
 
     import_deepspeed()
-    launched = all(name in os.environ for name in rank_variables if name != "LOCAL_WORLD_SIZE")
-    if not launched:
+    together = launched()
+    if not together:
         os.environ.update(_one_rank())
         if not torch.cuda.is_available():
             os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
@@ -39,7 +39,7 @@ def deepspeed_session():
         try:
             yield
         finally:
-            _forget_deepspeed(leave_group=launched)
+            _forget_deepspeed(leave_group=together)
             random.setstate(rng[0])
             numpy.random.set_state(rng[1])
             os.environ.clear()
