@@ -39,15 +39,18 @@ setup(
         f"Natural Language :: {c['language']}",
         "Programming Language :: Python :: 3.11",
         "Programming Language :: Python :: 3.12",
+        "Programming Language :: Python :: 3.13",
     ],
     packages=find_packages(include=[lib, f"{lib}.*"]) + list(shipped),
     package_dir=shipped,
+    include_package_data=False,  # package_data says it all; else setuptools takes each data folder for a package, and warns
     package_data={
         "": ["py.typed", "*.pyi"],
         f"{lib}.shipped.data": [
             "README.md",
             "world/*",
             "prompts/*",
+            "rationales/*",
             "grids/*",
             "deepspeed/*",
             "report/*",
@@ -59,8 +62,8 @@ setup(
     },
     install_requires=c["requirements"].split(),
     extras_require={
-        "gguf": ["gguf"],
-        "docs": ["myst-nb", "furo", "sphinx-copybutton"],
+        "gguf": c["gguf_requirements"].split(),
+        "docs": ["myst-nb", "furo", "sphinx-copybutton", "latex2mathml"],
         "dev": c["dev_requirements"].split(),
         "lora": ["peft"],
     },

@@ -235,7 +235,7 @@ class Command(click.Command):
     def __init__(self, function, library, settings, without):
         summary = inspect.getdoc(function).split("\n\nParameters\n")[0].split("\n\n")
         text = "\n\n".join("\b\n" + part if "Example:" in part else part for part in summary)
-        super().__init__(function.__name__, callback=function, help=text)
+        super().__init__(function.__name__.rstrip("_"), callback=function, help=text)
         self.library, self.settings, self.without = library, settings, without
 
     def get_params(self, ctx):

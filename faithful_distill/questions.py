@@ -8,14 +8,17 @@ __all__ = ['fixed_choices', 'Question', 'letter', 'choice_text', 'question_key',
            'as_questions', 'require_answers']
 
 # %% ../nbs/02_questions.ipynb #d2addbee
+import hashlib
+import json
 import random
 import re
 import unicodedata
 from dataclasses import dataclass
-from os import PathLike
-from typing import Iterable, Mapping
+from itertools import islice
+from typing import Any, Iterable, Mapping
 
 from .files import BadInput, check_encodable, stable_seed
+from .formats import rows_of
 
 # %% ../nbs/02_questions.ipynb #cc8b14be
 fixed_choices = {"boolean": ("yes", "no"), "statement": ("true", "false")}
@@ -257,9 +260,12 @@ def answer_index(answer, choices, kind: str = "choice", labels=None, field: str 
     if isinstance(answer, int) and 0 <= answer < len(choices):
         others = [*_reading_like(str(answer), choices), *_labelled(str(answer), labels, len(choices))]
         _refuse_ambiguous(answer, [answer, *others], choices, field)
+    if isinstance(answer, float) and answer.is_integer():  # a data frame's column of numbers with a gap
+        answer = f"{answer:.0f}"
     if not isinstance(answer, str):
         return answer
     found = choice_of_text(answer, choices, kind, labels, field)
+    found = _numbered(answer, choices, labels) if found is None else found
     if found is None:
         raise BadInput(
             "is not among the choices",
@@ -268,6 +274,14 @@ def answer_index(answer, choices, kind: str = "choice", labels=None, field: str 
             remedy=f"Use one of {list(choices)}, its letter, or an index from 0.",
         )
     return found
+
+# %% ../nbs/02_questions.ipynb #969fcb90
+def _numbered(answer: str, choices, labels) -> int | None:
+    "The index that a text of digits is, where choices have no labels; None where it is none."
+    digits = re.fullmatch(r"\s*(\d{1,2})(?:\.0)?\s*", answer, re.ASCII)
+    if labels is not None or not digits or int(digits[1]) >= len(choices):
+        return None
+    return int(digits[1])
 
 # %% ../nbs/02_questions.ipynb #a19b4e21
 def choice_of_text(
@@ -314,7 +328,30 @@ def _refuse_ambiguous(answer, readings: list[int], choices, field: str) -> None:
 
 # %% ../nbs/02_questions.ipynb #a103a134
 def _reading_like(text: str, choices) -> list[int]:
-    return [i for i, c in enumerate(choices) if isinstance(c, str) and normalized(c) == normalized(text)]
+    "The choices that read like a text; most are set aside by its first word, which normalising would keep."
+    wanted = normalized(text)
+    first = wanted.split(" ")[0]
+    near = lambda c: isinstance(c, str) and (not c.isascii() or first in c.lower())
+    return [i for i, c in enumerate(choices) if near(c) and normalized(c) == wanted]
+
+# %% ../nbs/02_questions.ipynb #dee28d58
+_other_names = {
+    "question": "q query prompt input stem questionstem questiontext text sentence statement problem",
+    "choices": "choice options option candidates alternatives endings answerchoices answeroptions answers mcchoices",
+    "answer": "label target correct correctanswer solution goldanswer answeridx answerindex key",
+    "rationale": "rationales explanation explanations reasoning reason cot chainofthought thought justification",
+}
+
+
+def missing_remedy(row: Mapping, field: str) -> str:
+    "What to do about a missing field: which of the record's fields may be meant, or which it has."
+    alike = _other_names.get(field, "").split()
+    plain = {re.sub(r"[\W_]", "", str(name)).lower(): name for name in row}
+    for name in alike:
+        if name in plain:
+            theirs = plain[name]
+            return f"Is it {theirs!r}? Say columns={{{field!r}: {theirs!r}}} (--columns {field}={theirs})."
+    return f"The record has the fields {', '.join(sorted(map(str, row)))}."
 
 # %% ../nbs/02_questions.ipynb #03e7cd54
 def required(row, field: str, kinds=str):
@@ -322,9 +359,7 @@ def required(row, field: str, kinds=str):
     if not isinstance(row, dict):
         raise BadInput("must be a field of a JSON object", field=field, value=row)
     if row.get(field) is None:
-        raise BadInput(
-            "is missing", field=field, remedy=f"The record has the fields {', '.join(sorted(row))}."
-        )
+        raise BadInput("is missing", field=field, remedy=missing_remedy(row, field))
     kinds = kinds if isinstance(kinds, tuple) else (kinds,)
     if not isinstance(row[field], kinds) or isinstance(row[field], bool):
         names = " or ".join(k.__name__ for k in kinds)
@@ -338,8 +373,10 @@ def optional_text(row, field: str) -> str:
 
 # %% ../nbs/02_questions.ipynb #76690ba0
 def labels_and_texts(choices: list | dict) -> tuple[list[str], list[str]]:
-    "Labels and texts of choices in the layout of the hub, or in that of the official files."
-    if isinstance(choices, dict):
+    "Labels and texts of choices in the layout of the hub, in that of the official files, or label -> text."
+    if isinstance(choices, dict) and not {"label", "text"} & choices.keys():
+        labels, texts = map(list, (choices.keys(), choices.values()))
+    elif isinstance(choices, dict):
         labels, texts = required(choices, "label", list), required(choices, "text", list)
     else:
         labels, texts = [required(c, "label") for c in choices], [required(c, "text") for c in choices]
@@ -384,8 +421,40 @@ def _refuse_unread_answer(row: dict) -> None:
                 "is no field of a question, which has no 'answer'",
                 field=name,
                 value=value,
-                remedy="Call it 'answer' if it is one: an index from 0, or a choice's text or letter.",
+                remedy=f"If it is the answer, call it so, or say columns={{'answer': {name!r}}} (--columns answer={name}).",
             )
+
+# %% ../nbs/02_questions.ipynb #ca8451a4
+def _kind(row: dict) -> str:
+    "The kind that a record names; else 'choice', or what its answer says where there are no choices."
+    if row.get("kind") is not None:
+        return required(row, "kind")
+    answer = next((row[n] for n in _answer_names if row.get(n) is not None), None)
+    said = str(answer).lower() if isinstance(answer, (bool, str)) else ""
+    if row.get("choices") or said not in ("yes", "no", "true", "false"):
+        return "choice"
+    asks = str(row.get("question", "")).rstrip().endswith("?")
+    return "boolean" if asks or said in ("yes", "no") else "statement"
+
+
+def _is_ours(row: dict) -> bool:
+    "Whether a record is one that this package wrote: its answer is an index, whatever the choices are."
+    ours = row.keys() == Question.__dataclass_fields__.keys()
+    return ours and isinstance(row["answer"], int | None) and not isinstance(row["answer"], bool)
+
+
+def _choice_list(choices: Any) -> Any:
+    "Choices that are one text, as the cell of a table is: a JSON list, or texts with | between them."
+    if not isinstance(choices, str):
+        return choices
+    try:
+        parsed = json.loads(choices)
+    except ValueError:
+        parsed = [c.strip() for c in choices.split("|")]
+    if not isinstance(parsed, (list, dict)) or len(parsed) < 2:
+        remedy = "Give a list of texts; in a table a JSON list, or texts with | between them."
+        raise BadInput("is one text", field="choices", value=choices, remedy=remedy)
+    return parsed
 
 # %% ../nbs/02_questions.ipynb #355ad977
 def plain_fields(row: dict) -> dict:
@@ -399,12 +468,15 @@ def plain_fields(row: dict) -> dict:
         `question`, `choices` and `answer` (see `answer_index`), and perhaps `id`, `kind`, `split`, `explanation`;
         choices may carry labels, in the layout of the hub
     """
-    kind = "choice" if row.get("kind") is None else required(row, "kind")
+    if _is_ours(row):
+        return dict(row)
+    question = required(row, "question").strip()
+    kind = _kind(row)
     id = "" if row.get("id") is None else str(required(row, "id", (str, int)))
     if kind in fixed_choices and not row.get("choices"):
         choices = list(fixed_choices[kind])
     else:
-        choices = required(row, "choices", (list, dict))
+        choices = _choice_list(required(row, "choices", (list, dict, str)))
     labels = None
     if isinstance(choices, dict) or choices and all(isinstance(c, dict) for c in choices):
         labels, choices = labels_and_texts(choices)
@@ -412,7 +484,7 @@ def plain_fields(row: dict) -> dict:
         _check_fixed_choices(kind, choices)
     fields = dict(
         id=id,
-        question=required(row, "question").strip(),
+        question=question,
         choices=choices,
         kind=kind,
         answer=_row_answer(row, choices, kind, labels),
@@ -423,15 +495,27 @@ def plain_fields(row: dict) -> dict:
 
 # %% ../nbs/02_questions.ipynb #8d55536a
 def as_dataset(questions: Iterable[Question]):
-    "A `datasets.Dataset` of questions, one column a field, also where there are none."
+    """A `datasets.Dataset` of questions, one column a field, also where there are none.
+
+    They are taken ten thousand at a time: of a large file no more than these are held as objects.
+    """
     import datasets
+    import pyarrow
 
     text, integer = datasets.Value("string"), datasets.Value("int64")
     columns = {name: text for name in Question.__dataclass_fields__}
-    columns |= {"choices": datasets.List(text), "answer": integer}
-    questions = list(questions)
-    return datasets.Dataset.from_dict(
-        {name: [getattr(q, name) for q in questions] for name in columns}, features=datasets.Features(columns)
+    features = datasets.Features(columns | {"choices": datasets.List(text), "answer": integer})
+    schema, waiting = features.arrow_schema, iter(questions)
+    tables, digest = [schema.empty_table()], hashlib.sha256()
+    while some := list(islice(waiting, 10_000)):
+        rows = {name: [getattr(q, name) for q in some] for name in columns}
+        tables.append(pyarrow.Table.from_pydict(rows, schema=schema))
+        for q in some:  # the name for caches; `datasets` itself would copy the whole table for it
+            digest.update(repr(q).encode())
+    return datasets.Dataset(
+        datasets.table.InMemoryTable(pyarrow.concat_tables(tables)),
+        datasets.DatasetInfo(features=features),
+        fingerprint=digest.hexdigest()[:16],
     )
 
 # %% ../nbs/02_questions.ipynb #2ba5ccc7
@@ -441,27 +525,24 @@ def as_questions(rows) -> list[Question]:
     A dict has the fields of a plain question file: question, choices, answer; an id is made where there is none.
     Raises `BadInput` with the row's number for one that is no question.
     """
-    return [r if isinstance(r, Question) else _question_from(r, n) for n, r in enumerate(_several(rows), 1)]
+    if isinstance(rows, Question):
+        return [rows]
+    try:
+        rows = rows_of(rows)
+    except BadInput as e:
+        remedy = "Read a file with `load_questions`; else give dicts with question, choices and answer."
+        raise BadInput(
+            "is not a list of questions", field="questions", value=e.value, remedy=remedy
+        ) from None
+    return [r if isinstance(r, Question) else _question_from(r, n) for n, r in enumerate(rows, 1)]
 
 # %% ../nbs/02_questions.ipynb #17f82dd4
-def _several(rows) -> Iterable:
-    "The rows of a list, a dataset or a data frame; of one question itself."
-    if isinstance(rows, (Question, Mapping)):
-        return [rows]
-    if hasattr(rows, "iterrows"):  # a data frame
-        return rows.astype(object).where(rows.notna(), None).to_dict("records")
-    if isinstance(rows, (str, bytes, PathLike)) or not isinstance(rows, Iterable):
-        remedy = "Read a file with `load_questions`; else give dicts with question, choices and answer."
-        raise BadInput("is not a list of questions", field="questions", value=rows, remedy=remedy)
-    return rows
-
-
 def _question_from(row, number: int) -> Question:
     "A question from a row with all of its fields, or with those of a plain file."
     if not isinstance(row, Mapping):
         remedy = "Give a dict with question, choices and answer."
         raise BadInput(f"row {number} is not a question", field="questions", value=row, remedy=remedy)
-    plain = {k: v.tolist() if hasattr(v, "tolist") else v for k, v in row.items()}
+    plain = dict(row)
     if isinstance(plain.get("choices"), tuple):
         plain["choices"] = list(plain["choices"])
     kept = {k: plain[k] for k in ("split", "dataset") if plain.get(k)}

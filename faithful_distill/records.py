@@ -14,8 +14,9 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any, Iterable, Mapping, NamedTuple, Sequence
 
-from .files import BadInput, check_encodable, content_key, read_jsonl, write_text
-from .questions import Question, normalized, plain_fields
+from .files import BadInput, check_encodable, content_key, write_text
+from .formats import read_rows, rows_of
+from .questions import Question, missing_remedy, normalized, plain_fields
 
 # %% ../nbs/05_records.ipynb #13671cde
 roles = ("gold", "counterfactual")
@@ -207,16 +208,19 @@ def _from_row(row: Mapping, question: Question | None) -> Rationale:
     if not isinstance(row, Mapping):
         raise BadInput("is not a JSON object", value=row, remedy="Write one {...} object a line.")
     named = {k: v for k, v in row.items() if k in _known and v is not None}
+    named |= {
+        "answer": row[k] for k in ("answerKey", "gold") if "answer" not in named and row.get(k) is not None
+    }
     if question is not None:
         _check_same_question(named, question)
         named |= {k: getattr(question, k) for k in ("id", "question", "choices", "answer", "kind")}
     missing = [k for k in ("question", "choices", "answer", "rationale") if k not in named]
-    if missing and not (missing == ["choices"] and named.get("kind") in ("boolean", "statement")):
+    if missing and missing != ["choices"]:
         raise BadInput(
             "is missing from a rationale record",
             field=missing[0],
             value=row.get("id"),
-            remedy="A record needs question, choices, answer and rationale.",
+            remedy=f"A record needs question, choices, answer and rationale. {missing_remedy(row, missing[0])}",
         )
     if isinstance(named.get("choices"), tuple):
         named["choices"] = list(named["choices"])
@@ -229,7 +233,7 @@ def _from_row(row: Mapping, question: Question | None) -> Rationale:
         answer=read["answer"],
     )
     target = _target_index(named) if "target" in named else None
-    extra = {k: v for k, v in row.items() if k not in _known}
+    extra = {k: v for k, v in row.items() if k not in _known and v is not None}
     return Rationale(**named | asked | {"target": target, "kind": read["kind"], "extra": extra})
 
 # %% ../nbs/05_records.ipynb #28c13fbb
@@ -271,24 +275,22 @@ def read_records(
     Parameters
     ----------
     rationales
-        a JSON-lines file; or rows or `Rationale`s in memory
+        a file (JSON lines, a JSON array, CSV, Parquet); or in memory rows or `Rationale`s, a data frame, a `Dataset`
     name
         what errors call them
     questions
         the questions they may be about; None: any
     """
     by_id = None if questions is None else {q.id: q for q in questions}
-    if isinstance(rationales, (str, Path)):
-        numbered, file = read_jsonl(rationales), rationales
-    else:
-        numbered, file = ((None, r) for r in rationales), None
+    file = rationales if isinstance(rationales, (str, Path)) else None
+    numbered = enumerate(_in_memory(rationales, name), 1) if file is None else read_rows(rationales)
     found = []
     for line, row in numbered:
         id = row.id if isinstance(row, Rationale) else row.get("id") if isinstance(row, Mapping) else None
         if by_id is not None and isinstance(id, str) and id not in by_id:
             continue
         about = by_id.get(id) if by_id is not None and isinstance(id, str) else None
-        found.append(rationale_from_row(row, file, line, about))
+        found.append(_numbered(row, file, line, about))
     if not found and by_id is None:
         raise BadInput(
             "there are no rationales",
@@ -297,6 +299,25 @@ def read_records(
             remedy="Write some with `rationalize`.",
         )
     return found
+
+
+def _in_memory(rationales, name: str) -> list:
+    try:
+        return [rationales] if isinstance(rationales, Rationale) else rows_of(rationales)
+    except BadInput as e:
+        remedy = f"{e.remedy} Each needs question, choices, answer and rationale."
+        raise BadInput(e.problem, field=name, value=e.value, remedy=remedy) from None
+
+
+def _numbered(row, file, line: int, about: Question | None) -> Rationale:
+    "A rationale whose error names the line of its file, or the row in memory."
+    if file is not None or isinstance(row, Rationale):
+        return rationale_from_row(row, file, line, about)
+    try:
+        return rationale_from_row(row, question=about)
+    except BadInput as e:
+        got = {"value": e.value} if "(got" in str(e) else {}
+        raise BadInput(f"row {line}: {e.problem}", field=e.field, remedy=e.remedy, **got) from None
 
 # %% ../nbs/05_records.ipynb #986310c7
 def write_records(path, records: Iterable[Rationale | dict]) -> Path:

@@ -9,9 +9,9 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from faithful_distill.files import BadInput
-from faithful_distill.teacher import attention
+from faithful_distill import attention
 from decoding_models import VOCABULARY, launched, prompts, tiny
-from faithful_distill.teacher.attention import Unserved
+from faithful_distill.attention import Unserved
 from faithful_distill.teacher.choice import Row
 from faithful_distill.teacher.contrast import Generation, Stop, reference_generate
 from faithful_distill.teacher.generate import contrastive_generate

@@ -18,9 +18,14 @@ import faithful_distill
 PACKAGE = Path(faithful_distill.__file__).parent
 LAYERS = (  # from the ground up; the wings of one layer do not import each other
     ("files", "caches"),
-    ("questions", "ranks", "models"),
+    ("formats", "ranks", "models"),
+    ("questions",),
+    ("layouts",),
     ("sources",),
     ("records",),
+    ("exchange", "release"),
+    ("attention",),
+    ("prefix_tree",),
     ("teacher", "student"),
     ("training",),
     ("reasoners",),
@@ -31,7 +36,8 @@ LAYERS = (  # from the ground up; the wings of one layer do not import each othe
     ("__main__",),
 )
 LAYER_OF = {wing: number for number, wings in enumerate(LAYERS) for wing in wings}
-GROUND = {wing for wings in LAYERS[:4] for wing in wings}
+WITH_TORCH = {"attention", "prefix_tree"}  # what the wings share of reading with a model
+GROUND = {wing for wings in LAYERS[: LAYER_OF["teacher"]] for wing in wings} - WITH_TORCH
 MODEL_LIBRARIES = {
     *("torch", "transformers", "tokenizers", "datasets", "deepspeed", "accelerate", "peft", "safetensors"),
 }

@@ -1,5 +1,6 @@
 """The four public datasets load whole, with their irregularities; bad records are named."""
 
+import gzip
 import json
 from collections import Counter
 
@@ -17,7 +18,7 @@ from faithful_distill.questions import (
     perturbed_index,
     require_answers,
 )
-from faithful_distill.sources import Source, load_questions, register_source, sources
+from faithful_distill.sources import Source, load_questions, questions_from, register_source, sources
 
 counts = [
     ("csqa", "train", 9741),
@@ -106,12 +107,10 @@ def test_broken_lines_and_wrong_kinds_of_file(tmp_path, real_data):
     path.write_text('{"question": "Q", "choices": ["a", "b"], "answer": 0}\n{"question": \n')
     with pytest.raises(BadInput, match="own.jsonl:2: broken JSON"):
         load_questions(path)
-    with pytest.raises(BadInput, match="load it as 'creak'"):
-        load_questions(real_data / "creak" / "dev.json")
-    with pytest.raises(BadInput, match="load it as 'strategyqa'"):
-        load_questions(real_data / "strategyqa" / "dev.json")
-    with pytest.raises(BadInput, match="load it as 'csqa' or 'qasc'"):
-        load_questions(real_data / "qasc" / "dev.jsonl")
+    torn = tmp_path / "torn.jsonl"
+    torn.write_text('{"sentence": "Soup is solid.", "label": "true"}\n')  # no ex_id: nobody's layout
+    with pytest.raises(BadInput, match="torn.jsonl:1: field 'question': is missing. Is it 'sentence'"):
+        load_questions(torn)
     with pytest.raises(BadInput, match="dev.json:2: field 'ex_id'"):
         load_questions("creak", "dev", path=real_data / "strategyqa" / "dev.json")
     with pytest.raises(BadInput, match="neither a known dataset nor a file"):
@@ -210,8 +209,7 @@ def test_a_registered_dataset_is_loaded_as_the_others_are(toy, tmp_path):
         load_questions("toy")
     with pytest.raises(BadInput, match="field 'split': is not a split.*toy has train, dev"):
         load_questions("toy", "test", path=tmp_path)
-    with pytest.raises(BadInput, match="load it as 'toy' with path="):
-        load_questions(tmp_path / "toy.jsonl")
+    assert load_questions(tmp_path / "toy.jsonl", limit=1)[0]["question"] == "Who?"  # known by its layout
 
 
 def test_a_dataset_is_not_replaced_by_another_of_its_name(toy):
@@ -394,11 +392,11 @@ def test_letters_labels_and_other_names_of_the_answer(tmp_path, row, index):
 @pytest.mark.parametrize(
     "row, field, problem",
     [
-        ({"label": 1}, "label", "Call it 'answer'"),
-        ({"correct_answer": "ice"}, "correct_answer", "Call it 'answer'"),
-        ({"answer_idx": 1}, "answer_idx", "Call it 'answer'"),
-        ({"Answer": "ice"}, "Answer", "Call it 'answer'"),
-        ({"target": "ice"}, "target", "Call it 'answer'"),
+        ({"label": 1}, "label", "If it is the answer"),
+        ({"correct_answer": "ice"}, "correct_answer", "If it is the answer"),
+        ({"answer_idx": 1}, "answer_idx", "If it is the answer"),
+        ({"Answer": "ice"}, "Answer", "If it is the answer"),
+        ({"target": "ice"}, "target", "If it is the answer"),
         ({"answer": 0, "gold": 1}, "gold", "is another choice than 'answer' says"),
         ({"answerKey": "E"}, "answerKey", "is not among the choices"),
         (
@@ -538,3 +536,165 @@ same = [
 @pytest.mark.parametrize("meant, other", same)
 def test_punctuation_and_the_way_of_writing_marks_do_not_count(meant, other):
     assert match_choice(Question("q", "?", (meant, "none of these"), None), other) == 0
+
+
+def test_choices_that_read_like_a_text_are_those_that_normalise_to_it():
+    "The shortcut by the first word passes over none; checked against the plain comparison."
+    from faithful_distill.questions import _reading_like, normalized
+
+    texts = [
+        "3",
+        " 3. ",
+        ".5",
+        "5",
+        "The  Bank",
+        "the bank.",
+        "bank",
+        "caf\u00e9",
+        "cafe\u0301",
+        "",
+        ".",
+        "\u212a",
+        "k",
+        "K.",
+    ]
+    for text in texts:
+        expected = [i for i, c in enumerate(texts) if normalized(c) == normalized(text)]
+        assert _reading_like(text, [*texts, 3, None]) == expected, text
+
+
+def test_a_dataset_is_the_same_in_however_many_parts_it_is_made(monkeypatch):
+    from faithful_distill import questions as module
+
+    asked = [
+        module.Question(
+            f"q{i}", f"Which is {i}?", ("a", "b", "c")[: 2 + i % 2], [None, 0, 1][i % 3], explanation="é"
+        )
+        for i in range(25)
+    ]
+    whole = module.as_dataset(asked)
+    monkeypatch.setattr(module, "islice", lambda rows, n: [one for _, one in zip(range(7), rows)])
+    parts = module.as_dataset(iter(asked))
+    assert module.as_questions(parts) == module.as_questions(whole) == asked
+    assert parts.features == whole.features == module.as_dataset([]).features
+    assert (
+        whole._fingerprint
+        == module.as_dataset(asked)._fingerprint
+        != module.as_dataset(asked[1:])._fingerprint
+    )
+
+
+# --- every door to the same questions ------------------------------------------------------------
+
+own = [
+    dict(question="Where are books?", choices=["library", "sea"], answer="library"),
+    dict(question="Who, then?", choices=["me", "you"], answer="B"),
+    dict(question="What?", choices=["this", "that"], answer=1),
+]
+
+
+def doors(folder):
+    "(name, what is given) for each way in."
+    import datasets
+    import pandas as pd
+
+    as_cells = pd.DataFrame([q | dict(choices="|".join(q["choices"])) for q in own])
+    texts = [q | dict(answer=str(q["answer"])) for q in own]
+    lines = "".join(json.dumps(q) + "\n" for q in own)
+    for name, content in (("own.jsonl", lines), ("own.json", json.dumps(own))):
+        (folder / name).write_text(content)
+        (folder / f"{name}.gz").write_bytes(gzip.compress(content.encode()))
+        yield name, folder / name
+        yield f"{name}.gz", folder / f"{name}.gz"
+    as_cells.to_csv(folder / "own.csv", index=False)
+    as_cells.to_csv(folder / "own.tsv", index=False, sep="\t")
+    as_cells.to_csv(folder / "semicolons.csv", index=False, sep=";")
+    pd.DataFrame(texts).to_parquet(folder / "own.parquet")
+    for name in ("own.csv", "own.tsv", "semicolons.csv", "own.parquet"):
+        yield name, folder / name
+    yield "dicts", own
+    yield "data frame", pd.DataFrame(own)
+    yield "Dataset", datasets.Dataset.from_list(texts)
+    yield "DatasetDict", datasets.DatasetDict(train=datasets.Dataset.from_list(texts))
+
+
+def test_every_door_gives_the_same_questions(tmp_path):
+    wanted = [(q["question"], tuple(q["choices"]), a) for q, a in zip(own, (0, 1, 1))]
+    for name, given in doors(tmp_path):
+        loaded = as_questions(load_questions(given))
+        assert [(q.question, q.choices, q.answer) for q in loaded] == wanted, name
+        assert len({q.id for q in loaded}) == 3 and {q.split for q in loaded} == {"train"}, name
+        if name != "DatasetDict":
+            assert [(q.question, q.choices, q.answer) for q in questions_from(given)] == wanted, name
+    assert as_questions(load_questions(own[0]))[0].answer == 0  # one dict
+
+
+def test_columns_of_other_names(tmp_path):
+    rows = [dict(q=dict(stem="Who?"), A="me", B="you", right="B", answer="It is you.")]
+    theirs = dict(question="q.stem", choices=["A", "B"], answer="right", explanation="answer")
+    [q] = as_questions(load_questions(rows, columns=theirs))
+    assert (q.question, q.choices, q.answer, q.explanation) == ("Who?", ("me", "you"), 1, "It is you.")
+    for columns, problem in (
+        (theirs | {"answer": "rihgt"}, "row 1: there is no such column.*Did you mean 'right'"),
+        ({"awnser": "right"}, "is no field of ours.*Did you mean 'answer'"),
+        ({"right": "answer"}, "Say answer=right"),
+        ({"choices": 3}, "must be a column's name"),
+    ):
+        with pytest.raises(BadInput, match=problem):
+            load_questions(rows, columns=columns)
+
+
+def test_a_dataset_of_this_package_comes_back_as_it_was():
+    "Though its choices are digits, which no answer of a stranger's file could choose from."
+    questions = [Question(str(i), "Which?", ("1", "2", "3"), i, split="train", dataset="d") for i in range(3)]
+    assert (
+        as_questions(as_dataset(questions))
+        == as_questions(load_questions(as_dataset(questions)))
+        == questions
+    )
+    with pytest.raises(BadInput, match="ambiguous"):
+        as_questions([dict(question="Which?", choices=["1", "2", "3"], answer=1)])
+
+
+@pytest.mark.parametrize(
+    "name,file", [("creak", "dev.json"), ("strategyqa", "dev.json"), ("csqa", "dev_rand_split.jsonl")]
+)
+def test_a_known_layout_is_recognised_without_its_name(real_data, name, file):
+    found = as_questions(load_questions(real_data / name / file, "dev", limit=20))
+    named = as_questions(load_questions(name, "dev", path=real_data / name, limit=20))
+    strip = lambda qs: [(q.id, q.question, q.choices, q.answer, q.kind, q.explanation) for q in qs]
+    assert strip(found) == strip(named)
+
+
+layouts = {
+    "arc-easy": dict(
+        id="a", question="Who?", choices=dict(text=["me", "you"], label=["1", "2"]), answerKey="2"
+    ),
+    "openbookqa": dict(
+        id="o", question_stem="Who?", choices=dict(text=["me", "you"], label=["A", "B"]), answerKey="B"
+    ),
+    "boolq": dict(question="is it you", passage="It is not.", answer=False),
+    "piqa": dict(goal="Boil it.", sol1="Cold.", sol2="Hot.", label=1),
+    "esnli": dict(premise="It rains.", hypothesis="It is wet.", label=1, explanation_1="Rain."),
+    "anli1": dict(uid="u", premise="It rains.", hypothesis="It is wet.", label=1, reason="Rain."),
+    "svamp": dict(ID="s", Body="Ann has 8 cows", Question="What if 3 more?", Answer="11.0", Equation="8+3"),
+    "ecqa": dict(q_no="e", q_text="Who?", q_ans="you", taskB="You.")
+    | {f"q_op{i}": f"no {i}" for i in range(1, 6)},
+}
+layouts["ecqa"]["q_op2"] = "you"
+
+
+@pytest.mark.parametrize("name", layouts)
+def test_layouts_of_the_hub(tmp_path, name):
+    "By name from a folder as `datasets` reads one, and from a table without a name."
+    hub_split = sources[name].hub_splits.get("dev", "test" if name == "svamp" else "dev")
+    (tmp_path / f"{hub_split}.jsonl").write_text(json.dumps(layouts[name]) + "\n")
+    import datasets
+
+    loaded = datasets.DatasetDict({hub_split: datasets.Dataset.from_list([layouts[name]])})
+    loaded.save_to_disk(tmp_path / "hub")
+    [q] = as_questions(load_questions(name, "test" if name == "svamp" else "dev", path=tmp_path / "hub"))
+    right = {"svamp": "11", "boolq": "no", "piqa": "Hot.", "esnli": "neutral", "anli1": "neutral"}
+    assert q.choices[q.answer] == right.get(name, "you")
+    [unnamed] = as_questions([*load_questions([layouts[name]])])
+    assert (unnamed.question, unnamed.choices, unnamed.answer) == (q.question, q.choices, q.answer)

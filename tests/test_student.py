@@ -22,6 +22,7 @@ from faithful_distill.student.answers import (
     split_answer,
     write_rationales,
 )
+from faithful_distill.records import Rationale
 from faithful_distill.student.decoding import read_distinct, stacked
 from faithful_distill.student.loss import (
     Objective,
@@ -29,9 +30,9 @@ from faithful_distill.student.loss import (
     combine,
     distillation_loss,
     find_objective,
-    objectives,
     reference_loss,
     register_objective,
+    registry,
     student_logits,
     target_log_probs,
 )
@@ -174,23 +175,24 @@ def test_combine_weighs_tokens_as_written(alpha, tokens):
 
 
 def test_an_objective_is_known_by_its_name_and_refused_without_its_rows():
-    gold, wrong = Row([1], [1], [1], False), Row([1], [1], [1], True)
-    pairs = Objective("pairs_toy", ("pairs",), lambda tokens, alpha_cf, reduction: tokens.nll.sum())
+    gold, wrong = (Rationale("1", "Is it ?", ("a", "b"), 0, "so .", target=target) for target in (0, 1))
+    other = Rationale("2", "Is it ?", ("a", "b"), 0, "so .", target=1)
+    pairs = Objective("pairs_toy", ("pairs",), lambda tokens, weights: tokens.nll.sum())
     register_objective(pairs)
     try:
         assert find_objective("pairs_toy") is pairs
-        check_needs(pairs, [[gold], [gold, wrong]])
-        with pytest.raises(BadInput, match="needs pairs rows"):
-            check_needs(pairs, [[gold], [wrong]])
+        check_needs(pairs, [gold, wrong])
+        with pytest.raises(BadInput, match="needs questions with a gold and a counterfactual rationale"):
+            check_needs(pairs, [gold, other])
         with pytest.raises(BadInput, match="is registered already"):
             register_objective(pairs)
     finally:
-        del objectives["pairs_toy"]
+        del registry["pairs_toy"]
     with pytest.raises(BadInput, match="is not an objective"):
         find_objective("pairs_toy")
     with pytest.raises(BadInput, match="must be one of gold, counterfactual, pairs"):
         register_objective(Objective("silver_toy", ("silver",), print))
-    assert list(objectives) == ["factual", "counterfactual"]
+    assert list(registry)[:2] == ["factual", "counterfactual"]
 
 
 @given(st.lists(st.booleans(), min_size=1, max_size=6), st.integers(0, 99))
@@ -199,7 +201,7 @@ def test_micro_batches_of_an_objective_add_up(flags, seed):
     logits, flags = torch.randn(len(flags), 3, 5, generator=draw), torch.tensor(flags)
     labels = torch.randint(0, 5, (len(flags), 3), generator=draw)
     labels[torch.rand(labels.shape, generator=draw) < 0.3] = -100
-    for objective in objectives:
+    for objective in ("factual", "counterfactual"):
         whole = distillation_loss(logits, labels, flags, objective=objective)
         how = dict(objective=objective, totals=(whole.tokens_factual, whole.tokens_counterfactual))
         each = [distillation_loss(logits[[i]], labels[[i]], flags[[i]], **how) for i in range(len(flags))]

@@ -691,8 +691,8 @@ def test_a_dry_run_of_the_authors_recipe_asks_no_hub(tmp_path, monkeypatch):
     [
         ("'rationales': there are no rationales", dict(records=[])),
         ("'dev': there are no rationales", dict(dev=[])),
-        ("no gold rationale", dict(records=[r for r in ranks.records() if r["role"] == "counterfactual"])),
-        ("alpha_cf=0", dict(records=[r for r in ranks.records() if r["role"] == "gold"])),
+        ("needs gold", dict(records=[r for r in ranks.records() if r["role"] == "counterfactual"])),
+        ("--objective factual", dict(records=[r for r in ranks.records() if r["role"] == "gold"])),
         ("divide", dict(batch_size=3, accumulation=2)),
         ("dev", dict(metric="loss")),
         ("peft refuses", dict(lora=dict(rank=8))),
@@ -905,7 +905,10 @@ def test_smoothed_labels_and_what_is_logged_of_them(tmp_path):
 def test_a_logged_loss_is_the_mean_of_its_steps_and_the_parts_of_their_tokens(tmp_path):
     one, three = history(train(tmp_path / "one").out), history(train(tmp_path / "three", log_every=3).out)
     for row in one:
-        assert row["loss"] == pytest.approx((row["loss_factual"] + row["loss_counterfactual"]) / 2, rel=1e-5)
+        counterfactual = (
+            row["loss_counterfactual"] or 0
+        )  # None in the step of the beaver alone, which has none
+        assert row["loss"] == pytest.approx((row["loss_factual"] + counterfactual) / 2, rel=1e-5)
     for k, row in enumerate(three):
         steps = one[3 * k : 3 * k + 3]
         assert row["loss"] == pytest.approx(sum(s["loss"] for s in steps) / 3, rel=1e-4)

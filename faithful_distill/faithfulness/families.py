@@ -75,14 +75,24 @@ class ScoringTask:
     settings: Reader = field(default_factory=lambda: Reader(epochs=8))
     interval: dict = field(default_factory=dict)
     columns: dict[str, list] = field(default_factory=dict)
-    train_limit: int = 4000
+    train_limit: int = 2000
+
+    @cached_property
+    def groups(self) -> list[str]:
+        "What the rows of one question have in common, for each row."
+        return [b.group for b in self.rows]
+
+    @cached_property
+    def clusters(self) -> np.ndarray:
+        "The number of each row's question."
+        return np.unique(np.array(self.groups, object), return_inverse=True)[1].reshape(-1)
 
     @cached_property
     def predicted(self) -> list[int]:
         "Rows with a prediction, in an order that the order of the file does not change."
-        content = lambda b: (b.group, b.rationale, b.prediction, b.question.id)
+        content = lambda i, b: (self.groups[i], b.rationale, b.prediction, b.question.id)
         with_prediction = (i for i, b in enumerate(self.rows) if b.prediction is not None)
-        return sorted(with_prediction, key=lambda i: content(self.rows[i]))
+        return sorted(with_prediction, key=lambda i: content(i, self.rows[i]))
 
     @cached_property
     def base(self) -> Any:
@@ -90,8 +100,10 @@ class ScoringTask:
         if self.simulator is not None:
             _require_name(self.simulator, "simulator")
         texts = ((b.question.question, *b.question.choices, b.rationale) for b in self.rows)
+        distinct = lambda: sorted({t for some in texts for t in some})
+        sample = lambda every: every[:: math.ceil(len(every) / 30_000)]
         named = default_simulator() if self.simulator is None else self.simulator
-        base = as_simulator(named, lambda: (t for some in texts for t in some))
+        base = as_simulator(named, lambda: sample(distinct()))
         new_reader(base, settings=self.settings)
         return base
 
@@ -107,7 +119,7 @@ class ScoringTask:
 
     def over(self, rows: Iterable[int]) -> dict:
         "Arguments of a score over these rows: its interval resamples questions."
-        return dict(self.interval, cluster=[self.rows[i].group for i in rows])
+        return dict(self.interval, cluster=self.clusters[list(rows)])
 
     def behaviour(self, rows: Sequence[int], shuffled: bool = False) -> ModelBehaviour:
         "These rows, as simulators are trained on them; shuffled: each with the rationale of another question."
@@ -489,7 +501,7 @@ class RoraLite(_Information):
     name, scores, columns = "rora", ("rora_lite",), ("rora_lite",)
 
     def pick(self, task):
-        groups = [task.rows[i].group for i in task.predicted]
+        groups = [task.groups[i] for i in task.predicted]
         return [task.predicted[k] for k in _some_groups(groups, _most_rora, 2 * task.parts)]
 
     def logs(self, task, train, test):

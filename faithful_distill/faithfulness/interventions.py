@@ -6,6 +6,7 @@
 __all__ = ['families', 'Measurement', 'choose_interventions', 'measure', 'measure_insertion']
 
 # %% ../../nbs/75_interventions.ipynb #5ccd5d47
+import logging
 from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -34,10 +35,13 @@ from faithful_distill.faithfulness.protocol import (
     match_records,
     own_rationales,
 )
-from ..files import BadInput, read_jsonl
-from ..questions import Question, as_questions, clusters_of, require_answers
+from ..exchange import trained_overlap
+from ..files import BadInput
+from ..formats import read_rows, rows_of
+from ..questions import Question, clusters_of, require_answers
 from ..reasoners.protocol import as_reasoner, without_answer
 from ..records import Rationale, read_records
+from ..sources import questions_from
 
 # %% ../../nbs/75_interventions.ipynb #eab2dfea
 @dataclass
@@ -108,7 +112,7 @@ def _labelled(questions: Iterable, draws: int) -> list[Question]:
     "The questions, checked to be labelled, there, and of different ids."
     if draws < 1:
         raise BadInput("at least one draw is needed", field="draws", value=draws)
-    questions = require_answers(questions, "measuring")
+    questions = require_answers(questions_from(questions), "measuring")
     if not questions:
         raise BadInput("there is nothing to measure", field="questions", value=[])
     if len({q.id for q in questions}) < len(questions):
@@ -117,14 +121,22 @@ def _labelled(questions: Iterable, draws: int) -> list[Question]:
     return questions
 
 # %% ../../nbs/75_interventions.ipynb #9651329f
+def _warn_of_overlap(student, questions: list[Question]) -> None:
+    "Log how many of the questions the student was trained on, where its folder says what those were."
+    found = trained_overlap(getattr(student, "trained_on", ()), questions)
+    if found.ids:
+        log = logging.getLogger("faithful_distill")
+        log.warning("%s: its answers to them are no test (%s, ...)", found, ", ".join(found.ids[:3]))
+
+
 def _handed(rationales, questions: list[Question]) -> dict:
     "The teacher's rationales for these questions, and the reason if there are none, as `Context` takes them."
     if not isinstance(rationales, (str, Path)):
-        rationales = list(rationales)
+        rationales = rows_of(rationales)
     handed = match_records(questions, read_records(rationales, questions=questions))
     if handed or not rationales:
         return {"handed": handed}
-    given = rationales if isinstance(rationales, list) else list(read_jsonl(rationales))
+    given = rationales if isinstance(rationales, list) else list(read_rows(rationales))
     none = f"none of the {len(given):,} teacher rationales given"
     return {"handed": [], "no_handed": f"{none} is about one of these questions: no id is the same"}
 
@@ -175,7 +187,7 @@ def measure(
     student
         a `Reasoner`, a `Student`, or a function ask(questions, rationales, prefix, continue_from)
     questions
-        labelled `Question`s, dicts or a Dataset of them
+        labelled, in any form of `questions_from`: `Question`s, dicts, a data frame, a Dataset, a file
     rationales
         the teacher's for these questions, in memory or a file: gold for refine, gold and counterfactual
         for swap
@@ -200,7 +212,8 @@ def measure(
     """
     chosen = choose_interventions(metrics)
     questions = _labelled(questions, draws)
-    rationales = rationales if isinstance(rationales, (str, Path)) else list(rationales)
+    _warn_of_overlap(student, questions)
+    rationales = rationales if isinstance(rationales, (str, Path)) else rows_of(rationales)
     _handed(rationales, questions)  # what is wrong with them is said before anything is asked
     reasoner = as_reasoner(student, batch_size, max_new_tokens)
     prefix = prefix or reasoner.prefix
@@ -262,7 +275,7 @@ def measure_insertion(
     """
     insertion = Insertion(tuple(candidates), per_question, insert)
     reasoner = as_reasoner(student, batch_size, max_new_tokens)
-    questions, prefix = as_questions(questions), prefix or reasoner.prefix
+    questions, prefix = questions_from(questions), prefix or reasoner.prefix
     written = reasoner.ask(questions, [None] * len(questions), prefix, False)
     questions, written, interval, _ = _askable(questions, written, interval or {})
     own = [a.rationale for a in written]

@@ -7,6 +7,7 @@ __all__ = ['ModelBehaviour', 'simulator_texts', 'Simulation', 'simulate', 'folds
            'restatement', 'measure_rev', 'leaking_words', 'rora_lite']
 
 # %% ../../nbs/77_simulators.ipynb #a25f6ccb
+import copy
 import logging
 import random
 from bisect import bisect_left
@@ -30,14 +31,9 @@ from faithful_distill.faithfulness.readers import (
     read_parts,
 )
 from ..files import BadInput, stable_seed
-from faithful_distill.questions import (
-    Question,
-    as_questions,
-    choice_text,
-    clusters_of,
-    normalized,
-)
+from ..questions import Question, choice_text, clusters_of, normalized
 from ..records import strip_answer
+from ..sources import questions_from
 
 # %% ../../nbs/77_simulators.ipynb #2b511718
 @dataclass
@@ -73,8 +69,10 @@ class ModelBehaviour:
 
     def part(self, rows: Iterable[int]) -> "ModelBehaviour":
         "Some of the examples."
-        rows, columns = list(rows), (self.questions, self.rationales, self.predictions)
-        return ModelBehaviour(*([column[i] for i in rows] for column in columns))
+        rows, some = list(rows), copy.copy(self)  # nothing is checked or removed a second time
+        for name in ("questions", "rationales", "predictions"):
+            setattr(some, name, [getattr(self, name)[i] for i in rows])
+        return some
 
     def predicted(self) -> "ModelBehaviour":
         "Only the examples with a prediction."
@@ -83,7 +81,7 @@ class ModelBehaviour:
     @classmethod
     def by(cls, student: Any, questions: Iterable, **asked) -> "ModelBehaviour":
         "Ask a student for its rationales and predictions."
-        questions = as_questions(questions)
+        questions = questions_from(questions)
         prefix = getattr(student, "prefix", "factual")
         ask = asking(student, **asked)
         answers = ask(questions, own_rationales(student, len(questions)), prefix, False)

@@ -24,7 +24,14 @@ from ..faithfulness.intervals import holm, p_value
 from ..files import BadInput, shipped, write_json, write_text
 from .comparisons import number
 from .style import css_width, save_figure
-from .tables import cell_text, origin_line, origin_of, read_results, save_rows
+from faithful_distill.lab.tables import (
+    cell_text,
+    origin_line,
+    origin_of,
+    read_results,
+    save_rows,
+    varying_labels,
+)
 
 # %% ../../nbs/91_report.ipynb #f23b5efd
 verdict_words = {True: "holds", False: "does not hold", None: "inconclusive"}
@@ -249,9 +256,26 @@ class Draft:
     absent: list = field(default_factory=list)
     origins: dict = field(default_factory=dict)
 
-    def read(self, path, **labels):
-        "`read_results`; if they are not there, the section will say so."
+    def read(self, path, pooled_by_hand: bool = False, **labels):
+        """`read_results`; if they are not there, the section will say so.
+
+        Raises `BadInput` for results that vary in a label which is not named: its levels would be pooled, and the
+        same questions counted once for each.
+
+        Parameters
+        ----------
+        pooled_by_hand
+            other labels may vary: the notebook sees to it
+        """
         table = read_results(path, **labels)
+        rows = {"run", "id"} & labels.keys() or "metric" not in table
+        for name in [] if pooled_by_hand or rows else varying_labels(table, labels):
+            levels = ", ".join(map(str, table[name].drop_duplicates().head(4)))
+            raise BadInput(
+                f"varies in {name} as well ({levels}), whose levels this figure would pool",
+                file=path,
+                remedy="Draw it with figures/any_axis.ipynb, or give this figure the rows of one level.",
+            )
         if line := table.attrs.get("absent"):
             self.absent.append(line)
             print(line)

@@ -14,6 +14,7 @@ from typing import Any
 from ..faithfulness.families import families, per_example
 from ..faithfulness.intervals import Score
 from ..faithfulness.scoring import Scored
+from ..faithfulness.simulators import at_chance
 from ..files import write_json, write_text
 from .plots import dots
 from .report import Section, build_report, literal
@@ -54,6 +55,9 @@ _titles = {
     "p_x": "p(y | x)",
     "p_r": "p(y | r)",
     "leak": "leakage",
+    "simulator_gold": "the simulator finds the gold answer, from question and rationale",
+    "simulator_gold_x": "... from the question alone",
+    "simulator_gold_r": "... from the rationale alone",
 }
 
 # %% ../../nbs/92_score_report.ipynb #931d6803
@@ -108,6 +112,20 @@ def _control_text(other: Score, true: Score) -> str:
         )
     return ": inconclusive, the interval holds 0 and reaches up to that of the true ones"
 
+# %% ../../nbs/92_score_report.ipynb #9e495746
+def _gold_text(s: dict[str, Score]) -> list[str]:
+    "Whether the simulators are good enough to be asked, as sentences."
+    both, alone = s["simulator_gold"], s["simulator_gold_x"]
+    if both.value is None:
+        return []
+    chance = both.details["chance"]
+    found = (
+        f"They find the gold answer in {_text(both)} of the cases from question and rationale, {_text(alone)}"
+    )
+    line = at_chance(both)
+    warning = [f"**{line[0].upper()}{line[1:]}.**"] if line else []
+    return [f"{found} from the question alone (chance {chance:.2f}).", *warning]
+
 # %% ../../nbs/92_score_report.ipynb #e052cf28
 def _las_text(s: dict[str, Score]) -> str:
     "What the simulators found, in words, from the numbers."
@@ -121,6 +139,7 @@ def _las_text(s: dict[str, Score]) -> str:
         " simulators).",
         f"Where it leaks it helps by {_text(d['las_1'])}; where it does not, by {_text(d['las_0'])}.",
     ]
+    sentences += _gold_text(s)
     if las.value is None:
         sentences.append(f"LAS is not defined: {literal(las.reason)}.")
     other = s["las_shuffled"].details.get("unadjusted")

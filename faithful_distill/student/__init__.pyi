@@ -1,8 +1,8 @@
 from .loss import (
     DistillationLoss as DistillationLoss,
+    LossWeights as LossWeights,
     Objective as Objective,
     distillation_loss as distillation_loss,
-    objectives as objectives,
     register_objective as register_objective,
 )
 from .model import (
@@ -15,6 +15,7 @@ from .rows import (
     target_text as target_text,
     training_rows as training_rows,
 )
+from .examples import training_examples as training_examples
 from .answers import (
     Answer as Answer,
     answer as answer,

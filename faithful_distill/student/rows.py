@@ -14,7 +14,7 @@ from typing import Sequence
 from ..files import BadInput, stable_seed
 from ..questions import Question, choice_text, letter
 from ..records import answer_sentence, read_records
-from .model import Student, check_tags, tag_of, tags
+from .model import Student, check_tags, tag_of, tags, task_tags
 
 # %% ../../nbs/51_rows.ipynb #fff92e31
 def source_text(
@@ -81,8 +81,11 @@ def plain_ids(tokenizer, texts: Sequence[str]) -> list[list[int]]:
 def _control_ids(tokenizer) -> set[int]:
     "Special tokens, except the one for unknown words, and the tags."
     ends = {tokenizer.eos_token_id, tokenizer.pad_token_id, tokenizer.bos_token_id}
-    kept = {tokenizer.unk_token_id} | {tokenizer.convert_tokens_to_ids(tag) for tag in tags.values() if tag}
+    kept = {tokenizer.unk_token_id} | {tokenizer.convert_tokens_to_ids(tag) for tag in _all_tags if tag}
     return {*tokenizer.all_special_ids} - (kept - ends)
+
+
+_all_tags = [*tags.values(), *task_tags.values()]
 
 
 def _parted(tokenizer, text):
@@ -273,6 +276,8 @@ class Row:
         is the rationale one for a wrong answer?
     cut
         rationale tokens that did not fit
+    answer
+        how many tokens at the end of `target` are the answer's, end of text included
     """
 
     source: list[int]
@@ -280,20 +285,27 @@ class Row:
     target: list[int]
     counterfactual: bool
     cut: int = 0
+    answer: int = 0
 
     @property
     def length(self) -> int:
         "The longer of what the encoder and what the decoder handle."
         return max(len(self.source), len(self.context) + len(self.target))
 
+    @property
+    def tokens(self) -> int:
+        "All tokens that are read for it."
+        return len(self.source) + len(self.context) + len(self.target)
+
 # %% ../../nbs/51_rows.ipynb #961ee3f2
 def _row(source, target, counterfactual, learn_tag=False):
+    ending = target.cut, len(target.answer)
     if counterfactual:
-        return Row(source, target.before_answer, target.answer, True, target.cut)
+        return Row(source, target.before_answer, target.answer, True, *ending)
     written = target.rationale + target.sentence + target.answer
     if learn_tag:
-        return Row(source, [], target.tag + written, False, target.cut)
-    return Row(source, target.tag, written, False, target.cut)
+        return Row(source, [], target.tag + written, False, *ending)
+    return Row(source, target.tag, written, False, *ending)
 
 # %% ../../nbs/51_rows.ipynb #014f970e
 def training_rows(

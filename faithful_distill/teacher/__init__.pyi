@@ -12,6 +12,7 @@ from .contrast import (
 )
 from .generate import contrastive_generate as contrastive_generate
 from .strategy import Strategy as Strategy, as_strategy as as_strategy, strategies as strategies
+from .selection import select_rationales as select_rationales
 from .loading import Teacher as Teacher, load_teacher as load_teacher
 from .rationales import rationalize as rationalize
 from .shards import merge_shards as merge_shards, rationalize_in_parts as rationalize_in_parts

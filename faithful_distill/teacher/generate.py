@@ -12,7 +12,7 @@ from typing import Callable, Sequence
 import torch
 
 from ..files import BadInput, progress
-from .attention import Unserved
+from ..attention import Unserved
 from .choice import Choice, Row, row_uniforms
 from .contrast import Generation, as_contexts, as_stop
 from faithful_distill.teacher.engine import (

@@ -12,7 +12,7 @@ import math
 import re
 from collections import Counter
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Iterable, Iterator, Sequence
 
@@ -30,8 +30,10 @@ from faithful_distill.files import (
 from ..questions import Question, letter, require_answers
 from ..ranks import from_first_rank, shard_of
 from ..records import Rationale, rationale_from_row, roles, strip_answer, write_records
+from ..sources import questions_from
 from .loading import Teacher, as_teacher
 from .prompts import contrast_ids, few_shot, prompt_hash, styles, worked_turns
+from .selection import for_samples, kept_share, rejected_path, select_rationales
 from .strategy import Strategy, argument, as_strategy
 
 # %% ../../nbs/40_rationales.ipynb #22242959
@@ -49,16 +51,19 @@ class Job:
         index of the answer to argue for
     others
         the answers to contrast it with, from `argument`
+    sample
+        number of the sample, where several are drawn
     """
 
     question: Question
     role: str
     target: int
     others: tuple[int | str | None, ...]
+    sample: int = 0
 
     @property
     def key(self) -> str:
-        return f"{self.question.id}/{self.role}"
+        return f"{self.question.id}/{self.role}" + (f"/{self.sample}" if self.sample else "")
 
     def fields(self) -> dict:
         "The fields of its `Rationale` that are known before it is written."
@@ -69,7 +74,9 @@ class Job:
         return asked | dict(target=self.target, perturbed=perturbed)
 
 # %% ../../nbs/40_rationales.ipynb #d62431e7
-def _jobs(questions: Iterable[Question], roles: Sequence[str], perturbation: str, seed: int) -> list[Job]:
+def _jobs(
+    questions: Iterable[Question], roles: Sequence[str], perturbation: str, seed: int, samples: int = 1
+) -> list[Job]:
     "The work for all questions. Raises `BadInput` for two questions of one id."
     jobs = []
     for q in questions:
@@ -80,7 +87,7 @@ def _jobs(questions: Iterable[Question], roles: Sequence[str], perturbation: str
     if times > 1:
         remedy = "Give every question an id of its own."
         raise BadInput("stands there more than once", field="id", value=key.rpartition("/")[0], remedy=remedy)
-    return jobs
+    return [replace(job, sample=k) for job in jobs for k in range(samples)]
 
 # %% ../../nbs/40_rationales.ipynb #e5f80080
 provenance_fields = (
@@ -100,6 +107,7 @@ def _rationale(job: Job, text: str, generation, provenance: dict, half: bool = F
     q, growth = job.question, generation.growth
     if growth is not None:  # the fourth decimal depends on which rows share the batch
         growth = tuple(round(g, 3) for g in growth[: len(generation.tokens)])
+    extra = ({"half_character": True} if half else {}) | ({"sample": job.sample} if job.sample else {})
     return Rationale(
         id=q.id,
         split=q.split,
@@ -108,7 +116,7 @@ def _rationale(job: Job, text: str, generation, provenance: dict, half: bool = F
         tokens=len(generation.tokens),
         stop=generation.stop,
         growth=growth,
-        extra={"half_character": True} if half else {},
+        extra=extra,
         **job.fields(),
         **provenance,
     )
@@ -202,11 +210,14 @@ class _Expected:
         of every rationale
     scores
         whether the growth of each token is kept
+    select
+        by what one of several samples is kept; None: one is drawn
     """
 
     jobs: dict[str, Job]
     provenance: dict
     scores: bool
+    select: str | None = None
 
     def read(self, rows: Iterable[tuple[int, dict]], file) -> dict[str, Rationale]:
         "Numbered rows as `Rationale`s by key. Raises `BadInput` for one that this call would not have written."
@@ -214,12 +225,18 @@ class _Expected:
         for line, row in rows:
             r = finished_from_row(row, file, line)
             self.check(r, file, line)
-            if r.growth is not None or not self.scores:
+            scored = self.select and not self.scores and "selection" in r.extra
+            if r.growth is not None or scored or not (self.scores or self.select == "growth"):
                 found[_key(r)] = r
         return found
 
     def check(self, r: Rationale, file, line: int) -> None:
         "Raises `BadInput` for a rationale of another call."
+        by = r.extra.get("selection", {}).get("by", self.select)
+        if by != self.select:
+            remedy = "Write to another file, or remove this one and its rejected candidates."
+            problem = f"was selected otherwise (now {self.select!r})"
+            raise BadInput(problem, file=file, line=line, field="select", value=by, remedy=remedy)
         _refuse_difference(r, self.provenance, "was made with another setting", file, line)
         if _key(r) not in self.jobs:
             raise BadInput(
@@ -235,7 +252,8 @@ class _Expected:
 
 # %% ../../nbs/40_rationales.ipynb #87ead408
 def _key(r: Rationale) -> str:
-    return f"{r.id}/{r.role}"
+    sample = r.extra.get("sample")
+    return f"{r.id}/{r.role}" + (f"/{sample}" if sample else "")
 
 
 def _refuse_difference(r: Rationale, wanted: dict, problem: str, file, line: int) -> None:
@@ -269,7 +287,7 @@ def _other_parts(out) -> Iterator[Path]:
 def _from_other_parts(out, expected: _Expected) -> dict[str, Rationale]:
     "What those have finished of these jobs; what is of other questions, or made otherwise, is passed over."
     found = {}
-    for path in _other_parts(out):
+    for path in [p for part in _other_parts(out) for p in (part, rejected_path(part)) if p.is_file()]:
         for line, row in read_jsonl(path, bad=[]):
             try:
                 found |= expected.read([(line, row)], path)
@@ -294,7 +312,9 @@ class _Ledger:
     def open(cls, out, expected: _Expected, chunk: int) -> "_Ledger":
         "With what the file, its journal, or else the parts of another call hold already."
         rows = list(read_jsonl(out)) if Path(out).is_file() else []
-        done = expected.read(rows, out)
+        done, rejected = expected.read(rows, out), rejected_path(out)
+        if expected.select and rows and rejected.is_file():
+            done = expected.read(read_jsonl(rejected), rejected) | done
         journal = Journal(journal_path(out), [f.name for f in fields(Rationale)])
         try:
             kept = expected.read(enumerate(journal.records, 1), journal.path)
@@ -317,8 +337,10 @@ class _Ledger:
             self.journal.append(*(r.to_row() for r in self.fresh))
         self.fresh = []
 
-    def finish(self, out, rationales: list[Rationale]) -> None:
-        "Write the file, in order, and remove the journal."
+    def finish(self, out, rationales: list[Rationale], rejected: list[Rationale]) -> None:
+        "Write the file, in order (before it that of rejected candidates), and remove the journal."
+        if rejected:
+            write_records(rejected_path(out), rejected)
         write_records(out, rationales)
         self.journal.close()
         self.journal.path.unlink()
@@ -338,7 +360,7 @@ class _Ledger:
 # %% ../../nbs/40_rationales.ipynb #e4198ec9
 def rationalize(
     teacher: Teacher | str | Path | tuple,
-    questions: Iterable | Question | dict,
+    questions: Iterable | Question | dict | str | Path,
     strategy: str | Strategy = "contrastive-wrong",
     *,
     alpha: float | None = None,
@@ -355,6 +377,8 @@ def rationalize(
     shard: tuple[int, int] | None = None,
     chunk: int = 32,
     scores: bool = False,
+    samples: int = 1,
+    select="growth",
     token_budget: int | None = None,
     engine: str = "auto",
     **unknown,
@@ -368,7 +392,8 @@ def rationalize(
     teacher
         a `Teacher`, a hub name, a folder, or (model, tokenizer)
     questions
-        labelled questions: `Question`s or dicts, one or several, a `Dataset` or a data frame
+        labelled questions in any form of `questions_from`: `Question`s, dicts, a data frame, a `Dataset`, a file,
+        a dataset and its split ('csqa:train')
     strategy
         a name from `strategies`, or a `Strategy`
     alpha, beta, temperature, perturbation
@@ -394,6 +419,11 @@ def rationalize(
         rationales between two writes to the disk
     scores
         keep the plausibility growth of each token
+    samples
+        draw so many of each question and role (at temperature 1, if none is given), and keep one; the others go to a
+        file beside `out` (rationales.rejected.jsonl)
+    select
+        by what one is kept: 'growth', or a function of a list of rationales that gives a number for each
     token_budget, engine
         see `contrastive_generate`
 
@@ -407,20 +437,23 @@ def rationalize(
         raise BadInput("is not a setting of rationalize", field=name, value=value, remedy=remedy)
     changes = dict(alpha=alpha, beta=beta, temperature=temperature, perturbation=perturbation)
     strategy = as_strategy(strategy, **changes)
-    questions = require_answers(questions, "a rationale for the gold answer")
+    strategy, by = for_samples(strategy, samples, select)
+    questions = require_answers(questions_from(questions), "a rationale for the gold answer")
     if out is not None:
         check_target(out)
         check_target(journal_path(out))
+        check_target(rejected_path(out))
     if max_new_tokens < 1:
         raise BadInput("must be at least 1", field="max_new_tokens", value=max_new_tokens)
     if style not in styles:
         raise BadInput(f"must be one of {', '.join(styles)}", field="style", value=style)
     examples = (few_shot if style == "worked" else worked_turns)(prompt, shots)
-    jobs = _jobs(shard_of(questions, *shard) if shard else questions, roles, strategy.perturbation, seed)
+    asked = shard_of(questions, *shard) if shard else questions
+    jobs = _jobs(asked, roles, strategy.perturbation, seed, samples)
     teacher = as_teacher(teacher)
     provenance = _provenance(teacher, strategy, examples, seed, max_new_tokens)
-    expected = _Expected({job.key: job for job in jobs}, provenance, scores)
-    options = dict(seed=seed, max_new_tokens=max_new_tokens, scores=scores)
+    expected = _Expected({job.key: job for job in jobs}, provenance, scores, by)
+    options = dict(seed=seed, max_new_tokens=max_new_tokens, scores=scores or by == "growth")
     options |= dict(token_budget=token_budget, engine=engine)
 
     writes = out is not None and teacher.leads()
@@ -435,9 +468,11 @@ def rationalize(
 
         with ledger:
             _decode(teacher, missing, strategy, examples, finished, **options)
-        rationales = [ledger.done[job.key] for job in jobs]
+        rationales, rejected = [ledger.done[job.key] for job in jobs], []
+        if by:
+            rationales, rejected = select_rationales(rationales, select, keep_growth=scores)
         if writes:
-            ledger.finish(out, rationales)
+            ledger.finish(out, rationales, rejected)
     return rationales
 
 # %% ../../nbs/40_rationales.ipynb #136075ea
@@ -463,6 +498,7 @@ def summary(rationales: Sequence[Rationale]) -> str:
         f"{only} with no word besides the answer",
     ]
     text = f"{n} rationales for {len({r.id for r in rationales})} questions: {', '.join(counts)}."
+    text += kept_share(rationales)
     if empty + only > n / 2:
         text += " Most say nothing: show the teacher worked examples with --prompt FILE (prompt= in Python)."
     elif cut > n / 2:

@@ -14,6 +14,7 @@ from ..files import BadInput, read_jsonl
 from ..questions import require_answers
 from ..ranks import shard_from_environment, shard_of, shard_path
 from ..records import Rationale, write_records
+from ..sources import questions_from
 from .loading import Teacher, as_teacher
 from faithful_distill.teacher.rationales import (
     finished_from_row,
@@ -21,6 +22,7 @@ from faithful_distill.teacher.rationales import (
     provenance_fields,
     rationalize,
 )
+from .selection import rejected_path
 
 # %% ../../nbs/42_shards.ipynb #8e00f6d3
 def merge_shards(out: str | Path, n: int) -> list[Rationale]:
@@ -39,6 +41,9 @@ def merge_shards(out: str | Path, n: int) -> list[Rationale]:
             _refuse_other_settings(r, rationales[0] if rationales else r, part, line)
             rationales.append(r)
     _refuse_repeats(rationales, out)
+    rejected = [row for part in map(rejected_path, parts) if part.is_file() for _, row in read_jsonl(part)]
+    if rejected:
+        write_records(rejected_path(out), rejected)
     write_records(out, rationales)
     return rationales
 
@@ -85,7 +90,7 @@ def rationalize_in_parts(
         teacher = as_teacher(teacher)
     if shard is None or teacher.tensor_parallel:
         return rationalize(teacher, questions, strategy, out=out, **settings)
-    questions, n = require_answers(questions, "a rationale for the gold answer"), shard[1]
+    questions, n = require_answers(questions_from(questions), "a rationale for the gold answer"), shard[1]
     own = rationalize(teacher, questions, strategy, out=shard_path(out, *shard), shard=shard, **settings)
     parts = {shard_path(out, k, n): {q.id for q in shard_of(questions, k, n)} for k in range(n)}
     if _unfinished(list(parts)):

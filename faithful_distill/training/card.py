@@ -10,13 +10,18 @@ import re
 from pathlib import Path
 
 from ..files import BadInput, shipped, write_json, write_text
+from ..student.loss import registry
 from ..student.model import read_settings
 
 # %% ../../nbs/62_card.ipynb #34b8de38
 card_settings = (
     "recipe",
+    "objective",
     "alpha_cf",
     "reduction",
+    "beta",
+    "margin",
+    "gamma",
     "prefixes",
     "answer_only",
     "learn_tag",
@@ -72,13 +77,41 @@ def card_text(note: dict, data: str = "") -> str:
         source=data,
         questions=about.get("questions", "?"),
         teachers=about.get("teachers", []),
-        prefixes=note["prefixes"],
-        answer_only=note["answer_only"],
-        settings={name: _plain(values[name]) for name in card_settings if name in values},
+        answer_only=note["answer_only"] or note.get("objective") == "multitask",
+        method=methods.get(note.get("objective", "counterfactual"), "an objective of its own"),
+        prefix=_prefix(note),
+        settings={
+            name: _plain(values[name]) for name in card_settings if name in values and _used(name, note)
+        },
         measures={name: _measure(value) for name, value in measures.items() if value is not None},
     )
     environment = Environment(undefined=StrictUndefined, keep_trailing_newline=True)
     return environment.from_string(template).render(inert(shown))
+
+# %% ../../nbs/62_card.ipynb #62000001
+_scott = "Wang et al. 2023, *SCOTT: Self-Consistent Chain-of-Thought Distillation*"
+_consistent = "two right rationales must lead to the same answer (after Chen et al. 2023, *MCC-KD*)"
+methods = {
+    "factual": "rationales and answers of a teacher are imitated",
+    "counterfactual": _scott,
+    "margin": "a margin between right and wrong rationales (Paul et al. 2024, *FRODO*, from its equation)",
+    "consistency": _consistent,
+    "counterfactual+consistency": f"{_scott}; and {_consistent}",
+    "multitask": "Hsieh et al. 2023, *Distilling Step-by-Step*: the answer is given without a rationale",
+}
+
+
+def _used(name, note) -> bool:
+    "Is this setting worth a line? The weights of other objectives are not."
+    objective = registry.get(note.get("objective", "counterfactual"))
+    return name not in ("beta", "margin", "gamma") or objective is None or name in objective.uses
+
+
+def _prefix(note) -> str:
+    "What the student must be asked with."
+    if note.get("objective") == "multitask":
+        return "[label] "
+    return "" if note["prefixes"] == "none" else "[factual] "
 
 # %% ../../nbs/62_card.ipynb #6e240559
 _markup = {"<": "&lt;", "|": "&#124;", "`": "&#96;", "](": "&#93;("}

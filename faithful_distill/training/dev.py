@@ -14,14 +14,14 @@ from ..questions import Question
 from ..ranks import over_ranks
 from ..records import Rationale
 from ..student.answers import answer
-from ..student.loss import combine, distillation_loss, learned_logits
+from ..student.examples import collate_examples, example_lengths, token_totals
+from ..student.loss import distillation_loss, learned_logits
 from ..student.model import Student
 from .settings import Settings
 from faithful_distill.training.trainer import (
     StepBatches,
-    collate_examples,
-    example_lengths,
     loss_parts,
+    loss_settings,
     loss_sums,
     make_examples,
 )
@@ -32,7 +32,8 @@ def dev_evaluation(
     student: Student, dev: list[Rationale], settings: Settings, rank: int, ranks: int
 ) -> Callable[..., dict]:
     "A function trainer -> dev metrics. Every rank reads its share; all get the same numbers."
-    examples, _ = make_examples(student, dev, settings)
+    examples, rows = make_examples(student, dev, settings)
+    how = dict(totals=token_totals(examples), **loss_settings(settings, rows) | dict(label_smoothing=0.0))
     at_a_time = settings.batch_size // settings.accumulation
     batches = StepBatches(example_lengths(examples), at_a_time, rank=rank, ranks=ranks, shuffle=False)
     questions = [r.as_question() for r in dev if r.role == "gold"]
@@ -40,9 +41,8 @@ def dev_evaluation(
     def evaluate(trainer) -> dict:
         trainer.deepspeed.eval()
         chosen = ([examples[i] if i >= 0 else [] for i in batch] for batch in batches)
-        sums = _sums(trainer, (collate_examples(batch, student) for batch in chosen))
-        alpha_cf = settings.alpha_cf if sums[3] else 0.0
-        metrics = dict(loss=float(combine(*sums, alpha_cf, settings.reduction)), **loss_parts(sums))
+        loss, *sums = _sums(trainer, (collate_examples(batch, student) for batch in chosen), how)
+        metrics = dict(loss=loss, **loss_parts(sums))
         if settings.metric == "accuracy":
             all_of_them = zero_stage(trainer.args.deepspeed) == 3
             mine = questions if all_of_them else questions[rank::ranks]
@@ -52,22 +52,22 @@ def dev_evaluation(
     return evaluate
 
 # %% ../../nbs/64_dev.ipynb #bb816001
-def _sums(trainer, batches) -> list[float]:
-    "Losses and token counts of both parts, over all ranks."
-    sums = torch.zeros(4, dtype=torch.float64, device=trainer.args.device)
+def _sums(trainer, batches, how: dict) -> list[float]:
+    "The loss, and the losses and counts of its parts, over all ranks."
+    sums = torch.zeros(7, dtype=torch.float64, device=trainer.args.device)
     for batch in batches:
         batch = trainer._prepare_inputs(batch)
         with torch.no_grad():
             logits = learned_logits(trainer.deepspeed, batch)
-            loss = distillation_loss(logits, batch["labels"], batch["counterfactual"])
-        sums += loss_sums(loss).to(sums)
+            marks = batch.get("marks")
+            loss = distillation_loss(logits, batch["labels"], batch["counterfactual"], marks=marks, **how)
+        sums += torch.cat([loss.total.double()[None], loss_sums(loss)]).to(sums)
     return over_ranks(sums).tolist()
 
 # %% ../../nbs/64_dev.ipynb #7ba54822
 def _accuracy(trainer, student: Student, questions: list[Question], settings: Settings) -> float:
     "Share of right answers, over all ranks; the student writes as it was trained to."
-    prefix = "none" if settings.prefixes == "none" else "factual"
-    answers = answer(student, questions, prefix=prefix, max_new_tokens=settings.max_target)
+    answers = answer(student, questions, max_new_tokens=settings.max_target)
     right = sum(a.choice == q.answer for a, q in zip(answers, questions))
     counts = torch.tensor([right, len(questions)], dtype=torch.float64, device=trainer.args.device)
     right, asked = over_ranks(counts).tolist()

@@ -11,10 +11,11 @@ import json
 import os
 import shutil
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 
+from ..exchange import question_hash
 from faithful_distill.files import (
     BadInput,
     content_key,
@@ -103,6 +104,7 @@ _marker = ".faithful_distill"
 _always = (
     "student.json",
     "README.md",
+    "trained_on.json",
     "metrics.jsonl",
     "times.json",
     "checkpoints",
@@ -224,6 +226,9 @@ class TrainingResult:
         how many: factual, counterfactual, shortened
     seconds
         of this call; 0 if the run was finished before
+    cost
+        rows and tokens that were read, and tokens that were taught (`training_cost`); and `processor_seconds` of
+        this process, in the call that finished the run
     """
 
     out: Path
@@ -231,6 +236,7 @@ class TrainingResult:
     metrics: dict
     rows: dict
     seconds: float
+    cost: dict = field(default_factory=dict)
 
     @property
     def history(self) -> list[dict]:
@@ -259,7 +265,16 @@ def finished(out: Path, key: str) -> TrainingResult | None:
         return None
     remove_checkpoints(out)  # there if it died between its last two acts
     (out / _marker).unlink(missing_ok=True)
-    return TrainingResult(out, note["steps"], note["metrics"], note["rows"], 0.0)
+    cost = note.get("cost", {}) | _processor_seconds(out)
+    return TrainingResult(out, note["steps"], note["metrics"], note["rows"], 0.0, cost)
+
+
+def _processor_seconds(out) -> dict:
+    "From `times.json`, where it is there and whole."
+    try:
+        return dict(processor_seconds=json.loads((out / "times.json").read_text())["processor_seconds"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return {}
 
 # %% ../../nbs/61_folder.ipynb #61000007
 def read_note(folder: Path) -> dict:
@@ -336,7 +351,7 @@ def write_model(student: Student, state: dict, out: Path) -> dict[str, str]:
 
 # %% ../../nbs/61_folder.ipynb #7311de8e
 def write_student(
-    trainer, student: Student, run: Run, rows: dict, *, started: float, first_step: int
+    trainer, student: Student, run: Run, rows: dict, *, started: tuple[float, float], first_step: int
 ) -> TrainingResult:
     """Gather the weights and write the finished student (rank 0); checkpoints are then removed.
 
@@ -345,21 +360,27 @@ def write_student(
     rows
         counts of `make_examples`
     started
-        time at which this call started
+        time at which this call started, and the processor time of this process then
     first_step
         the step it continued from
     """
+    from faithful_distill.training.trainer import training_cost
+
     state = trainer.accelerator.get_state_dict(trainer.deepspeed)
     if run.settings.lora is not None:
         state, student.model = merged_lora(student.model, state), student.model.get_base_model()
-    steps, seconds = trainer.state.global_step, time.time() - started
-    result = TrainingResult(run.out, steps, kept_metrics(trainer.state), rows, seconds)
+    steps, seconds = trainer.state.global_step, time.time() - started[0]
+    used = dict(processor_seconds=time.process_time() - started[1])
+    cost = training_cost(trainer.train_dataset.examples, trainer.batches, steps)
+    result = TrainingResult(run.out, steps, kept_metrics(trainer.state), rows, seconds, cost | used)
     if trainer.is_world_process_zero():
         written = write_model(student, state, run.out)
         rate = (steps - first_step) / seconds
-        write_json(run.out / "times.json", dict(seconds=seconds, steps_per_second=rate))
-        note = _note(trainer, student, run, result) | dict(written=written)
+        write_json(run.out / "times.json", dict(seconds=seconds, steps_per_second=rate, **used))
+        note = _note(trainer, student, run, result) | dict(cost=cost, written=written)
         write_text(run.out / "README.md", card_text(note))
+        trained_on = {question_hash(r.as_question()) for r in run.rationales}
+        write_json(run.out / "trained_on.json", sorted(trained_on))
         write_json(run.out / "student.json", note)
         remove_checkpoints(run.out)
         (run.out / _marker).unlink(missing_ok=True)

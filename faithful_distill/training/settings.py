@@ -13,6 +13,8 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from ..files import BadInput, did_you_mean
+from ..student import objectives  # registers them
+from ..student.loss import find_objective
 
 # %% ../../nbs/55_settings.ipynb #b0043281
 class Settings(BaseModel):
@@ -20,9 +22,18 @@ class Settings(BaseModel):
 
     model_config = ConfigDict(strict=True, frozen=True, extra="forbid", allow_inf_nan=False)
 
+    objective: str = Field(
+        "counterfactual",
+        description="factual, counterfactual, margin, consistency, counterfactual+consistency or multitask",
+    )
     alpha_cf: float = Field(
         0.5, ge=0, lt=1, description="weight of the counterfactual loss; 0: gold rationales only"
     )
+    beta: float = Field(1.0, gt=0, description="weight of the margin between right and wrong rationales")
+    margin: float = Field(
+        1.0, gt=0, description="that margin, in nats: how much likelier the right answer must be"
+    )
+    gamma: float = Field(1.0, gt=0, description="weight of the consistency of two right rationales")
     reduction: Literal["per_part", "per_token"] = Field(
         "per_part", description="'per_part': mean over each part (the paper); 'per_token': over all tokens"
     )
@@ -128,6 +139,11 @@ class Settings(BaseModel):
             )
         return self
 
+    @model_validator(mode="after")
+    def _objective_fits(self):
+        check_objective(self)
+        return self
+
 # %% ../../nbs/55_settings.ipynb #e8096b3c
 Settings.__doc__ += "\n\nParameters\n----------\n"
 Settings.__doc__ += "\n".join(
@@ -178,6 +194,25 @@ _names_elsewhere = {
     "peft_config": "lora",
     "max_length": "max_target",
 }  # in transformers and TRL
+
+# %% ../../nbs/55_settings.ipynb #55000005
+def check_objective(settings: Settings) -> None:
+    "Raises `BadInput` for an objective that is not known, and for settings that it cannot be combined with."
+    objective = find_objective(settings.objective)
+    clash = dict(remedy=f"Leave it out, or choose another objective than {objective.name!r}.")
+    for name in ("beta", "margin", "gamma"):
+        value = getattr(settings, name)
+        if name not in objective.uses and value != Settings.model_fields[name].default:
+            raise BadInput(
+                f"is no part of the objective {objective.name!r}", field=name, value=value, **clash
+            )
+    conflicts = {
+        "answer_only": objective.rows and settings.answer_only,
+        "prefixes": objective.rows == "tasks" and settings.prefixes != "both",
+    }
+    for name in (name for name, conflict in conflicts.items() if conflict):
+        problem = f"conflicts with the objective {objective.name!r}"
+        raise BadInput(problem, field=name, value=getattr(settings, name), **clash)
 
 # %% ../../nbs/55_settings.ipynb #55000002
 def lora_arguments(given: str | dict) -> dict[str, Any]:

@@ -15,11 +15,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Sequence
 
-from ..files import BadInput, read_jsonl, sole_writer, writable_folder
+from ..files import BadInput, sole_writer, writable_folder
+from ..formats import read_rows
 from ..models import check_name
 from ..ranks import count_nodes, launched
 from ..records import Rationale, read_records
-from ..student.model import Student, load_student
+from ..student.loss import check_needs, find_objective
+from ..student.model import Student, add_tags, expresses, load_student, task_tags
 from ..student.rows import check_choices, unknown_tokens
 from .adapters import fuse_activations, with_lora
 from faithful_distill.training.folder import (
@@ -44,7 +46,7 @@ def checked_records(given, name: str = "rationales") -> list[Rationale]:
     """
     records = read_records(given, name)
     in_file = isinstance(given, (str, Path))
-    lines = [line for line, _ in read_jsonl(given)] if in_file else range(1, len(records) + 1)
+    lines = [line for line, _ in read_rows(given)] if in_file else range(1, len(records) + 1)
     first, seen, twice = {}, {}, []
     for line, r in zip(lines, records):
         before, asked = first.setdefault(r.id, (line, r))
@@ -80,15 +82,13 @@ def check_words(student: Student, rationales: list[Rationale], first: bool = Tru
 
 # %% ../../nbs/60_train.ipynb #82f55449
 def used_rationales(rationales: list[Rationale], settings: Settings) -> list[Rationale]:
-    "Those that these settings train on. Raises `BadInput` if a weighted role has none."
-    if settings.answer_only or settings.alpha_cf == 0:
+    "Those that these settings train on. Raises `BadInput` if what the objective needs is not among them."
+    objective = find_objective(settings.objective)
+    if objective.name == "counterfactual" and (settings.answer_only or settings.alpha_cf == 0):
+        objective = find_objective("factual")
+    check_needs(objective, rationales)
+    if {"counterfactual", "pairs"}.isdisjoint(objective.needs):
         return [r for r in rationales if r.role == "gold"]
-    if all(r.role == "gold" for r in rationales):
-        raise BadInput(
-            "there is no counterfactual rationale, but alpha_cf gives them weight",
-            field="rationales",
-            remedy="Write some with `rationalize`, or train with alpha_cf=0.",
-        )
     return rationales
 
 # %% ../../nbs/60_train.ipynb #de93f12c
@@ -121,7 +121,7 @@ def train_student(
     callbacks: Sequence = (),
     **settings,
 ) -> TrainingResult:
-    """Train a student on gold and counterfactual rationales (SCOTT: Wang et al. 2023, section 3.2).
+    """Train a student on gold and counterfactual rationales (SCOTT: Wang et al. 2023, section 3.2), or otherwise.
 
     `out` then loads with plain transformers. If `out` holds this run already, it returns at once where it is finished
     and goes on where it was interrupted. Raises `BadInput` for wrong settings or data, if `out` holds another run or
@@ -211,7 +211,7 @@ def _train(student, run: Run, callbacks, overwrite) -> TrainingResult:
     from faithful_distill.training.checkpoints import checkpoint_to_resume
     from faithful_distill.training.zero import engine_arguments, release, zero_stage
 
-    started, ranks = time.time(), int(os.environ["WORLD_SIZE"])
+    started, ranks = (time.time(), time.process_time()), int(os.environ["WORLD_SIZE"])
     n_examples = sum(r.role == "gold" for r in run.rationales)
     args = engine_arguments(run.settings, n_examples, run.out, dev=run.dev is not None)
     about = dict(run=run.key, ranks=ranks, nodes=count_nodes(), stage=zero_stage(args.deepspeed))
@@ -242,8 +242,11 @@ def prepared(student, settings: Settings) -> Student:
     else:
         student = load_student(student, device="cpu")
     lengths = settings.max_source, settings.max_target
-    reads = {name: getattr(settings, name) for name in ("list_choices", "hide_choices", "chat")}
+    read = ("list_choices", "hide_choices", "chat", "prefixes", "objective")
+    reads = {name: getattr(settings, name) for name in read}
     student = Student(student.model, student.tokenizer, student.name, *lengths, reads)
+    if settings.objective == "multitask":
+        with_task_tags(student, settings.seed)
     if settings.lora is not None:
         student.model = with_lora(student, settings)
     model = student.model
@@ -252,15 +255,31 @@ def prepared(student, settings: Settings) -> Student:
         getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()
     return student
 
+# %% ../../nbs/60_train.ipynb #60000006
+def with_task_tags(student: Student, seed: int) -> None:
+    "Add the tags of both tasks to a student whose tokenizer does not know them, in place."
+    import torch
+
+    if all(expresses(student.tokenizer, tag) for tag in task_tags.values()):
+        return
+    student.tokenizer = copy.deepcopy(student.tokenizer)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        add_tags(student.model, student.tokenizer, task_tags)
+    logging.getLogger("faithful_distill").info(
+        "the tokenizer of %s was taught the tags %s", student.name, " and ".join(task_tags.values())
+    )
+
 # %% ../../nbs/60_train.ipynb #0656d4f2
 def _trainer(student, run: Run, args, ranks):
     "The trainer of a run, and the counts of its rows."
+    from faithful_distill.student.examples import example_lengths
     from faithful_distill.training.dev import dev_evaluation
     from faithful_distill.training.trainer import (
         DistillationTrainer,
         Examples,
         StepBatches,
-        example_lengths,
+        loss_settings,
         make_examples,
     )
 
@@ -279,11 +298,7 @@ def _trainer(student, run: Run, args, ranks):
         examples,
         args,
         batches=batches,
-        loss=dict(
-            alpha_cf=settings.alpha_cf if rows["counterfactual"] else 0.0,
-            reduction=settings.reduction,
-            label_smoothing=settings.label_smoothing,
-        ),
+        loss=loss_settings(settings, rows),
         dev=run.dev and dev_evaluation(student, run.dev, settings, args.process_index, ranks),
         eval_dataset=run.dev and Examples(examples[:1]),  # not read: `dev` evaluates
     )

@@ -6,9 +6,11 @@
 __all__ = []
 
 # %% ../../nbs/58_trainer.ipynb #5f95fb42
+import itertools
 import json
 import random
 import time
+from collections import Counter
 from pathlib import Path
 
 from transformers import EarlyStoppingCallback, Trainer, TrainerCallback
@@ -17,9 +19,17 @@ import torch
 from ..files import BadInput, progress, stable_seed, write_text
 from ..ranks import over_ranks
 from ..records import Rationale
+from faithful_distill.student.examples import (
+    ReadRow,
+    collate_examples,
+    count_rows,
+    example_lengths,
+    token_counts,
+    training_examples,
+)
 from ..student.loss import distillation_loss, learned_logits
 from ..student.model import Student
-from ..student.rows import Row, collate, examples_of, training_rows
+from ..student.rows import Row
 from .settings import Settings
 
 # %% ../../nbs/58_trainer.ipynb #d733559c
@@ -27,20 +37,23 @@ def make_examples(
     student: Student, rationales: list[Rationale], settings: Settings
 ) -> tuple[list[list[Row]], dict[str, int]]:
     "Examples to train on; and how many rows they have of each role, and how many rationales were shortened."
-    rows = training_rows(
+    examples = training_examples(
         student,
         rationales,
+        settings.objective,
         prefixes=settings.prefixes,
         answer_only=settings.answer_only,
         learn_tag=settings.learn_tag,
         seed=settings.seed,
     )
-    counts = dict(
-        factual=sum(not r.counterfactual for r in rows),
-        counterfactual=sum(r.counterfactual for r in rows),
-        shortened=sum(r.cut > 0 for r in rows),
-    )
-    return examples_of(rows, [r.id for r in rationales]), counts
+    return examples, count_rows(examples)
+
+
+def loss_settings(settings: Settings, rows: dict[str, int]) -> dict:
+    "Keywords of `distillation_loss`; without counterfactual rows the factual loss is the whole."
+    names = ("alpha_cf", "reduction", "label_smoothing", "objective", "beta", "margin", "gamma")
+    chosen = {name: getattr(settings, name) for name in names}
+    return chosen if rows["counterfactual"] else chosen | dict(alpha_cf=0.0)
 
 # %% ../../nbs/58_trainer.ipynb #b2d482a9
 class Examples(torch.utils.data.Dataset):
@@ -54,17 +67,6 @@ class Examples(torch.utils.data.Dataset):
 
     def __getitem__(self, i):
         return self.examples[i] if i >= 0 else []
-
-
-def collate_examples(examples: list[list[Row]], student: Student) -> dict:
-    "One batch of all their rows; examples that are all empty give one row that teaches nothing."
-    nothing = Row([student.eos], [student.eos], [], False)
-    return collate([row for example in examples for row in example] or [nothing], student)
-
-# %% ../../nbs/58_trainer.ipynb #e17d61f2
-def example_lengths(examples: list[list[Row]]) -> list[int]:
-    "The longest row of each example, in tokens."
-    return [max(row.length for row in example) for example in examples]
 
 # %% ../../nbs/58_trainer.ipynb #8d049378
 class StepBatches(torch.utils.data.Sampler):
@@ -140,27 +142,25 @@ class StepBatches(torch.utils.data.Sampler):
                 yield step[at : at + self.share]
 
 # %% ../../nbs/58_trainer.ipynb #5cf81955
-def token_counts(batch: dict):
-    "[factual, counterfactual] tokens that a batch teaches."
-    per_row = (batch["labels"] != -100).sum(1)
-    counterfactual = per_row[batch["counterfactual"]].sum()
-    return torch.stack([per_row.sum() - counterfactual, counterfactual])
-
-
 def loss_sums(loss):
-    "[factual, counterfactual] losses summed over tokens, and their token counts: what is added up over batches."
-    return torch.stack([loss.factual, loss.counterfactual, loss.tokens_factual, loss.tokens_counterfactual])
+    """What is added up over batches: [factual, counterfactual] losses summed over tokens, their token counts, and the
+    summed terms of pairs with their number."""
+    parts = (loss.factual, loss.counterfactual, loss.tokens_factual, loss.tokens_counterfactual)
+    return torch.stack(
+        [torch.as_tensor(x, dtype=torch.float64) for x in (*parts, loss.pair_terms, loss.pairs)]
+    )
 
 # %% ../../nbs/58_trainer.ipynb #af0cb28c
 def loss_parts(sums: list[float]) -> dict:
-    "Summed losses and token counts as means per token; None where there were no tokens."
-    l_f, l_c, n_f, n_c = sums
-    return dict(
+    "Summed losses and counts as means per token and per pair; None where there were no tokens."
+    l_f, l_c, n_f, n_c, terms, pairs = sums
+    parts = dict(
         loss_factual=l_f / n_f if n_f else None,
         loss_counterfactual=l_c / n_c if n_c else None,
         tokens_factual=int(n_f),
         tokens_counterfactual=int(n_c),
     )
+    return parts | (dict(loss_pairs=terms / pairs, pairs=int(pairs)) if pairs else {})
 
 # %% ../../nbs/58_trainer.ipynb #f26033c9
 class StepLossTrainer(Trainer):
@@ -193,7 +193,7 @@ class StepLossTrainer(Trainer):
         )
         self.model_accepts_loss_kwargs = True  # the loss is normalised over the whole step already,
         self.loss_is_scaled_for_ga = True  # and is not to be divided by the number of micro-batches
-        self.sums = torch.zeros(4, dtype=torch.float64, device=self.args.device)
+        self.sums = torch.zeros(6, dtype=torch.float64, device=self.args.device)
 
     def get_train_dataloader(self):
         return torch.utils.data.DataLoader(
@@ -204,7 +204,7 @@ class StepLossTrainer(Trainer):
         )
 
     def get_batch_samples(self, epoch_iterator, num_batches, device):
-        "The micro-batches of a step, and its (factual, counterfactual) token counts over all ranks."
+        "The micro-batches of a step, and its `token_counts` over all ranks."
         batches = [batch for _, batch in zip(range(num_batches), epoch_iterator)]
         return batches, over_ranks(sum(token_counts(batch) for batch in batches).to(device))
 
@@ -214,9 +214,8 @@ class StepLossTrainer(Trainer):
             inputs["labels"],
             inputs["counterfactual"],
         )
-        loss = distillation_loss(
-            logits, labels, counterfactual, totals=num_items_in_batch, **self.loss_settings
-        )
+        how = dict(totals=num_items_in_batch, marks=inputs.get("marks"), **self.loss_settings)
+        loss = distillation_loss(logits, labels, counterfactual, **how)
         if not torch.isfinite(loss.total):
             raise not_finite(loss, self.state.global_step)
         self.sums += loss_sums(loss).to(self.sums)
@@ -231,6 +230,20 @@ class StepLossTrainer(Trainer):
 
     def floating_point_ops(self, inputs):
         return 0  # counting them costs more than a small model's step
+
+# %% ../../nbs/58_trainer.ipynb #58000002
+def training_cost(examples: list[list[Row]], batches: StepBatches, steps: int) -> dict[str, int]:
+    "Rows and tokens that so many steps read, and the factual and counterfactual tokens that they teach."
+    plans = (step for epoch in itertools.count() for step in batches.plan(epoch))
+    times = Counter(i for step in itertools.islice(plans, steps) for i in step if i >= 0)
+    seen = [(n, row) for i, n in times.items() for row in examples[i]]
+    taught = [(n * len(row.target), row) for n, row in seen if not isinstance(row, ReadRow)]
+    return dict(
+        rows_read=sum(n for n, _ in seen),
+        tokens_read=sum(n * row.tokens for n, row in seen),
+        tokens_factual=sum(n for n, row in taught if not row.counterfactual),
+        tokens_counterfactual=sum(n for n, row in taught if row.counterfactual),
+    )
 
 # %% ../../nbs/58_trainer.ipynb #569c58c8
 def not_finite(loss, step: int) -> BadInput:

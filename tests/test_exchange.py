@@ -1,0 +1,178 @@
+"""Rationales from elsewhere and to elsewhere: published layouts, one's own rows, a dataset folder, overlap."""
+
+import json
+import logging
+
+import pytest
+
+from faithful_distill import (
+    import_rationales,
+    load_student,
+    measure,
+    overlap,
+    publish_rationales,
+    train_student,
+)
+from faithful_distill.exchange import published_rows, question_hash
+from faithful_distill.faithfulness.external import read_published, read_rationales
+from faithful_distill.files import BadInput
+from faithful_distill.questions import Question
+from faithful_distill.records import read_records
+from faithful_distill.student.model import tiny_student
+
+own = [
+    dict(question="Who swims?", choices=["penguin", "camel"], answer="A", rationale="It hunts fish."),
+    dict(
+        question="Who walks?",
+        choices=["penguin", "camel"],
+        answer=0,
+        rationale="Sand is its home. The answer is (b).",
+    ),
+]
+
+
+def write(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+@pytest.mark.parametrize("form", ["dicts", "frame", "jsonl", "csv", "parquet"])
+def test_own_rationales_in_any_form_are_the_same_records(tmp_path, form):
+    import pandas as pd
+
+    frame = pd.DataFrame([row | dict(choices="|".join(row["choices"])) for row in own])
+    frame["answer"] = frame["answer"].map(str)
+    frame.to_csv(tmp_path / "r.csv", index=False)
+    frame.to_parquet(tmp_path / "r.parquet")
+    write(tmp_path / "r.jsonl", own)
+    given = own if form == "dicts" else frame if form == "frame" else tmp_path / f"r.{form}"
+    first, second = import_rationales(given)
+    assert (first.role, first.rationale, first.target) == ("gold", "It hunts fish.", 0)
+    assert (second.role, second.rationale, second.target) == ("counterfactual", "Sand is its home.", 1)
+    assert [r.rationale for r in read_records(given)] == [row["rationale"] for row in own]  # as they are
+    assert len({r.id for r in (first, second)}) == 2
+
+
+def test_a_student_learns_from_four_fields_alone_and_knows_what_it_was_trained_on(tmp_path, caplog):
+    words = sorted(
+        {w for row in own for w in f"{row['question']} {row['rationale']} {' '.join(row['choices'])}".split()}
+    )
+    rows = [{k: row[k] for k in ("question", "choices", "answer", "rationale")} for row in own]
+    student = tiny_student(words)
+    out = train_student(student, rows, out=tmp_path / "student", alpha_cf=0.0, max_steps=1, batch_size=2).out
+    trained = load_student(out)
+    questions = [Question(f"other {i}", row["question"], row["choices"], 0) for i, row in enumerate(own)]
+    new = Question("new", "Who flies?", ("penguin", "camel"), 0)
+    assert trained.trained_on == {question_hash(q) for q in questions}
+    with caplog.at_level(logging.WARNING, "faithful_distill"):
+        measure(trained, [new], metrics=["controls"])
+        assert "trained on" not in caplog.text
+        measure(trained, [*questions, new], metrics=["controls"])
+    assert "2 of 3 questions are among those that were trained on" in caplog.text
+
+
+def test_wrong_names_are_named_with_the_remedy():
+    for change, problem in (
+        ({"explanation": "why"}, "row 1: field 'rationale'|columns={'rationale': 'explanation'}"),
+        ({}, "row 1: is missing from a rationale record"),
+    ):
+        row = {k: own[0][k] for k in ("question", "choices", "answer")} | change
+        with pytest.raises(BadInput, match=problem):
+            read_records([row])
+        with pytest.raises(BadInput, match=problem.split("|")[-1]):
+            import_rationales([row])
+    with pytest.raises(BadInput, match="Did you mean 'palm-svamp'"):
+        import_rationales("folder", "palm-swamp")
+
+
+steps = {
+    "palm": (
+        "cqa",
+        dict(id="q", question="Who?", choices=["me", "you"], answer="you"),
+        "Look. So the answer is (b) you.\n\nQ: x",
+    ),
+    "palm-esnli": (
+        "esnli",
+        dict(premise="It rains.", hypothesis="Wet.", label=1),
+        "Rain. Answer: neutral\n\nPremise: x",
+    ),
+    "palm-anli1": (
+        "anli1",
+        dict(uid="u", premise="It rains.", hypothesis="Wet.", label=1, reason="?"),
+        "Rain. So the answer is neutral.\n\nPremise: x",
+    ),
+    "palm-svamp": (
+        "svamp",
+        dict(input="Ann has 8 cows.\nShe sells 3. How many?", label="( 8.0 - 3.0 )"),
+        "Less. The answer is (8 - 3).\n\nQ: x",
+    ),
+}
+
+
+@pytest.mark.parametrize("layout", steps)
+def test_layouts_of_distilling_step_by_step(tmp_path, layout):
+    name, row, text = steps[layout]
+    write(tmp_path / f"{name}_train.json", [row])
+    (tmp_path / "llm").mkdir()
+    (tmp_path / "llm" / "train_CoT_0.json").write_text(json.dumps([text]))
+    [r] = import_rationales(tmp_path, layout)
+    assert (r.role, r.rationale, r.teacher) == ("gold", text.split()[0], "PaLM 540B")
+    assert r.choices[r.target] == {"palm": "you", "palm-svamp": "5"}.get(layout, "neutral")
+    [read] = read_published(layout, tmp_path)  # the same parser
+    assert read.prediction == r.target and read.was_cut
+
+
+def test_real_published_files_make_records(real_data):
+    palm = import_rationales(real_data / "palm_cqa", "palm", limit=2000)
+    wrong = sum(r.role == "counterfactual" for r in palm) / len(palm)
+    assert 0.15 < wrong < 0.35 and all("Q:" not in r.rationale for r in palm)
+    gpt3 = import_rationales(real_data / "gpt3_csqa", "gpt3", limit=50)
+    assert {r.role for r in gpt3} == {"gold"} and len({r.id for r in gpt3}) == 10
+    assert all(len(r.extra["rating"]) == 3 for r in gpt3)
+    rows = published_rows("palm", real_data / "palm_cqa", "test")
+    assert len(rows) == 1221
+
+
+def test_a_published_folder_is_what_the_hub_library_reads(tmp_path):
+    import datasets
+
+    records = import_rationales(own)
+    folder = publish_rationales(records, tmp_path / "d", license="cc0-1.0", dataset="Penguins: a page")
+    loaded = datasets.load_dataset(str(folder), "gold", split="train", cache_dir=str(tmp_path / "cache"))
+    assert loaded["rationale"][:] == ["It hunts fish."]
+    lineage = json.loads((folder / "lineage.json").read_text())
+    assert lineage["files"]["counterfactual.jsonl"]["rows"] == 1 and lineage["questions"] == 2
+    described = json.loads((folder / "schema.json").read_text())["fields"]
+    rows = [json.loads(line) for line in (folder / "gold.jsonl").read_text().splitlines()]
+    assert all(described[name]["description"] for row in rows for name in row)
+    publish_rationales(records[:1], folder)  # its own folder may be written anew
+    assert not (folder / "counterfactual.jsonl").exists()
+    (folder / "mine.txt").write_text("notes")
+    with pytest.raises(BadInput, match="holds mine.txt"):
+        publish_rationales(records, folder)
+    foreign = tmp_path / "foreign"
+    foreign.mkdir()
+    (foreign / "README.md").write_text("notes")
+    with pytest.raises(BadInput, match="another program"):
+        publish_rationales(records, foreign)
+    assert (foreign / "README.md").read_text() == "notes"
+    with pytest.raises(BadInput, match="no licence's name"):
+        publish_rationales(records, tmp_path / "e", license="free: for\nall")
+
+
+def test_overlap_by_text_and_by_id():
+    records = import_rationales(own)
+    asked = [
+        Question("x", "who swims", ("Camel", "penguin"), 1),
+        Question(records[1].id, "Who sings?", ("penguin", "camel"), 0),
+        Question("y", "Who flies?", ("penguin", "camel"), 0),
+    ]
+    found = overlap(records, asked)
+    assert (found.n, found.ids, found.same_id_only) == (3, ("x",), (records[1].id,))
+    assert "1 of 3 questions" in str(found)
+
+
+def test_records_of_this_package_can_be_scored():
+    gold, counterfactual = read_rationales([r.to_row() for r in import_rationales(own)])
+    assert (gold.prediction, gold.question.answer) == (0, 0)
+    assert (counterfactual.prediction, counterfactual.question.answer) == (1, 0)
