@@ -316,3 +316,16 @@ def test_marks_too_fine_for_categories_have_a_reason():
         [judged(i, judge=[i / 40, i / 50]) for i in range(40)], metrics=["judges"], interval=dict(draws=200)
     ).scores
     assert s["judge_ac2"].value is None and "too many different values" in s["judge_ac2"].reason
+
+
+def test_the_command_reads_a_batch_output_with_its_questions(tmp_path):
+    from click.testing import CliRunner
+    from faithful_distill.cli import main
+
+    output = written(tmp_path, "output.jsonl", [batch()])
+    command = ["score", str(output), "--metrics", "ratings", "--out", str(tmp_path / "out")]
+    done = CliRunner().invoke(main, command)
+    assert done.exit_code != 0 and "--questions FILE" in done.output
+    done = CliRunner().invoke(main, [*command, "--questions", str(written(tmp_path, "q.jsonl", asked))])
+    assert done.exit_code == 0, done.output
+    assert json.loads((tmp_path / "out" / "metrics.json").read_text())["accuracy"]["value"] == 1.0

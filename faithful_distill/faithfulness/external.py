@@ -17,9 +17,9 @@ from pathlib import Path
 from typing import Any
 
 from ..exchange import published, published_rows, stated_choice
-from .logs import log_lines, plain_rows
-from .numeric import OpenQuestion, as_number, same_number, stated_number
 from ..files import BadInput, check_encodable
+from .logs import log_rows, plain_rows
+from .numeric import OpenQuestion, as_number, same_number, stated_number
 from ..formats import rows_of
 from faithful_distill.questions import (
     Question,
@@ -104,8 +104,7 @@ class ExternalRationale:
         "The row that `read_rationales` reads this from."
         q = self.question
         row = dict(id=q.id, question=q.question, choices=list(q.choices) or None, rationale=self.rationale)
-        gold, answered = (self.gold, self.answered) if self.is_open else (q.answer, self.prediction)
-        row |= dict(gold=_written_index(q, gold), prediction=_written_index(q, answered))
+        row |= dict(gold=_written_index(q, self.gold), prediction=_written_index(q, self.answered))
         row |= dict(rating=list(self.ratings) or None, model=self.model, judge=dict(self.judged) or None)
         kept = ("prediction", "choices")
         return {name: value for name, value in row.items() if value is not None or name in kept}
@@ -187,15 +186,6 @@ def _check_row(row: dict) -> None:
         check_encodable(text, name)
 
 # %% ../../nbs/78_external.ipynb #35bb93bf
-def _own_names(row: dict) -> dict:
-    "A rationale record of this package under the names of this page; any other row as it is."
-    if not {"role", "target", "answer"} <= row.keys() or {"gold", "prediction"} & row.keys():
-        return row
-    asked = {name: row[name] for name in ("question", "choices", "rationale") if name in row}
-    id = f"{row['id']}/{row['role']}" if row.get("id") is not None else None
-    return asked | dict(id=id, gold=row["answer"], prediction=row["target"])
-
-
 def _read_row(row: dict, number: int, cut_at: Sequence[str]) -> ExternalRationale:
     "One line of the file, all of it checked."
     _check_row(row)
@@ -291,15 +281,15 @@ def read_rationales(
     Parameters
     ----------
     source
-        a file (JSON lines, a JSON array, CSV, Parquet); or in memory dicts, a data frame, a `Dataset`; records of
-        `rationalize` as well, whose prediction is the choice that they argue for; also a log of a
-        known structure (`78_logs`)
+        a file (JSON lines, a JSON array, CSV, Parquet); or in memory dicts, a data frame, a `Dataset`; logs of a known
+        structure as well (`78_logs`), among them records of `rationalize`, whose prediction is the choice that they
+        argue for
     cut_at
         a rationale ends before the first of these, such as an invented next question
     limit
         at most so many, from the start
     questions
-        for logs that do not hold them: a JSON-lines file, rows or `Question`s, by id
+        for logs that do not hold them: a file, rows or `Question`s, by id
     """
     if not all(cut_at):
         raise BadInput(
@@ -309,13 +299,12 @@ def read_rationales(
             remedy="Give the text that a rationale ends before, or none.",
         )
     in_file = isinstance(source, (str, Path))
-    file, rows = (source, log_lines(source)) if in_file else (None, enumerate(rows_of(source), 1))
+    file, rows = (source, log_rows(source)) if in_file else (None, enumerate(rows_of(source), 1))
     found, lines, fields = [], {}, {}
     for number, row in plain_rows(rows, questions, file):
         if limit is not None and len(found) >= limit:
             break
         try:
-            row = _own_names(row)
             one = _read_row(row, number, cut_at)
             _check_id(one.question.id, lines)
             if found and one.is_open != found[0].is_open:

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['log_formats', 'LogReading', 'LogFormat', 'register_log_format', 'content_text', 'message_text', 'format_of',
-           'plain_rows', 'log_lines']
+           'plain_rows', 'log_rows']
 
 # %% ../../nbs/78_logs.ipynb #98e70d9f
 import json
@@ -395,8 +395,8 @@ def _question_row(q: Question) -> dict:
     return dict(id=q.id, question=q.question, choices=list(q.choices) or None, answer=answer)
 
 
-def log_lines(path: str | Path) -> Iterator[tuple[int, Mapping]]:
-    """(line, row) of a log: JSON lines, or one JSON document with its rows in a list or under `samples`.
+def log_rows(path: str | Path) -> Iterator[tuple[int, Mapping]]:
+    """(line, row) of a log: a file of rows (see `formats.read_rows`), or one JSON document with its rows under `samples`.
 
     The rows of a document are numbered from 1. Raises `BadInput` for what is neither.
     """
@@ -404,11 +404,11 @@ def log_lines(path: str | Path) -> Iterator[tuple[int, Mapping]]:
         raise BadInput(
             "is a binary Inspect log", file=path, remedy="Make JSON of it: inspect log dump FILE > FILE.json"
         )
-    document = None if _is_table(path) else _document(path)
-    if not isinstance(document, Mapping):
+    document = _document(path)
+    if document is None:
         yield from read_rows(path)
         return
-    rows = document.get("samples")
+    rows = document["samples"]
     if not isinstance(rows, list):
         remedy = "An Inspect log has its samples there; other files hold one JSON object a line, or a list of them."
         raise BadInput("must be a list of samples", file=path, field="samples", value=rows, remedy=remedy)
@@ -418,24 +418,21 @@ def log_lines(path: str | Path) -> Iterator[tuple[int, Mapping]]:
         yield number, row
 
 # %% ../../nbs/78_logs.ipynb #7804582f
-def _is_table(path: str | Path) -> bool:
-    "Whether the file is packed or a table: no log is."
-    return Path(path).suffix.lower() in (".gz", ".csv", ".tsv", ".parquet")
-
-
-def _document(path: str | Path) -> Any:
-    "The file as one JSON document; None where it is one object a line."
-    lines = text_lines(path)
-    first = next((line.strip() for _, line in lines if line.strip()), "")
+def _document(path: str | Path) -> Mapping | None:
+    "The file as one JSON document with samples; None for a file of rows."
     try:
-        alone = json.loads(first)
-    except (ValueError, RecursionError):
-        if first not in ("{", "[") and not first.endswith((",", "{", "[")):
-            return None  # a broken line: the reader of lines says where
-        alone = None
-    if alone is not None and not isinstance(alone, list) and "samples" not in alone:
+        first = next((line.strip() for _, line in text_lines(path) if line.strip()), "")
+    except BadInput:  # not a text: the reader of rows knows other files
+        return None
+    if not first.startswith("{"):
         return None
     try:
-        return json.loads("\n".join(line for _, line in text_lines(path)))
+        found = json.loads(first)
     except (ValueError, RecursionError):
-        return None
+        if first.endswith("}"):
+            return None  # a broken line: the reader of rows says where
+        try:
+            found = json.loads("\n".join(line for _, line in text_lines(path)))
+        except (ValueError, RecursionError):
+            return None
+    return found if isinstance(found, Mapping) and "samples" in found and "question" not in found else None
