@@ -147,7 +147,7 @@ def test_answers_from_a_tree_are_those_of_padded_batches(kind, continue_from, mo
     student.max_target = 40
     questions, texts = [q for q in asked for _ in arms(q)], [text for q in asked for text in arms(q)]
     call = dict(max_new_tokens=9, continue_from=continue_from)
-    for size in (1, 64):
+    for size in (1, 64) if kind == "llama" else (64,):
         found = answer(student, questions, texts, batch_size=size, **call)
         with monkeypatch.context() as patch:
             patch.setattr(prefix_tree, "refused", lambda *_: "not now")
