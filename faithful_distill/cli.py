@@ -463,14 +463,17 @@ def evaluate(
     simulator
         base model of the LAS simulators (a folder or hub name); without one LAS is not measured
     out
-        folder for metrics.json and answers.json
+        folder for metrics.json, answers.json and report.html
     """
     from faithful_distill.faithfulness.interventions import measure
     from faithful_distill.faithfulness.readers import ChoiceReader, read_choices
     from faithful_distill.faithfulness.simulators import ModelBehaviour, try_las
+    from faithful_distill.faithfulness.suite import Suite, suite_facts, suite_rows
     from faithful_distill.files import writable_folder, write_json
+    from faithful_distill.lab.measure_report import write_suite
     from faithful_distill.lab.world import fact_of
     from faithful_distill.questions import require_answers
+    from faithful_distill.reasoners.protocol import as_reasoner
     from faithful_distill.records import read_records
     from faithful_distill.student.model import load_student
     from faithful_distill.training.card import model_card
@@ -482,8 +485,9 @@ def evaluate(
     if simulator is not None:  # before the long part: can it be had, and does it read?
         read_choices(ChoiceReader(simulator), questions[:1], ["a text"])
     facts = [fact_of(q) for q in questions] if data.split("-")[0] == "world" else None
+    model = load_student(student)
     measured = measure(
-        load_student(student),
+        model,
         questions,
         records,
         metrics=metrics,
@@ -504,8 +508,11 @@ def evaluate(
         model_card(
             student, {f"{name} ({Path(data).name}, {split})": s.to_dict() for name, s in scores.items()}
         )
+    suite = Suite(scores, suite_rows(measured), suite_facts(as_reasoner(model), measured), measured.left_out)
+    report = write_suite(suite, folder, f"{Path(student).name} on {Path(data).name}, {split}")
     for name, s in scores.items():
         click.echo(f"{name:32s}{s}")
+    click.echo(f"Report: {report}")
     if unread := sum(a.choice is None for a in written):
         click.echo(f"{unread} of {len(written)} answers name no choice; they count as wrong")
 

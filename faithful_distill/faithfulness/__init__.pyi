@@ -38,3 +38,4 @@ from .simulators import (
 from .external import read_published as read_published, read_rationales as read_rationales
 from .families import Family as Family, register as register
 from .scoring import score_rationales as score_rationales
+from .suite import Suite as Suite, measure_suite as measure_suite
