@@ -1130,3 +1130,34 @@ def test_a_second_axis_is_refused_and_never_pooled(tmp_path):
     )
     pd.DataFrame(rows)[lambda t: t.beta == 0.1].to_csv(path, index=False)
     assert len(draft.read(path, alpha=0.0, seed=0)) == 4
+
+
+def test_a_report_begins_with_its_bottom_line_a_picture_and_what_its_words_mean(tmp_path):
+    "Findings against the method are told as plainly as those for it, and terms stand before the verdicts that use them."
+    claims = [
+        report.claim("The full method has a higher LAS than greedy CoT", False),
+        report.claim("The swap is followed", True),
+    ]
+    (tmp_path / "f.png").write_bytes(shipped("data", "results", "quickstart.png").read_bytes())
+    section = report.Section(
+        "Students", "Text.", [("f", "A caption")], claims=claims, folder=str(tmp_path), main=True
+    )
+    page = report.build_report(tmp_path / "r.html", "Title", "Lead.", [section]).read_text()
+    places = [
+        page.index(words)
+        for words in (
+            "Of 2 claims, 1 holds",
+            "What does not hold: The full method has a higher LAS",
+            "data:image/png",
+            "leakage-adjusted simulatability",
+            "What was claimed",
+        )
+    ]
+    assert places == sorted(places)
+    assert "vacuous</dt>" not in page and "<dt>full method</dt>" in page
+    assert "prefers-color-scheme: dark" in page
+    assert (
+        report.bottom_line([]) == ""
+        and "What the words mean"
+        not in report.build_report(tmp_path / "e.html", "Title", "Lead.").read_text()
+    )

@@ -454,10 +454,9 @@ def bottom_line(claims: Sequence[dict]) -> str:
     if not claims:
         return ""
     of = {holds: [c["text"] for c in claims if c["holds"] is holds] for holds in (True, False, None)}
-    line = f"**Of {len(claims)} claims, {len(of[True])} hold**"
-    line += (
-        f", {len(of[False])} {'does' if len(of[False]) == 1 else 'do'} not, {len(of[None])} are inconclusive."
-    )
+    counted = lambda holds, one, more: f"{len(of[holds])} {one if len(of[holds]) == 1 else more}"
+    line = f"**Of {len(claims)} claims, {counted(True, 'holds', 'hold')}**"
+    line += f", {counted(False, 'does', 'do')} not, {counted(None, 'is', 'are')} inconclusive."
     if of[False]:
         more = f", and {len(of[False]) - 3} more" if len(of[False]) > 3 else ""
         line += f" What does not hold: {'; '.join(of[False][:3])}{more}."
