@@ -121,9 +121,7 @@ def _gold_text(s: dict[str, Score]) -> list[str]:
     if both.value is None:
         return []
     chance = both.details["chance"]
-    found = (
-        f"They find the gold answer in {_text(both)} of the cases from question and rationale, {_text(alone)}"
-    )
+    found = f"They find the gold answer in {score_text(both)} of the cases from question and rationale, {score_text(alone)}"
     line = at_chance(both)
     warning = [f"**{line[0].upper()}{line[1:]}.**"] if line else []
     return [f"{found} from the question alone (chance {chance:.2f}).", *warning]
