@@ -302,7 +302,7 @@ class PrefixTree(Tree):
     def score(
         self, rows: Sequence, contexts: Sequence[list[int]], choices: Sequence[list[list[int]]]
     ) -> tuple[list[list[float]], list[int | None]]:
-        """Log-likelihood of each choice after each row, in nats; and the choice that greedy decoding would write.
+        """Log-likelihood of each choice after each row, in nats; and the choice that would be written.
 
         Parameters
         ----------
@@ -329,7 +329,7 @@ class PrefixTree(Tree):
 def clusters_of(
     contexts: Sequence[list[int]], more: Sequence[int], start: int, most_rows: int, tokens: int = 512
 ) -> list[tuple[list[int], int]]:
-    "(numbers of rows, tokens they will come to beyond the root) of each cluster; `more`: what follows a context."
+    "(rows, tokens they will come to beyond the root) of each cluster; `more`: what follows a context."
     clusters, before = [], []
     for i in sorted(range(len(contexts)), key=contexts.__getitem__):
         same = max(0, shared_tokens(before, contexts[i]) - start)
@@ -412,7 +412,7 @@ class _Watched(PrefixTree):
 
 
 def _trial_distance(model, longest) -> float:
-    "How far the logits of a small tree are from plain passes, at worst: of three texts that were written on, one scored."
+    "How far the logits of a small tree are from plain passes, at worst of three texts."
     size = model.get_input_embeddings().weight.shape[0]
     stem, *ends = (
         [(7 * i + 3) % size for i in range(a, b)] for a, b in ((0, 20), (30, 31), (40, 43), (41, 45))
