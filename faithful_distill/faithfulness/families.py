@@ -126,7 +126,12 @@ class ScoringTask:
         some = [self.rows[i] for i in rows]
         questions, texts = [b.question for b in some], [b.rationale for b in some]
         if shuffled:
-            texts = [texts[j] for j in shuffle_across([q.id for q in questions])]
+            givers = shuffle_across([q.id for q in questions], groups=[b.group for b in some])
+            if givers is None:
+                raise BadInput(
+                    "are all about one question: there is no other's to deal out", field="rationales"
+                )
+            texts = [texts[j] for j in givers]
         return ModelBehaviour(questions, texts, [b.prediction for b in some])
 
     def trained_on(self, train: ModelBehaviour) -> ModelBehaviour:
