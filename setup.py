@@ -3,6 +3,7 @@
 `data/` and `nbs/` travel inside the wheel as `faithful_distill/shipped/...`, so that an installed package can do all a checkout can.
 """
 
+import re
 from configparser import ConfigParser
 from pathlib import Path
 
@@ -21,11 +22,16 @@ status = {
     "5": "5 - Production/Stable",
 }[c["status"]]
 
+address = f"{c['git_url']}/{{}}/{c['branch']}/"  # links of the README must lead somewhere from the package index too
+readme = Path("README.md").read_text(encoding="utf-8")
+readme = re.sub(r"(!\[[^]]*\]\()(?!\w+:|#)", rf"\1{address.format('raw')}", readme)
+readme = re.sub(r"(?<!!)(\[[^]]*\]\()(?!\w+:|#|!)", rf"\1{address.format('blob')}", readme)
+
 setup(
     name=lib,
     version=c["version"],
     description=c["description"],
-    long_description=Path("README.md").read_text(encoding="utf-8"),
+    long_description=readme,
     long_description_content_type="text/markdown",
     author=c["author"],
     author_email=c["author_email"],

@@ -5,10 +5,14 @@ import re
 import shutil
 import subprocess
 import sys
+from importlib import import_module
 from pathlib import Path
 
 here = Path(__file__).parent
 root = here.parent
+
+
+repository = "https://github.com/faithful-distill/faithful_distill"
 
 
 def stage():
@@ -17,7 +21,10 @@ def stage():
         shutil.rmtree(here / name, ignore_errors=True)
     for source in sorted(root.glob("nbs/**/*.ipynb")):
         if ".ipynb_checkpoints" not in source.parts:
-            copy(source, here / "pages" / source.relative_to(root / "nbs"))
+            target = here / "pages" / source.relative_to(root / "nbs")
+            target.parent.mkdir(parents=True, exist_ok=True)
+            text = source.read_text(encoding="utf-8")  # what is not part of the site is in the repository
+            target.write_text(re.sub(r"\]\((?:\.\./)+(?=data/|tests/|README)", f"]({repository}/blob/main/", text), encoding="utf-8")
     for name in ("CHANGELOG.md", "CONTRIBUTING.md", "SECURITY.md"):
         copy(root / name, here / "project" / name)
     (here / "cli.md").write_text(command_line(), encoding="utf-8")
@@ -30,7 +37,7 @@ def copy(source, target):
 
 
 wings = {
-    "Data": "files formats questions layouts sources records exchange",
+    "Data": "files formats questions layouts sources records release exchange",
     "Teacher": "teacher.*",
     "Student": "student.*",
     "Training": "training.*",
@@ -48,6 +55,8 @@ def reference() -> str:
         files = [f for p in patterns.split() for f in sorted(package.glob(f"{p.replace('.', '/')}.py"))]
         public = [f for f in files if re.search(r"^__all__ = \['", f.read_text(encoding="utf-8"), re.MULTILINE)]
         names = [".".join(("faithful_distill", *f.relative_to(package).with_suffix("").parts)) for f in public]
+        for name in names:
+            import_module(name)  # a wing's face may have an object of the module's name; now the module is found
         body = "\n".join(f"   {name}" for name in names)
         parts.append(f"## {title}\n\n```{{eval-rst}}\n.. autosummary::\n   :toctree: generated\n\n{body}\n```\n")
     return "\n".join(parts)
@@ -86,6 +95,8 @@ def code_in_backticks(app, what, name, obj, options, lines):
     "Docstrings are written as people read them: `name` is code, and may have a plural s behind it."
     for i, line in enumerate(lines):
         line = re.sub(r"(?<![`:])`([^`]+)`(?!`)", r"``\1``", line)
+        if not re.fullmatch(r"\*{1,2}\w+", line.strip()):  # the name of a parameter
+            line = re.sub(r"(?<![\w`*\\])(\*{1,2})(?=\w)(?![^`]*``)", lambda stars: "\\*" * len(stars[1]), line)
         lines[i] = re.sub(r"(?<=[^` (]``)(?=\w)", r"\\ ", line)
 
 

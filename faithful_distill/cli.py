@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['AtLeastOne', 'command', 'main', 'shown_log', 'reproduce', 'read_questions', 'rationales', 'train', 'import_',
-           'publish', 'evaluate', 'measure', 'score']
+           'publish', 'evaluate', 'measure', 'score', 'completion']
 
 # %% ../nbs/95_cli.ipynb #1ee5e192
 import logging
@@ -102,7 +102,7 @@ def reproduce(
     list
         print what there is to compute, and stop
     dry_run
-        the same: what would be computed, and how long it took last time
+        the same: what would be computed, how long it took last time, or (~) where the package's study was computed
     keep
         folder such as data/results: what stands in its tables is not computed again, and when all is done the small tables that the figures read are written there
     """
@@ -751,6 +751,34 @@ def score(
     click.echo(f"Report: {report}")
 
 
+@command()
+def completion(
+    *,
+    shell: Literal["bash", "zsh", "fish"] = "bash",
+):
+    """What makes the shell complete commands and options: put it into your shell's start-up file.
+
+    Example:  faithful-distill completion --shell bash >> ~/.bashrc
+
+    Parameters
+    ----------
+    shell
+        bash, zsh or fish
+    """
+    from click.shell_completion import get_completion_class
+
+    made = get_completion_class(shell)(main, {}, "faithful-distill", "_FAITHFUL_DISTILL_COMPLETE")
+    click.echo(made.source())
+
+
 def _show_scores(scored) -> None:
+    "What was computed, a line each; what was not, a line for each reason."
+    missing: dict[str, list[str]] = {}
     for name, s in scored.scores.items():
-        click.echo(f"{name:32s}{s}")
+        if s.value is None:
+            missing.setdefault(s.reason or "no reason is known", []).append(name)
+        else:
+            click.echo(f"{name:32s}{s}")
+    for reason, names in missing.items():
+        shown = ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
+        click.echo(f"Not computed: {shown}: {reason}")

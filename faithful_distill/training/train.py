@@ -11,6 +11,7 @@ import logging
 import os
 import sys
 import time
+import warnings
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Sequence
@@ -161,7 +162,10 @@ def train_student(
 def _train_in_session(student, run: Run, callbacks, overwrite) -> TrainingResult:
     from faithful_distill.training.zero import deepspeed_session
 
-    with reports(run.settings.report_to), deepspeed_session():
+    with reports(run.settings.report_to), deepspeed_session(), warnings.catch_warnings():
+        warnings.filterwarnings(
+            "ignore", category=FutureWarning, module="transformers"
+        )  # between it and DeepSpeed
         try:
             return _train(student, run, callbacks, overwrite)
         except Exception as e:
