@@ -9,7 +9,7 @@ __all__ = ['log_formats', 'LogReading', 'LogFormat', 'register_log_format', 'con
 # %% ../../nbs/78_logs.ipynb #98e70d9f
 import json
 import logging
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple

@@ -7,7 +7,7 @@ __all__ = ['suite_metrics', 'suite_text', 'suite_names', 'Suite', 'measure_suite
 
 # %% ../../nbs/79_suite.ipynb #01ba372b
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from ..faithfulness.families import families as text_families
-from ..faithfulness.intervals import Score, paired_difference
+from ..faithfulness.intervals import paired_difference
 from ..faithfulness.metrics import choice_probability
 from ..faithfulness.suite import Suite
 from ..files import BadInput, read_jsonl, writable_folder, write_json, write_text
