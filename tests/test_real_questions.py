@@ -191,15 +191,21 @@ from pathlib import Path
 Path(out, "rows.jsonl").write_text(json.dumps({"id": "q", "found": step * seed}) + "\\n")
 Path(out, "metrics.json").write_text(json.dumps({"found": {"value": step * seed / 100, "low": None, "high": None, "n": 1}}))
 """
-DRAW = "from pathlib import Path\nPath(out, 'drawn.csv').write_text(Path(rows_path).read_text())"
+NOTE = """import json
+from pathlib import Path
+for name in ("note.json", "metrics.json"):
+    Path(out, name).write_text(json.dumps({"noted": {"value": 0.5, "low": None, "high": None, "n": 1}}))
+"""
+DRAW = "from pathlib import Path\nPath(out, 'drawn.csv').write_text(Path(rows_path).read_text() + Path(note_path).read_text())"
 
 
 @pytest.fixture
 def grid_file(tmp_path):
-    "A grid of one experiment with three seeds and a figure of its rows."
+    "A grid of an experiment with three seeds, one without, and a figure of rows and a file of theirs."
     for name, parameters, code in (
         ("count", 'out: str = "x"\nstep: int = 1\nseed: int = 0\ndata_dir: str = ""', COUNT),
-        ("draw", 'out: str = "x"\nresults_path: str = ""\nrows_path: str = ""', DRAW),
+        ("note", 'out: str = "x"', NOTE),
+        ("draw", 'out: str = "x"\nresults_path: str = ""\nrows_path: str = ""\nnote_path: str = ""', DRAW),
     ):
         cells = [
             dict(
@@ -220,8 +226,11 @@ def grid_file(tmp_path):
 seeds: [1, 2, 3]
 groups:
   count: {{notebook: count.ipynb, params: {{step: {step}}}}}
+  note: {{notebook: note.ipynb}}
 figures:
-  draw: {{notebook: draw.ipynb, params: {{results_path: {{table: count}}, rows_path: {{rows: count}}}}}}
+  draw:
+    notebook: draw.ipynb
+    params: {{results_path: {{table: count}}, rows_path: {{rows: count}}, note_path: {{from: note, file: note.json}}}}
 """
         (tmp_path / "toy.yaml").write_text(text)
         return tmp_path / "toy.yaml"
@@ -240,14 +249,15 @@ def test_a_seed_that_is_kept_is_not_computed_again_unless_its_settings_changed(g
         keep_profile(file, kept, runs, [seed])
         states.append({o.cell: o.state for o in made.outcomes})
     assert states == [
-        {"count seed=1": "computed", "draw": "computed"},
-        {"count seed=1": "there", "count seed=3": "computed", "draw": "computed"},
+        {"count seed=1": "computed", "note": "computed", "draw": "computed"},
+        {"count seed=1": "there", "note": "there", "count seed=3": "computed", "draw": "computed"},
     ]
     assert (kept / "toy_count_rows.csv").read_text() == "group,seed,id,found\ncount,1,q,2\ncount,3,q,6\n"
-    assert sorted(done_cells("toy", kept)) == ["count seed=1", "count seed=3"]
+    assert sorted(done_cells("toy", kept)) == ["count seed=1", "count seed=3", "note"]
+    assert (kept / "toy_count.csv").read_text().splitlines()[1].startswith("count,1,found,0.02")
     grid = grid_with_kept(grid_file(5), kept, [2])
-    assert list(grid.plan.cells) == ["count seed=2", "draw"] and not Kept(grid, kept).cells
-    (kept / "toy_count_rows.csv").unlink()
+    assert list(grid.plan.cells) == ["count seed=2", "note", "draw"] and Kept(grid, kept).cells == {"note"}
+    (kept / "toy_count_rows.csv").unlink(), (kept / "toy_note.json").unlink()
     grid = grid_with_kept(grid_file(2), kept, [1])
     assert left_out(grid, Kept(grid, kept), tmp_path / "c") == ([], set()), (
         "half of what is kept is not enough"

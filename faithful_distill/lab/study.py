@@ -317,7 +317,14 @@ def small_table(table, digits: int = 6):
     kept = kept.round({"value": digits, "low": digits, "high": digits})
     labels = [c for c in kept if c not in ("metric", *as_scores)]
     empty = [c for c in labels if (kept[c].isna() | (kept[c] == "")).all()]
-    return kept.drop(columns=empty).reset_index(drop=True)
+    kept = kept.drop(columns=empty).reset_index(drop=True)
+    if "seed" in kept and kept["seed"].notna().all():  # beside cells without a seed it became a fraction
+        kept["seed"] = [int(s) if _is_whole(s) else s for s in kept["seed"]]
+    return kept
+
+
+def _is_whole(value) -> bool:
+    return isinstance(value, float) and value.is_integer()
 
 # %% ../../nbs/93_study.ipynb #90e145e6
 def _kept_tables(gathered: Path, groups: dict[str, Iterable[str]]) -> dict[str, Any]:
