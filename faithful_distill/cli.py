@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['AtLeastOne', 'command', 'main', 'shown_log', 'reproduce', 'read_questions', 'rationales', 'train', 'import_',
-           'publish', 'evaluate', 'score', 'completion']
+           'publish', 'evaluate', 'measure', 'score', 'completion']
 
 # %% ../nbs/95_cli.ipynb #1ee5e192
 import logging
@@ -514,15 +514,18 @@ def evaluate(
         a folder or hub name, which is fine-tuned; if none is named, that of `score` for real questions where its
         model is here, else LAS is not measured
     out
-        folder for metrics.json and answers.json
+        folder for metrics.json, answers.json and report.html
     """
     from faithful_distill.faithfulness.interventions import measure
     from faithful_distill.faithfulness.frozen import as_simulator, default_simulator
     from faithful_distill.faithfulness.readers import new_reader, read_choices
     from faithful_distill.faithfulness.simulators import ModelBehaviour, try_las
+    from faithful_distill.faithfulness.suite import Suite, suite_facts, suite_rows
     from faithful_distill.files import writable_folder, write_json
+    from faithful_distill.lab.measure_report import write_suite
     from faithful_distill.lab.world import fact_of
     from faithful_distill.questions import require_answers
+    from faithful_distill.reasoners.protocol import as_reasoner
     from faithful_distill.records import read_records
     from faithful_distill.student.model import load_student
     from faithful_distill.training.card import model_card
@@ -538,8 +541,9 @@ def evaluate(
         simulator = as_simulator(named_simulator(simulator), lambda: [q.question for q in questions])
         read_choices(new_reader(simulator), questions[:1], ["a text"])
     facts = [fact_of(q) for q in questions] if in_world else None
+    model = load_student(student)
     measured = measure(
-        load_student(student),
+        model,
         questions,
         records,
         metrics=metrics,
@@ -561,10 +565,113 @@ def evaluate(
         model_card(
             student, {f"{name} ({Path(data).name}, {split})": s.to_dict() for name, s in scores.items()}
         )
+    suite = Suite(scores, suite_rows(measured), suite_facts(as_reasoner(model), measured), measured.left_out)
+    report = write_suite(suite, folder, f"{Path(student).name} on {Path(data).name}, {split}")
     for name, s in scores.items():
         click.echo(f"{name:32s}{s}")
+    click.echo(f"Report: {report}")
     if unread := sum(a.choice is None for a in written):
         click.echo(f"{unread} of {len(written)} answers name no choice; they count as wrong")
+
+# %% ../nbs/95_cli.ipynb #aa0b00d3
+@command("cli:read_questions", "faithfulness.suite:measure_suite")
+def measure(
+    *,
+    model: str,
+    style: Literal["auto", "worked", "chat", "think", "student"] = "auto",
+    data=inherit,
+    path=inherit,
+    split=inherit,
+    limit=inherit,
+    skip_bad=inherit,
+    columns=inherit,
+    config=inherit,
+    rationales: str | None = None,
+    metrics: list[str] = inherit,
+    prompt: str | None = None,
+    shots: int | None = None,
+    system: str | None = None,
+    tags: list[str] = ("<think>", "</think>"),
+    answers: Literal["likely", "said"] = "likely",
+    simulator=inherit,
+    draws: AtLeastOne = inherit,
+    batch_size: AtLeastOne | None = None,
+    max_new_tokens: AtLeastOne | None = None,
+    seed=inherit,
+    dtype: str = "auto",
+    compare: str | None = None,
+    out: str,
+):
+    """Is the reasoning of a model faithful? What any model answers when its rationales are damaged, replaced or gone.
+
+    Called again after an interruption it goes on where it stopped; with more metrics it asks only what is new.
+
+    Example:  faithful-distill measure --model HuggingFaceTB/SmolLM2-135M-Instruct --data csqa --limit 200 --out measured
+    Compare:  faithful-distill measure --model model.gguf --style chat --data csqa --limit 200 --compare measured --out other
+
+    Parameters
+    ----------
+    model
+        hub name or folder of a causal model or a trained student, or a .gguf file
+    style
+        auto (by the model's own files), worked (examples), chat (its template), think (its template, with tags), student
+    rationales
+        a teacher's rationales for these questions: needed for refine and swap
+    metrics
+        perturb, refine, swap, controls, early, mistakes, hint, mediation, steps, surface; las, rev, rora, simulatability
+        (train simulators); unlearning (students); or all
+    prompt
+        worked examples: csqa, strategyqa, creak, qasc, a .jsonl file, or none; the dataset's own if not given
+    shots
+        how many worked examples; all for worked, none for chat and think if not given
+    system
+        system prompt of a chat
+    tags
+        around a thought
+    answers
+        likely: the likeliest choice per token counts; said: the choice that greedy decoding writes
+    max_new_tokens
+        longest rationale; 96 worked, 192 chat, 1024 think if not given
+    batch_size
+        contexts held at a time; 64 if not given
+    dtype
+        precision; float32 on a CPU, else the model's own
+    compare
+        folder of another measurement on the same questions, to stand beside this one
+    out
+        folder for report.html, metrics.json, facts.json, rows.jsonl, and the answers
+    """
+    from faithful_distill.faithfulness.suite import measure_suite, suite_names
+    from faithful_distill.files import sole_writer
+    from faithful_distill.lab.measure_report import read_suite, suite_folder, write_suite
+    from faithful_distill.lab.world import fact_of
+    from faithful_distill.questions import require_answers
+    from faithful_distill.reasoners.cached import CachedReasoner
+    from faithful_distill.reasoners.opening import open_reasoner, reasoner_options
+
+    suite_names(metrics)  # what is mistyped is said before a model is loaded
+    if compare is not None:
+        read_suite(compare)
+    folder = suite_folder(out)
+    questions = require_answers(
+        read_questions(data, path, split, limit, skip_bad, columns, config), "measuring"
+    )
+    asked = dict(shots=shots, system=system, max_new_tokens=max_new_tokens, batch_size=batch_size)
+    usual = dict(prompt=_prompt_for(prompt, data), tags=tuple(tags), answers=answers, dtype=dtype)
+    known = reasoner_options(model, style)
+    asked |= {name: value for name, value in usual.items() if name in known}
+    facts = [fact_of(q) for q in questions] if data.split("-")[0] == "world" else None
+    with sole_writer(folder, folder / ".measure.lock"), shown_log():
+        reasoner = CachedReasoner(open_reasoner(model, style, **asked), folder / "answers.jsonl")
+        how = dict(metrics=metrics, draws=draws, seed=seed, simulator=simulator, interval={"cluster": facts})
+        suite = measure_suite(reasoner, questions, rationales or (), **how)
+        report = write_suite(suite, folder, f"{Path(model).name} on {Path(data).name}, {split}", compare)
+        reasoner.close()
+    _show_scores(suite)
+    click.echo(
+        f"{reasoner.computed:,} answers computed, {len(reasoner.known) - reasoner.computed:,} known before"
+    )
+    click.echo(f"Report: {report}")
 
 # %% ../nbs/95_cli.ipynb #56f252cb
 @command("faithfulness.scoring:score_rationales")
@@ -573,6 +680,7 @@ def score(
     *,
     out: str,
     cut_at: tuple[str, ...] = (),
+    questions: str | None = None,
     simulator: str | None = None,
     model: str | None = None,
     metrics: list[str] = inherit,
@@ -583,7 +691,8 @@ def score(
 ):
     r"""The whole suite, as far as it applies, for rationales that any system wrote.
 
-    FILE is JSON lines: question, choices, prediction (index, letter, text, or null), rationale; optional gold, rating, id, model.
+    FILE is JSON lines: question, choices, prediction (index, letter, text, or null), rationale; optional gold, rating, judge, id, model.
+    Also: samples of lm-evaluation-harness, an Inspect log in JSON, OpenAI's batch output, or what `rationales` wrote.
 
     Example:  faithful-distill score rationales.jsonl --out scored --cut-at '\n\nQ:'
 
@@ -593,6 +702,8 @@ def score(
         folder for metrics.json, scores.jsonl and report.html
     cut_at
         a rationale ends before this text, such as an invented next question: '\n\nQ:'; repeatable
+    questions
+        JSON lines with id, question, choices, answer, for a batch output, which does not hold them
     simulator
         what guesses the predictions: scratch (a small reader made from this file), embeddings, embeddings+head,
         likelihood, fine-tuned (NAME or NAME:MODEL), or a folder or hub name, which is fine-tuned; embeddings+head
@@ -630,6 +741,7 @@ def score(
                 cut_at=[mark.replace("\\n", "\n") for mark in cut_at],
                 limit=limit,
                 train_limit=train_limit,
+                questions=questions,
                 after=keep,
             )
             known.append(scored)

@@ -35,7 +35,6 @@ from faithful_distill.questions import (
     Question,
     letter,
     match_choice,
-    plain_fields,
     without_punctuation,
 )
 from faithful_distill.records import (

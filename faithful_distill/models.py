@@ -107,7 +107,7 @@ def _seconds(run) -> float:
 
 # %% ../nbs/08_models.ipynb #ef6baf2f
 def fast_dtype(dtype, config):
-    "'auto' on a CPU: float32, if the weights are stored in a precision that is slower here; else what is given."
+    "'auto' on a CPU: float32, if weights are stored in a precision that is slower here; else as given."
     import torch
 
     stored = getattr(config, "dtype", None)

@@ -946,6 +946,28 @@ def test_shuffled_rationales_come_from_other_groups_only(groups, seed):
     ), "as it always was where each is a group of its own"
 
 
+def test_no_control_deals_a_rationale_to_another_row_of_its_question():
+    "Neither another sample of the question nor its reason for another answer; of ids alone both would be dealt."
+    from faithful_distill.faithfulness.arms import Shuffled, Swap
+    from faithful_distill.faithfulness.protocol import Context, HandedRationale
+    from faithful_distill.questions import Question
+    from types import SimpleNamespace
+
+    questions = [
+        Question(f"{i}", f"Which is it, {i // 2} ?", ("a", "b"), 0) for i in range(6)
+    ]  # each asked twice
+    own = [f"because of {q.question}" for q in questions]
+    handed = [HandedRationale(i, t, f"{own[i]} {t}") for i in range(6) for t in (0, 1)]
+    for seed in range(20):
+        written = [SimpleNamespace(rationale=r) for r in own]
+        context = Context(questions, written, own, handed, seed=seed, draws=2)
+        columns = Shuffled().texts(context)
+        assert all(text != own[i] for column in columns for i, text in enumerate(column))
+        [swapped] = Swap().requests(context)["swap_shuffled"]
+        asked = [questions[h.question].question for h in handed]
+        assert all(asked[k] not in r.rationale for k, r in enumerate(swapped))
+
+
 def test_with_a_single_question_nothing_is_shuffled_and_the_reason_says_so():
     from faithful_distill.faithfulness.interventions import measure
 

@@ -359,8 +359,8 @@ def test_no_simulator_is_trained_on_a_variant_of_the_question_it_is_asked_about(
 
     monkeypatch.setattr(variants, "fit_reader", fit)
     monkeypatch.setattr(variants, "read_choices", read)
-    monkeypatch.setattr(variants, "ChoiceReader", lambda *made: None)
-    seen, blind = variants.trained_simulator(cases, "base", parts=3, seeds=(0, 1))
+    monkeypatch.setattr(variants, "new_reader", lambda *made: None)
+    seen, blind = variants.trained_simulator(cases, SimpleNamespace(fresh=None), parts=3, seeds=(0, 1))
     assert seen.shape == blind.shape == (2, len(cases)) and (seen == 1).all() and len(trained) == 6
 
 

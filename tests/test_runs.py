@@ -328,6 +328,29 @@ def test_data_that_travels_with_the_package_is_part_of_the_key(copied_package, t
     assert planned_in(copied_package, nb, "shipped")[0] != name
 
 
+def test_device_and_precision_are_part_of_the_key_where_models_are_computed_on_a_gpu(tmp_path, monkeypatch):
+    "A figure's key is the same everywhere; on a CPU nothing is added."
+    from faithful_distill.lab import keys
+
+    def named(notebook):
+        data = {"rationales_dir": str(tmp_path)} if "experiments" in notebook else {}
+        return keys.planned_run(notebook, data).provenance
+
+    trains, draws = "experiments/students.ipynb", "figures/fig02_students.ipynb"
+    monkeypatch.setattr(keys, "accelerator", lambda: {})
+    plain = named(trains)
+    on = {}
+    for device in ({"device": "H100", "precision": "bf16"}, {"device": "T4", "precision": "fp32"}):
+        monkeypatch.setattr(keys, "accelerator", lambda device=device: device)
+        on[device["device"]] = named(trains)
+        assert on[device["device"]]["computed on"] == device
+        assert named(draws)["key"] == keys.planned_run(draws, {}).provenance[
+            "key"
+        ] and "computed on" not in named(draws)
+    assert "computed on" not in plain
+    assert len({plain["key"], on["H100"]["key"], on["T4"]["key"]}) == 3
+
+
 def test_annotations_are_read_and_not_executed(tmp_path):
     nb = write_notebook(
         tmp_path / "odd.ipynb",

@@ -412,7 +412,7 @@ def test_fields_that_are_not_read_are_named_with_the_one_that_was_meant(caplog):
     ]
     caplog.clear()
     read_rationales([dict(without("prediction"), predicted=1, answer=1, Rating=2)])
-    assert caplog.messages[:1] == [
+    assert [m for m in caplog.messages if "not read:" in m] == [
         "the rationales: not read: the fields 'predicted' (is it 'prediction'?), 'answer' (is it"
         " 'prediction'?), 'Rating' (is it 'rating'?)"
     ]
@@ -426,7 +426,19 @@ def test_fields_that_are_not_read_are_named_with_the_one_that_was_meant(caplog):
     ] and not caplog.messages
 
 
-def test_empty_cut_marks_are_refused():
+def test_records_of_this_package_are_read_and_empty_cut_marks_are_refused():
+    record = dict(
+        id="q",
+        split="dev",
+        question="Which?",
+        choices=["a", "b"],
+        answer=0,
+        target=1,
+        role="counterfactual",
+        rationale="b is it",
+    )
+    [one] = read_rationales([record])
+    assert (one.question.id, one.question.answer, one.prediction) == ("q/counterfactual", 0, 1)
     with pytest.raises(BadInput, match="field 'cut_at': is empty"):
         read_rationales(rows_of_a_file, cut_at=["Q:", ""])
 
@@ -768,7 +780,9 @@ def test_a_registered_family_is_asked_for_by_name_scored_and_held_against_rating
         )
     finally:
         del families["vowels"]
-    with pytest.raises(BadInput, match="must be one of las, controls, rev, rora, ratings, interventions"):
+    with pytest.raises(
+        BadInput, match="must be one of las, controls, rev, rora, ratings, judges, interventions"
+    ):
         score_rationales(rows_of_a_file, metrics=("vowels",))
 
 

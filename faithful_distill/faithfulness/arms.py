@@ -148,8 +148,8 @@ class Shuffled(Control):
         return Score(None, n=len(context.questions), reason=reason)
 
     def texts(self, context):
-        ids = [q.id for q in context.questions]
-        givers = [shuffle_across(ids, stable_seed(context.seed, d)) for d in range(context.draws)]
+        ids, asked = [q.id for q in context.questions], [normalized(q.question) for q in context.questions]
+        givers = [shuffle_across(ids, stable_seed(context.seed, d), asked) for d in range(context.draws)]
         return [[context.own[j] for j in column] for column in givers]
 
 # %% ../../nbs/74_arms.ipynb #2b870145
@@ -214,7 +214,9 @@ class Swap(Intervention):
         arms = {f"swap_{p}": [[Request(h.question, h.rationale, p) for h in handed]] for p in known}
         if self._one_question(context):
             return arms
-        givers = shuffle_across([f"{questions[h.question].id}/{h.target}" for h in handed], context.seed)
+        ids = [f"{questions[h.question].id}/{h.target}" for h in handed]
+        asked = [normalized(questions[h.question].question) for h in handed]
+        givers = shuffle_across(ids, context.seed, asked)
         shuffled = [Request(h.question, handed[j].rationale, context.prefix) for h, j in zip(handed, givers)]
         return arms | {"swap_shuffled": [shuffled]}
 

@@ -59,6 +59,7 @@ def score_rationales(
     limit: int | None = None,
     interval: dict | None = None,
     train_limit: int = 2000,
+    questions: Any = None,
     after: Callable[[Scored], Any] | None = None,
 ) -> Scored:
     """The whole suite, as far as it applies, for rationales of any origin.
@@ -70,9 +71,9 @@ def score_rationales(
     Parameters
     ----------
     records
-        a JSON-lines file, dicts, or `ExternalRationale`s
+        a JSON-lines file, a log of a known structure (`78_logs`), dicts, or `ExternalRationale`s
     metrics
-        names of `families`: las, controls, rev, rora, ratings, interventions; None: all
+        names of `families`: las, controls, rev, rora, ratings, judges, interventions; None: all
     simulator
         a name of `frozen.simulators` (NAME or NAME:MODEL), or a hub name or folder, which is fine-tuned;
         None: `frozen.default_simulator`
@@ -92,6 +93,8 @@ def score_rationales(
         draws, level, seed of the bootstrap
     train_limit
         at most so many rows, drawn evenly, train a simulator; all are scored
+    questions
+        for logs that do not hold them: see `read_rationales`
     after
         called with all that is known after each family; its facts say what is not yet computed
     """
@@ -100,7 +103,7 @@ def score_rationales(
     if isinstance(records, list) and records and isinstance(records[0], ExternalRationale):
         rows = records[:limit]
     else:
-        rows = read_rationales(records, cut_at=cut_at, limit=limit)
+        rows = read_rationales(records, cut_at=cut_at, limit=limit, questions=questions)
     task = ScoringTask(rows, simulator, model, parts, list(seeds), settings, interval or {}, {}, train_limit)
     wanted = sorted((f for f in families.values() if f.always or f.name in metrics), key=_turn)
     reasons = {needs: unmet(task, needs) for needs in sorted({f.needs for f in wanted})}
@@ -123,7 +126,7 @@ def score_rationales(
 
 
 def _turn(family: Family) -> int:
-    return ("text", "simulators", "ratings", "model").index(family.needs)
+    return ("text", "simulators", "judges", "ratings", "model").index(family.needs)
 
 # %% ../../nbs/79_scoring.ipynb #f2a8da28
 def _scores_of(family: Family, task: ScoringTask, reason: str, n: int) -> dict[str, Score]:
@@ -167,8 +170,8 @@ def _example_rows(task: ScoringTask) -> list[dict]:
     plain = [
         dict(
             id=b.question.id,
-            prediction=b.prediction,
-            gold=b.question.answer,
+            prediction=b.answered,
+            gold=b.gold,
             rating=float(np.mean(b.ratings)) if b.ratings else None,
             rationale=b.rationale,
         )
@@ -183,10 +186,10 @@ def _facts(task: ScoringTask, trained: bool) -> dict:
     facts = {
         "rationales": len(rows),
         "questions": len(set(task.groups)),
-        "without a parsable prediction": len(rows) - len(task.predicted),
+        "without a parsable prediction": sum(b.answered is None for b in rows),
         "empty": sum(not b.rationale for b in rows),
         "cut": sum(b.was_cut for b in rows),
-        "with gold answer": sum(b.question.answer is not None for b in rows),
+        "with gold answer": sum(b.gold is not None for b in rows),
         "rated": sum(bool(b.ratings) for b in rows),
     }
     if trained:

@@ -8,7 +8,7 @@ __all__ = ['logit_difference', 'step_profile', 'StepProfile']
 # %% ../../nbs/74_steps.ipynb #4bd1d64c
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import numpy as np
 

@@ -612,6 +612,35 @@ class Snapshot:
             self._checksums[path] = checksum(path)
         return self._checksums[path]
 
+# %% ../../nbs/80_keys.ipynb #80000002
+_wings_with_models = {"models", "teacher", "student", "training", "reasoners"}
+_drivers = (
+    "/dev/nvidiactl",
+    "/dev/kfd",
+    "/proc/driver/nvidia",
+    r"C:\Windows\System32\nvcuda.dll",
+    "/dev/dxg",
+)
+
+
+@lru_cache(maxsize=None)
+def accelerator() -> dict[str, str]:
+    "Device and precision that models are computed with; empty on a CPU."
+    hidden = os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1")
+    if hidden or not any(map(os.path.exists, _drivers)):
+        return {}
+    import torch
+
+    if not torch.cuda.is_available():
+        return {}
+    precision = "bf16" if torch.cuda.is_bf16_supported() else "fp32"
+    return {"device": torch.cuda.get_device_name(), "precision": precision}
+
+
+def computed_on(modules: Iterable[str]) -> dict[str, str]:
+    "What the machine adds to the key of a notebook that uses these modules."
+    return accelerator() if any(m.split(".")[0] in _wings_with_models for m in modules) else {}
+
 # %% ../../nbs/80_keys.ipynb #e725d6c6
 def found_notebook(name) -> Path:
     "A notebook by path, or by its place in the package's `nbs/`: 'experiments/train.ipynb'."
@@ -648,9 +677,11 @@ def planned_run(notebook, params: dict | None = None, runs="runs", snapshot: Sna
     for name, value in declared.items():
         base = Path.cwd() if name in given else notebook.parent
         values[name], counts[name] = inputs.resolved(name, value, base)
-    key = content_key({**code.recipe, "params": counts})
+    machine = computed_on(code.recipe["modules"])
+    recipe = {**code.recipe, **({"computed on": machine} if machine else {})}
+    key = content_key({**recipe, "params": counts})
     provenance = {
-        **code.recipe,
+        **recipe,
         "params": values,
         "inputs": {name: c for name, c in counts.items() if c != values[name]},
         "key": key,

@@ -200,6 +200,9 @@ class Section:
         its claims stand at the top of the report, and those of sections that are not main do not
     note
         how the claims take their number into account
+    samples
+        examples to browse, each with `question`, `choices`, `gold`, `summary` and `sides`: what stands side by side,
+        each with `title` and `blocks` (`label`, `text`, `answer`, `right`, `changed`)
     """
 
     heading: str
@@ -210,6 +213,7 @@ class Section:
     folder: str = ""
     main: bool = False
     note: str = ""
+    samples: list[dict] = field(default_factory=list)
 
 # %% ../../nbs/91_report.ipynb #b879133a
 def write_section(out, section: Section) -> Path:
@@ -407,6 +411,7 @@ def _shown(section: Section, with_claims: bool) -> dict:
         "note": section.note,
         "pictures": pictures,
         "tables": tables,
+        "samples": section.samples,
     }
 
 # %% ../../nbs/91_report.ipynb #0d473a5a

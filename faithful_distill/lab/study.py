@@ -23,7 +23,7 @@ from .comparisons import as_scores
 from .grid import Grid, chosen, load_grid
 from .kept import Kept, grid_with_kept, keep_rows, left_out, read_by_figures
 from .keys import Run
-from .plan import From, Outcome, TableOf, last_seconds, run_plan
+from .plan import Outcome, last_seconds, run_plan
 from .report import cost_report
 from .tables import metrics_of, note_origin, read_table, tidy, write_table
 

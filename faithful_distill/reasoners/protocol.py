@@ -208,7 +208,7 @@ class StudentReasoner(Reasoner):
     def __init__(self, student: Any, batch_size: int = 64, max_new_tokens: int | None = None):
         self.student, self.batch_size, self.max_new_tokens = student, batch_size, max_new_tokens
         self.name, self.prefix, self.tokenizer = student.name, student.prefix, student.tokenizer
-        self.answer_only = bool(student.settings.get("answer_only"))
+        self.answer_only = not student.writes_rationales
 
     def ask(self, questions, rationales=None, prefix=None, continue_from=False):
         sizes = self.batch_size, self.max_new_tokens

@@ -170,7 +170,7 @@ def _decided_by_ids(student, tails, chosen) -> bool:
 
 # %% ../../nbs/53_answers.ipynb #e60b98df
 def _windows(student, sources, texts, limit, batch_size):
-    "Indices of questions, some at a time; what a batch of them has read; and a function that makes batches of them."
+    "Indices of questions, some at a time; what a batch of them has read; and how batches are made."
     from faithful_distill.prefix_tree import refused
 
     if not student.is_seq2seq and not refused(student.model, _longest(student)):
@@ -197,7 +197,7 @@ def _tree_windows(student, sources, texts, limit, batch_size):
 
 # %% ../../nbs/53_answers.ipynb #d4a70613
 def _longest(student) -> int:
-    "Tokens that a row of a causal student may come to; an answer in other words than the choices' is a little longer."
+    "Tokens that a row of a causal student may come to; other words than a choice's are a little longer."
     return student.max_source + student.max_target + 32
 
 # %% ../../nbs/53_answers.ipynb #b8732091

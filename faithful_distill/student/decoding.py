@@ -129,7 +129,7 @@ class TreeBatch:
 
 
 def begin(student: Student, contexts: list[list[int]], read) -> "DecoderBatch | TreeBatch":
-    "The contexts as a batch; `read`: states and mask of the encoder; for a causal student tree and rows, or None."
+    "The contexts as a batch; `read`: states and mask of the encoder, or tree and rows, or nothing."
     if student.is_seq2seq or not read:
         return DecoderBatch(student, contexts, read)
     return TreeBatch(student, contexts, *read)
@@ -268,7 +268,7 @@ def causal_windows(
     stems: list[list[int]] | None = None,
     batch_size: int = 64,
 ) -> Iterator[tuple[list[int], Callable]]:
-    """(numbers of rows, function from some of them and their texts to a batch) of rows that are held together.
+    """(rows that are held together, function from some of them and their texts to a batch).
 
     Parameters
     ----------
