@@ -58,7 +58,8 @@ figures: .venv/.ready ## draw all figures once more from data/results, in their 
 
 docs: .venv/.ready ## the site, from the stored notebooks: docs/_build/html/index.html
 	$(BIN)/python -m pip install --quiet --editable '.[docs]'
-	$(BIN)/python -m sphinx -q -b html docs docs/_build/html
+	$(BIN)/python -m sphinx -q -W --keep-going -b html docs docs/_build/html
+	$(BIN)/python docs/check_links.py docs/_build/html
 
 clean: ## remove the environment and whatever was computed
-	rm -rf .venv runs data/runs data/cache build *.egg-info docs/_build docs/pages docs/generated
+	rm -rf .venv runs data/runs data/cache build *.egg-info docs/_build docs/pages docs/generated docs/project docs/api.md docs/cli.md

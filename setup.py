@@ -3,6 +3,7 @@
 `data/` and `nbs/` travel inside the wheel as `faithful_distill/shipped/...`, so that an installed package can do all a checkout can.
 """
 
+import re
 from configparser import ConfigParser
 from pathlib import Path
 
@@ -21,11 +22,16 @@ status = {
     "5": "5 - Production/Stable",
 }[c["status"]]
 
+address = f"{c['git_url']}/{{}}/{c['branch']}/"  # links of the README must lead somewhere from the package index too
+readme = Path("README.md").read_text(encoding="utf-8")
+readme = re.sub(r"(!\[[^]]*\]\()(?!\w+:|#)", rf"\1{address.format('raw')}", readme)
+readme = re.sub(r"(?<!!)(\[[^]]*\]\()(?!\w+:|#|!)", rf"\1{address.format('blob')}", readme)
+
 setup(
     name=lib,
     version=c["version"],
     description=c["description"],
-    long_description=Path("README.md").read_text(encoding="utf-8"),
+    long_description=readme,
     long_description_content_type="text/markdown",
     author=c["author"],
     author_email=c["author_email"],
@@ -39,15 +45,18 @@ setup(
         f"Natural Language :: {c['language']}",
         "Programming Language :: Python :: 3.11",
         "Programming Language :: Python :: 3.12",
+        "Programming Language :: Python :: 3.13",
     ],
     packages=find_packages(include=[lib, f"{lib}.*"]) + list(shipped),
     package_dir=shipped,
+    include_package_data=False,  # package_data says it all; else setuptools takes each data folder for a package, and warns
     package_data={
         "": ["py.typed", "*.pyi"],
         f"{lib}.shipped.data": [
             "README.md",
             "world/*",
             "prompts/*",
+            "rationales/*",
             "grids/*",
             "deepspeed/*",
             "report/*",
@@ -59,8 +68,8 @@ setup(
     },
     install_requires=c["requirements"].split(),
     extras_require={
-        "gguf": ["gguf"],
-        "docs": ["myst-nb", "furo", "sphinx-copybutton"],
+        "gguf": c["gguf_requirements"].split(),
+        "docs": ["myst-nb", "furo", "sphinx-copybutton", "latex2mathml"],
         "dev": c["dev_requirements"].split(),
         "lora": ["peft"],
     },

@@ -16,6 +16,8 @@ from .files import BadInput as BadInput
 from .lab.runs import run_notebook as run_notebook
 from .lab.study import reproduce as reproduce
 from .questions import Question as Question
+from .reasoners.opening import open_reasoner as open_reasoner
+from .reasoners.protocol import Reasoner as Reasoner
 from .sources import load_questions as load_questions
 from .student.answers import answer as answer, explain as explain
 from .student.model import load_student as load_student

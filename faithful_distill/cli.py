@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['AtLeastOne', 'command', 'main', 'shown_log', 'reproduce', 'read_questions', 'rationales', 'train', 'import_',
-           'publish', 'evaluate', 'score']
+           'publish', 'evaluate', 'measure', 'score', 'completion']
 
 # %% ../nbs/95_cli.ipynb #1ee5e192
 import logging
@@ -102,7 +102,7 @@ def reproduce(
     list
         print what there is to compute, and stop
     dry_run
-        the same: what would be computed, and how long it took last time
+        the same: what would be computed, how long it took last time, or (~) where the package's study was computed
     keep
         folder such as data/results: what stands in its tables is not computed again, and when all is done the small tables that the figures read are written there
     """
@@ -210,6 +210,7 @@ def rationales(
     token_budget=inherit,
     scores=inherit,
     out: str,
+    dry_run: bool = False,
 ):
     """A teacher's rationales for a dataset, gold and counterfactual.
 
@@ -239,9 +240,12 @@ def rationales(
         worked examples: csqa, strategyqa, creak, qasc, a .jsonl file, or none; the dataset's own if not given
     out
         JSON-lines file; a second call goes on where the first one stopped
+    dry_run
+        say, after a short trial, how many tokens it will be and how long it will take, and stop
     """
     from faithful_distill.files import shipped, writable_folder
     from faithful_distill.ranks import leave_ranks
+    from faithful_distill.teacher.estimate import estimate_rationales
     from faithful_distill.teacher.loading import load_teacher
     from faithful_distill.teacher.rationales import summary
     from faithful_distill.teacher.strategy import as_strategy
@@ -261,16 +265,16 @@ def rationales(
         dtype=dtype,
         tensor_parallel=tensor_parallel,
     )
+    how = dict(prompt=_prompt_for(prompt, data), shots=shots, seed=seed, max_new_tokens=max_new_tokens)
+    if dry_run:
+        return click.echo(estimate_rationales(loaded, questions, chosen, roles=tuple(roles), **how))
     with shown_log():
         records = rationalize_in_parts(
             loaded,
             questions,
             chosen,
             roles=tuple(roles),
-            prompt=_prompt_for(prompt, data),
-            shots=shots,
-            seed=seed,
-            max_new_tokens=max_new_tokens,
+            **how,
             scores=scores,
             samples=samples,
             select=select if select == "growth" or samples == 1 else _reader(select),
@@ -455,6 +459,23 @@ def publish(
     folder = publish_rationales(rationales, out, **about, push_to=push_to, private=private)
     click.echo(f"{folder}: {', '.join(sorted(p.name for p in folder.iterdir()))}")
 
+# %% ../nbs/95_cli.ipynb #5cd108fd
+def named_simulator(name: str | None) -> str | None:
+    "What `--simulator` names, checked; None for none. Raises `BadInput`."
+    from faithful_distill.faithfulness.frozen import default_models, model_at_hand, simulators
+    from faithful_distill.models import check_name
+
+    kind, _, model = (name or "").partition(":")
+    if name is None or kind not in simulators:
+        return name if name is None else check_name(name, "--simulator")
+    if model:
+        check_name(model, "--simulator")
+    elif kind in default_models and model_at_hand(kind) is None:
+        from faithful_distill.lab.pretrained import pretrained
+
+        pretrained(default_models[kind])
+    return name
+
 # %% ../nbs/95_cli.ipynb #c845544e
 @command("cli:read_questions", "faithfulness.interventions:measure")
 def evaluate(
@@ -489,16 +510,22 @@ def evaluate(
     rationales
         the teacher's rationales for these questions: needed for refine and swap
     simulator
-        base model of the LAS simulators (a folder or hub name); without one LAS is not measured
+        what guesses the answers for LAS: embeddings, embeddings+head, likelihood, fine-tuned (NAME or NAME:MODEL), or
+        a folder or hub name, which is fine-tuned; if none is named, that of `score` for real questions where its
+        model is here, else LAS is not measured
     out
-        folder for metrics.json and answers.json
+        folder for metrics.json, answers.json and report.html
     """
     from faithful_distill.faithfulness.interventions import measure
-    from faithful_distill.faithfulness.readers import ChoiceReader, read_choices
+    from faithful_distill.faithfulness.frozen import as_simulator, default_simulator
+    from faithful_distill.faithfulness.readers import new_reader, read_choices
     from faithful_distill.faithfulness.simulators import ModelBehaviour, try_las
+    from faithful_distill.faithfulness.suite import Suite, suite_facts, suite_rows
     from faithful_distill.files import writable_folder, write_json
+    from faithful_distill.lab.measure_report import write_suite
     from faithful_distill.lab.world import fact_of
     from faithful_distill.questions import require_answers
+    from faithful_distill.reasoners.protocol import as_reasoner
     from faithful_distill.records import read_records
     from faithful_distill.student.model import load_student
     from faithful_distill.training.card import model_card
@@ -507,11 +534,16 @@ def evaluate(
     asked = read_questions(data, path, split, limit, skip_bad, columns, config)
     questions = require_answers(asked, "evaluation")
     records = read_records(rationales, questions=questions) if rationales else []
+    in_world = data.split("-")[0] == "world"
+    if simulator is None and not in_world and default_simulator() != "scratch":
+        simulator = default_simulator()
     if simulator is not None:  # before the long part: can it be had, and does it read?
-        read_choices(ChoiceReader(simulator), questions[:1], ["a text"])
-    facts = [fact_of(q) for q in questions] if data.split("-")[0] == "world" else None
+        simulator = as_simulator(named_simulator(simulator), lambda: [q.question for q in questions])
+        read_choices(new_reader(simulator), questions[:1], ["a text"])
+    facts = [fact_of(q) for q in questions] if in_world else None
+    model = load_student(student)
     measured = measure(
-        load_student(student),
+        model,
         questions,
         records,
         metrics=metrics,
@@ -526,16 +558,120 @@ def evaluate(
     write_json(folder / "metrics.json", {name: s.to_dict() for name, s in scores.items()})
     if simulator is not None:
         behaviour = ModelBehaviour(questions, [a.rationale for a in written], [a.choice for a in written])
-        scores |= try_las(simulator, behaviour, cluster=facts)
+        with shown_log():
+            scores |= try_las(simulator, behaviour, cluster=facts)
         write_json(folder / "metrics.json", {name: s.to_dict() for name, s in scores.items()})
     if (Path(student) / "student.json").is_file():
         model_card(
             student, {f"{name} ({Path(data).name}, {split})": s.to_dict() for name, s in scores.items()}
         )
+    suite = Suite(scores, suite_rows(measured), suite_facts(as_reasoner(model), measured), measured.left_out)
+    report = write_suite(suite, folder, f"{Path(student).name} on {Path(data).name}, {split}")
     for name, s in scores.items():
         click.echo(f"{name:32s}{s}")
+    click.echo(f"Report: {report}")
     if unread := sum(a.choice is None for a in written):
         click.echo(f"{unread} of {len(written)} answers name no choice; they count as wrong")
+
+# %% ../nbs/95_cli.ipynb #aa0b00d3
+@command("cli:read_questions", "faithfulness.suite:measure_suite")
+def measure(
+    *,
+    model: str,
+    style: Literal["auto", "worked", "chat", "think", "student"] = "auto",
+    data=inherit,
+    path=inherit,
+    split=inherit,
+    limit=inherit,
+    skip_bad=inherit,
+    columns=inherit,
+    config=inherit,
+    rationales: str | None = None,
+    metrics: list[str] = inherit,
+    prompt: str | None = None,
+    shots: int | None = None,
+    system: str | None = None,
+    tags: list[str] = ("<think>", "</think>"),
+    answers: Literal["likely", "said"] = "likely",
+    simulator=inherit,
+    draws: AtLeastOne = inherit,
+    batch_size: AtLeastOne | None = None,
+    max_new_tokens: AtLeastOne | None = None,
+    seed=inherit,
+    dtype: str = "auto",
+    compare: str | None = None,
+    out: str,
+):
+    """Is the reasoning of a model faithful? What any model answers when its rationales are damaged, replaced or gone.
+
+    Called again after an interruption it goes on where it stopped; with more metrics it asks only what is new.
+
+    Example:  faithful-distill measure --model HuggingFaceTB/SmolLM2-135M-Instruct --data csqa --limit 200 --out measured
+    Compare:  faithful-distill measure --model model.gguf --style chat --data csqa --limit 200 --compare measured --out other
+
+    Parameters
+    ----------
+    model
+        hub name or folder of a causal model or a trained student, or a .gguf file
+    style
+        auto (by the model's own files), worked (examples), chat (its template), think (its template, with tags), student
+    rationales
+        a teacher's rationales for these questions: needed for refine and swap
+    metrics
+        perturb, refine, swap, controls, early, mistakes, hint, mediation, steps, surface; las, rev, rora, simulatability
+        (train simulators); unlearning (students); or all
+    prompt
+        worked examples: csqa, strategyqa, creak, qasc, a .jsonl file, or none; the dataset's own if not given
+    shots
+        how many worked examples; all for worked, none for chat and think if not given
+    system
+        system prompt of a chat
+    tags
+        around a thought
+    answers
+        likely: the likeliest choice per token counts; said: the choice that greedy decoding writes
+    max_new_tokens
+        longest rationale; 96 worked, 192 chat, 1024 think if not given
+    batch_size
+        contexts held at a time; 64 if not given
+    dtype
+        precision; float32 on a CPU, else the model's own
+    compare
+        folder of another measurement on the same questions, to stand beside this one
+    out
+        folder for report.html, metrics.json, facts.json, rows.jsonl, and the answers
+    """
+    from faithful_distill.faithfulness.suite import measure_suite, suite_names
+    from faithful_distill.files import sole_writer
+    from faithful_distill.lab.measure_report import read_suite, suite_folder, write_suite
+    from faithful_distill.lab.world import fact_of
+    from faithful_distill.questions import require_answers
+    from faithful_distill.reasoners.cached import CachedReasoner
+    from faithful_distill.reasoners.opening import open_reasoner, reasoner_options
+
+    suite_names(metrics)  # what is mistyped is said before a model is loaded
+    if compare is not None:
+        read_suite(compare)
+    folder = suite_folder(out)
+    questions = require_answers(
+        read_questions(data, path, split, limit, skip_bad, columns, config), "measuring"
+    )
+    asked = dict(shots=shots, system=system, max_new_tokens=max_new_tokens, batch_size=batch_size)
+    usual = dict(prompt=_prompt_for(prompt, data), tags=tuple(tags), answers=answers, dtype=dtype)
+    known = reasoner_options(model, style)
+    asked |= {name: value for name, value in usual.items() if name in known}
+    facts = [fact_of(q) for q in questions] if data.split("-")[0] == "world" else None
+    with sole_writer(folder, folder / ".measure.lock"), shown_log():
+        reasoner = CachedReasoner(open_reasoner(model, style, **asked), folder / "answers.jsonl")
+        how = dict(metrics=metrics, draws=draws, seed=seed, simulator=simulator, interval={"cluster": facts})
+        suite = measure_suite(reasoner, questions, rationales or (), **how)
+        report = write_suite(suite, folder, f"{Path(model).name} on {Path(data).name}, {split}", compare)
+        reasoner.close()
+    _show_scores(suite)
+    click.echo(
+        f"{reasoner.computed:,} answers computed, {len(reasoner.known) - reasoner.computed:,} known before"
+    )
+    click.echo(f"Report: {report}")
 
 # %% ../nbs/95_cli.ipynb #56f252cb
 @command("faithfulness.scoring:score_rationales")
@@ -544,6 +680,7 @@ def score(
     *,
     out: str,
     cut_at: tuple[str, ...] = (),
+    questions: str | None = None,
     simulator: str | None = None,
     model: str | None = None,
     metrics: list[str] = inherit,
@@ -554,7 +691,8 @@ def score(
 ):
     r"""The whole suite, as far as it applies, for rationales that any system wrote.
 
-    FILE is JSON lines: question, choices, prediction (index, letter, text, or null), rationale; optional gold, rating, id, model.
+    FILE is JSON lines: question, choices, prediction (index, letter, text, or null), rationale; optional gold, rating, judge, id, model.
+    Also: samples of lm-evaluation-harness, an Inspect log in JSON, OpenAI's batch output, or what `rationales` wrote.
 
     Example:  faithful-distill score rationales.jsonl --out scored --cut-at '\n\nQ:'
 
@@ -564,8 +702,12 @@ def score(
         folder for metrics.json, scores.jsonl and report.html
     cut_at
         a rationale ends before this text, such as an invented next question: '\n\nQ:'; repeatable
+    questions
+        JSON lines with id, question, choices, answer, for a batch output, which does not hold them
     simulator
-        base model of the simulators (a folder or hub name); a small reader made from this file if none is named
+        what guesses the predictions: scratch (a small reader made from this file), embeddings, embeddings+head,
+        likelihood, fine-tuned (NAME or NAME:MODEL), or a folder or hub name, which is fine-tuned; embeddings+head
+        where its model is here, else scratch, if none is named
     model
         model that wrote the rationales: adds interventions; else the field 'model' of the file, where it is a folder here
     simulators
@@ -578,9 +720,9 @@ def score(
     from faithful_distill.lab.score_report import write_numbers, write_scored
     from faithful_distill.models import check_name
 
-    for field, name in (("--simulator", simulator), ("--model", model)):
-        if name is not None:
-            check_name(name, field)
+    if model is not None:
+        check_name(model, "--model")
+    simulator = named_simulator(simulator)
     folder, known = writable_folder(out), []
 
     def keep(scored):
@@ -599,6 +741,7 @@ def score(
                 cut_at=[mark.replace("\\n", "\n") for mark in cut_at],
                 limit=limit,
                 train_limit=train_limit,
+                questions=questions,
                 after=keep,
             )
             known.append(scored)
@@ -612,6 +755,34 @@ def score(
     click.echo(f"Report: {report}")
 
 
+@command()
+def completion(
+    *,
+    shell: Literal["bash", "zsh", "fish"] = "bash",
+):
+    """What makes the shell complete commands and options: put it into your shell's start-up file.
+
+    Example:  faithful-distill completion --shell bash >> ~/.bashrc
+
+    Parameters
+    ----------
+    shell
+        bash, zsh or fish
+    """
+    from click.shell_completion import get_completion_class
+
+    made = get_completion_class(shell)(main, {}, "faithful-distill", "_FAITHFUL_DISTILL_COMPLETE")
+    click.echo(made.source())
+
+
 def _show_scores(scored) -> None:
+    "What was computed, a line each; what was not, a line for each reason."
+    missing: dict[str, list[str]] = {}
     for name, s in scored.scores.items():
-        click.echo(f"{name:32s}{s}")
+        if s.value is None:
+            missing.setdefault(s.reason or "no reason is known", []).append(name)
+        else:
+            click.echo(f"{name:32s}{s}")
+    for reason, names in missing.items():
+        shown = ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
+        click.echo(f"Not computed: {shown}: {reason}")

@@ -35,13 +35,11 @@ from faithful_distill.questions import (
     Question,
     letter,
     match_choice,
-    plain_fields,
     without_punctuation,
 )
 from faithful_distill.records import (
     AnswerSentence,
     Rationale,
-    AnswerSentence,
     answer_sentences,
     rationale_from_row,
     read_records,

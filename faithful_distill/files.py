@@ -572,22 +572,27 @@ def cache_folder() -> Path:
 
 # %% ../nbs/00_files.ipynb #fe36cdc9
 def progress(iterable: Iterable | None = None, *, total: int | None = None, desc: str = "", unit: str = "it"):
-    """A `tqdm` bar over `iterable`, shown in terminal and notebook, silent when piped.
+    """A `tqdm` bar over `iterable`, shown in terminal and notebook; when piped, a line every half minute.
 
     Without an iterable it is moved by hand, with `.update`.
     """
     from tqdm import tqdm
 
-    shown_in = _progress_file()
+    shown_in, lines = _progress_file(), not shows_progress()
+    quiet = os.environ.get("FAITHFUL_DISTILL_PROGRESS") == "0"
     return tqdm(
         iterable,
         total=total,
         desc=desc,
         unit=unit,
-        disable=not shows_progress(),
-        mininterval=0.5,
+        disable=quiet,
+        mininterval=_between_lines if lines else 0.5,
+        delay=_between_lines if lines else 0,
+        bar_format="{desc}: {n_fmt}/{total_fmt} {unit}, {elapsed} so far, {remaining} to go"
+        if lines
+        else None,
         leave=False,
-        file=_LastLine(shown_in) if shown_in else None,
+        file=_LastLine(shown_in) if shown_in else _Lines() if lines else None,
         ncols=0 if shown_in else None,  # 0: numbers only
         dynamic_ncols=not shown_in and sys.stderr.isatty(),
     )
@@ -604,6 +609,20 @@ def _progress_file() -> str | None:
     return asked if os.path.isabs(asked) else None
 
 # %% ../nbs/00_files.ipynb #25dffc37
+_between_lines = 30.0  # seconds between two lines where a bar cannot move
+
+
+class _Lines:
+    "A stream for a bar that writes each state as a line of its own to the error stream."
+
+    def write(self, text: str) -> None:
+        if text.strip("\r\n "):
+            sys.stderr.write(text.strip("\r\n ") + "\n")
+
+    def flush(self) -> None:
+        sys.stderr.flush()
+
+
 class _LastLine:
     "A stream for a bar that keeps only what the bar shows at the moment, in a file."
 

@@ -9,7 +9,9 @@ __all__ = []
 import difflib
 import os
 import re
+import time
 from contextlib import contextmanager
+from functools import cache
 from inspect import isclass
 from pathlib import Path
 from typing import Any
@@ -35,15 +37,20 @@ def _near_folders(text: str) -> list[str]:
     return [str(parent / name) for name in difflib.get_close_matches(Path(text).name, names, n=1, cutoff=0.8)]
 
 # %% ../nbs/08_models.ipynb #08a00007
-def check_name(name, field: str) -> str:
-    """The name of a model, as a text: a folder that is there, or what may be a name on the hub.
+def is_gguf(name) -> bool:
+    "Whether a name means a GGUF file."
+    return str(name).endswith(".gguf")
 
-    Raises `BadInput` for an empty name, a file, and what looks like a folder that is not there; asks no network.
+
+def check_name(name, field: str) -> str:
+    """The name of a model, as a text: a folder or GGUF file that is there, or what may be a name on the hub.
+
+    Raises `BadInput` for an empty name, another file, and what looks like a folder that is not there; asks no network.
 
     Parameters
     ----------
     name
-        a folder, or 'owner/name' on the hub
+        a folder, a .gguf file, or 'owner/name' on the hub
     field
         what errors call it
     """
@@ -53,8 +60,10 @@ def check_name(name, field: str) -> str:
     text = os.fspath(name)
     if not text.strip():
         raise BadInput("is empty; is a variable not set?", field=field, value=text, remedy=remedy)
-    if os.path.isdir(text):
+    if os.path.isdir(text) or is_gguf(text) and os.path.isfile(text):
         return text
+    if is_gguf(text):
+        raise BadInput("there is no such file", field=field, value=text, remedy="Check the path.")
     if os.path.exists(text):
         raise BadInput("is a file, not a folder", field=field, value=text, remedy=remedy)
     near = _near_folders(text)
@@ -77,6 +86,36 @@ def check_dtype(dtype, field: str = "dtype"):
         problem = "must be one of auto, float32, bfloat16, float16, float64"
         raise BadInput(problem, field=field, value=dtype)
     return found
+
+# %% ../nbs/08_models.ipynb #b8cde48e
+@cache
+def slow_on_cpu(dtype) -> bool:
+    "Does a product of matrices take longer in this precision than in float32, on one core?"
+    import torch
+
+    def seconds(precision):
+        x, weight = torch.ones(64, 512, dtype=precision), torch.ones(512, 512, dtype=precision)
+        return min(_seconds(lambda: torch.nn.functional.linear(x, weight)) for _ in range(8))
+
+    return seconds(dtype) > seconds(torch.float32)
+
+
+def _seconds(run) -> float:
+    start = time.thread_time()
+    run()
+    return time.thread_time() - start
+
+# %% ../nbs/08_models.ipynb #ef6baf2f
+def fast_dtype(dtype, config):
+    "'auto' on a CPU: float32, if weights are stored in a precision that is slower here; else as given."
+    import torch
+
+    stored = getattr(config, "dtype", None)
+    if isinstance(stored, str):
+        stored = getattr(torch, stored, None)
+    if dtype != "auto" or torch.cuda.is_available() or stored not in (torch.bfloat16, torch.float16):
+        return dtype
+    return torch.float32 if slow_on_cpu(stored) else dtype
 
 # %% ../nbs/08_models.ipynb #08a0000d
 def _damaged_file(folder: str) -> str | None:
@@ -160,8 +199,41 @@ def _check_whole(model, tokenizer, loaded: dict, new_head: bool) -> str | None:
         return "has a tokenizer that knows no word: are its files missing?"
     return None
 
+# %% ../nbs/08_models.ipynb #9b89863e
+def source_of(name: str) -> tuple[str, dict]:
+    "What `from_pretrained` takes for a model: a folder or hub name, and the GGUF file in it if it is one."
+    if not is_gguf(name):
+        return name, {}
+    return os.path.dirname(os.path.abspath(name)), {"gguf_file": os.path.basename(name)}
+
+
+def _check_gguf(name: str, field: str) -> None:
+    "Raises `BadInput` for a file that is not GGUF, and where the package that reads it is missing."
+    from importlib.util import find_spec
+
+    with open(name, "rb") as f:
+        begins = f.read(4)
+    if begins != b"GGUF":
+        raise BadInput(
+            "is no GGUF file", field=field, value=name, remedy="It may be cut off: fetch it again."
+        )
+    if find_spec("gguf") is None:
+        remedy = "pip install 'faithful_distill[gguf]'"
+        raise BadInput("needs the package gguf", field=field, value=name, remedy=remedy)
+
+
+def _without_quantisation(model):
+    "The same model with a configuration of plain weights: `save_pretrained` refuses the other."
+    if hasattr(model.config, "quantization_config"):
+        del model.config.quantization_config
+        model.hf_quantizer = None
+        model.is_quantized = False
+    return model
+
 # %% ../nbs/08_models.ipynb #08a00013
-def _remedy(what: str) -> str:
+def _remedy(what: str, name="") -> str:
+    if is_gguf(name):
+        return "Fetch it again if it was cut off; or take a folder of the model with config.json and safetensors."
     return f"Give a folder with config.json, tokenizer and model.safetensors of a {what}, or its name on the hub."
 
 
@@ -171,13 +243,16 @@ def load_config(name, what: str, field: str | None = None):
     Raises `BadInput` if it cannot be had.
     """
     name = check_name(name, field or what)
+    if is_gguf(name):
+        _check_gguf(name, field or what)
     from transformers import AutoConfig
 
     folder = Path(name)
     if (folder / "adapter_config.json").is_file() and not (folder / "config.json").exists():
         return None
-    with _refusing("config.json", name, what, field or what, _remedy(what)):
-        return AutoConfig.from_pretrained(name, trust_remote_code=False)
+    where, file = source_of(name)
+    with _refusing("config.json", name, what, field or what, _remedy(what, name)):
+        return AutoConfig.from_pretrained(where, trust_remote_code=False, **file)
 
 # %% ../nbs/08_models.ipynb #08a00017
 def load_pretrained(
@@ -190,12 +265,12 @@ def load_pretrained(
     new_head: bool = False,
     **options,
 ) -> tuple[Any, Any]:
-    """Model and tokenizer from a folder or the hub. Raises `BadInput` if they cannot be had, whatever the cause.
+    """Model and tokenizer from a folder, a GGUF file or the hub. Raises `BadInput` if they cannot be had.
 
     Parameters
     ----------
     name
-        a folder, or a name on the hub
+        a folder, a .gguf file, or a name on the hub
     what
         'teacher', 'student', 'reader': what it is loaded as, for errors
     model_class
@@ -203,7 +278,7 @@ def load_pretrained(
     field
         what errors call the name; None: `what`
     dtype
-        see `check_dtype`
+        see `check_dtype`; 'auto': as it is stored, or float32 on a CPU that is slow in that precision or of a GGUF file
     new_head
         a head may be missing from the checkpoint and is made anew
     **options
@@ -213,15 +288,28 @@ def load_pretrained(
     name, config = check_name(name, field), load_config(name, what, field)
     from transformers import AutoTokenizer
 
-    bad = dict(name=name, what=what, field=field, remedy=_remedy(what))
+    where, file = source_of(name)
+    dtype = _gguf_dtype(dtype) if file else dtype
+    bad = dict(name=name, what=what, field=field, remedy=_remedy(what, name))
     with _refusing("tokenizer", **bad):
-        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(where, trust_remote_code=False, **file)
     with _refusing("config.json or its weights", **bad):
         safe = dict(use_safetensors=True, trust_remote_code=False, output_loading_info=True)
         kind = model_class if isclass(model_class) else model_class(config)
-        model, loaded = kind.from_pretrained(name, dtype=dtype, **safe, **options)
+        kept = fast_dtype(dtype, config)
+        model, loaded = kind.from_pretrained(where, dtype=kept, **safe, **file, **options)
+        model = _without_quantisation(model)
     with _refusing("tokenizer", **bad):
         wrong = _check_whole(model, tokenizer, loaded, new_head)
     if wrong:
-        raise BadInput(wrong, field=field, value=name, remedy=_remedy(what))
+        raise BadInput(wrong, field=field, value=name, remedy=_remedy(what, name))
     return model, tokenizer
+
+
+def _gguf_dtype(dtype):
+    "The precision for weights that were quantised and have none of their own."
+    import torch
+
+    if dtype != "auto":
+        return dtype
+    return torch.bfloat16 if torch.cuda.is_available() else torch.float32

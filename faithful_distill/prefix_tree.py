@@ -7,7 +7,7 @@ __all__ = ['Root', 'PrefixTree', 'windows', 'refused']
 
 # %% ../nbs/09_prefix_tree.ipynb #0d188421
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -247,7 +247,12 @@ class PrefixTree(Tree):
     "A tree that goes on writing its rows, and scores what could follow them."
 
     def write(
-        self, rows: Sequence, contexts: Sequence[list[int]], limits: Sequence[int], eos: int
+        self,
+        rows: Sequence,
+        contexts: Sequence[list[int]],
+        limits: Sequence[int],
+        eos: int | Collection[int],
+        over: Callable[[Any, list[int]], bool] | None = None,
     ) -> tuple[list[list[int]], list[bool]]:
         """Greedy continuations without `eos`, of at most `limits` tokens; and did they end within the limit?
 
@@ -260,8 +265,11 @@ class PrefixTree(Tree):
         limits
             tokens; the one that ends the text is not counted
         eos
-            ends a text
+            ends a text, or several that do
+        over
+            (row, its tokens so far) -> is that enough?; None: never
         """
+        ends = {eos} if isinstance(eos, int) else {*eos}
         nodes = [self.end(*row) for row in zip(rows, contexts)]
         written, ended = [[] for _ in nodes], [False] * len(nodes)
         alive = [i for i, limit in enumerate(limits) if limit > 0]
@@ -271,10 +279,11 @@ class PrefixTree(Tree):
             self._gather({nodes[i].cluster for i in alive})
             self.compute()
             for i in alive:
-                ended[i] = nodes[i].best == eos
+                ended[i] = nodes[i].best in ends
                 if not ended[i]:
                     written[i].append(nodes[i].best)
             alive = [i for i in alive if not ended[i] and len(written[i]) < limits[i]]
+            alive = [i for i in alive if over is None or not over(rows[i], written[i])]
             for i in alive:
                 nodes[i] = self.add(nodes[i], written[i][-1:])
         return written, ended
@@ -293,7 +302,7 @@ class PrefixTree(Tree):
     def score(
         self, rows: Sequence, contexts: Sequence[list[int]], choices: Sequence[list[list[int]]]
     ) -> tuple[list[list[float]], list[int | None]]:
-        """Log-likelihood of each choice after each row, in nats; and the choice that greedy decoding would write.
+        """Log-likelihood of each choice after each row, in nats; and the choice that would be written.
 
         Parameters
         ----------
@@ -320,7 +329,7 @@ class PrefixTree(Tree):
 def clusters_of(
     contexts: Sequence[list[int]], more: Sequence[int], start: int, most_rows: int, tokens: int = 512
 ) -> list[tuple[list[int], int]]:
-    "(numbers of rows, tokens they will come to beyond the root) of each cluster; `more`: what follows a context."
+    "(rows, tokens they will come to beyond the root) of each cluster; `more`: what follows a context."
     clusters, before = [], []
     for i in sorted(range(len(contexts)), key=contexts.__getitem__):
         same = max(0, shared_tokens(before, contexts[i]) - start)
@@ -403,7 +412,7 @@ class _Watched(PrefixTree):
 
 
 def _trial_distance(model, longest) -> float:
-    "How far the logits of a small tree are from plain passes, at worst: of three texts that were written on, one scored."
+    "How far the logits of a small tree are from plain passes, at worst of three texts."
     size = model.get_input_embeddings().weight.shape[0]
     stem, *ends = (
         [(7 * i + 3) % size for i in range(a, b)] for a, b in ((0, 20), (30, 31), (40, 43), (41, 45))

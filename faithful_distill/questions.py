@@ -8,11 +8,13 @@ __all__ = ['fixed_choices', 'Question', 'letter', 'choice_text', 'question_key',
            'as_questions', 'require_answers']
 
 # %% ../nbs/02_questions.ipynb #d2addbee
+import hashlib
 import json
 import random
 import re
 import unicodedata
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any, Iterable, Mapping
 
 from .files import BadInput, check_encodable, stable_seed
@@ -326,7 +328,11 @@ def _refuse_ambiguous(answer, readings: list[int], choices, field: str) -> None:
 
 # %% ../nbs/02_questions.ipynb #a103a134
 def _reading_like(text: str, choices) -> list[int]:
-    return [i for i, c in enumerate(choices) if isinstance(c, str) and normalized(c) == normalized(text)]
+    "The choices that read like a text; most are set aside by its first word, which normalising would keep."
+    wanted = normalized(text)
+    first = wanted.split(" ")[0]
+    near = lambda c: isinstance(c, str) and (not c.isascii() or first in c.lower())
+    return [i for i, c in enumerate(choices) if near(c) and normalized(c) == wanted]
 
 # %% ../nbs/02_questions.ipynb #dee28d58
 _other_names = {
@@ -489,15 +495,27 @@ def plain_fields(row: dict) -> dict:
 
 # %% ../nbs/02_questions.ipynb #8d55536a
 def as_dataset(questions: Iterable[Question]):
-    "A `datasets.Dataset` of questions, one column a field, also where there are none."
+    """A `datasets.Dataset` of questions, one column a field, also where there are none.
+
+    They are taken ten thousand at a time: of a large file no more than these are held as objects.
+    """
     import datasets
+    import pyarrow
 
     text, integer = datasets.Value("string"), datasets.Value("int64")
     columns = {name: text for name in Question.__dataclass_fields__}
-    columns |= {"choices": datasets.List(text), "answer": integer}
-    questions = list(questions)
-    return datasets.Dataset.from_dict(
-        {name: [getattr(q, name) for q in questions] for name in columns}, features=datasets.Features(columns)
+    features = datasets.Features(columns | {"choices": datasets.List(text), "answer": integer})
+    schema, waiting = features.arrow_schema, iter(questions)
+    tables, digest = [schema.empty_table()], hashlib.sha256()
+    while some := list(islice(waiting, 10_000)):
+        rows = {name: [getattr(q, name) for q in some] for name in columns}
+        tables.append(pyarrow.Table.from_pydict(rows, schema=schema))
+        for q in some:  # the name for caches; `datasets` itself would copy the whole table for it
+            digest.update(repr(q).encode())
+    return datasets.Dataset(
+        datasets.table.InMemoryTable(pyarrow.concat_tables(tables)),
+        datasets.DatasetInfo(features=features),
+        fingerprint=digest.hexdigest()[:16],
     )
 
 # %% ../nbs/02_questions.ipynb #2ba5ccc7

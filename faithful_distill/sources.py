@@ -13,6 +13,7 @@ import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from itertools import islice
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -359,13 +360,13 @@ def load_questions(
     bad = None if skip_bad is None else []
     found = _find(data, split, path, config, bad)
     made = _Made(found, split, columns, bad)
-    questions = made.questions(limit)
+    questions = as_dataset(islice(made.questions(), limit))
     if bad is not None:
         _report_rejected(bad, skip_bad)
     _warn(found.where or "the data", split, made.others, made.names)
-    if not questions and limit != 0:
+    if not len(questions) and limit != 0:
         raise BadInput("there are no questions", file=found.where, remedy=made.why_none(skip_bad))
-    return as_dataset(questions)
+    return questions
 
 
 _plain_names = ("question", "choices", "answer", "id", "kind", "split", "explanation")
@@ -393,21 +394,18 @@ class _Made:
     others: Counter = field(default_factory=Counter)
     names: dict[str, None] = field(default_factory=dict)
 
-    def questions(self, limit: int | None) -> list[Question]:
-        questions, read = [], self.found.read
-        for line, row in self.found.rows if limit != 0 else ():
+    def questions(self) -> Iterator[Question]:
+        read = self.found.read
+        for line, row in self.found.rows:
             try:
                 row = with_columns(row, self.columns)
                 read = read or (_own_fields if self.columns else _layout(row))
-                questions += self._question(read, row, line)
+                yield from self._question(read, row, line)
             except (BadInput, *_unforeseen) as e:
                 error = _located(e, self.found.where, line)
                 if self.bad is None:
                     raise error from None
                 self.bad.append(error)
-            if len(questions) == limit:
-                break
-        return questions
 
     def _question(self, read: Callable, row, line: int) -> list[Question]:
         fields = {k: v for k, v in read(row).items() if v or k not in ("split", "dataset")}

@@ -36,7 +36,7 @@ def columns_of(name: str) -> list[str]:
 
 def test_the_grid_asks_for_parameters_that_the_notebooks_have():
     assert load_grid("bench").name == "bench"
-    for name in ("bench_decode", "bench_train"):
+    for name in ("bench_decode", "bench_train", "bench_evaluate"):
         declared = notebook_parameters(shipped("nbs", "experiments", f"{name}.ipynb"))
         assert all(p.kind and p.help for p in declared.values()), declared
 
@@ -141,6 +141,18 @@ def test_training_and_evaluation_are_the_same_work_in_every_way(tmp_path):
     assert list(table.columns) == columns_of("bench_train")
     assert list(zip(table.what, table.config)) == [("train", "cpu"), ("train", "zero2"), ("evaluate", "")]
     assert (table.same < 1e-3).all() and (table.less > 1).all()
+
+
+@slow
+def test_a_tree_gives_the_answers_of_batches_and_of_one_text_at_a_time(tmp_path):
+    run_cells("bench_evaluate", tmp_path)
+    table = pd.read_csv(tmp_path / "bench_evaluate.csv")
+    assert list(table.columns) == columns_of("bench_evaluate")
+    line = table.iloc[0]
+    assert line.same < 1e-3 and line.requests > 3 * 20 and line["plain requests"] == 12
+    again = dict(questions=2, sample=2, earlier=str(tmp_path / "bench_evaluate.csv"))
+    run_cells("bench_evaluate", tmp_path / "2", **again)
+    assert pd.read_csv(tmp_path / "2" / "bench_evaluate.csv").questions.tolist() == [3, 2]
 
 
 @slow

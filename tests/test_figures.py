@@ -1122,3 +1122,54 @@ def test_every_strategy_of_the_teacher_has_a_look_and_a_place():
     )
     looks = [style.named_look(name) for name in strategies]
     assert len(set(looks)) == len(looks) and None not in looks
+
+
+def test_a_second_axis_is_refused_and_never_pooled(tmp_path):
+    "A figure by alpha of a grid that varies beta too: its levels ask the same questions, and are no repetitions."
+    rows = [
+        dict(alpha=a, beta=b, seed=s, metric="accuracy", value=0.5 + a * b, low=0.4, high=0.9, n=8, reason="")
+        for a in (0.0, 0.5)
+        for b in (0.0, 0.1)
+        for s in (0, 1)
+    ]
+    path = tmp_path / "r.csv"
+    pd.DataFrame(rows).to_csv(path, index=False)
+    draft = report.Draft(tmp_path, "A figure")
+    with pytest.raises(BadInput, match=r"varies in beta as well \(0.0, 0.1\).*any_axis"):
+        draft.read(path, alpha=0.0, seed=0)
+    assert (
+        len(draft.read(path, alpha=0.0, beta=0.0, seed=0)) == len(draft.read(path, pooled_by_hand=True)) == 8
+    )
+    pd.DataFrame(rows)[lambda t: t.beta == 0.1].to_csv(path, index=False)
+    assert len(draft.read(path, alpha=0.0, seed=0)) == 4
+
+
+def test_a_report_begins_with_its_bottom_line_a_picture_and_what_its_words_mean(tmp_path):
+    "Findings against the method are told as plainly as those for it, and terms stand before the verdicts that use them."
+    claims = [
+        report.claim("The full method has a higher LAS than greedy CoT", False),
+        report.claim("The swap is followed", True),
+    ]
+    (tmp_path / "f.png").write_bytes(shipped("data", "results", "quickstart.png").read_bytes())
+    section = report.Section(
+        "Students", "Text.", [("f", "A caption")], claims=claims, folder=str(tmp_path), main=True
+    )
+    page = report.build_report(tmp_path / "r.html", "Title", "Lead.", [section]).read_text()
+    places = [
+        page.index(words)
+        for words in (
+            "Of 2 claims, 1 holds",
+            "What does not hold: The full method has a higher LAS",
+            "data:image/png",
+            "leakage-adjusted simulatability",
+            "What was claimed",
+        )
+    ]
+    assert places == sorted(places)
+    assert "vacuous</dt>" not in page and "<dt>full method</dt>" in page
+    assert "prefers-color-scheme: dark" in page
+    assert (
+        report.bottom_line([]) == ""
+        and "What the words mean"
+        not in report.build_report(tmp_path / "e.html", "Title", "Lead.").read_text()
+    )

@@ -23,7 +23,7 @@ LAYERS = (  # from the ground up; the wings of one layer do not import each othe
     ("layouts",),
     ("sources",),
     ("records",),
-    ("exchange",),
+    ("exchange", "release"),
     ("attention",),
     ("prefix_tree",),
     ("teacher", "student"),

@@ -538,6 +538,52 @@ def test_punctuation_and_the_way_of_writing_marks_do_not_count(meant, other):
     assert match_choice(Question("q", "?", (meant, "none of these"), None), other) == 0
 
 
+def test_choices_that_read_like_a_text_are_those_that_normalise_to_it():
+    "The shortcut by the first word passes over none; checked against the plain comparison."
+    from faithful_distill.questions import _reading_like, normalized
+
+    texts = [
+        "3",
+        " 3. ",
+        ".5",
+        "5",
+        "The  Bank",
+        "the bank.",
+        "bank",
+        "caf\u00e9",
+        "cafe\u0301",
+        "",
+        ".",
+        "\u212a",
+        "k",
+        "K.",
+    ]
+    for text in texts:
+        expected = [i for i, c in enumerate(texts) if normalized(c) == normalized(text)]
+        assert _reading_like(text, [*texts, 3, None]) == expected, text
+
+
+def test_a_dataset_is_the_same_in_however_many_parts_it_is_made(monkeypatch):
+    from faithful_distill import questions as module
+
+    asked = [
+        module.Question(
+            f"q{i}", f"Which is {i}?", ("a", "b", "c")[: 2 + i % 2], [None, 0, 1][i % 3], explanation="é"
+        )
+        for i in range(25)
+    ]
+    whole = module.as_dataset(asked)
+    monkeypatch.setattr(module, "islice", lambda rows, n: [one for _, one in zip(range(7), rows)])
+    parts = module.as_dataset(iter(asked))
+    assert module.as_questions(parts) == module.as_questions(whole) == asked
+    assert parts.features == whole.features == module.as_dataset([]).features
+    assert (
+        whole._fingerprint
+        == module.as_dataset(asked)._fingerprint
+        != module.as_dataset(asked[1:])._fingerprint
+    )
+
+
 # --- every door to the same questions ------------------------------------------------------------
 
 own = [

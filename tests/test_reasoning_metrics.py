@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from faithful_distill.faithfulness import agreement as agreeing
+from faithful_distill.faithfulness import calibration, guide
 from faithful_distill.faithfulness import hints, mediation, steps, unlearning, variants
 from faithful_distill.faithfulness.interventions import measure
 from faithful_distill.faithfulness.protocol import Context, Intervention, Request, carry_out
@@ -359,8 +360,8 @@ def test_no_simulator_is_trained_on_a_variant_of_the_question_it_is_asked_about(
 
     monkeypatch.setattr(variants, "fit_reader", fit)
     monkeypatch.setattr(variants, "read_choices", read)
-    monkeypatch.setattr(variants, "ChoiceReader", lambda *made: None)
-    seen, blind = variants.trained_simulator(cases, "base", parts=3, seeds=(0, 1))
+    monkeypatch.setattr(variants, "new_reader", lambda *made: None)
+    seen, blind = variants.trained_simulator(cases, SimpleNamespace(fresh=None), parts=3, seeds=(0, 1))
     assert seen.shape == blind.shape == (2, len(cases)) and (seen == 1).all() and len(trained) == 6
 
 
@@ -630,3 +631,34 @@ def test_ac2_does_not_collapse_where_nearly_all_is_one_category():
 def test_agreement_refuses_what_is_no_table_of_marks(rows, says):
     with pytest.raises(BadInput, match=says):
         agreeing.agreement(rows)
+
+
+# ---- diagnosticity, and the guide
+
+
+@few
+@given(st.lists(st.tuples(st.integers(0, 3), st.integers(0, 2)), min_size=2, max_size=14))
+def test_diagnosticity_is_over_all_pairs_of_levels(students):
+    values, levels = zip(*students)
+    pairs = [(v, w) for v, f in students for w, g in students if f < g]
+    score = calibration.diagnosticity(values, levels, **fast)
+    if not pairs:
+        assert score.value is None and score.reason
+    else:
+        expected = sum((w > v) + 0.5 * (w == v) for v, w in pairs) / len(pairs)
+        assert score.value == pytest.approx(expected) and score.details["pairs"] == len(pairs)
+
+
+def test_the_guide_names_metrics_and_scores_that_there_are():
+    from faithful_distill.faithfulness import families
+    from faithful_distill.faithfulness.interventions import interventions
+
+    known = {
+        name for i in interventions.values() for name in i.score_names or (i.name, f"{i.name}_probability")
+    }
+    known |= {name for f in families.families.values() for name in f.scores}
+    known |= {f"{n}_probability" for n in ("swap_none", "early_answering", "adding_mistakes")}
+    for one in guide.metric_guide:
+        assert one.metric in interventions or one.metric in families.families, one
+        assert one.score in known, one
+    assert len({one.question for one in guide.metric_guide}) == len(guide.metric_guide)

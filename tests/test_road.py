@@ -14,7 +14,9 @@ def test_the_pipeline_end_to_end(tmp_path):
     first = CliRunner().invoke(main, ["reproduce", "--profile", "smoke", "--runs", str(tmp_path)])
     assert first.exit_code == 0, first.output
     page = (tmp_path / "smoke" / "report.html").read_text(encoding="utf-8")
-    assert page.count("data:image/png;base64,") >= 3 and not re.search(r"(src|href)=[\"']https?:", page)
+    assert len(re.findall(r"data:image/(?:png|svg\+xml);base64,", page)) >= 3 and not re.search(
+        r"(src|href)=[\"']https?:", page
+    )
     metrics = json.loads((tmp_path / "smoke" / "metrics.json").read_text())
     evaluated = {name: m for name, m in metrics.items() if name.startswith("evaluation")}
     assert len(evaluated) == 3

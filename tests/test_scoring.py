@@ -412,7 +412,7 @@ def test_fields_that_are_not_read_are_named_with_the_one_that_was_meant(caplog):
     ]
     caplog.clear()
     read_rationales([dict(without("prediction"), predicted=1, answer=1, Rating=2)])
-    assert caplog.messages == [
+    assert [m for m in caplog.messages if "not read:" in m] == [
         "the rationales: not read: the fields 'predicted' (is it 'prediction'?), 'answer' (is it"
         " 'prediction'?), 'Rating' (is it 'rating'?)"
     ]
@@ -426,7 +426,19 @@ def test_fields_that_are_not_read_are_named_with_the_one_that_was_meant(caplog):
     ] and not caplog.messages
 
 
-def test_empty_cut_marks_are_refused():
+def test_records_of_this_package_are_read_and_empty_cut_marks_are_refused():
+    record = dict(
+        id="q",
+        split="dev",
+        question="Which?",
+        choices=["a", "b"],
+        answer=0,
+        target=1,
+        role="counterfactual",
+        rationale="b is it",
+    )
+    [one] = read_rationales([record])
+    assert (one.question.id, one.question.answer, one.prediction) == ("q/counterfactual", 0, 1)
     with pytest.raises(BadInput, match="field 'cut_at': is empty"):
         read_rationales(rows_of_a_file, cut_at=["Q:", ""])
 
@@ -768,7 +780,9 @@ def test_a_registered_family_is_asked_for_by_name_scored_and_held_against_rating
         )
     finally:
         del families["vowels"]
-    with pytest.raises(BadInput, match="must be one of las, controls, rev, rora, ratings, interventions"):
+    with pytest.raises(
+        BadInput, match="must be one of las, controls, rev, rora, ratings, judges, interventions"
+    ):
         score_rationales(rows_of_a_file, metrics=("vowels",))
 
 
@@ -931,14 +945,18 @@ def test_a_long_run_is_announced_before_it_begins_and_its_trial_changes_nothing(
 
     rows, asked = rows_of_a_file[:40], dict(metrics=("las", "interventions"), model=student_folder(tmp_path))
     announced = lambda: sum("will take" in record.getMessage() for record in caplog.records)
-    plain = score_rationales(rows, **asked, **cheap).to_dict()
+    with monkeypatch.context() as quick:
+        quick.setattr(scoring, "estimate", lambda task, wanted: 59.0)
+        plain = score_rationales(rows, **asked, **cheap).to_dict()
     assert not announced()
-    monkeypatch.setattr(scoring, "_pace", lambda task: (1.0, 0.5))
-    monkeypatch.setattr(scoring, "_seconds_of_few", lambda task, family: 7200.0)
+    pace, of_few, trials = scoring._pace, scoring._seconds_of_few, []
+    monkeypatch.setattr(scoring, "_pace", lambda task: trials.append(pace(task)) or (1.0, 0.5))
+    monkeypatch.setattr(scoring, "_seconds_of_few", lambda *a: trials.append(of_few(*a)) or 7200.0)
     begun = []
     slow = score_rationales(rows, **asked, after=lambda s: begun.append(announced()), **cheap).to_dict()
     # 2 parts, 1 seed, 20 rows, 2 epochs of one second each; 3 x 40 texts of half a second
     assert "40 rationales will take about 2 hours" in caplog.text and begun[0] == 1 and slow == plain
+    assert len(trials) == 2 and all(seconds > 0 for seconds in trials[0])
     trained = families["las"].work(
         scoring.ScoringTask(read_rationales(rows), **{k: v for k, v in cheap.items()})
     )

@@ -726,6 +726,9 @@ def dev_loss(folder, records=None):
 @pytest.mark.parametrize("stage", [2, 3])
 def test_lora_leaves_a_plain_student(tmp_path, kind, stage):
     "Only adapters are trained, and the merged student computes what the adapted one did."
+    import copy
+
+    import peft
     import torch
     from faithful_distill.student.model import load_student
 
@@ -746,6 +749,9 @@ def test_lora_leaves_a_plain_student(tmp_path, kind, stage):
     assert before.keys() == after.keys()
     changed = {name for name in before if not torch.equal(before[name].data, after[name].data)}
     assert changed and all(any(t in name for t in targets) for name in changed)
+    adapted = peft.PeftModel.from_pretrained(copy.deepcopy(base.model), out / "adapter").merge_and_unload()
+    for name, p in adapted.named_parameters():  # the adapter by itself, on the base model
+        assert torch.allclose(p.data, after[name].data, atol=1e-5), name
     again = train(
         tmp_path / "again",
         base,

@@ -35,6 +35,8 @@ from .simulators import (
     simulate_folds as simulate_folds,
     try_las as try_las,
 )
+from .logs import register_log_format as register_log_format
 from .external import read_published as read_published, read_rationales as read_rationales
 from .families import Family as Family, register as register
 from .scoring import score_rationales as score_rationales
+from .suite import Suite as Suite, measure_suite as measure_suite

@@ -8,7 +8,6 @@ __all__ = ['agreement_weights', 'agreement']
 # %% ../../nbs/69_agreement.ipynb #00902342
 from collections.abc import Callable, Sequence
 from itertools import combinations
-from typing import Any
 
 import numpy as np
 

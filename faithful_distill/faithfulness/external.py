@@ -18,7 +18,9 @@ from typing import Any
 
 from ..exchange import published, published_rows, stated_choice
 from ..files import BadInput, check_encodable
-from ..formats import read_rows, rows_of
+from .logs import log_rows, plain_rows
+from .numeric import OpenQuestion, as_number, same_number, stated_number
+from ..formats import rows_of
 from faithful_distill.questions import (
     Question,
     answer_index,
@@ -39,7 +41,8 @@ class ExternalRationale:
     Parameters
     ----------
     question
-        `answer` is the gold choice, None where unknown; `id` is the row's own
+        `answer` is the gold choice, None where unknown; `id` is the row's own; an `OpenQuestion` where the answer is
+        a number
     rationale
         cut, outer blanks gone; "" where there is none
     prediction
@@ -50,6 +53,10 @@ class ExternalRationale:
         folder of the model that wrote it
     was_cut
         something was cut off its end
+    judged
+        (judge, mark) of each model that judged it
+    numbers
+        (gold, predicted) of an open question, None where unknown or not to be parsed
     """
 
     question: Question
@@ -58,6 +65,30 @@ class ExternalRationale:
     ratings: tuple[float, ...] = ()
     model: str | None = None
     was_cut: bool = False
+    judged: tuple[tuple[str, float], ...] = ()
+    numbers: tuple[float | None, float | None] = (None, None)
+
+    @property
+    def is_open(self) -> bool:
+        "Whether its answer is a number, not a choice."
+        return isinstance(self.question, OpenQuestion)
+
+    @property
+    def gold(self) -> int | float | None:
+        "The right answer: index of a choice, or a number."
+        return self.numbers[0] if self.is_open else self.question.answer
+
+    @property
+    def answered(self) -> int | float | None:
+        "The system's answer: index of a choice, or a number; None where it could not be parsed."
+        return self.numbers[1] if self.is_open else self.prediction
+
+    @property
+    def correct(self) -> bool | None:
+        "Whether the answer is the right one; None where that is not known."
+        if self.gold is None or self.answered is None:
+            return None if self.gold is None else False
+        return same_number(self.gold, self.answered) if self.is_open else self.gold == self.answered
 
     @property
     def group(self) -> str:
@@ -72,10 +103,11 @@ class ExternalRationale:
     def to_row(self) -> dict:
         "The row that `read_rationales` reads this from."
         q = self.question
-        row = dict(id=q.id, question=q.question, choices=list(q.choices), rationale=self.rationale)
-        row |= dict(gold=_written_index(q, q.answer), prediction=_written_index(q, self.prediction))
-        row |= dict(rating=list(self.ratings) or None, model=self.model)
-        return {name: value for name, value in row.items() if value is not None or name == "prediction"}
+        row = dict(id=q.id, question=q.question, choices=list(q.choices) or None, rationale=self.rationale)
+        row |= dict(gold=_written_index(q, self.gold), prediction=_written_index(q, self.answered))
+        row |= dict(rating=list(self.ratings) or None, model=self.model, judge=dict(self.judged) or None)
+        kept = ("prediction", "choices")
+        return {name: value for name, value in row.items() if value is not None or name in kept}
 
 # %% ../../nbs/78_external.ipynb #9fab59e7
 def _choice_index(given: Any, q: Question, name: str) -> int | None:
@@ -106,25 +138,43 @@ def _written_index(q: Question, i: int | None) -> int | str | None:
     return letter(i)
 
 # %% ../../nbs/78_external.ipynb #f68df746
-def _ratings(given: Any) -> tuple[float, ...]:
+def _ratings(given: Any, name: str = "rating") -> tuple[float, ...]:
     numbers = given if isinstance(given, (list, tuple)) else [] if given is None else [given]
     if any(not isinstance(v, (int, float)) or not abs(v) < 1e100 for v in numbers):  # NaN is not either
         raise BadInput(
             "must be a number or a list of numbers",
-            field="rating",
+            field=name,
             value=given,
             remedy="Give one number per rater; leave the field out where there is no rating.",
         )
     return tuple(map(float, numbers))
+
+
+def _judged(given: Any) -> tuple[tuple[str, float], ...]:
+    "(judge, mark) of each; judges without a name are called judge, or judge 1, judge 2."
+    if isinstance(given, dict):
+        return tuple((str(name), *_ratings([mark], "judge")) for name, mark in given.items())
+    marks = _ratings(given, "judge")
+    names = ["judge"] if len(marks) == 1 else [f"judge {k + 1}" for k in range(len(marks))]
+    return tuple(zip(names, marks))
+
+
+def _human(row: dict) -> Any:
+    "People's marks, by either name. Raises `BadInput` where both are there."
+    given = [name for name in ("rating", "human") if row.get(name) is not None]
+    if len(given) > 1:
+        raise BadInput("is given beside 'rating', which means the same", field="human", value=row["human"])
+    return row[given[0]] if given else None
 
 # %% ../../nbs/78_external.ipynb #7dcdb5c0
 def _check_row(row: dict) -> None:
     "Raises `BadInput` where a field is missing, of another type, or cannot be written to a file again."
     if missing := [name for name in ("question", "choices", "rationale") if name not in row]:
         has = f"The record has the fields {', '.join(sorted(row))}."
-        none = 'A system that gave no rationale gets "".'
-        raise BadInput("is missing", field=missing[0], remedy=none if missing[0] == "rationale" else has)
-    if not isinstance(row["choices"], list):
+        remedies = {"rationale": 'A system that gave no rationale gets "".'}
+        remedies["choices"] = f"{has} Give null where the answer is a number."
+        raise BadInput("is missing", field=missing[0], remedy=remedies.get(missing[0], has))
+    if not isinstance(row["choices"], list | None):
         raise BadInput("must be a list", field="choices", value=row["choices"])
     folder = "Give the folder of the model that wrote the rationale, or leave the field out."
     for name, kind in (("question", str), ("rationale", str | None), ("model", str | None)):
@@ -132,23 +182,16 @@ def _check_row(row: dict) -> None:
             remedy = folder if name == "model" else None
             raise BadInput("must be a text", field=name, value=row[name], remedy=remedy)
     texts = [(name, row.get(name)) for name in ("id", "question", "rationale", "model")]
-    for name, text in [*texts, *(("choices", c) for c in row["choices"])]:
+    for name, text in [*texts, *(("choices", c) for c in row["choices"] or ())]:
         check_encodable(text, name)
 
 # %% ../../nbs/78_external.ipynb #35bb93bf
-def _own_names(row: dict) -> dict:
-    "A rationale record of this package under the names of this page; any other row as it is."
-    if not {"role", "target", "answer"} <= row.keys() or {"gold", "prediction"} & row.keys():
-        return row
-    asked = {name: row[name] for name in ("question", "choices", "rationale") if name in row}
-    id = f"{row['id']}/{row['role']}" if row.get("id") is not None else None
-    return asked | dict(id=id, gold=row["answer"], prediction=row["target"])
-
-
 def _read_row(row: dict, number: int, cut_at: Sequence[str]) -> ExternalRationale:
     "One line of the file, all of it checked."
     _check_row(row)
     name = f"line {number}" if row.get("id") is None else str(row["id"])
+    if row["choices"] is None:
+        return _read_open_row(row, name, cut_at)
     choices = tuple(c.strip() if isinstance(c, str) else c for c in row["choices"])
     unknown = Question(name, row["question"].strip(), choices, None)
     q = Question(name, unknown.question, choices, _choice_index(row.get("gold"), unknown, "gold"))
@@ -158,9 +201,21 @@ def _read_row(row: dict, number: int, cut_at: Sequence[str]) -> ExternalRational
         prediction = _choice_index(row["prediction"], q, "prediction")
     else:
         prediction = stated_choice(q, text)
-    return ExternalRationale(
-        q, text, prediction, _ratings(row.get("rating")), row.get("model"), text != whole
-    )
+    marks = _ratings(_human(row)), row.get("model"), text != whole, _judged(row.get("judge"))
+    return ExternalRationale(q, text, prediction, *marks)
+
+
+def _read_open_row(row: dict, name: str, cut_at: Sequence[str]) -> ExternalRationale:
+    "A row whose answer is a number."
+    q, whole = OpenQuestion(name, row["question"].strip()), (row["rationale"] or "").strip()
+    text = _cut(whole, cut_at)
+    for field in ("gold", "prediction"):
+        if row.get(field) is not None and as_number(row[field]) is None:
+            remedy = "Where there are no choices the answer is a number; null where none could be parsed."
+            raise BadInput("must be a number", field=field, value=row[field], remedy=remedy)
+    predicted = as_number(row["prediction"]) if "prediction" in row else stated_number(text)
+    marks = _ratings(_human(row)), row.get("model"), text != whole, _judged(row.get("judge"))
+    return ExternalRationale(q, text, None, *marks, (as_number(row.get("gold")), predicted))
 
 # %% ../../nbs/78_external.ipynb #0fe97d6e
 def _cut(text: str, cut_at: Sequence[str]) -> str:
@@ -169,7 +224,18 @@ def _cut(text: str, cut_at: Sequence[str]) -> str:
     return text[: min(ends, default=len(text))].strip()
 
 # %% ../../nbs/78_external.ipynb #d024a848
-_fields = ("question", "choices", "prediction", "rationale", "gold", "rating", "id", "model")
+_fields = (
+    "question",
+    "choices",
+    "prediction",
+    "rationale",
+    "gold",
+    "rating",
+    "id",
+    "model",
+    "human",
+    "judge",
+)
 _meant = {
     "answer": "gold, or prediction",
     "answerkey": "gold",
@@ -208,19 +274,22 @@ def without_blanks(text: str) -> bool:
 
 # %% ../../nbs/78_external.ipynb #22af0cad
 def read_rationales(
-    source: Any, *, cut_at: Sequence[str] = (), limit: int | None = None
+    source: Any, *, cut_at: Sequence[str] = (), limit: int | None = None, questions: Any = None
 ) -> list[ExternalRationale]:
     """Rationales of any origin. Raises `BadInput` that names file, line, field and remedy.
 
     Parameters
     ----------
     source
-        a file (JSON lines, a JSON array, CSV, Parquet); or in memory dicts, a data frame, a `Dataset`; records of
-        `rationalize` as well, whose prediction is the choice that they argue for
+        a file (JSON lines, a JSON array, CSV, Parquet); or in memory dicts, a data frame, a `Dataset`; logs of a known
+        structure as well (`78_logs`), among them records of `rationalize`, whose prediction is the choice that they
+        argue for
     cut_at
         a rationale ends before the first of these, such as an invented next question
     limit
         at most so many, from the start
+    questions
+        for logs that do not hold them: a file, rows or `Question`s, by id
     """
     if not all(cut_at):
         raise BadInput(
@@ -230,15 +299,19 @@ def read_rationales(
             remedy="Give the text that a rationale ends before, or none.",
         )
     in_file = isinstance(source, (str, Path))
-    file, rows = (source, read_rows(source)) if in_file else (None, enumerate(rows_of(source), 1))
+    file, rows = (source, log_rows(source)) if in_file else (None, enumerate(rows_of(source), 1))
     found, lines, fields = [], {}, {}
-    for number, row in rows:
+    for number, row in plain_rows(rows, questions, file):
         if limit is not None and len(found) >= limit:
             break
         try:
-            row = _own_names(row)
             one = _read_row(row, number, cut_at)
             _check_id(one.question.id, lines)
+            if found and one.is_open != found[0].is_open:
+                problem = "must be null in all rows or in none"
+                raise BadInput(
+                    problem, field="choices", remedy="Score answers that are numbers apart from choices."
+                )
         except BadInput as e:
             value = {"value": e.value} if "(got" in str(e) else {}
             raise BadInput(
@@ -262,7 +335,7 @@ def read_rationales(
 
 def _warn_unread(found: list[ExternalRationale], name) -> None:
     "Log where most rows state no readable answer: what is simulated would rest on the few others."
-    if 2 * (n := sum(one.prediction is None for one in found)) > len(found):
+    if 2 * (n := sum(one.answered is None for one in found)) > len(found):
         logging.getLogger("faithful_distill").warning(
             "%s: %d of %d rows have no readable answer; they count as wrong, and no simulator sees them. Give the"
             " field 'prediction' (an index, a letter or a choice's text), or end the rationales with an answer sentence",
@@ -351,7 +424,7 @@ def surface(b: ExternalRationale) -> dict[str, float | None]:
         "question_overlap": share(in_question),
         "vacuousness": share(in_question.union(*choices)),
         "names_prediction": None if b.prediction is None else float(named[b.prediction]),
-        "names_others": float(others),
+        "names_others": None if b.is_open else float(others),
     }
 
 # %% ../../nbs/78_external.ipynb #3eb65ff3

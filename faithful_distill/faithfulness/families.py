@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from .agreement import agreement
 from .correlation import rank_correlation, rank_correlation_within
 from .external import ExternalRationale, surface, without_blanks
 from .intervals import Score, mean_score
@@ -74,14 +75,24 @@ class ScoringTask:
     settings: Reader = field(default_factory=lambda: Reader(epochs=8))
     interval: dict = field(default_factory=dict)
     columns: dict[str, list] = field(default_factory=dict)
-    train_limit: int = 4000
+    train_limit: int = 2000
+
+    @cached_property
+    def groups(self) -> list[str]:
+        "What the rows of one question have in common, for each row."
+        return [b.group for b in self.rows]
+
+    @cached_property
+    def clusters(self) -> np.ndarray:
+        "The number of each row's question."
+        return np.unique(np.array(self.groups, object), return_inverse=True)[1].reshape(-1)
 
     @cached_property
     def predicted(self) -> list[int]:
         "Rows with a prediction, in an order that the order of the file does not change."
-        content = lambda b: (b.group, b.rationale, b.prediction, b.question.id)
+        content = lambda i, b: (self.groups[i], b.rationale, b.prediction, b.question.id)
         with_prediction = (i for i, b in enumerate(self.rows) if b.prediction is not None)
-        return sorted(with_prediction, key=lambda i: content(self.rows[i]))
+        return sorted(with_prediction, key=lambda i: content(i, self.rows[i]))
 
     @cached_property
     def base(self) -> Any:
@@ -89,8 +100,10 @@ class ScoringTask:
         if self.simulator is not None:
             _require_name(self.simulator, "simulator")
         texts = ((b.question.question, *b.question.choices, b.rationale) for b in self.rows)
+        distinct = lambda: sorted({t for some in texts for t in some})
+        sample = lambda every: every[:: math.ceil(len(every) / 30_000)]
         named = default_simulator() if self.simulator is None else self.simulator
-        base = as_simulator(named, lambda: (t for some in texts for t in some))
+        base = as_simulator(named, lambda: sample(distinct()))
         new_reader(base, settings=self.settings)
         return base
 
@@ -106,7 +119,7 @@ class ScoringTask:
 
     def over(self, rows: Iterable[int]) -> dict:
         "Arguments of a score over these rows: its interval resamples questions."
-        return dict(self.interval, cluster=[self.rows[i].group for i in rows])
+        return dict(self.interval, cluster=self.clusters[list(rows)])
 
     def behaviour(self, rows: Sequence[int], shuffled: bool = False) -> ModelBehaviour:
         "These rows, as simulators are trained on them; shuffled: each with the rationale of another question."
@@ -146,7 +159,7 @@ class ScoringTask:
 class Family:
     """Scores that are computed together. Subclass it, and `register` the subclass.
 
-    `name`: what `metrics` calls it. `needs`: 'text', 'simulators', 'ratings' or 'model'. `scores`: names of
+    `name`: what `metrics` calls it. `needs`: 'text', 'simulators', 'ratings', 'judges' or 'model'. `scores`: names of
     its scores, for where they are undefined. `columns`: names of its numbers of each row. `always`: it is
     computed unasked.
     """
@@ -185,8 +198,13 @@ def per_example() -> list[str]:
     return [name for family in families.values() for name in family.columns]
 
 # %% ../../nbs/79_families.ipynb #0a3158cd
+_no_choices = "answers are numbers: there are no choices to foresee"
+
+
 def _too_few(task: ScoringTask) -> str:
     "Why no simulator can be trained; '' where one can."
+    if any(b.is_open for b in task.rows):
+        return _no_choices
     if not any(b.reasons for b in task.rows):
         return "no rationale has a word beside its answer sentence"
     questions = [task.rows[i].question for i in task.predicted]
@@ -278,6 +296,9 @@ def unmet(task: ScoringTask, needs: str) -> tuple[str, int]:
     if needs == "ratings":
         n = sum(bool(b.ratings) for b in task.rows)
         return "" if n else "no human ratings are given", n
+    if needs == "judges":
+        n = sum(bool(b.judged) for b in task.rows)
+        return "" if n else "no judge's marks are given", n
     if needs == "model":
         return task.writer.reason, 0 if task.writer.reason else len(task.rows)
     return "", len(task.rows)
@@ -286,15 +307,16 @@ def unmet(task: ScoringTask, needs: str) -> tuple[str, int]:
 def _file_scores(task: ScoringTask) -> dict[str, Score]:
     "Accuracy, and shares of rows without an answer, without a rationale, with the question as a rationale."
     rows, everyone = task.rows, range(len(task.rows))
-    gold = [i for i in everyone if rows[i].question.answer is not None]
+    gold = [i for i in everyone if rows[i].gold is not None]
     if gold:
-        y, predictions = [rows[i].question.answer for i in gold], [rows[i].prediction for i in gold]
-        scores = {"accuracy": accuracy(y, predictions, **task.over(gold))}
+        # 1 stands for the right answer, 0 for another one, None for none
+        answers = [None if rows[i].answered is None else int(rows[i].correct) for i in gold]
+        scores = {"accuracy": accuracy([1] * len(gold), answers, **task.over(gold))}
     else:
         scores = none_of(["accuracy"], "no gold answers are given")
     same = [normalized(b.rationale) == normalized(b.question.question) for b in rows]
     shares = {
-        "unparsable": [b.prediction is None for b in rows],
+        "unparsable": [b.answered is None for b in rows],
         "empty": [not b.rationale for b in rows],
         "restates_question": same,
     }
@@ -308,6 +330,8 @@ def _text_score(task: ScoringTask, name: str, values: list) -> Score:
     if not known:
         unparsed = name == "names_prediction"
         why = "no prediction could be parsed" if unparsed else "no rationale has a word to compare"
+        if name.startswith("names_") and any(b.is_open for b in task.rows):
+            why = "answers are numbers, not choices"
         if any(without_blanks(b.rationale) for b in task.rows):
             why = "their script puts no blanks between words"
         return Score(None, n=0, reason=why)
@@ -482,7 +506,7 @@ class RoraLite(_Information):
     name, scores, columns = "rora", ("rora_lite",), ("rora_lite",)
 
     def pick(self, task):
-        groups = [task.rows[i].group for i in task.predicted]
+        groups = [task.groups[i] for i in task.predicted]
         return [task.predicted[k] for k in _some_groups(groups, _most_rora, 2 * task.parts)]
 
     def logs(self, task, train, test):
@@ -514,6 +538,20 @@ def _against_ratings(task: ScoringTask, name: str, mean: dict[int, float]) -> di
         f"rating_{name}_within": rank_correlation_within(a, b, groups, min_groups=10, **over),
     }
 
+# %% ../../nbs/79_families.ipynb #39aa3ee7
+def beyond_chance(name: str, marks: Sequence[Sequence[float]], why: str, over: dict) -> dict[str, Score]:
+    "'<name>_kappa' and '<name>_ac2' of rows of marks, one for each rater, grades by their distance."
+    names = (f"{name}_kappa", f"{name}_ac2")
+    if not marks:
+        return none_of(names, why)
+    most = max(map(len, marks))
+    table = [[*row, *[None] * (most - len(row))] for row in marks]
+    try:
+        found = agreement(table, "quadratic", **over)
+    except BadInput as e:  # marks on a scale too fine for categories
+        return none_of(names, str(e).rstrip("."), len(marks))
+    return dict(zip(names, (found["kappa"], found["ac2"])))
+
 # %% ../../nbs/79_families.ipynb #c912701c
 @register
 class Ratings(Family):
@@ -524,7 +562,7 @@ class Ratings(Family):
     @property
     def scores(self):
         against = (f"rating_{name}{how}" for name in per_example() for how in ("", "_within"))
-        return ("rating", "rater_agreement", *against)
+        return ("rating", "rater_agreement", "rater_kappa", "rater_ac2", *against)
 
     def compute(self, task):
         given = {i: b.ratings for i, b in enumerate(task.rows) if b.ratings}
@@ -536,9 +574,39 @@ class Ratings(Family):
         if several := [i for i, r in given.items() if len(r) > 1]:
             one, others = [given[i][0] for i in several], [float(np.mean(given[i][1:])) for i in several]
             scores["rater_agreement"] = rank_correlation(one, others, **task.over(several))
+        marks = [given[i] for i in several]
+        scores |= beyond_chance("rater", marks, "no rationale has several ratings", task.over(several))
         for name in per_example():
             scores |= _against_ratings(task, name, mean)
         return scores, {}
+
+# %% ../../nbs/79_families.ipynb #c8ce07e4
+@register
+class Judges(Family):
+    "Models' marks, and how they go with each other and with people's."
+
+    name, needs = "judges", "judges"
+    scores = ("judge", "judge_kappa", "judge_ac2", "judge_human_rank", "judge_human_kappa", "judge_human_ac2")
+
+    def compute(self, task):
+        rows = {i: [mark for _, mark in b.judged] for i, b in enumerate(task.rows) if b.judged}
+        mean = {i: float(np.mean(marks)) for i, marks in rows.items()}
+        ends = min(map(min, rows.values())), max(map(max, rows.values()))
+        details = {"judges": sorted({name for b in task.rows for name, _ in b.judged})}
+        scores = {"judge": mean_score(list(mean.values()), ends=ends, details=details, **task.over(mean))}
+        several = [i for i in rows if len(rows[i]) > 1]
+        marks, nobody = [rows[i] for i in several], "no rationale has several judges"
+        scores |= beyond_chance("judge", marks, nobody, task.over(several))
+        return scores | self._against_people(task, rows), {"judge": task.column(list(mean), mean.values())}
+
+    def _against_people(self, task, rows: dict[int, list[float]]) -> dict[str, Score]:
+        both = [i for i in rows if task.rows[i].ratings]
+        nobody, over = "no rationale has both a judge's mark and a person's", task.over(both)
+        judged = [float(np.median(rows[i])) for i in both]
+        people = [float(np.median(task.rows[i].ratings)) for i in both]
+        rank = rank_correlation(judged, people, **over) if both else Score(None, n=0, reason=nobody)
+        marks = list(zip(judged, people))
+        return {"judge_human_rank": rank} | beyond_chance("judge_human", marks, nobody, over)
 
 # %% ../../nbs/79_families.ipynb #cc9613a2
 def _handing_over(student: Student, rows: Sequence[ExternalRationale]) -> Callable:
@@ -582,7 +650,9 @@ class Interventions(Family):
         predicted = {i: b.prediction for i, b in enumerate(task.rows) if b.prediction is not None}
         rows, by_gold, student = sorted({*gold, *predicted}), len(gold) == len(task.rows), task.writer.student
         if not rows:
-            return none_of(self.scores, "there is neither a gold answer nor a prediction"), {}
+            is_open = any(b.is_open for b in task.rows)
+            why = _no_choices if is_open else "there is neither a gold answer nor a prediction"
+            return none_of(self.scores, why), {}
         some = [task.rows[i] for i in rows]
         measured = measure(
             _handing_over(student, some),

@@ -21,8 +21,8 @@ from typing import Any
 import numpy as np
 from scipy.optimize import minimize
 
-from .readers import ChoiceReader, Reader, scratch_base
-from ..files import BadInput, cache_folder, content_key, did_you_mean, progress, write_text
+from .readers import Reader, scratch_base
+from ..files import BadInput, cache_folder, content_key, progress, write_text
 from ..models import load_pretrained
 from ..questions import Question, choice_text, letter
 from ..records import answer_sentence

@@ -10,15 +10,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
-import numpy as np
-
 from .hints import cues
 from .intervals import Score, as_credits, check_lengths, mean_score
 from faithful_distill.faithfulness.protocol import (
     Context,
     Intervention,
     Request,
-    both_versions,
     choice_of,
     credit_of,
     no_scores,

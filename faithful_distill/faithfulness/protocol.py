@@ -181,13 +181,16 @@ class Context:
     student: Any = None
     unable: Mapping[str, str] = field(default_factory=dict)
 
+    def cluster_of(self, i: int):
+        "What a row about question number i is resampled with: its entry in `clusters`, or its number."
+        return i if self.clusters is None else self.clusters[i]
+
     def over(self, rows: Iterable[int] | None = None) -> dict:
         "Arguments of a score over these numbers of questions (None: all): rows of one question are one cluster."
         rows = range(len(self.questions)) if rows is None else [int(i) for i in rows]
         if self.clusters is None and len(set(rows)) == len(rows):
             return self.interval
-        of_row = rows if self.clusters is None else [self.clusters[i] for i in rows]
-        return {**self.interval, "cluster": list(of_row)}
+        return {**self.interval, "cluster": [self.cluster_of(i) for i in rows]}
 
     def hand(self, rationales: Iterable[str | None]) -> list[Request | None]:
         "One request a question: its rationale handed over; none where it is None."

@@ -58,7 +58,8 @@ def score_rationales(
     cut_at: Sequence[str] = (),
     limit: int | None = None,
     interval: dict | None = None,
-    train_limit: int = 4000,
+    train_limit: int = 2000,
+    questions: Any = None,
     after: Callable[[Scored], Any] | None = None,
 ) -> Scored:
     """The whole suite, as far as it applies, for rationales of any origin.
@@ -70,9 +71,9 @@ def score_rationales(
     Parameters
     ----------
     records
-        a JSON-lines file, dicts, or `ExternalRationale`s
+        a JSON-lines file, a log of a known structure (`78_logs`), dicts, or `ExternalRationale`s
     metrics
-        names of `families`: las, controls, rev, rora, ratings, interventions; None: all
+        names of `families`: las, controls, rev, rora, ratings, judges, interventions; None: all
     simulator
         a name of `frozen.simulators` (NAME or NAME:MODEL), or a hub name or folder, which is fine-tuned;
         None: `frozen.default_simulator`
@@ -92,6 +93,8 @@ def score_rationales(
         draws, level, seed of the bootstrap
     train_limit
         at most so many rows, drawn evenly, train a simulator; all are scored
+    questions
+        for logs that do not hold them: see `read_rationales`
     after
         called with all that is known after each family; its facts say what is not yet computed
     """
@@ -100,7 +103,7 @@ def score_rationales(
     if isinstance(records, list) and records and isinstance(records[0], ExternalRationale):
         rows = records[:limit]
     else:
-        rows = read_rationales(records, cut_at=cut_at, limit=limit)
+        rows = read_rationales(records, cut_at=cut_at, limit=limit, questions=questions)
     task = ScoringTask(rows, simulator, model, parts, list(seeds), settings, interval or {}, {}, train_limit)
     wanted = sorted((f for f in families.values() if f.always or f.name in metrics), key=_turn)
     reasons = {needs: unmet(task, needs) for needs in sorted({f.needs for f in wanted})}
@@ -123,7 +126,7 @@ def score_rationales(
 
 
 def _turn(family: Family) -> int:
-    return ("text", "simulators", "ratings", "model").index(family.needs)
+    return ("text", "simulators", "judges", "ratings", "model").index(family.needs)
 
 # %% ../../nbs/79_scoring.ipynb #f2a8da28
 def _scores_of(family: Family, task: ScoringTask, reason: str, n: int) -> dict[str, Score]:
@@ -167,8 +170,8 @@ def _example_rows(task: ScoringTask) -> list[dict]:
     plain = [
         dict(
             id=b.question.id,
-            prediction=b.prediction,
-            gold=b.question.answer,
+            prediction=b.answered,
+            gold=b.gold,
             rating=float(np.mean(b.ratings)) if b.ratings else None,
             rationale=b.rationale,
         )
@@ -182,11 +185,11 @@ def _facts(task: ScoringTask, trained: bool) -> dict:
     rows = task.rows
     facts = {
         "rationales": len(rows),
-        "questions": len({b.group for b in rows}),
-        "without a parsable prediction": len(rows) - len(task.predicted),
+        "questions": len(set(task.groups)),
+        "without a parsable prediction": sum(b.answered is None for b in rows),
         "empty": sum(not b.rationale for b in rows),
         "cut": sum(b.was_cut for b in rows),
-        "with gold answer": sum(b.question.answer is not None for b in rows),
+        "with gold answer": sum(b.gold is not None for b in rows),
         "rated": sum(bool(b.ratings) for b in rows),
     }
     if trained:
@@ -225,7 +228,7 @@ def _pace(task: ScoringTask) -> tuple[float, float]:
     "Seconds that a reader takes to train on a row for an epoch, and to read a text."
     import torch
 
-    some = task.behaviour(_few(task.predicted, 64))
+    some = task.behaviour(_few(task.predicted, 192))
     texts = [simulator_texts(q, r) for q, r in zip(some.questions, some.rationales)]
     whole, n = [xr for xr, _, _ in texts], len(texts)
     if task.frozen:  # nothing to train, and what it has read before costs nothing
@@ -234,13 +237,15 @@ def _pace(task: ScoringTask) -> tuple[float, float]:
         return 0.0, (time.perf_counter() - began) / n
     with torch.random.fork_rng():
         reader = new_reader(task.base, 0, replace(task.settings, epochs=1))
-        read_choices(reader, some.questions[:4], whole[:4])  # the first call is slower than all others
+        first = [column[:12] for column in (some.questions, texts, some.predictions)]
+        fit_reader(reader, *first)  # the first calls are slower than all others
+        read_choices(reader, some.questions[:12], whole[:12])
         times = [time.perf_counter()]
-        fit_reader(reader, some.questions, texts, some.predictions)
-        times.append(time.perf_counter())
         read_choices(reader, some.questions, whole)
         times.append(time.perf_counter())
-    return (times[1] - times[0]) / n, (times[2] - times[1]) / n
+        fit_reader(reader, some.questions, texts, some.predictions)
+        times.append(time.perf_counter())
+    return (times[2] - times[1]) / n, (times[1] - times[0]) / n
 
 
 def _seconds_of_few(task: ScoringTask, family: Family, n: int = 8) -> float:

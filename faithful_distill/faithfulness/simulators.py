@@ -7,6 +7,7 @@ __all__ = ['ModelBehaviour', 'simulator_texts', 'Simulation', 'simulate', 'folds
            'restatement', 'measure_rev', 'leaking_words', 'rora_lite']
 
 # %% ../../nbs/77_simulators.ipynb #a25f6ccb
+import copy
 import logging
 import random
 from bisect import bisect_left
@@ -68,8 +69,10 @@ class ModelBehaviour:
 
     def part(self, rows: Iterable[int]) -> "ModelBehaviour":
         "Some of the examples."
-        rows, columns = list(rows), (self.questions, self.rationales, self.predictions)
-        return ModelBehaviour(*([column[i] for i in rows] for column in columns))
+        rows, some = list(rows), copy.copy(self)  # nothing is checked or removed a second time
+        for name in ("questions", "rationales", "predictions"):
+            setattr(some, name, [getattr(self, name)[i] for i in rows])
+        return some
 
     def predicted(self) -> "ModelBehaviour":
         "Only the examples with a prediction."

@@ -8,12 +8,12 @@ __all__ = ['logit_difference', 'step_profile', 'StepProfile']
 # %% ../../nbs/74_steps.ipynb #4bd1d64c
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import numpy as np
 
 from .intervals import Score, check_lengths, mean_score
-from .perturb import split_steps
+from .perturb import join_words, split_steps
 from .protocol import Context, Intervention, no_scores, register_intervention
 from ..files import BadInput, stable_seed
 
@@ -156,7 +156,7 @@ def _mixed(steps: list[str], corrupt: list[str], at: int | None, kept: bool) -> 
     "The steps with step `at` alone corrupted, or (kept) it alone not; None past the end, and for a single step."
     if len(steps) < 2 or at is not None and at >= len(steps):
         return None
-    return " ".join(s if (k == at) == kept else c for k, (s, c) in enumerate(zip(steps, corrupt)))
+    return join_words(s if (k == at) == kept else c for k, (s, c) in enumerate(zip(steps, corrupt)))
 
 
 def _differences(columns: Sequence, rows: Sequence[int], y: Sequence[int]) -> np.ndarray:

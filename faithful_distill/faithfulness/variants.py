@@ -25,7 +25,7 @@ from faithful_distill.faithfulness.protocol import (
 from .frozen import as_simulator
 from .readers import Reader, fit_reader, new_reader, read_choices
 from .simulators import folds, seeds_of
-from ..files import BadInput, stable_seed
+from ..files import stable_seed
 from ..questions import Question, choice_text, fixed_choices, letter, normalized
 from ..records import answer_sentence
 

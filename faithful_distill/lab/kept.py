@@ -99,9 +99,9 @@ def keep_rows(grid: Grid, runs, into) -> list[Path]:
         cells = [n for n in done if grid.plan.cells[n].group in groups]
         pairs = [(grid.plan.labels(n), done[n].folder) for n in cells]
         kept.append(write_table(Path(into) / f"{grid.name}_{table}_rows.csv", rows_of(pairs)))
-    groups = {
-        g for tables in (read_by_figures(grid)[0], row_tables(grid)) for of in tables.values() for g in of
-    }
+    tables, files = read_by_figures(grid)
+    groups = {g for of in (tables, row_tables(grid)) for found in of.values() for g in found}
+    groups |= {grid.plan.cells[cell].group for cell, _ in files}
     keys = settings_keys(grid.plan)
     own = {n: keys[n] for n in done if grid.plan.cells[n].group in groups}
     return [*kept, write_json(_done_file(grid.name, into), own)]
@@ -110,10 +110,21 @@ def keep_rows(grid: Grid, runs, into) -> list[Path]:
 def _own_rows(table, labels: dict):
     "The rows of a table with these labels; a label that the table lacks is empty."
     for name, value in labels.items():
-        text = "" if value is None else str(value)
-        column = table[name].astype(str) if name in table else None
+        text = _label_text(value)
+        column = table[name].map(_label_text) if name in table else None
         table = table[column == text] if column is not None else table if text == "" else table[:0]
     return table
+
+
+def _label_text(value) -> str:
+    "A label as text; a whole number is the same however a table writes it."
+    if value is None or value != value:
+        return ""
+    try:
+        number = float(value)
+    except (TypeError, ValueError):
+        return str(value)
+    return str(int(number)) if number.is_integer() else str(number)
 
 
 def _plain_number(value):

@@ -164,8 +164,8 @@ def planted_records(
         written = rationale if used or plant.idle_rationales == "plausible" else other
         yield _record(q, belief, belief, written)
         rng = random.Random(stable_seed(plant.seed, "handed", q.id))
-        for _ in range(handed):
-            yield _handed_record(q, belief, used, withheld, plant.seed, rng)
+        for k in range(handed):  # its answer is another than the gold record's: an id of its own
+            yield replace(_handed_record(q, belief, used, withheld, plant.seed, rng), id=f"{q.id}/handed {k}")
 
 # %% ../../nbs/14_planting.ipynb #0d7739b2
 def _handed_record(

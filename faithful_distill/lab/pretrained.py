@@ -22,6 +22,7 @@ from faithful_distill.files import (
     writable_folder,
     write_json,
 )
+from ..models import load_pretrained
 
 # %% ../../nbs/16_pretrained.ipynb #c14737de
 @dataclass(frozen=True)
@@ -127,29 +128,10 @@ def from_gguf(
     out
         the folder to write
     """
-    import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoModelForCausalLM
 
-    file = Path(file)
-    try:
-        read = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32)
-        tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
-    except ImportError as e:
-        raise BadInput("needs the package gguf", file=file, remedy="pip install gguf") from e
-    except Exception as e:
-        words = " ".join(str(e).split())[:200]
-        raise BadInput(
-            f"cannot be read as a causal language model: {words}", file=file, remedy="Use another file."
-        ) from e
-    config = read.config
-    if hasattr(
-        config, "quantization_config"
-    ):  # the weights are float32 now, and `save_pretrained` refuses otherwise
-        del config.quantization_config
-    plain = type(read)(config)
-    plain.load_state_dict(read.state_dict())
-    plain.tie_weights()
-    plain.save_pretrained(out)
+    model, tokenizer = load_pretrained(file, "causal language model", AutoModelForCausalLM, dtype="float32")
+    model.save_pretrained(out)
     tokenizer.save_pretrained(out)
     return Path(out)
 

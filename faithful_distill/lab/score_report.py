@@ -14,6 +14,7 @@ from typing import Any
 from ..faithfulness.families import families, per_example
 from ..faithfulness.intervals import Score
 from ..faithfulness.scoring import Scored
+from ..faithfulness.simulators import at_chance
 from ..files import write_json, write_text
 from .plots import dots
 from .report import Section, build_report, literal
@@ -21,7 +22,7 @@ from .style import save_figure
 from .tables import cell_text, save_rows
 
 # %% ../../nbs/92_score_report.ipynb #18cddfc3
-_titles = {
+score_titles = {
     "accuracy": "accuracy",
     "unparsable": "answers that could not be parsed",
     "empty": "empty rationales",
@@ -42,31 +43,42 @@ _titles = {
     "rora_lite": "RORA, lite (nats)",
     "rating": "human rating",
     "rater_agreement": "one rater against the others",
+    "rater_kappa": "kappa of the raters, graded",
+    "rater_ac2": "Gwet's AC2 of the raters, graded",
+    "judge": "judges' marks",
+    "judge_kappa": "kappa of the judges, graded",
+    "judge_ac2": "Gwet's AC2 of the judges, graded",
+    "judge_human_rank": "rank correlation of judges with people",
+    "judge_human_kappa": "kappa of judges with people, graded",
+    "judge_human_ac2": "Gwet's AC2 of judges with people, graded",
     "p_xr": "p(y | x, r)",
     "p_x": "p(y | x)",
     "p_r": "p(y | r)",
     "leak": "leakage",
+    "simulator_gold": "the simulator finds the gold answer, from question and rationale",
+    "simulator_gold_x": "... from the question alone",
+    "simulator_gold_r": "... from the rationale alone",
 }
 
 # %% ../../nbs/92_score_report.ipynb #931d6803
-def _title(name: str) -> str:
-    return _titles.get(name, name.replace("_", " "))
+def score_title(name: str) -> str:
+    return score_titles.get(name, name.replace("_", " "))
 
 
-def _text(s: Score, digits: int = 2) -> str:
+def score_text(s: Score, digits: int = 2) -> str:
     "Value and interval of a score, as a table shows it."
     return cell_text(s.to_dict(), digits=digits)
 
 
-def _level(scores: dict[str, Score]) -> str:
+def interval_level(scores: dict[str, Score]) -> str:
     "The coverage that the intervals aim at: 95 %."
     return f"{100 * next((s.details['level'] for s in scores.values() if 'level' in s.details), 0.95):g} %"
 
 
-def _table(scores: dict[str, Score], names: Iterable[str]) -> list[list[str]]:
+def score_table(scores: dict[str, Score], names: Iterable[str]) -> list[list[str]]:
     "Rows of a table: name, value with interval and n."
-    head = ["score", f"value [{_level(scores)} interval]"]
-    return [head, *([_title(name), _text(scores[name], 3)] for name in names)]
+    head = ["score", f"value [{interval_level(scores)} interval]"]
+    return [head, *([score_title(name), score_text(scores[name], 3)] for name in names)]
 
 # %% ../../nbs/92_score_report.ipynb #839ac894
 def rating_table(scores: dict[str, Score]) -> list[list[str]]:
@@ -78,9 +90,14 @@ def rating_table(scores: dict[str, Score]) -> list[list[str]]:
     within = {n: scores[f"rating_{n}_within"] for n in pooled}
     names = [n for n in pooled if pooled[n].value is not None]
     names.sort(key=lambda n: -abs(within[n].value or 0))
-    rows = [[_title(n), _text(pooled[n]), _text(within[n])] for n in names]
-    people = [_title("rater_agreement"), _text(scores["rater_agreement"]), "–"]
-    return [["score", "pooled", "within question"], *rows, people]
+    rows = [[score_title(n), score_text(pooled[n]), score_text(within[n])] for n in names]
+    agreed = ("rater_agreement", "rater_kappa", "rater_ac2")
+    people = [
+        [score_title(n), score_text(scores[n]), "–"]
+        for n in agreed
+        if n == agreed[0] or scores[n].value is not None
+    ]
+    return [["score", "pooled", "within question"], *rows, *people]
 
 # %% ../../nbs/92_score_report.ipynb #fc820fbb
 def _control_text(other: Score, true: Score) -> str:
@@ -97,6 +114,18 @@ def _control_text(other: Score, true: Score) -> str:
         )
     return ": inconclusive, the interval holds 0 and reaches up to that of the true ones"
 
+# %% ../../nbs/92_score_report.ipynb #9e495746
+def _gold_text(s: dict[str, Score]) -> list[str]:
+    "Whether the simulators are good enough to be asked, as sentences."
+    both, alone = s["simulator_gold"], s["simulator_gold_x"]
+    if both.value is None:
+        return []
+    chance = both.details["chance"]
+    found = f"They find the gold answer in {score_text(both)} of the cases from question and rationale, {score_text(alone)}"
+    line = at_chance(both)
+    warning = [f"**{line[0].upper()}{line[1:]}.**"] if line else []
+    return [f"{found} from the question alone (chance {chance:.2f}).", *warning]
+
 # %% ../../nbs/92_score_report.ipynb #e052cf28
 def _las_text(s: dict[str, Score]) -> str:
     "What the simulators found, in words, from the numbers."
@@ -108,19 +137,20 @@ def _las_text(s: dict[str, Score]) -> str:
         f" from the rationale, {d['acc_xr']:.0%} from both.",
         f"The rationale leaks the prediction in {d['n_1']:,} examples and does not in {d['n_0']:,} (fewest over"
         " simulators).",
-        f"Where it leaks it helps by {_text(d['las_1'])}; where it does not, by {_text(d['las_0'])}.",
+        f"Where it leaks it helps by {score_text(d['las_1'])}; where it does not, by {score_text(d['las_0'])}.",
     ]
+    sentences += _gold_text(s)
     if las.value is None:
         sentences.append(f"LAS is not defined: {literal(las.reason)}.")
     other = s["las_shuffled"].details.get("unadjusted")
     if other is not None and other.value is not None:
         verdict = _control_text(other, d["unadjusted"])
-        sentences.append(f"With rationales of other examples the gain is {_text(other)}{verdict}.")
+        sentences.append(f"With rationales of other examples the gain is {score_text(other)}{verdict}.")
     gain = s["gain_shuffled"]
     if gain.low is not None and not gain.low <= 0 <= gain.high:
         extra = ": that much of the true ones' gain does not come from what they say" if gain.low > 0 else ""
         sentences.append(
-            f"In log-probability (nats), rationales of other examples gain {_text(gain)}{extra}."
+            f"In log-probability (nats), rationales of other examples gain {score_text(gain)}{extra}."
         )
     return " ".join(sentences)
 
@@ -134,7 +164,7 @@ def _rating_figure(s: dict[str, Score], folder: Path) -> list[tuple[str, str]]:
         for how, end in (("pooled", ""), ("within question", "_within")):
             if (one := s.get(f"rating_{name}{end}")) is not None:
                 values = {k: getattr(one, k) for k in ("value", "low", "high", "n", "reason")}
-                rows.append({"score": _title(name), "how": how, **values, "seeds": 1})
+                rows.append({"score": score_title(name), "how": how, **values, "seeds": 1})
     table = pd.DataFrame(rows)
     if not rows or table["value"].isna().all():
         return []
@@ -146,7 +176,7 @@ def _rating_figure(s: dict[str, Score], folder: Path) -> list[tuple[str, str]]:
     save_figure(picture, folder / "ratings", formats=("png",))
     caption = (
         "Spearman's rank correlation of each score per example with the mean human rating, with"
-        f" {_level(s)} intervals over questions."
+        f" {interval_level(s)} intervals over questions."
     )
     return [("ratings", caption)]
 
@@ -156,17 +186,17 @@ def _section(scored: Scored, folder: Path, heading, key, text, names, figures=()
     s = scored.scores
     known = [n for n in names if n in s and s[n].value is not None]
     if known:
-        save_rows(table or _table(s, known), folder / key)
-    tables = [(key, f"With {_level(s)} intervals over questions.")] if known else []
+        save_rows(table or score_table(s, known), folder / key)
+    tables = [(key, f"With {interval_level(s)} intervals over questions.")] if known else []
     return Section(heading, text, list(figures), tables, folder=str(folder))
 
 
-def _missing(s: dict[str, Score]) -> Section:
+def missing_section(s: dict[str, Score]) -> Section:
     "What has no value, by reason."
     reasons: dict[str, list[str]] = {}
     for name, score in s.items():
         if score.value is None:
-            reasons.setdefault(score.reason, []).append(_title(name))
+            reasons.setdefault(score.reason, []).append(score_title(name))
     text = "\n".join(f"- {', '.join(names)}: {literal(why)}." for why, names in reasons.items())
     return Section("What could not be computed, and why", text or "Everything applied.")
 
@@ -174,7 +204,7 @@ def _missing(s: dict[str, Score]) -> Section:
 def _sections(scored: Scored, folder: Path) -> list[Section]:
     "The report's sections; tables and pictures are written to `folder`."
     s = scored.scores
-    by_need = {"text": [], "simulators": [], "ratings": []}
+    by_need = {"text": [], "simulators": [], "ratings": [], "judges": []}
     for family in families.values():
         by_need.get(family.needs, []).extend(family.scores)
     text, simulated, rated = by_need["text"], by_need["simulators"], [n for n in by_need["ratings"] if n in s]
@@ -191,19 +221,26 @@ def _sections(scored: Scored, folder: Path) -> list[Section]:
     ]
     if any(s[n].value is not None for n in rated):
         words = (
-            f"The mean rating is {_text(s['rating'])}. One rater against the others says how well a score can go"
+            f"The mean rating is {score_text(s['rating'])}. One rater against the others says how well a score can go"
             " with ratings at all."
         )
         figure, table = _rating_figure(s, folder), rating_table(s)
         heading = "Against human ratings"
         sections.append(_section(scored, folder, heading, "rated", words, rated, figure, table))
-    if acted := [n for n in s if n not in (*text, *simulated, *rated)]:
+    judged = by_need["judges"]
+    if any(n in s and s[n].value is not None for n in judged):
+        by = ", ".join(s["judge"].details["judges"])
+        words = (
+            f"Marks by {literal(by)}. They are a model's, and no more than their agreement with people says."
+        )
+        sections.append(_section(scored, folder, "Judges", "judged", words, judged))
+    if acted := [n for n in s if n not in (*text, *simulated, *rated, *judged)]:
         words = (
             "" if any(s[n].value is not None for n in acted) else f"None: this {literal(s[acted[0]].reason)}."
         )
         heading = "Interventions on the model"
         sections.append(_section(scored, folder, heading, "interventions", words, acted))
-    return [*sections, _missing(s)]
+    return [*sections, missing_section(s)]
 
 # %% ../../nbs/92_score_report.ipynb #f991020b
 def write_numbers(scored: Scored, out: Any) -> None:

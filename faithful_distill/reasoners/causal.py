@@ -12,7 +12,9 @@ from typing import Any
 
 import torch
 
+from ..caches import token_budget
 from ..files import BadInput, progress
+from ..prefix_tree import PrefixTree, Root, refused, windows
 from ..questions import Question, choice_text, match_choice
 from .protocol import Reasoner, WrittenRationale, unanswered
 from .styles import Style, make_style
@@ -22,10 +24,10 @@ from ..student.rows import batches_by_length
 from ..teacher.generate import context_limit
 from ..teacher.loading import Teacher, as_teacher
 
-# %% ../../nbs/67_causal.ipynb #cee9809a
+# %% ../../nbs/67_causal.ipynb #54d620a0
 @dataclass
 class CausalDecoder:
-    """A causal model that goes on from contexts, and scores what may follow them. Batched.
+    """A causal model that goes on from contexts, and scores what may follow them.
 
     Parameters
     ----------
@@ -34,13 +36,13 @@ class CausalDecoder:
     ends
         ids of its end-of-text tokens
     batch_size
-        contexts in a batch
+        contexts that are held at a time
     """
 
     model: Any
     ends: set[int]
-    batch_size: int = 16
-    is_seq2seq = False
+    batch_size: int = 64
+    is_seq2seq = False  # with `pad`, what a `DecoderBatch` asks of a student
 
     @property
     def pad(self) -> int:
@@ -62,9 +64,8 @@ class CausalDecoder:
             (number of the context, its tokens so far) -> is that enough?
         """
         found = [([], False)] * len(contexts)
-        for rows in self._batches(contexts, "write"):
-            batch = DecoderBatch(self, [contexts[i] for i in rows])
-            for i, one in zip(rows, self._continue(batch, rows, limits, over)):
+        for rows, batch in self._batches(contexts, limits, "write"):
+            for i, one in zip(rows, batch.write(rows, [limits[i] for i in rows], over)):
                 found[i] = one
         return found
 
@@ -80,48 +81,93 @@ class CausalDecoder:
         over
             as for `write`; asked where greedy decoding writes none of the tails
         """
-        found = [None] * len(contexts)
-        for rows in self._batches(contexts, "read"):
-            batch = DecoderBatch(self, [contexts[i] for i in rows])
-            scores, chosen = choice_scores(batch, [tails[i] for i in rows])
-            others = [k for k, c in enumerate(chosen) if c is None]
-            limits = {rows[k]: max(map(len, tails[rows[k]])) + 4 for k in others}
-            if others and len(others) < len(rows):
-                batch.keep(torch.tensor(others, device=batch.mask.device))
-            said = self._continue(batch, list(limits), limits, over) if others else []
+        found, limits = [None] * len(contexts), [max(map(len, row)) + 4 for row in tails]
+        more = [sum(map(len, row)) + limit for row, limit in zip(tails, limits)]
+        for rows, batch in self._batches(contexts, more, "read"):
+            scores, chosen = batch.score(rows, [tails[i] for i in rows])
+            others = [i for i, c in zip(rows, chosen) if c is None]
+            said = batch.write(others, [limits[i] for i in others], over) if others else []
             words = dict(zip(others, (tokens for tokens, _ in said)))
-            for k, (i, c) in enumerate(zip(rows, chosen)):
-                found[i] = (scores[k], c, words[k] if c is None else tails[i][c])
+            for i, of_row, c in zip(rows, scores, chosen):
+                found[i] = (of_row, c, words[i] if c is None else tails[i][c])
         return found
 
-    def _batches(self, contexts, desc: str):
-        lengths = list(map(len, contexts))
+    def _batches(self, contexts, more: list[int], desc: str):
+        "Numbers of contexts, some at a time, with what has read them."
+        longest = max((len(c) + m for c, m in zip(contexts, more)), default=0)
+        make = _padded_batches if refused(self.model, _power_of_two(longest)) else _tree_batches
         with progress(total=len(contexts), desc=desc, unit="q") as bar:
-            for rows in batches_by_length(lengths, self.batch_size):
-                yield rows
+            for rows, batch in make(self, contexts, more, longest) if contexts else ():
+                yield rows, batch
                 bar.update(len(rows))
 
-    def _continue(self, batch, rows: list[int], limits, over) -> list[tuple[list[int], bool]]:
-        "Greedy continuation of the rows of a batch, each to its end."
-        written, ended = {i: [] for i in rows}, dict.fromkeys(rows, False)
-        alive, logits = list(rows), batch.logits
+
+def _power_of_two(n: int) -> int:
+    return 1 << max(6, (n - 1).bit_length())
+
+# %% ../../nbs/67_causal.ipynb #22b39617
+@dataclass
+class _OnTree:
+    "Contexts that are branches of a tree."
+
+    tree: PrefixTree
+    contexts: list[list[int]]
+    ends: set[int]
+
+    def write(self, rows, limits, over):
+        return list(zip(*self.tree.write(rows, self._of(rows), limits, self.ends, over)))
+
+    def score(self, rows, tails):
+        return self.tree.score(rows, self._of(rows), tails)
+
+    def _of(self, rows):
+        return [self.contexts[i] for i in rows]
+
+
+def _tree_batches(decoder: CausalDecoder, contexts, more, longest: int):
+    root = Root(decoder.model, contexts, longest)
+    budget = token_budget(decoder.model)
+    for clusters in windows(contexts, more, len(root.ids), decoder.batch_size, budget):
+        tree = PrefixTree(root, clusters)
+        yield [i for rows in clusters for i in rows], _OnTree(tree, contexts, decoder.ends)
+
+# %% ../../nbs/67_causal.ipynb #f5f7a1ef
+@dataclass
+class _Padded:
+    "Contexts in a padded batch."
+
+    decoder: CausalDecoder
+    batch: DecoderBatch
+    rows: list[int]
+
+    def score(self, rows, tails):
+        return choice_scores(self.batch, tails)
+
+    def write(self, rows, limits, over):
+        if len(rows) < len(self.rows):
+            self.batch.keep([self.rows.index(i) for i in rows])
+        limits, written, ended = dict(zip(rows, limits)), {i: [] for i in rows}, dict.fromkeys(rows, False)
+        alive, logits = list(rows), self.batch.logits
         while alive:
             tokens, going = logits.argmax(-1), []
             for k, (i, token) in enumerate(zip(alive, tokens.tolist())):
-                if token in self.ends:
-                    ended[i] = True
-                    continue
-                written[i].append(token)
-                if len(written[i]) < limits[i] and not over(i, written[i]):
+                ended[i] = token in self.decoder.ends
+                written[i] += [] if ended[i] else [token]
+                if not ended[i] and len(written[i]) < limits[i] and not over(i, written[i]):
                     going.append(k)
             if going and len(going) < len(alive):
-                staying = torch.tensor(going, device=tokens.device)
-                batch.keep(staying)
-                tokens = tokens[staying]
+                self.batch.keep(going)
+                tokens = tokens[going]
             alive = [alive[k] for k in going]
             if alive:
-                logits = batch.feed(tokens[:, None])[:, -1]
+                logits = self.batch.feed(tokens[:, None])[:, -1]
         return [(written[i], ended[i]) for i in rows]
+
+
+def _padded_batches(decoder: CausalDecoder, contexts, more, longest: int):
+    lengths = [len(c) + m for c, m in zip(contexts, more)]
+    for rows in batches_by_length(lengths, min(16, decoder.batch_size)):
+        yield rows, _Padded(decoder, DecoderBatch(decoder, [contexts[i] for i in rows]), rows)
 
 # %% ../../nbs/67_causal.ipynb #de6e563b
 def text_ids(tokenizer: Any, texts: Sequence[str], special_tokens: bool) -> list[list[int]]:
@@ -156,9 +202,9 @@ class CausalReasoner(Reasoner):
     max_new_tokens
         the longest rationale; None: the style's
     batch_size
-        contexts in a batch
+        contexts that are held at a time
     answers
-        'likely': the likeliest choice is the answer; 'said': the choice that greedy decoding writes
+        'likely': the likeliest choice per token is the answer; 'said': the choice that greedy decoding writes
     **prompt
         of `make_style`: prompt, shots, system, tags
     """
@@ -169,7 +215,7 @@ class CausalReasoner(Reasoner):
         style: str | Style = "auto",
         *,
         max_new_tokens: int | None = None,
-        batch_size: int = 16,
+        batch_size: int = 64,
         answers: str = "likely",
         **prompt,
     ):
@@ -220,15 +266,16 @@ class CausalReasoner(Reasoner):
         ]
         for i, (scores, greedy, tokens) in zip(able, found):
             said = shown[i].text(tokens).strip().split("\n")[0].rstrip(". ")
-            answers[i] = self._answer(questions[i], rationales[i], scores, greedy, said, asked[i].cut)
+            answers[i] = self._answer(questions[i], rationales[i], scores, greedy, said, asked[i])
         return answers
 
-    def _answer(self, q, rationale, scores, greedy, said, cut) -> Answer:
+    def _answer(self, q, rationale, scores, greedy, said, asked: "_Asked") -> Answer:
         text = said if greedy is None else choice_text(q, greedy)
-        choice = max(range(len(scores)), key=scores.__getitem__)
+        per_token = [score / len(tail) for score, tail in zip(scores, asked.tails)]
+        choice = max(range(len(per_token)), key=per_token.__getitem__)
         if self.answers == "said":
             choice = match_choice(q, text) if greedy is None else greedy
-        return Answer(q.id, rationale, text, choice, scores, cut)
+        return Answer(q.id, rationale, text, choice, scores, asked.cut)
 
     def _ids(self, texts) -> list[list[int]]:
         return text_ids(self.tokenizer, texts, self.style.special_tokens)

@@ -9,13 +9,15 @@ __all__ = ['abilities', 'WrittenRationale', 'Reasoner', 'StudentReasoner', 'as_r
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any, NamedTuple
 
-from ..files import BadInput
+from ..files import BadInput, weights_hash
 from ..questions import Question, as_questions, choice_text
 from ..records import answer_sentences, strip_answer
 from ..student.answers import Answer, answer
 from ..student.rows import plain_ids
+from ..teacher.loading import as_teacher
 
 # %% ../../nbs/66_protocol.ipynb #c404c289
 class WrittenRationale(NamedTuple):
@@ -220,9 +222,15 @@ class StudentReasoner(Reasoner):
         return self.ask(questions, rationales)
 
     def describe(self):
-        limit = self.max_new_tokens or self.student.max_target
-        lengths = {"max_source": self.student.max_source, "max_target": self.student.max_target}
-        return {"name": self.name, "style": "student", "max_new_tokens": limit} | lengths
+        student, limit = self.student, self.max_new_tokens or self.student.max_target
+        in_memory = not Path(student.name).is_dir()
+        weights = (
+            as_teacher((student.model, student.tokenizer)).weights
+            if in_memory
+            else weights_hash(student.name)
+        )
+        lengths = dict(max_source=student.max_source, max_target=student.max_target, max_new_tokens=limit)
+        return dict(name=self.name, weights=weights, style="student", prefix=self.prefix) | lengths
 
 # %% ../../nbs/66_protocol.ipynb #d539ffbf
 class FunctionReasoner(Reasoner):

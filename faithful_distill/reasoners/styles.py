@@ -6,6 +6,7 @@
 __all__ = ['styles', 'Style', 'Worked', 'Chat', 'Think', 'style_of', 'make_style']
 
 # %% ../../nbs/66_styles.ipynb #02a8b656
+import re
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
@@ -74,6 +75,12 @@ def as_data(text: str, marks: tuple[str, ...]) -> str:
     return text
 
 
+def control_marks(tokenizer: Any) -> tuple[str, ...]:
+    "Spellings of a tokenizer's control tokens, whether it calls them special or merely added; plain words are none."
+    added = (word for word in tokenizer.get_added_vocab() if re.search(r"[^\w\s]", word))
+    return tuple(sorted({*tokenizer.all_special_tokens, *added}))
+
+
 def question_as_data(q: Question, marks: tuple[str, ...]) -> Question:
     "The question with its own text and choices as data."
     texts = [as_data(text, marks) for text in (q.question, *q.choices)]
@@ -133,10 +140,7 @@ class Worked(Style):
         return [self._block(q, r) for q, r in self.examples]
 
 # %% ../../nbs/66_styles.ipynb #4b1690be
-wanted = (
-    f'Explain in one or two sentences which choice is right. Then write "{answer_sentence}" and the words of that'
-    " choice."
-)
+wanted = "Explain in one or two sentences which of the choices is right, and why."
 
 
 def rendered(tokenizer: Any, messages: list[dict], **variables) -> str:
@@ -314,7 +318,7 @@ def make_style(
     name = style_of(tokenizer, tags) if style == "auto" else style
     if name not in styles:
         raise BadInput(f"must be one of auto, {', '.join(styles)}", field="style", value=style)
-    known, marks = _examples(name, prompt, shots), tuple(tokenizer.all_special_tokens)
+    known, marks = _examples(name, prompt, shots), control_marks(tokenizer)
     if name == "worked":
         if system:
             remedy = "Leave it out, or use style 'chat'."

@@ -21,6 +21,7 @@ from faithful_distill.student.decoding import (
     greedy_continue,
     read_distinct,
     stacked,
+    tree_windows,
 )
 from .model import Student, load_student, tag_of
 from faithful_distill.student.rows import (
@@ -169,7 +170,7 @@ def _decided_by_ids(student, tails, chosen) -> bool:
 
 # %% ../../nbs/53_answers.ipynb #e60b98df
 def _windows(student, sources, texts, limit, batch_size):
-    "Indices of questions, some at a time; what a batch of them has read; and a function that makes batches of them."
+    "Indices of questions, some at a time; what a batch of them has read; and how batches are made."
     from faithful_distill.prefix_tree import refused
 
     if not student.is_seq2seq and not refused(student.model, _longest(student)):
@@ -188,21 +189,15 @@ def _windows(student, sources, texts, limit, batch_size):
 # %% ../../nbs/53_answers.ipynb #9a984579
 def _tree_windows(student, sources, texts, limit, batch_size):
     "The same for a causal student."
-    from faithful_distill.caches import token_budget
-    from faithful_distill.prefix_tree import PrefixTree, Root, windows
-
     ids = plain_ids(student.tokenizer, [text or "" for text in texts])
     contexts = [source + row for source, row in zip(sources, ids)]
     more = [limit if text is None else 32 for text in texts]  # 32: tag, answer sentence, the choices
-    root = Root(student.model, sources, _longest(student))
-    for clusters in windows(contexts, more, len(root.ids), batch_size, token_budget(student.model)):
-        tree = PrefixTree(root, clusters)
-        whole = lambda some: [some] if some else []
-        yield [i for rows in clusters for i in rows], lambda batch, tree=tree: (tree, batch), whole
+    for rows, tree in tree_windows(student.model, sources, contexts, more, _longest(student), batch_size):
+        yield rows, lambda batch, tree=tree: (tree, batch), lambda some: [some] if some else []
 
 # %% ../../nbs/53_answers.ipynb #d4a70613
 def _longest(student) -> int:
-    "Tokens that a row of a causal student may come to; an answer in other words than the choices' is a little longer."
+    "Tokens that a row of a causal student may come to; other words than a choice's are a little longer."
     return student.max_source + student.max_target + 32
 
 # %% ../../nbs/53_answers.ipynb #b8732091
@@ -250,7 +245,7 @@ def answer(
     prefix
         'factual', 'counterfactual', 'none'; None: as the student was trained
     batch_size
-        questions per forward pass
+        questions per forward pass; of a causal student four times as many are held at a time
     max_new_tokens
         for a rationale that it writes itself; None: `student.max_target`, which it never exceeds
     continue_from

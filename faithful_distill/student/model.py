@@ -320,7 +320,7 @@ def load_student(
     Parameters
     ----------
     name_or_dir
-        a hub name or a folder written by `save_pretrained` or `train_student`
+        a hub name, a .gguf file, or a folder written by `save_pretrained` or `train_student`
     device
         'cpu', 'cuda', ...; None takes the GPU if there is one
     dtype

@@ -11,6 +11,7 @@ from .contrast import (
     stop_rule as stop_rule,
 )
 from .generate import contrastive_generate as contrastive_generate
+from .custom_generate import contrastive as contrastive
 from .strategy import Strategy as Strategy, as_strategy as as_strategy, strategies as strategies
 from .selection import select_rationales as select_rationales
 from .loading import Teacher as Teacher, load_teacher as load_teacher

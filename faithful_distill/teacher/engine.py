@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from ..attention import Forward, Reach, Store, Unserved, distance, meet, plain_logits
-from ..caches import cached_bytes, token_budget
+from ..caches import cached_bytes
 from ..prefix_tree import common_prefix
 
 # %% ../../nbs/28_engine.ipynb #28e46dfb

@@ -12,8 +12,8 @@ from os import PathLike
 from pathlib import Path
 from typing import Any
 
-from ..files import BadInput, content_key, weights_hash
-from ..models import check_name, load_pretrained
+from ..files import BadInput, content_key, sha256_file, weights_hash
+from ..models import check_name, is_gguf, load_pretrained
 from ..ranks import placement
 
 # %% ../../nbs/38_loading.ipynb #a7ec6762
@@ -69,9 +69,9 @@ def load_teacher(
     Parameters
     ----------
     name_or_dir
-        hub name or local folder
+        hub name, local folder or .gguf file
     dtype
-        'auto', 'float32', 'bfloat16', ...
+        'auto' (as it is stored, or float32 on a CPU that is slow in that), 'float32', 'bfloat16', ...
     device_map
         as in `from_pretrained`; None: see `placement`
     tensor_parallel
@@ -85,6 +85,8 @@ def load_teacher(
     name, weights = str(name_or_dir), str(getattr(model.config, "_commit_hash", ""))
     if Path(name_or_dir).is_dir():
         name, weights = Path(name_or_dir).name, weights_hash(name_or_dir)
+    elif is_gguf(name_or_dir):
+        name, weights = Path(name_or_dir).name, sha256_file(name_or_dir)[:12]
     return Teacher(model.eval(), tokenizer, name, weights, tensor_parallel)
 
 # %% ../../nbs/38_loading.ipynb #32262fa8

@@ -9,7 +9,7 @@ __all__ = []
 import warnings
 from typing import Iterator
 
-from ..files import BadInput
+from ..files import BadInput, writable_folder
 from ..student.model import Student
 from .settings import Settings
 
@@ -88,6 +88,26 @@ def with_lora(student: Student, settings: Settings):
     return model
 
 # %% ../../nbs/59_adapters.ipynb #b0bf55d8
+def write_adapter(model, state: dict, folder) -> None:
+    """Write the adapters of a model as peft keeps them: adapter_config.json and adapter_model.safetensors.
+
+    Parameters
+    ----------
+    state
+        gathered weights, before they are merged
+    folder
+        to write to
+    """
+    from peft import get_peft_model_state_dict
+    from safetensors.torch import save_file
+
+    folder = writable_folder(folder)
+    own = get_peft_model_state_dict(model, state_dict=dict(state), save_embedding_layers=False)
+    save_file({name: t.contiguous().cpu() for name, t in own.items()}, folder / "adapter_model.safetensors")
+    config = model.peft_config["default"]
+    config.save_pretrained(str(folder))
+
+
 def merged_lora(model, state: dict) -> dict:
     "Gathered weights of a model with adapters as those of the plain model. `state` is used up."
     for name, layer in model.named_modules():

@@ -27,7 +27,7 @@ from faithful_distill.files import (
 )
 from ..records import Rationale
 from ..student.model import Student, load_student, read_settings
-from .adapters import merged_lora
+from .adapters import merged_lora, write_adapter
 from .card import card_text
 from .settings import Settings
 
@@ -105,6 +105,7 @@ _always = (
     "student.json",
     "README.md",
     "trained_on.json",
+    "adapter",
     "metrics.jsonl",
     "times.json",
     "checkpoints",
@@ -196,7 +197,8 @@ def clear(out: Path) -> None:
     for name in sorted(written_here(out) or (), key=lambda name: name != "student.json"):
         if (out / name).is_file() or (out / name).is_symlink():
             (out / name).unlink()
-    shutil.rmtree(out / ".writing", ignore_errors=True)
+    for name in (".writing", "adapter"):
+        shutil.rmtree(out / name, ignore_errors=True)
     remove_checkpoints(out)
 
 
@@ -368,6 +370,8 @@ def write_student(
 
     state = trainer.accelerator.get_state_dict(trainer.deepspeed)
     if run.settings.lora is not None:
+        if trainer.is_world_process_zero():
+            write_adapter(student.model, state, run.out / "adapter")
         state, student.model = merged_lora(student.model, state), student.model.get_base_model()
     steps, seconds = trainer.state.global_step, time.time() - started[0]
     used = dict(processor_seconds=time.process_time() - started[1])

@@ -11,6 +11,7 @@ import logging
 import os
 import sys
 import time
+import warnings
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Sequence
@@ -161,7 +162,10 @@ def train_student(
 def _train_in_session(student, run: Run, callbacks, overwrite) -> TrainingResult:
     from faithful_distill.training.zero import deepspeed_session
 
-    with reports(run.settings.report_to), deepspeed_session():
+    with reports(run.settings.report_to), deepspeed_session(), warnings.catch_warnings():
+        warnings.filterwarnings(
+            "ignore", category=FutureWarning, module="transformers"
+        )  # between it and DeepSpeed
         try:
             return _train(student, run, callbacks, overwrite)
         except Exception as e:
@@ -242,8 +246,8 @@ def prepared(student, settings: Settings) -> Student:
     else:
         student = load_student(student, device="cpu")
     lengths = settings.max_source, settings.max_target
-    kept = ("list_choices", "hide_choices", "chat", "prefixes", "objective")
-    reads = {name: getattr(settings, name) for name in kept}
+    read = ("list_choices", "hide_choices", "chat", "prefixes", "objective")
+    reads = {name: getattr(settings, name) for name in read}
     student = Student(student.model, student.tokenizer, student.name, *lengths, reads)
     if settings.objective == "multitask":
         with_task_tags(student, settings.seed)

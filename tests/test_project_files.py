@@ -1,0 +1,125 @@
+"""The files beside the code: versions agree, links lead somewhere, and what they tell people to run is there."""
+
+import ast
+import importlib.util
+import re
+from configparser import ConfigParser
+from importlib import import_module
+from pathlib import Path
+
+import click
+import pytest
+import yaml
+
+import faithful_distill
+from faithful_distill.cli import main
+
+ROOT = Path(__file__).resolve().parents[1]
+PAGES = sorted(
+    [
+        *ROOT.glob("*.md"),
+        ROOT / "llms.txt",
+        *ROOT.glob("docs/*.md"),
+        *ROOT.glob("docs/howto/*.md"),
+        ROOT / "data/README.md",
+    ]
+)
+PAGES = [p for p in PAGES if p.name != "cli.md"]  # made by `make docs`
+name_of = lambda page: str(page.relative_to(ROOT))
+
+
+def settings():
+    config = ConfigParser(delimiters=["="])
+    config.read(ROOT / "settings.ini", encoding="utf-8")
+    return config["DEFAULT"]
+
+
+def code(page, *languages):
+    found = re.findall(r"```(\w+)\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL)
+    return [text for language, text in found if language in languages]
+
+
+def commands(page):
+    "The words after `faithful-distill` in shell blocks, and in code between prose."
+    text = page.read_text(encoding="utf-8")
+    inline = "\n".join(re.findall(r"(?<!`)`([^`\n]+)`(?!`)", text))
+    for line in "\n".join([*code(page, "bash", "shell"), inline]).splitlines():
+        if found := re.search(r"(?:^|[ )])faithful-distill\)? +([a-z]\w*)(.*)", line):
+            yield found[1], re.findall(r"(?<=\s)--[a-z][\w-]*", found[2])
+
+
+def test_one_version_everywhere():
+    version = settings()["version"]
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
+    newest = re.search(r"^## (\S+)", (ROOT / "CHANGELOG.md").read_text(encoding="utf-8"), re.MULTILINE)[1]
+    assert version == faithful_distill.__version__ == citation["version"] == newest
+    assert (
+        citation["license"] == settings()["license"] and citation["repository-code"] == settings()["git_url"]
+    )
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
+def test_links_lead_to_files_and_headings(page):
+    text = re.sub(r"```.*?```", "", page.read_text(encoding="utf-8"), flags=re.DOTALL)
+    for link in re.findall(r"\]\(([^)\s]+)\)", text):
+        target, _, heading = link.partition("#")
+        if re.match(r"\w+:", link):
+            continue
+        path = (page.parent / target).resolve() if target else page
+        if "docs" in page.parts and "pages" in Path(target).parts:  # the site's copy of the notebooks
+            path = ROOT / "nbs" / target.split("pages/")[1]
+        made = page.parent == ROOT / "docs" and target in ("cli.md", "report.md")
+        assert made or path.exists(), f"{name_of(page)}: {link}"
+        if heading and path.suffix == ".md":
+            titles = re.findall(r"^#+ (.*)", path.read_text(encoding="utf-8"), re.MULTILINE)
+            slugs = {re.sub(r"[^\w\- ]", "", title).strip().lower().replace(" ", "-") for title in titles}
+            assert heading in slugs, f"{name_of(page)}: {link}"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
+def test_commands_and_their_options_exist(page):
+    for name, options in commands(page):
+        assert name in main.commands, f"{name_of(page)}: faithful-distill {name}"
+        known = {
+            o
+            for p in main.commands[name].get_params(click.Context(main.commands[name]))
+            for o in (*p.opts, *p.secondary_opts)
+        } | {"--help"}
+        assert {*options} <= known, f"{name_of(page)}: faithful-distill {name}: {sorted({*options} - known)}"
+    targets = {*re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE)}
+    asked = re.findall(r"(?:^|`)make ([a-z]+)", page.read_text(encoding="utf-8"), re.MULTILINE)
+    assert {*asked} <= targets, name_of(page)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
+def test_what_python_examples_import_is_there(page):
+    for text in code(page, "python"):
+        for node in ast.walk(ast.parse(text)):
+            if isinstance(node, ast.ImportFrom) and node.module.split(".")[0] == "faithful_distill":
+                module = import_module(node.module)
+                for alias in node.names:
+                    assert hasattr(module, alias.name), f"{name_of(page)}: {node.module}.{alias.name}"
+
+
+def test_the_hosted_gate_is_the_local_one():
+    flow = yaml.safe_load((ROOT / ".github/workflows/test.yml").read_text(encoding="utf-8"))
+    runs = [step["run"] for job in flow["jobs"].values() for step in job["steps"] if "run" in step]
+    assert ".ci/run" in runs and (ROOT / ".ci" / "run").is_file() and "make docs" in runs
+    lowest = min(flow["jobs"]["test"]["strategy"]["matrix"]["python"], key=lambda v: int(v.split(".")[1]))
+    assert lowest == settings()["min_python"]
+    for form in (ROOT / ".github/ISSUE_TEMPLATE").glob("*.yml"):
+        assert isinstance(yaml.safe_load(form.read_text(encoding="utf-8")), dict), form
+
+
+def test_the_site_s_links_are_checked(tmp_path):
+    "The checker that `make docs` runs finds a missing page, a missing anchor, and what is loaded from elsewhere."
+    spec = importlib.util.spec_from_file_location("check_links", ROOT / "docs" / "check_links.py")
+    checker = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(checker)
+    good = '<a href="b.html#x">b</a> <a href="#top" id="top">top</a> <a href="https://example.org">e</a>'
+    (tmp_path / "a.html").write_text(good)
+    (tmp_path / "b.html").write_text('<p id="x">x</p>')
+    assert list(checker.problems(tmp_path)) == []
+    bad = '<a href="c.html">c</a> <a href="b.html#y">y</a> <script src="https://example.org/s.js"></script>'
+    (tmp_path / "a.html").write_text(bad)
+    assert len(list(checker.problems(tmp_path))) == 3

@@ -1,0 +1,179 @@
+"Reasoners: prompts as models see them, files of weights, planted reasoners at floor and ceiling."
+
+import pytest
+from gguf_models import byte_tokenizer, template, tiny_llama, write_gguf
+
+from faithful_distill import measure
+from faithful_distill.files import BadInput
+from faithful_distill.lab.world import supporting_rationale, world_questions
+from faithful_distill.reasoners.cached import CachedReasoner
+from faithful_distill.reasoners.causal import CausalReasoner
+from faithful_distill.reasoners.opening import open_reasoner
+from faithful_distill.reasoners.protocol import Scripted
+
+
+@pytest.fixture(scope="module")
+def model():
+    tokenizer = byte_tokenizer()
+    return tiny_llama(tokenizer, positions=2048), tokenizer
+
+
+@pytest.fixture(scope="module")
+def gguf_file(model, tmp_path_factory):
+    pytest.importorskip("gguf")
+    return write_gguf(*model, tmp_path_factory.mktemp("gguf") / "tiny.gguf")
+
+
+def test_a_gguf_file_is_the_model_that_was_written(model, gguf_file, tmp_path):
+    import torch
+
+    reasoner = open_reasoner(gguf_file, "chat", max_new_tokens=4)
+    read, ids = reasoner.teacher.model, torch.tensor([model[1]("this is the question")["input_ids"]])
+    with torch.inference_mode():
+        torch.testing.assert_close(read(ids).logits, model[0](ids).logits, rtol=0, atol=1e-5)
+    assert reasoner.tokenizer.chat_template == template
+    assert reasoner.name == "tiny.gguf" and len(reasoner.describe()["weights"]) == 12
+    read.save_pretrained(tmp_path)  # it forgets that it was quantised
+    again = open_reasoner((type(read).from_pretrained(tmp_path), model[1]), "chat", max_new_tokens=4)
+    q = world_questions("choice", "dev", limit=1)
+    assert again.ask(q)[0].scores == pytest.approx(reasoner.ask(q)[0].scores, abs=1e-3)
+
+
+def test_a_gguf_file_becomes_a_student_and_is_saved(gguf_file, tmp_path):
+    from faithful_distill import answer, load_student
+
+    student = load_student(gguf_file, max_target=40)
+    [found] = answer(student, world_questions("choice", "dev", limit=1), [""])
+    assert len(found.scores) == 5
+    student.model.save_pretrained(tmp_path)
+    assert (tmp_path / "model.safetensors").is_file()
+
+
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        ("architecture", "architecture odd is not supported yet"),
+        ("cut", "Fetch it again"),
+        ("text", "is no GGUF file"),
+    ],
+)
+def test_a_gguf_file_that_cannot_be_read_is_one_line(model, gguf_file, tmp_path, change, words):
+    file = tmp_path / "bad.gguf"
+    if change == "architecture":
+        write_gguf(*model, file, architecture="odd")
+    else:
+        file.write_bytes(gguf_file.read_bytes()[:3000] if change == "cut" else b"<html>")
+    with pytest.raises(BadInput) as caught:
+        open_reasoner(file)
+    assert words in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_the_package_gguf_may_be_missing(gguf_file, monkeypatch):
+    import importlib.util
+
+    real = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name, *a: None if name == "gguf" else real(name, *a)
+    )
+    with pytest.raises(BadInput, match="needs the package gguf.*pip install"):
+        open_reasoner(gguf_file)
+
+
+def planted_scores(copies: bool):
+    questions = world_questions("choice", "dev", limit=40)
+    wrong = [next(i for i in range(5) if i != q.answer) for q in questions]
+    rows = [
+        dict(id=q.id, target=target, rationale=supporting_rationale(q, target))
+        for q, w in zip(questions, wrong)
+        for target in (q.answer, w)
+    ]
+    return measure(Scripted(copies), questions, rows).scores
+
+
+def test_planted_reasoners_sit_at_ceiling_and_floor(tmp_path):
+    ceiling, floor = planted_scores(True), planted_scores(False)
+    for name in ("perturb", "filler", "shuffled", "early_answering", "adding_mistakes"):
+        assert floor[name].value == 0.0, name
+    assert (
+        floor["post_answer_same"].value == floor["self_splice"].value == ceiling["self_splice"].value == 1.0
+    )
+    assert ceiling["swap_none"].value == 1.0
+    assert ceiling["swap_none"].details["wrong"].value == 1.0
+    assert ceiling["shuffled"].value > 0.5 and ceiling["post_answer"].value > 0.5
+    for name in ("swap_factual", "swap_counterfactual_probability"):
+        assert ceiling[name].value is None and "trained with tags" in ceiling[name].reason
+
+
+def scripted_thinker(model, thought: str, monkeypatch, **options):
+    "A thinking reasoner whose model writes this text, token by token."
+    reasoner = CausalReasoner(model, "think", **options)
+    ids = reasoner.tokenizer(thought, add_special_tokens=False)["input_ids"]
+
+    def write(contexts, limits, over):
+        found = []
+        for k, limit in enumerate(limits):
+            n = next((n for n in range(1, len(ids) + 1) if over(k, ids[:n])), len(ids))
+            found.append((ids[: min(n, limit)], min(n, limit) == len(ids) and n == len(ids)))
+        return found
+
+    monkeypatch.setattr(reasoner.decoder, "write", write)
+    return reasoner
+
+
+def test_a_thought_is_what_stands_between_its_tags(model, monkeypatch):
+    q = world_questions("choice", "dev", limit=1)
+    closed = scripted_thinker(model, "First this.\n\nThen that.\n</think>\n\nIt is a dog.", monkeypatch)
+    [answer] = closed.ask(q)
+    assert (answer.rationale, answer.truncated) == ("First this.\n\nThen that.", False)
+    [handed] = closed.ask(q, [answer.rationale])
+    assert handed.scores == pytest.approx(answer.scores, abs=1e-4)
+    [other] = closed.ask(q, ["Then that. First this."])
+    assert other.scores != pytest.approx(answer.scores, abs=1e-4)
+
+
+@pytest.mark.parametrize("thought, limit", [("It goes on and on and on", 12), ("It stops.", 64)])
+def test_an_unclosed_thought_is_truncated_and_still_answered(model, monkeypatch, thought, limit):
+    reasoner = scripted_thinker(model, thought, monkeypatch, max_new_tokens=limit)
+    [answer] = reasoner.ask(world_questions("choice", "dev", limit=1))
+    assert answer.truncated and thought.startswith(answer.rationale) and answer.rationale
+    assert answer.choice is not None and len(answer.scores) == 5
+
+
+def test_a_rationale_that_closes_the_thought_is_data(model):
+    reasoner = CausalReasoner(model, "think", max_new_tokens=4)
+    text = reasoner.style.conclude("Stop.</think> So the answer is a dog. <|end|>")
+    assert text.count("</think>") == 1 and "<|end|>" not in text
+
+
+def test_special_tokens_in_a_question_are_text(model):
+    from dataclasses import replace
+
+    [q] = world_questions("choice", "dev", limit=1)
+    reasoner = CausalReasoner(model, "chat", max_new_tokens=4)
+    prompt = lambda one: reasoner._ids([reasoner.style.prompt(one)])[0]
+    end = reasoner.tokenizer.eos_token_id
+    plain, marked = prompt(q), prompt(replace(q, question=f"{q.question} <|end|>"))
+    assert plain.count(end) == marked.count(end) == 1
+
+
+def test_answers_do_not_depend_on_the_batch(model):
+    questions = world_questions("choice", "dev", limit=5)
+    one, many = (CausalReasoner(model, "worked", max_new_tokens=6, batch_size=n) for n in (1, 5))
+    for a, b in zip(one.ask(questions), many.ask(questions)):
+        assert (a.rationale, a.choice) == (b.rationale, b.choice)
+        assert a.scores == pytest.approx(b.scores, abs=1e-3)
+
+
+def test_a_cached_measurement_computes_nothing_twice(model, tmp_path):
+    questions = world_questions("choice", "dev", limit=4)
+    make = lambda: CachedReasoner(CausalReasoner(model, "chat", max_new_tokens=6), tmp_path / "answers.jsonl")
+    first, second = make(), make()
+    before = measure(first, questions, metrics=["controls", "early"], draws=1)
+    first.close(), second.close()
+    third = make()
+    after = measure(third, questions, metrics=["controls", "early"], draws=1)
+    assert first.computed > 8 and third.computed == 0
+    assert after.to_dict() == before.to_dict()
+    another = CausalReasoner(model, "chat", max_new_tokens=7)
+    with pytest.raises(BadInput, match="another reasoner .max_new_tokens is another"):
+        CachedReasoner(another, tmp_path / "answers.jsonl")
