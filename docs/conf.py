@@ -123,7 +123,7 @@ def setup(app):
     from latex2mathml.converter import convert
 
     def mathml(self, node, display: str, around: str):
-        text = re.sub(r"\\arg\s*\\(max|min)", r"\\operatorname{arg\\,\1}", node.astext())
+        text = re.sub(r"\\arg\s*\\(max|min)", r"\\mathrm{arg\\,\1}", node.astext())
         tag = f'<{around} class="math">{convert(text, display=display)}</{around}>'
         self.body.append(tag)
         from docutils.nodes import SkipNode
