@@ -88,7 +88,8 @@ _headings = {
 
 def _heading_of(name: str) -> str:
     "The section of a score."
-    if any(name in family.scores for family in text_families.values()) and name != "accuracy":
+    of_text = {n for family in text_families.values() if family.needs != "model" for n in family.scores}
+    if name in of_text - {"accuracy"}:
         return "What the text shows"
     for heading, stems in _headings.items():
         if name in stems or name.split("_")[0] in stems or any(name.startswith(f"{s}_") for s in stems):
@@ -174,10 +175,15 @@ def read_suite(folder) -> tuple[str, list[dict]]:
         raise BadInput("holds no measurement", file=folder, field="compare", remedy=remedy)
     rows = [row for _, row in read_jsonl(folder / "rows.jsonl")]
     try:
-        name = json.loads((folder / "facts.json").read_text(encoding="utf-8"))["model"]
-    except (OSError, ValueError, KeyError, TypeError):
-        name = folder.name
-    return str(name), rows
+        return _name_of(json.loads((folder / "facts.json").read_text(encoding="utf-8"))), rows
+    except (OSError, ValueError, AttributeError):
+        return folder.name, rows
+
+
+def _name_of(facts: dict) -> str:
+    "What a model is called in the report: its name, and the style in which it was asked."
+    name = Path(str(facts.get("model", "the model"))).name
+    return f"{name} ({facts['style']})" if facts.get("style") else name
 
 # %% ../../nbs/92_measure_report.ipynb #09368026
 def _credit_pairs(rows: Sequence[dict], other: Sequence[dict]) -> dict[str, tuple[list, list, list]]:
@@ -270,14 +276,14 @@ def write_suite(suite: Suite, out: Any, title: str, compare: Any = None, samples
     samples
         questions to browse
     """
-    out, name = Path(out), Path(str(suite.facts.get("model", "the model"))).name
+    out, name = Path(out), _name_of(suite.facts)
     other_name, other = read_suite(compare) if compare else ("", [])
     if other_name == name:
-        other_name = f"{name} ({Path(compare).name})"
+        other_name = f"{name}, {Path(compare).name}"
     write_suite_numbers(suite, out)
     sections = _score_sections(suite, out / "report")
-    sections += [_comparison(suite, (name, Path(other_name).name), other)] if compare else []
-    shown = samples_of(suite.rows, name, other, Path(other_name).name, samples)
+    sections += [_comparison(suite, (name, other_name), other)] if compare else []
+    shown = samples_of(suite.rows, name, other, other_name, samples)
     text = "Open a question to see what the model was handed, and what it answered then."
     missing = missing_section(suite.scores)
     missing.heading = "What could not be measured, and why"
