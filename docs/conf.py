@@ -2,6 +2,7 @@
 
 Built by `make docs`, offline, warnings as errors."""
 
+import json
 import re
 import shutil
 import subprocess
@@ -25,14 +26,27 @@ def stage():
             target = here / "pages" / source.relative_to(root / "nbs")
             target.parent.mkdir(parents=True, exist_ok=True)
             text = source.read_text(encoding="utf-8")  # what is not part of the site is in the repository
-            target.write_text(
-                re.sub(r"\]\((?:\.\./)+(?=data/|tests/|README)", f"]({repository}/blob/main/", text),
-                encoding="utf-8",
-            )
+            text = re.sub(r"\]\((?:\.\./)+(?=data/|tests/|README)", f"]({repository}/blob/main/", text)
+            target.write_text(as_read(text), encoding="utf-8")
     for name in ("CHANGELOG.md", "CONTRIBUTING.md", "SECURITY.md"):
         copy(root / name, here / "project" / name)
     (here / "cli.md").write_text(command_line(), encoding="utf-8")
     (here / "api.md").write_text(reference(), encoding="utf-8")
+
+
+def as_read(notebook: str) -> str:
+    "A notebook without what nbdev is told in it, its outputs' links leading to the pages of the site."
+    nb = json.loads(notebook)
+    for cell in nb["cells"]:
+        if cell["cell_type"] == "code":
+            lines = "".join(cell["source"]).splitlines(keepends=True)
+            cell["source"] = "".join(line for line in lines if not line.startswith("#|"))
+        for output in cell.get("outputs", []):
+            shown = output.get("data", {}).get("text/markdown")
+            if shown is not None:
+                output["data"]["text/markdown"] = re.sub(r"\.ipynb(?=[)#])", ".html", "".join(shown))
+    nb["cells"] = [cell for cell in nb["cells"] if "".join(cell["source"]).strip()]
+    return json.dumps(nb)
 
 
 def copy(source, target):
@@ -109,7 +123,8 @@ def setup(app):
     from latex2mathml.converter import convert
 
     def mathml(self, node, display: str, around: str):
-        tag = f'<{around} class="math">{convert(node.astext(), display=display)}</{around}>'
+        text = re.sub(r"\\arg\s*\\(max|min)", r"\\mathrm{arg\\,\1}", node.astext())
+        tag = f'<{around} class="math">{convert(text, display=display)}</{around}>'
         self.body.append(tag)
         from docutils.nodes import SkipNode
 

@@ -592,7 +592,7 @@ def measure(
     shots: int | None = None,
     system: str | None = None,
     tags: list[str] = ("<think>", "</think>"),
-    answers: Literal["likely", "said"] = "likely",
+    answers: Literal["likely", "summed", "said"] = "likely",
     simulator=inherit,
     draws: AtLeastOne = inherit,
     batch_size: AtLeastOne | None = None,
@@ -629,7 +629,8 @@ def measure(
     tags
         around a thought
     answers
-        likely: the likeliest choice per token counts; said: the choice that greedy decoding writes
+        which choice counts: likely (the likeliest per token), summed (the likeliest whole), said (what greedy decoding
+        writes)
     max_new_tokens
         longest rationale; 96 worked, 192 chat, 1024 think if not given
     batch_size
