@@ -89,8 +89,9 @@ def test_two_ranks_train_as_one(two_ranks, one_rank, kind, stage, accumulation):
     assert len(expected) == len(found) == 4
     for want, got in zip(expected, found):
         assert want.keys() == got.keys()
-        for name in want:
-            assert got[name] == pytest.approx(want[name], rel=2e-4, abs=2e-4), name
+        for name in want:  # None: a part that has no token in this step
+            expected = None if want[name] is None else pytest.approx(want[name], rel=2e-4, abs=2e-4)
+            assert got[name] == expected, name
 
 
 @pytest.mark.parametrize("micro_batches", [2, 4])
