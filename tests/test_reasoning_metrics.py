@@ -604,8 +604,8 @@ def test_agreement_equals_the_definitions(rows, weights):
     w = agreeing.agreement_weights([0, 1, 2], weights).tolist()
     _, ac2 = coefficients_in_plain_loops(rows, 3, w)
     kappa, _ = coefficients_in_plain_loops([r[:2] for r in rows], 3, w)
-    of_three = agreeing.agreement(rows, weights, categories=[0, 1, 2], **fast)
-    of_two = agreeing.agreement([r[:2] for r in rows], weights, categories=[0, 1, 2], **fast)
+    of_three = agreeing.agreement_scores(rows, weights, categories=[0, 1, 2], **fast)
+    of_two = agreeing.agreement_scores([r[:2] for r in rows], weights, categories=[0, 1, 2], **fast)
     for score, expected in ((of_three["ac2"], ac2), (of_two["kappa"], kappa)):
         assert (
             (score.value is None and score.reason)
@@ -617,7 +617,7 @@ def test_agreement_equals_the_definitions(rows, weights):
 
 def test_ac2_does_not_collapse_where_nearly_all_is_one_category():
     rows = [(1, 1)] * 118 + [(1, 0)] * 5 + [(0, 1)] * 2
-    found = agreeing.agreement(rows, **fast)
+    found = agreeing.agreement_scores(rows, **fast)
     assert found["kappa"].value < 0 and found["ac2"].value > 0.9 and found["ac2"].details["most_used"] > 0.97
 
 
@@ -630,7 +630,7 @@ def test_ac2_does_not_collapse_where_nearly_all_is_one_category():
 )
 def test_agreement_refuses_what_is_no_table_of_marks(rows, says):
     with pytest.raises(BadInput, match=says):
-        agreeing.agreement(rows)
+        agreeing.agreement_scores(rows)
 
 
 # ---- diagnosticity, and the guide
