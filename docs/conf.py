@@ -1,6 +1,8 @@
 """The site: every notebook as stored (nothing is executed), the API from its docstrings, the command line from itself.
 
 Built by `make docs`, offline, warnings as errors."""
+
+import json
 import re
 import shutil
 import subprocess
@@ -24,11 +26,27 @@ def stage():
             target = here / "pages" / source.relative_to(root / "nbs")
             target.parent.mkdir(parents=True, exist_ok=True)
             text = source.read_text(encoding="utf-8")  # what is not part of the site is in the repository
-            target.write_text(re.sub(r"\]\((?:\.\./)+(?=data/|tests/|README)", f"]({repository}/blob/main/", text), encoding="utf-8")
+            text = re.sub(r"\]\((?:\.\./)+(?=data/|tests/|README)", f"]({repository}/blob/main/", text)
+            target.write_text(as_read(text), encoding="utf-8")
     for name in ("CHANGELOG.md", "CONTRIBUTING.md", "SECURITY.md"):
         copy(root / name, here / "project" / name)
     (here / "cli.md").write_text(command_line(), encoding="utf-8")
     (here / "api.md").write_text(reference(), encoding="utf-8")
+
+
+def as_read(notebook: str) -> str:
+    "A notebook without what nbdev is told in it, its outputs' links leading to the pages of the site."
+    nb = json.loads(notebook)
+    for cell in nb["cells"]:
+        if cell["cell_type"] == "code":
+            lines = "".join(cell["source"]).splitlines(keepends=True)
+            cell["source"] = "".join(line for line in lines if not line.startswith("#|"))
+        for output in cell.get("outputs", []):
+            shown = output.get("data", {}).get("text/markdown")
+            if shown is not None:
+                output["data"]["text/markdown"] = re.sub(r"\.ipynb(?=[)#])", ".html", "".join(shown))
+    nb["cells"] = [cell for cell in nb["cells"] if "".join(cell["source"]).strip()]
+    return json.dumps(nb)
 
 
 def copy(source, target):
@@ -50,23 +68,49 @@ wings = {
 def reference() -> str:
     "The library's pages of reference, a part for each wing: every module that has public names."
     package = root / "faithful_distill"
-    parts = ["# Library reference\n", "Every function and class that is public, with its parameters, errors and sources.\n"]
+    parts = [
+        "# Library reference\n",
+        "Every function and class that is public, with its parameters, errors and sources.\n",
+    ]
     for title, patterns in wings.items():
         files = [f for p in patterns.split() for f in sorted(package.glob(f"{p.replace('.', '/')}.py"))]
-        public = [f for f in files if re.search(r"^__all__ = \['", f.read_text(encoding="utf-8"), re.MULTILINE)]
-        names = [".".join(("faithful_distill", *f.relative_to(package).with_suffix("").parts)) for f in public]
-        for name in names:
-            import_module(name)  # a wing's face may have an object of the module's name; now the module is found
-        body = "\n".join(f"   {name}" for name in names)
-        parts.append(f"## {title}\n\n```{{eval-rst}}\n.. autosummary::\n   :toctree: generated\n\n{body}\n```\n")
+        public = [
+            f for f in files if re.search(r"^__all__ = \['", f.read_text(encoding="utf-8"), re.MULTILINE)
+        ]
+        names = [
+            ".".join(("faithful_distill", *f.relative_to(package).with_suffix("").parts)) for f in public
+        ]
+        hidden = [
+            name
+            for name in names
+            if name.rpartition(".")[2] in import_module(name.rpartition(".")[0]).__all__
+        ]
+        body = "\n".join(f"   {name}" for name in names if name not in hidden)
+        parts.append(
+            f"## {title}\n\n```{{eval-rst}}\n.. autosummary::\n   :toctree: generated\n\n{body}\n```\n"
+        )
+        parts += [by_itself(name) for name in hidden]
     return "\n".join(parts)
+
+
+def by_itself(module: str) -> str:
+    "A link to the page of a module whose name its wing has given to something in it, where a summary would find that."
+    page = here / "project" / f"{module}.md"
+    text = f"# {module}\n\n```{{eval-rst}}\n.. automodule:: {module}\n```\n"
+    page.write_text(text, encoding="utf-8")
+    return f"```{{toctree}}\n:maxdepth: 1\n\nproject/{module}\n```\n"
 
 
 def command_line() -> str:
     "The reference of the command line: the help that the commands print themselves."
-    ask = lambda *words: subprocess.run(
-        [sys.executable, "-m", "faithful_distill", *words, "--help"], capture_output=True, text=True, check=True
-    ).stdout
+    ask = lambda *words: (
+        subprocess.run(
+            [sys.executable, "-m", "faithful_distill", *words, "--help"],
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout
+    )
     from faithful_distill.cli import main
 
     parts = ["# The command line\n", "```text\n" + ask() + "```\n"]
@@ -79,7 +123,8 @@ def setup(app):
     from latex2mathml.converter import convert
 
     def mathml(self, node, display: str, around: str):
-        tag = f'<{around} class="math">{convert(node.astext(), display=display)}</{around}>'
+        text = re.sub(r"\\arg\s*\\(max|min)", r"\\mathrm{arg\\,\1}", node.astext())
+        tag = f'<{around} class="math">{convert(text, display=display)}</{around}>'
         self.body.append(tag)
         from docutils.nodes import SkipNode
 
@@ -94,10 +139,15 @@ def setup(app):
 def code_in_backticks(app, what, name, obj, options, lines):
     "Docstrings are written as people read them: `name` is code, and may have a plural s behind it."
     for i, line in enumerate(lines):
-        line = re.sub(r"(?<![`:])`([^`]+)`(?!`)", r"``\1``", line)
-        if not re.fullmatch(r"\*{1,2}\w+", line.strip()):  # the name of a parameter
-            line = re.sub(r"(?<![\w`*\\])(\*{1,2})(?=\w)(?![^`]*``)", lambda stars: "\\*" * len(stars[1]), line)
-        lines[i] = re.sub(r"(?<=[^` (]``)(?=\w)", r"\\ ", line)
+        if re.fullmatch(r"\*{1,2}\w+", line.strip()):  # the name of a parameter
+            continue
+        parts = re.split(r"(`+[^`]+`+)", line)  # prose, code, prose, ...
+        parts[::2] = [re.sub(r"\*(?=[\w*])", r"\\*", prose) for prose in parts[::2]]
+        parts[1::2] = [f"``{code.strip('`')}``" for code in parts[1::2]]
+        plural = [k for k in range(1, len(parts), 2) if re.match(r"\w", parts[k + 1])]
+        for k in plural:
+            parts[k] += r"\ "
+        lines[i] = "".join(parts)
 
 
 stage()

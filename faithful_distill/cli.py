@@ -210,6 +210,7 @@ def rationales(
     token_budget=inherit,
     scores=inherit,
     out: str,
+    dry_run: bool = False,
 ):
     """A teacher's rationales for a dataset, gold and counterfactual.
 
@@ -239,9 +240,12 @@ def rationales(
         worked examples: csqa, strategyqa, creak, qasc, a .jsonl file, or none; the dataset's own if not given
     out
         JSON-lines file; a second call goes on where the first one stopped
+    dry_run
+        say, after a short trial, how many tokens it will be and how long it will take, and stop
     """
     from faithful_distill.files import shipped, writable_folder
     from faithful_distill.ranks import leave_ranks
+    from faithful_distill.teacher.estimate import estimate_rationales
     from faithful_distill.teacher.loading import load_teacher
     from faithful_distill.teacher.rationales import summary
     from faithful_distill.teacher.strategy import as_strategy
@@ -261,16 +265,16 @@ def rationales(
         dtype=dtype,
         tensor_parallel=tensor_parallel,
     )
+    how = dict(prompt=_prompt_for(prompt, data), shots=shots, seed=seed, max_new_tokens=max_new_tokens)
+    if dry_run:
+        return click.echo(estimate_rationales(loaded, questions, chosen, roles=tuple(roles), **how))
     with shown_log():
         records = rationalize_in_parts(
             loaded,
             questions,
             chosen,
             roles=tuple(roles),
-            prompt=_prompt_for(prompt, data),
-            shots=shots,
-            seed=seed,
-            max_new_tokens=max_new_tokens,
+            **how,
             scores=scores,
             samples=samples,
             select=select if select == "growth" or samples == 1 else _reader(select),
@@ -588,7 +592,7 @@ def measure(
     shots: int | None = None,
     system: str | None = None,
     tags: list[str] = ("<think>", "</think>"),
-    answers: Literal["likely", "said"] = "likely",
+    answers: Literal["likely", "summed", "said"] = "likely",
     simulator=inherit,
     draws: AtLeastOne = inherit,
     batch_size: AtLeastOne | None = None,
@@ -625,7 +629,8 @@ def measure(
     tags
         around a thought
     answers
-        likely: the likeliest choice per token counts; said: the choice that greedy decoding writes
+        which choice counts: likely (the likeliest per token), summed (the likeliest whole), said (what greedy decoding
+        writes)
     max_new_tokens
         longest rationale; 96 worked, 192 chat, 1024 think if not given
     batch_size

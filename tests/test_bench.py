@@ -116,7 +116,8 @@ def test_the_floor_counts_each_distinct_token_once(tmp_path):
 def test_stored_tokens_agree_and_announced_memory_is_near_the_measured(tmp_path):
     from faithful_distill.teacher.choice import Row
     from faithful_distill.teacher.contrast import Generation
-    from faithful_distill.teacher.engine import SharedPrefix, needed_bytes, token_budget
+    from faithful_distill.caches import token_budget
+    from faithful_distill.teacher.engine import SharedPrefix, needed_bytes
 
     table = pd.read_csv(shipped("data", "results", "bench_decode.csv"))
     compared = table[(table.dtype == "float32") & table.way.isin(list("bdf"))]

@@ -279,7 +279,7 @@ def test_a_report_is_whole_escaped_and_fetches_nothing(section_folder, tmp_path)
         and not parsed.open
         and not parsed.fetched
         and "script" not in parsed.tags
-        and parsed.tags.count("img") == 1
+        and parsed.tags.count("img") == 2  # its one picture, and once more as the key picture
     )
     assert (
         "✓ holds" in text
@@ -501,7 +501,8 @@ def made_up_tables(tmp_path_factory) -> Path:
     [
         p
         for p in FIGURES
-        if re.search("data/results/(study|quickstart)_", p.read_text(encoding="utf-8")) and p.stem != "claims"
+        if re.search("data/results/(study|quickstart)_", p.read_text(encoding="utf-8"))
+        and p.stem not in ("claims", "fig14_real")
     ],
     ids=lambda p: p.stem,
 )
@@ -1026,14 +1027,14 @@ def test_every_stored_figure_says_which_version_its_table_comes_from():
         for path in FIGURES
         for name in re.findall(r"data/results/([\w]+\.csv)", path.read_text(encoding="utf-8"))
     }
-    for name in read:
+    for name in filter(lambda name: (results / name).is_file(), read):
         origin = tables.origin_of(results / name)
         assert origin.keys() >= {"version", "date", "commit"}, f"{name}: note its origin anew"
     for path in FIGURES:
         shown = "".join(
             text for kind, text in _shown(json.loads(path.read_text())["cells"]) if kind == "text"
         )
-        if "draft.read(" in path.read_text(encoding="utf-8"):
+        if "draft.read(" in path.read_text(encoding="utf-8") and "No results yet" not in shown:
             assert "was made by version" in shown, path.name
 
 

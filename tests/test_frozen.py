@@ -131,7 +131,7 @@ def test_a_torn_file_is_computed_again_and_then_whole(tmp_path, torn):
     VectorCache(tmp_path).vectors(["a", "bb"], lengths)
     [file] = tmp_path.iterdir()
     if torn == "other":
-        np.savez(file, keys=np.array(["k"]), vectors=np.array([[1.0], [np.nan]]))
+        np.savez(file, keys=np.array([text_key("a"), text_key("bb")]), vectors=np.array([[1.0], [np.nan]]))
     else:
         file.write_bytes(file.read_bytes()[:-30] if torn is None else torn)
     for _ in range(2):
@@ -213,6 +213,10 @@ def test_a_head_learns_which_part_is_worth_reading():
     e = ModelBehaviour(questions, e.rationales, e.predictions)
     plain, head = (simulate_folds(Embeddings(bag_of_words, h), e).scores(draws=50)["las"] for h in (0, 1))
     assert head.details["acc_xr"] > plain.details["acc_xr"] + 0.1, "the question names a wrong choice"
+    assert plain.details["acc_x"] == 0 and head.details["acc_x"] > 0.2, (
+        "it avoids what is named; ties go to the first"
+    )
+    assert head.details["acc_r"] > 0.6
 
 
 def test_rev_and_rora_take_frozen_readers():

@@ -1,6 +1,7 @@
 """The files beside the code: versions agree, links lead somewhere, and what they tell people to run is there."""
 
 import ast
+import importlib.util
 import re
 from configparser import ConfigParser
 from importlib import import_module
@@ -67,7 +68,7 @@ def test_links_lead_to_files_and_headings(page):
         path = (page.parent / target).resolve() if target else page
         if "docs" in page.parts and "pages" in Path(target).parts:  # the site's copy of the notebooks
             path = ROOT / "nbs" / target.split("pages/")[1]
-        made = page.parent == ROOT / "docs" and target in ("cli.md", "report.md")
+        made = page.parent == ROOT / "docs" and target in ("api.md", "cli.md", "report.md")
         assert made or path.exists(), f"{name_of(page)}: {link}"
         if heading and path.suffix == ".md":
             titles = re.findall(r"^#+ (.*)", path.read_text(encoding="utf-8"), re.MULTILINE)
@@ -108,3 +109,17 @@ def test_the_hosted_gate_is_the_local_one():
     assert lowest == settings()["min_python"]
     for form in (ROOT / ".github/ISSUE_TEMPLATE").glob("*.yml"):
         assert isinstance(yaml.safe_load(form.read_text(encoding="utf-8")), dict), form
+
+
+def test_the_site_s_links_are_checked(tmp_path):
+    "The checker that `make docs` runs finds a missing page, a missing anchor, and what is loaded from elsewhere."
+    spec = importlib.util.spec_from_file_location("check_links", ROOT / "docs" / "check_links.py")
+    checker = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(checker)
+    good = '<a href="b.html#x">b</a> <a href="#top" id="top">top</a> <a href="https://example.org">e</a>'
+    (tmp_path / "a.html").write_text(good)
+    (tmp_path / "b.html").write_text('<p id="x">x</p>')
+    assert list(checker.problems(tmp_path)) == []
+    bad = '<a href="c.html">c</a> <a href="b.html#y">y</a> <script src="https://example.org/s.js"></script>'
+    (tmp_path / "a.html").write_text(bad)
+    assert len(list(checker.problems(tmp_path))) == 3

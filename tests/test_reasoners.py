@@ -177,3 +177,58 @@ def test_a_cached_measurement_computes_nothing_twice(model, tmp_path):
     another = CausalReasoner(model, "chat", max_new_tokens=7)
     with pytest.raises(BadInput, match="another reasoner .max_new_tokens is another"):
         CachedReasoner(another, tmp_path / "answers.jsonl")
+
+
+def test_what_a_model_wrote_is_text_in_the_report(tmp_path):
+    from faithful_distill.faithfulness.suite import measure_suite
+    from faithful_distill.lab.measure_report import write_suite
+
+    mean = "<script>alert(1)</script> {{ 7 * 7 }} [x](javascript:y) \x00 So it is"
+    questions = world_questions("choice", "dev", limit=4)
+    suite = measure_suite(Scripted(True, write=lambda q: mean), questions, metrics=["controls"], draws=1)
+    page = write_suite(suite, tmp_path, "<b>bold</b>").read_text(encoding="utf-8")
+    assert "<script" not in page and "<b>bold" not in page and "\x00" not in page
+    assert "&lt;script&gt;" in page and "{{ 7 * 7 }}" in page
+
+
+def test_a_measurement_of_a_student_has_the_same_report(tmp_path):
+    from click.testing import CliRunner
+
+    from faithful_distill.cli import main
+    from faithful_distill.files import shipped
+
+    student, out = str(shipped("data", "models", "student")), tmp_path / "out"
+    asked = ["--data", "world-choice", "--limit", "3", "--max-new-tokens", "6", "--metrics", "controls"]
+    done = CliRunner().invoke(main, ["evaluate", "--student", student, *asked, "--out", str(out)])
+    assert done.exit_code == 0, done.output
+    again = ["measure", "--model", student, "--style", "student", *asked, "--compare", str(out)]
+    done = CliRunner().invoke(main, [*again, "--out", str(tmp_path / "again")])
+    assert done.exit_code == 0, done.output
+    page = (tmp_path / "again" / "report.html").read_text(encoding="utf-8")
+    assert page.count('<div class="side">') == 6  # two models, three questions
+    assert "Paired over the 3 questions" in page
+    plain = (out / "report.html").read_text(encoding="utf-8")
+    assert plain.count('<div class="side">') == 3 and "Questions to browse" in plain
+
+
+def test_a_killed_command_goes_on_in_its_folder(tmp_path, monkeypatch):
+    from click.testing import CliRunner
+
+    from faithful_distill.cli import main
+    from faithful_distill.files import shipped
+
+    teacher = str(shipped("data", "models", "teacher"))
+    asked = ["measure", "--model", teacher, "--data", "world-choice", "--limit", "2", "--max-new-tokens", "6"]
+    asked += ["--metrics", "controls", "--draws", "1", "--out", str(tmp_path / "out")]
+    read, calls = CausalReasoner.read, []
+
+    def dies(self, questions, rationales):
+        calls.append(len(questions))
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return read(self, questions, rationales)
+
+    monkeypatch.setattr(CausalReasoner, "read", dies)
+    assert CliRunner().invoke(main, asked).exit_code != 0
+    done = CliRunner().invoke(main, asked)
+    assert done.exit_code == 0 and "2 known before" in done.output, done.output

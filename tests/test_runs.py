@@ -870,12 +870,13 @@ def test_one_call_keeps_all_that_the_figures_of_a_profile_read(tmp_path, monkeyp
     done = CliRunner().invoke(
         main, ["reproduce", "--profile", "toy.yaml", "--workers", "1", "--keep", "kept"]
     )
-    assert done.exit_code == 0 and done.output.count("Kept: ") == 4, done.output
+    assert done.exit_code == 0 and done.output.count("Kept: ") == 5, done.output
     assert {p.name for p in (tmp_path / "kept").iterdir()} == {
         "toy_rationales.csv",
         "toy_strategies.csv",
         "toy_times.csv",
         "toy_examples.json",
+        "toy_done.json",
         "origin.json",
     }
     for name in ("toy_rationales.csv", "toy_times.csv", "toy_examples.json"):

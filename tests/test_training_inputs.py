@@ -296,7 +296,7 @@ def test_settings_decide_in_a_configuration_of_ones_own(tmp_path):
         dict(rationale=5),
         dict(question=5),
         dict(target="0"),
-        dict(answer="0"),
+        dict(answer="an egg"),
         dict(role="silver"),
     ],
 )
@@ -311,7 +311,7 @@ def test_a_rationale_of_the_wrong_kind_is_refused_with_its_line(tmp_path, change
 
 
 def test_rationales_in_a_list_are_checked_as_a_file_is(tmp_path):
-    with pytest.raises(BadInput, match="field 'question': is missing"):
+    with pytest.raises(BadInput, match="field 'question': row 1: is missing"):
         train(tmp_path / "out", records=[dict(id=1)])
     assert not list((tmp_path / "out").iterdir())
 
@@ -369,6 +369,7 @@ def test_only_the_first_rank_discards_what_is_there(tmp_path, monkeypatch):
 
     def second(model):
         monkeypatch.setenv("RANK", "1")
+        monkeypatch.setenv("WORLD_SIZE", "2")
         monkeypatch.setattr(
             zero,
             "deepspeed_session",

@@ -283,7 +283,9 @@ def write_suite(suite: Suite, out: Any, title: str, compare: Any = None, samples
     missing.heading = "What could not be measured, and why"
     sections += [Section("Questions to browse", text, samples=shown), missing]
     facts = {k: literal(str(v)) for k, v in suite.facts.items() if v is not None}
-    return build_report(out / "report.html", title, _lead(suite), sections, facts=facts)
+    return build_report(
+        out / "report.html", title, _lead(suite), sections, facts=facts, level=interval_level(suite.scores)
+    )
 
 # %% ../../nbs/92_measure_report.ipynb #22031cf4
 def _lead(suite: Suite) -> str:

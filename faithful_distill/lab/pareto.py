@@ -25,7 +25,7 @@ def crossings(summary, row: str, x: str, y: str) -> list[tuple]:
     of = {m: summary[(summary.panel == m) & summary.value.notna()].set_index(row) for m in (x, y)}
     return [(name, of[x].loc[name], of[y].loc[name]) for name in of[x].index if name in of[y].index]
 
-# %% ../../nbs/90a_pareto.ipynb #a4fea744
+# %% ../../nbs/90a_pareto.ipynb #aad62ccd
 def pareto(
     summary,
     row: str,
@@ -72,8 +72,9 @@ def pareto(
         axes.set_xlabel(x if bottom else "")
     for axes in grid.flat[len(found) :]:
         axes.set_visible(False)
-    handles, names = grid.flat[0].get_legend_handles_labels()
-    figure.legend(handles, names, loc="outside lower center", ncols=3, fontsize=8.2)
+    drawn = {name: handle for axes in grid.flat for handle, name in zip(*axes.get_legend_handles_labels())}
+    named = [str(name) for name in look if str(name) in drawn]  # not every name has a value in every panel
+    figure.legend([drawn[n] for n in named], named, loc="outside lower center", ncols=3, fontsize=8.2)
     return figure
 
 # %% ../../nbs/90a_pareto.ipynb #338f6e80

@@ -434,14 +434,18 @@ terms = {
     " without, averaged over rationales that give the answer away and those that do not (Hase et al. 2020)",
     "simulator": "a model that guesses what another model will answer",
     "swap": "the student is handed a rationale for another answer; does its answer follow?",
-    "interval": "the numbers in brackets: where the true value lies with 95 % confidence",
+    "interval": "the numbers in brackets: where the true value lies with {level} confidence",
 }
 
 
-def terms_in(text: str) -> dict[str, str]:
+def terms_in(text: str, level: str = "95 %") -> dict[str, str]:
     "Those of `terms` that a text uses, whatever their case; of a pair, if it uses the second."
     said = text.lower()
-    return {name: meaning for name, meaning in terms.items() if name.split(", ")[-1].lower() in said}
+    return {
+        name: meaning.format(level=level)
+        for name, meaning in terms.items()
+        if name.split(", ")[-1].lower() in said
+    }
 
 
 def _words_of(section: Section) -> str:
@@ -478,6 +482,7 @@ def build_report(
     summary_of_claims: bool = True,
     facts: dict[str, Any] | None = None,
     footer: str = "",
+    level: str = "95 %",
 ) -> Path:
     """Writes a report of its sections as one HTML file that needs nothing else, and returns its path.
 
@@ -497,6 +502,8 @@ def build_report(
         how it was made: a table at the end
     footer
         a line below everything
+    level
+        of the intervals in brackets
     """
     sections = [s if isinstance(s, Section) else read_section(s) for s in sections]
     main = [s for s in sections if s.main] or sections
@@ -507,7 +514,7 @@ def build_report(
         lead=lead,
         bottom_line=bottom_line(claims),
         key_picture=_key_picture(sections, shown) if claims else None,
-        terms=terms_in(" ".join([lead, *map(_words_of, sections), *(c["text"] for c in claims)])),
+        terms=terms_in(" ".join([lead, *map(_words_of, sections), *(c["text"] for c in claims)]), level),
         sections=shown,
         claims=claims,
         note=" ".join(filter(None, (s.note for s in main))),

@@ -271,4 +271,5 @@ def write_scored(scored: Scored, out: Any, title: str = "Rationales, scored") ->
     lead = f"{f['rationales']:,} rationales for {f['questions']:,} questions"
     if unparsed := f["without a parsable prediction"]:
         lead += f"; {unparsed:,} come without a prediction that could be parsed: they are counted, and count as wrong"
-    return build_report(out / "report.html", title, f"{lead}.", _sections(scored, out / "report"), facts=f)
+    sections, level = _sections(scored, out / "report"), interval_level(scored.scores)
+    return build_report(out / "report.html", title, f"{lead}.", sections, facts=f, level=level)

@@ -38,7 +38,7 @@ class CachedReasoner(Reasoner):
         so many answers are computed, then written
     """
 
-    def __init__(self, reasoner: Any, path, chunk: int = 256):
+    def __init__(self, reasoner: Any, path, chunk: int = 64):
         self.reasoner, self.chunk = as_reasoner(reasoner), chunk
         for name in ("name", "prefix", "tokenizer", "answer_only", "unable"):
             setattr(self, name, getattr(self.reasoner, name))

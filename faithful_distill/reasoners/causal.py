@@ -204,7 +204,8 @@ class CausalReasoner(Reasoner):
     batch_size
         contexts that are held at a time
     answers
-        'likely': the likeliest choice per token is the answer; 'said': the choice that greedy decoding writes
+        which choice is the answer: 'likely', the likeliest per token; 'summed', the likeliest whole; 'said', the one
+        that greedy decoding writes
     **prompt
         of `make_style`: prompt, shots, system, tags
     """
@@ -222,8 +223,8 @@ class CausalReasoner(Reasoner):
         for name, value in (("batch_size", batch_size), ("max_new_tokens", max_new_tokens)):
             if value is not None and value < 1:
                 raise BadInput("must be at least 1", field=name, value=value)
-        if answers not in ("likely", "said"):
-            raise BadInput("must be likely or said", field="answers", value=answers)
+        if answers not in ("likely", "summed", "said"):
+            raise BadInput("must be one of likely, summed, said", field="answers", value=answers)
         self.teacher: Teacher = as_teacher(model)
         self.tokenizer, self.name = self.teacher.tokenizer, self.teacher.name
         self.style = make_style(self.tokenizer, style, **prompt)
@@ -271,8 +272,8 @@ class CausalReasoner(Reasoner):
 
     def _answer(self, q, rationale, scores, greedy, said, asked: "_Asked") -> Answer:
         text = said if greedy is None else choice_text(q, greedy)
-        per_token = [score / len(tail) for score, tail in zip(scores, asked.tails)]
-        choice = max(range(len(per_token)), key=per_token.__getitem__)
+        lengths = [len(tail) if self.answers == "likely" else 1 for tail in asked.tails]
+        choice = max(range(len(scores)), key=lambda i: scores[i] / lengths[i])
         if self.answers == "said":
             choice = match_choice(q, text) if greedy is None else greedy
         return Answer(q.id, rationale, text, choice, scores, asked.cut)

@@ -11,6 +11,7 @@ from typing import Callable, Sequence
 
 import torch
 
+from ..caches import token_budget as default_budget
 from ..files import BadInput, progress
 from ..attention import Unserved
 from .choice import Choice, Row, row_uniforms
@@ -19,7 +20,6 @@ from faithful_distill.teacher.engine import (
     SharedPrefix,
     needs,
     refused,
-    token_budget as default_budget,
 )
 from .padded import PaddedBatch
 
@@ -183,7 +183,7 @@ def contrastive_generate(
     ids
         names of the rows: sampling is seeded by (seed, name); None: their numbers
     token_budget
-        the most cached tokens held at a time; None: see `engine.token_budget`
+        the most cached tokens held at a time; None: see `caches.token_budget`
     scores
         keep growth and log-probabilities per token
     engine
