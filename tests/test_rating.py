@@ -38,6 +38,7 @@ def loaded(page: str, folder, driver: str = "") -> str:
 RATE_ALL = """
 const saved = [], make = URL.createObjectURL;
 URL.createObjectURL = (blob) => { blob.text().then((t) => saved.push(t) && (document.documentElement.dataset.saved = encodeURIComponent(t))); return make(blob); };
+HTMLAnchorElement.prototype.click = function () { document.documentElement.dataset.file = this.download; };  // no download
 at("rater").value = "Ada B";
 at("rater").dispatchEvent(new Event("input"));
 at("start").click();
@@ -67,6 +68,7 @@ def test_the_form_is_filled_in_and_saves_what_score_reads(tmp_path):
     attribute = lambda name: re.search(f'<html[^>]*data-{name}="([^"]*)"', dom)[1]
     assert "mark every line" in attribute("refused") and attribute("shown") == "12"
     assert attribute("images") == "0" and attribute("kept") == "1" and "data-ran" not in dom
+    assert attribute("file") == "ratings-Ada-B.jsonl"
     from urllib.parse import unquote
 
     saved = tmp_path / "ratings-ada.jsonl"

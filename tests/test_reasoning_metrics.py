@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from faithful_distill.faithfulness import calibration, guide
 from faithful_distill.faithfulness import hints, mediation, steps, unlearning, variants
-from faithful_distill.faithfulness.agreement import agreement, agreement_weights
+from faithful_distill.faithfulness.agreement import agreement_scores, agreement_weights
 from faithful_distill.faithfulness.interventions import measure
 from faithful_distill.faithfulness.protocol import Context, Intervention, Request, carry_out
 from faithful_distill.files import BadInput
@@ -604,8 +604,8 @@ def test_agreement_equals_the_definitions(rows, weights):
     w = agreement_weights([0, 1, 2], weights).tolist()
     _, ac2 = coefficients_in_plain_loops(rows, 3, w)
     kappa, _ = coefficients_in_plain_loops([r[:2] for r in rows], 3, w)
-    of_three = agreement(rows, weights, categories=[0, 1, 2], **fast)
-    of_two = agreement([r[:2] for r in rows], weights, categories=[0, 1, 2], **fast)
+    of_three = agreement_scores(rows, weights, categories=[0, 1, 2], **fast)
+    of_two = agreement_scores([r[:2] for r in rows], weights, categories=[0, 1, 2], **fast)
     for score, expected in ((of_three["ac2"], ac2), (of_two["kappa"], kappa)):
         assert (
             (score.value is None and score.reason)
@@ -617,7 +617,7 @@ def test_agreement_equals_the_definitions(rows, weights):
 
 def test_ac2_does_not_collapse_where_nearly_all_is_one_category():
     rows = [(1, 1)] * 118 + [(1, 0)] * 5 + [(0, 1)] * 2
-    found = agreement(rows, **fast)
+    found = agreement_scores(rows, **fast)
     assert found["kappa"].value < 0 and found["ac2"].value > 0.9 and found["ac2"].details["most_used"] > 0.97
 
 
@@ -630,7 +630,7 @@ def test_ac2_does_not_collapse_where_nearly_all_is_one_category():
 )
 def test_agreement_refuses_what_is_no_table_of_marks(rows, says):
     with pytest.raises(BadInput, match=says):
-        agreement(rows)
+        agreement_scores(rows)
 
 
 # ---- diagnosticity, and the guide

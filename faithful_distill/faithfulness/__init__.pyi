@@ -25,7 +25,7 @@ from .mediation import Mediation as Mediation, mediation_effects as mediation_ef
 from .steps import StepProfile as StepProfile, step_profile as step_profile
 from .unlearning import Unlearn as Unlearn, Unlearning as Unlearning, unlearning_scores as unlearning_scores
 from .variants import Simulatability as Simulatability, simulatability_gain as simulatability_gain
-from .agreement import agreement as agreement
+from .agreement import agreement_scores as agreement_scores
 from .interventions import measure as measure, measure_insertion as measure_insertion
 from .simulators import (
     ModelBehaviour as ModelBehaviour,

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from .agreement import agreement
+from .agreement import agreement_scores
 from .correlation import rank_correlation, rank_correlation_within
 from .external import ExternalRationale, surface, without_blanks
 from .intervals import Score, mean_score
@@ -547,7 +547,7 @@ def beyond_chance(name: str, marks: Sequence[Sequence[float]], why: str, over: d
     most = max(map(len, marks))
     table = [[*row, *[None] * (most - len(row))] for row in marks]
     try:
-        found = agreement(table, "quadratic", **over)
+        found = agreement_scores(table, "quadratic", **over)
     except BadInput as e:  # marks on a scale too fine for categories
         return none_of(names, str(e).rstrip("."), len(marks))
     return dict(zip(names, (found["kappa"], found["ac2"])))

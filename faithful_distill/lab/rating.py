@@ -21,7 +21,7 @@ import numpy as np
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
-from ..faithfulness.agreement import agreement
+from ..faithfulness.agreement import agreement_scores
 from ..faithfulness.external import ExternalRationale, read_rationales
 from ..faithfulness.intervals import Score, holm, mean_score, p_value
 from ..files import BadInput, read_jsonl, shipped, stable_seed, write_json, write_text
@@ -254,7 +254,9 @@ def rater_agreement(marks: Mapping[str, Mapping], key: str | Path, **interval) -
         cluster = [_question_of(known, code) for code in items]
         scale = sorted(known["criteria"][name])
         found[name] = (
-            agreement(table, "quadratic", categories=scale, cluster=cluster, **interval) if table else {}
+            agreement_scores(table, "quadratic", categories=scale, cluster=cluster, **interval)
+            if table
+            else {}
         )
     return found
 
