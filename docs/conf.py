@@ -142,7 +142,7 @@ def code_in_backticks(app, what, name, obj, options, lines):
         if re.fullmatch(r"\*{1,2}\w+", line.strip()):  # the name of a parameter
             continue
         parts = re.split(r"(`+[^`]+`+)", line)  # prose, code, prose, ...
-        parts[::2] = [re.sub(r"\*(?=[\w*])", r"\\*", prose) for prose in parts[::2]]
+        parts[::2] = [re.sub(r"\*(?=[\w*])|\|", r"\\\g<0>", prose) for prose in parts[::2]]
         parts[1::2] = [f"``{code.strip('`')}``" for code in parts[1::2]]
         plural = [k for k in range(1, len(parts), 2) if re.match(r"\w", parts[k + 1])]
         for k in plural:
