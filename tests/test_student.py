@@ -185,7 +185,8 @@ def test_an_objective_is_known_by_its_name_and_refused_without_its_rows():
         with pytest.raises(BadInput, match="needs questions with a gold and a counterfactual rationale"):
             check_needs(pairs, [gold, other])
         with pytest.raises(BadInput, match="is registered already"):
-            register_objective(pairs)
+            register_objective(Objective("pairs_toy", ("pairs",), max))
+        assert register_objective(pairs) is pairs  # a cell that is run again
     finally:
         del registry["pairs_toy"]
     with pytest.raises(BadInput, match="is not an objective"):

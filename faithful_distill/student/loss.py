@@ -178,8 +178,12 @@ registry: dict[str, Objective] = {}
 
 
 def register_objective(objective: Objective) -> Objective:
-    "Make an objective known by its name. Raises `BadInput` if the name is taken or a kind of row unknown."
-    if objective.name in registry:
+    """Make an objective known by its name; the same definition, run again, takes its own place.
+
+    Raises `BadInput` if another one has the name or a kind of row is unknown.
+    """
+    known = registry.get(objective.name)
+    if known and known.compute.__qualname__ != objective.compute.__qualname__:
         raise BadInput(
             "is registered already",
             field="objective",
