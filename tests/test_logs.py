@@ -230,6 +230,9 @@ def test_a_number_is_read_however_it_is_written(value):
         assert numeric.same_number(numeric.as_number(text), value)
     assert numeric.stated_number(f"It costs 7 and 8. So the answer is {value:,}.") == pytest.approx(value)
     assert numeric.stated_number(f"It costs 7.\n#### {value}") == pytest.approx(value)
+    assert numeric.stated_number(f"#### 7.5\nNo: the answer is {value}.") == pytest.approx(
+        value
+    )  # the last one counts
 
 
 def gsm(text, target="18", **changed):
