@@ -27,6 +27,12 @@ from .unlearning import Unlearn as Unlearn, Unlearning as Unlearning, unlearning
 from .variants import Simulatability as Simulatability, simulatability_gain as simulatability_gain
 from .agreement import agreement_scores as agreement_scores
 from .interventions import measure as measure, measure_insertion as measure_insertion
+from .frozen import (
+    Embeddings as Embeddings,
+    Likelihood as Likelihood,
+    as_simulator as as_simulator,
+    register_simulator as register_simulator,
+)
 from .simulators import (
     ModelBehaviour as ModelBehaviour,
     measure_rev as measure_rev,
