@@ -6,6 +6,7 @@
 __all__ = ['Unserved']
 
 # %% ../nbs/09_attention.ipynb #e87aace8
+from collections.abc import Callable
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from functools import cache, partial
@@ -403,3 +404,26 @@ def distance(logits: torch.Tensor, truth: torch.Tensor) -> float:
     if not finite.any():
         return 0.0
     return ((a - b)[finite].square().mean().sqrt() / b[finite].std().clamp_min(1e-9)).item()
+
+# %% ../nbs/09_attention.ipynb #6f910462
+@torch.inference_mode()
+def reason_to_refuse(model, trial: Callable[[], float]) -> str:
+    """Why such passes do not serve `model`, '' if they do.
+
+    Parameters
+    ----------
+    trial
+        the largest `distance` of its logits from plain passes; what it raises is a reason, but for memory
+    """
+    try:
+        apart = trial()
+    except torch.OutOfMemoryError:
+        raise
+    except Unserved as reason:
+        return str(reason)
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+    exact = model.get_input_embeddings().weight.dtype == torch.float32
+    if apart < (1e-3 if exact else 0.1):
+        return ""
+    return f"its logits come out different from a plain forward pass, by {apart:.2g} standard deviations"

@@ -90,6 +90,11 @@ def growing_cache(is_seq2seq: bool):
     own.layer_class_to_replicate = growing_layer()
     return EncoderDecoderCache(own, DynamicCache()) if is_seq2seq else own
 
+# %% ../nbs/07_caches.ipynb #ffda66d9
+def shared_tokens(a, b) -> int:
+    "How many leading tokens of two sequences of ids are the same."
+    return next((i for i, (x, y) in enumerate(zip(a, b)) if x != y), min(len(a), len(b)))
+
 # %% ../nbs/07_caches.ipynb #1532fae3
 def token_budget(model) -> int:
     """Cached tokens to hold at a time.

@@ -41,6 +41,7 @@ from faithful_distill.records import (
     AnswerSentence,
     Rationale,
     answer_sentences,
+    provenance_fields,
     rationale_from_row,
     read_records,
     strip_answer,
@@ -407,18 +408,6 @@ def _own_record(row) -> Rationale:
 
 # %% ../nbs/09_exchange.ipynb #d06fc02a
 _of_a_question = ("question", "choices", "answer", "kind")
-_provenance = (
-    "teacher",
-    "dtype",
-    "prompt",
-    "perturbation",
-    "alpha",
-    "beta",
-    "temperature",
-    "seed",
-    "max_new_tokens",
-    "version",
-)
 
 
 def publish_rationales(
@@ -499,7 +488,7 @@ def _lineage(
     records: list[Rationale], files: dict[str, Path], dataset: str, license: str, questions: bool
 ) -> dict:
     "Where these rationales come from: one entry for each way in which some of them were made."
-    made = Counter(tuple((name, getattr(r, name)) for name in _provenance) for r in records)
+    made = Counter(tuple((name, getattr(r, name)) for name in provenance_fields) for r in records)
     return dict(
         written_by="faithful_distill",
         version=__version__,

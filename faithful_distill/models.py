@@ -230,6 +230,13 @@ def _without_quantisation(model):
         model.is_quantized = False
     return model
 
+# %% ../nbs/08_models.ipynb #44dc8e77
+def part_special_words(tokenizer, text: str) -> str:
+    "A text in which no special token of the tokenizer is spelt: a blank stands after the first sign of each."
+    for word in sorted(tokenizer.all_special_tokens, key=len, reverse=True):
+        text = text.replace(word, f"{word[:1]} {word[1:]}")
+    return text
+
 # %% ../nbs/08_models.ipynb #08a00013
 def _remedy(what: str, name="") -> str:
     if is_gguf(name):

@@ -14,12 +14,17 @@ from typing import Any
 import numpy as np
 import torch
 
-from .attention import Forward, Reach, Store, Unserved, distance, lay_out, meet, plain_logits
-
-# %% ../nbs/09_prefix_tree.ipynb #d4a0c947
-def shared_tokens(a: Sequence[int], b: Sequence[int]) -> int:
-    "How many leading tokens are the same."
-    return next((i for i, (x, y) in enumerate(zip(a, b)) if x != y), min(len(a), len(b)))
+from faithful_distill.attention import (
+    Forward,
+    Reach,
+    Store,
+    distance,
+    lay_out,
+    meet,
+    plain_logits,
+    reason_to_refuse,
+)
+from .caches import shared_tokens
 
 # %% ../nbs/09_prefix_tree.ipynb #276f7c3d
 def common_prefix(contexts: list[list[int]]) -> int:
@@ -326,7 +331,7 @@ class PrefixTree(Tree):
         return path
 
 # %% ../nbs/09_prefix_tree.ipynb #d1f5390c
-def clusters_of(
+def clusters_by_prefix(
     contexts: Sequence[list[int]], more: Sequence[int], start: int, most_rows: int, tokens: int = 512
 ) -> list[tuple[list[int], int]]:
     "(rows, tokens they will come to beyond the root) of each cluster; `more`: what follows a context."
@@ -361,7 +366,7 @@ def windows(
         cached in a window, beyond the root; a row that is longer makes a window of its own
     """
     found, rows, widest = [], 0, 0
-    for of_cluster, size in sorted(clusters_of(contexts, more, start, most_rows), key=lambda c: -c[1]):
+    for of_cluster, size in sorted(clusters_by_prefix(contexts, more, start, most_rows), key=lambda c: -c[1]):
         rows += len(of_cluster)
         if not found or rows > most_rows or (len(found[-1]) + 1) * widest > most_tokens:
             found.append([])
@@ -383,24 +388,8 @@ def refused(model, longest: int = 64) -> str:
     """
     verdicts = _verdicts.setdefault(model, {})
     if longest not in verdicts:
-        verdicts[longest] = _try(model, longest)
+        verdicts[longest] = reason_to_refuse(model, lambda: _trial_distance(model, max(64, longest)))
     return verdicts[longest]
-
-# %% ../nbs/09_prefix_tree.ipynb #91a94f30
-@torch.inference_mode()
-def _try(model, longest) -> str:
-    try:
-        apart = _trial_distance(model, max(64, longest))
-    except torch.OutOfMemoryError:
-        raise
-    except Unserved as reason:
-        return str(reason)
-    except Exception as error:
-        return f"{type(error).__name__}: {error}"
-    exact = model.get_input_embeddings().weight.dtype == torch.float32
-    if apart < (1e-3 if exact else 0.1):
-        return ""
-    return f"its logits come out different from a plain forward pass, by {apart:.2g} standard deviations"
 
 # %% ../nbs/09_prefix_tree.ipynb #7b5a8516
 class _Watched(PrefixTree):

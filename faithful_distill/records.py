@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['roles', 'answer_sentence', 'Rationale', 'rationale_from_row', 'read_records', 'write_records', 'AnswerSentence',
-           'answer_sentences', 'strip_answer', 'stated_answer']
+           'answer_sentences', 'strip_answer']
 
 # %% ../nbs/05_records.ipynb #ae11a92c
 import json
@@ -134,6 +134,20 @@ class Rationale:
         return {k: list(v) if isinstance(v, tuple) else v for k, v in row.items() if v is not None} | dict(
             self.extra
         )
+
+# %% ../nbs/05_records.ipynb #dac01dac
+provenance_fields = (
+    "teacher",
+    "dtype",
+    "prompt",
+    "perturbation",
+    "alpha",
+    "beta",
+    "temperature",
+    "seed",
+    "max_new_tokens",
+    "version",
+)  # how a rationale was made: the same in all of one call of a teacher
 
 # %% ../nbs/05_records.ipynb #6873a1cd
 @lru_cache(maxsize=4096)
@@ -440,9 +454,3 @@ def strip_answer(text: str, choices: Sequence[str] = ()) -> str:
         at = a.end
     rest = text[at:].lstrip(",;: ") if kept else text
     return " ".join(" ".join([*kept, rest]).split())
-
-# %% ../nbs/05_records.ipynb #93534462
-def stated_answer(text: str, choices: Sequence[str] = ()) -> str | None:
-    "What the last answer sentence says, None without one."
-    found = answer_sentences(text, choices)
-    return found[-1].said if found else None

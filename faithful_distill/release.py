@@ -23,21 +23,10 @@ from faithful_distill.files import (
     write_text,
 )
 from .questions import Question, as_questions
-from .records import Rationale, rationale_from_row
+from .records import Rationale, provenance_fields, rationale_from_row
 
 # %% ../nbs/05a_release.ipynb #05a00006
 _own = ("id", "split", "role", "target", "perturbed", "rationale", "tokens", "stop")
-_common = (
-    "teacher",
-    "dtype",
-    "prompt",
-    "perturbation",
-    "alpha",
-    "beta",
-    "temperature",
-    "seed",
-    "max_new_tokens",
-)
 
 
 def asked(q: Question) -> str:
@@ -57,7 +46,7 @@ def _shared(records: Sequence[Rationale]) -> dict:
     first = records[0]
     return {
         name: value
-        for name in (*_common, "version")
+        for name in provenance_fields
         if (value := getattr(first, name)) is not None and all(getattr(r, name) == value for r in records)
     }
 

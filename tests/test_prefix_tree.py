@@ -6,10 +6,10 @@ import pytest
 import torch
 
 from faithful_distill import prefix_tree
-from faithful_distill.prefix_tree import PrefixTree, Root, clusters_of, passes, refused, windows
+from faithful_distill.prefix_tree import PrefixTree, Root, clusters_by_prefix, passes, refused, windows
 from faithful_distill.questions import Question
+from faithful_distill.reasoners import causal
 from faithful_distill.student.answers import answer
-from faithful_distill.student.decoding import Causal, causal_windows, choice_scores, greedy_continue
 from faithful_distill.student.model import tiny_student
 
 KINDS = ["llama", "gpt2", "gpt_neox", "qwen2"]
@@ -64,7 +64,7 @@ def test_a_tree_scores_and_writes_as_one_text_at_a_time_does(model, shots, chunk
         root = Root(model, contexts, 200)
         assert bool(root.ids) == (shots == 30)
         n = len(contexts)
-        together = [rows for rows, _ in clusters_of(contexts, [12] * n, len(root.ids), n)]
+        together = [rows for rows, _ in clusters_by_prefix(contexts, [12] * n, len(root.ids), n)]
         tree = PrefixTree(root, [[row] for row in range(n)] if apart else together)
         # A choice that greedy decoding writes, where it comes to an end
         slow = [continuation(model, c, k) for c, k in zip(contexts, limits)]
@@ -113,7 +113,7 @@ def test_windows_hold_every_row_once_and_no_more_than_they_may():
             assert sum(map(len, window)) <= most_rows
             places = max(max(map(size, rows)) for rows in window)
             assert len(window) == 1 or len(window) * places <= most_tokens
-    together = [rows for rows, _ in clusters_of(contexts, more, 40, 64) if len(rows) > 1]
+    together = [rows for rows, _ in clusters_by_prefix(contexts, more, 40, 64) if len(rows) > 1]
     assert together and {i for rows in together for i in rows} <= set(range(60, 90))
 
 
@@ -158,7 +158,7 @@ def test_answers_from_a_tree_are_those_of_padded_batches(kind, continue_from, mo
         assert any(a.truncated for a in found) and (continue_from or not all(a.truncated for a in found))
 
 
-def test_a_model_that_trees_do_not_serve_is_read_in_batches():
+def test_a_model_that_trees_do_not_serve_is_read_in_batches(monkeypatch):
     "A window shorter than the longest row is refused, one that is longer is not; the batches find the same."
     from transformers import MistralConfig, MistralForCausalLM
 
@@ -168,18 +168,19 @@ def test_a_model_that_trees_do_not_serve_is_read_in_batches():
     model = MistralForCausalLM(MistralConfig(**sizes, **heads, sliding_window=300)).eval()
     assert refused(model, 256) == "" and "sliding_window" in refused(model, 512)
     rng = random.Random(0)
+    decoder, used = causal.CausalDecoder(model, {EOS}), []
+    for way in ("_tree_batches", "_padded_batches"):
+        make = getattr(causal, way)
+        monkeypatch.setattr(causal, way, lambda *given, way=way, make=make: used.append(way) or make(*given))
+    tails = [[3, 4, EOS], [5, EOS]]
     with torch.inference_mode():
         for contexts in ([drawn(rng, 20), drawn(rng, 9)], [drawn(rng, 320), drawn(rng, 9)]):
-            [(rows, batch_of)] = causal_windows(Causal(model, EOS), contexts, [8, 8])
-            given = [contexts[i] for i in rows]
-            assert hasattr(batch_of(rows, given), "tree") == (len(contexts[0]) == 20)
-            written, ended = greedy_continue(batch_of(rows, given), [8, 8])
-            scores, _ = choice_scores(batch_of(rows, given), [[[3, 4, EOS], [5, EOS]]] * 2)
-            assert list(zip(written, ended)) == [continuation(model, c, 8) for c in given]
-            for row, c in zip(scores, given):
-                assert row == pytest.approx(
-                    [likelihood(model, c, t)[0] for t in ([3, 4, EOS], [5, EOS])], abs=1e-4
-                )
+            written = decoder.write(contexts, [8, 8], lambda i, tokens: False)
+            found = decoder.read(contexts, [tails] * 2, lambda i, tokens: False)
+            assert written == [continuation(model, c, 8) for c in contexts]
+            for (scores, _, _), c in zip(found, contexts, strict=True):
+                assert scores == pytest.approx([likelihood(model, c, t)[0] for t in tails], abs=1e-4)
+    assert used == ["_tree_batches"] * 2 + ["_padded_batches"] * 2
 
 
 def test_a_row_that_leaves_the_common_beginning_is_an_error(model):

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from ..caches import token_budget
+from ..caches import shared_tokens, token_budget
 from ..files import BadInput, progress
 from ..prefix_tree import PrefixTree, Root, refused, windows
 from ..questions import Question, choice_text, match_choice
@@ -179,14 +179,9 @@ def text_ids(tokenizer: Any, texts: Sequence[str], special_tokens: bool) -> list
     return [row[:-1] if special_tokens and row and row[-1] == eos else row for row in ids]
 
 
-def shared_length(a: Sequence[int], b: Sequence[int]) -> int:
-    "How many tokens two texts begin with in common."
-    return next((k for k, (x, y) in enumerate(zip(a, b)) if x != y), min(len(a), len(b)))
-
-
 def split_tails(context: list[int], wholes: list[list[int]]) -> tuple[list[int], list[list[int]]]:
     "The tokens that context and all wholes begin with, and the rest of each whole: at least one token."
-    n = min([len(context), *(shared_length(context, one) for one in wholes), *(len(w) - 1 for w in wholes)])
+    n = min([len(context), *(shared_tokens(context, one) for one in wholes), *(len(w) - 1 for w in wholes)])
     return context[:n], [one[n:] for one in wholes]
 
 # %% ../../nbs/67_causal.ipynb #cb7f7a70

@@ -11,7 +11,9 @@ import random
 from dataclasses import dataclass
 from typing import Sequence
 
+from ..caches import shared_tokens
 from ..files import BadInput, stable_seed
+from ..models import part_special_words
 from ..questions import Question, choice_text, letter
 from ..records import answer_sentence, read_records
 from .model import Student, check_tags, tag_of, tags, task_tags
@@ -72,7 +74,7 @@ def plain_ids(tokenizer, texts: Sequence[str]) -> list[list[int]]:
     ids, control = tokenizer(list(texts), **how)["input_ids"], _control_ids(tokenizer)
     held = [i for i, row in enumerate(ids) if not control.isdisjoint(row)]
     if held:  # words of the vocabulary itself: they are parted by a blank
-        parted = tokenizer([_parted(tokenizer, texts[i]) for i in held], **how)["input_ids"]
+        parted = tokenizer([part_special_words(tokenizer, texts[i]) for i in held], **how)["input_ids"]
         for i, row in zip(held, parted):
             ids[i] = [token for token in row if token not in control]
     return ids
@@ -87,12 +89,6 @@ def _control_ids(tokenizer) -> set[int]:
 
 _all_tags = [*tags.values(), *task_tags.values()]
 
-
-def _parted(tokenizer, text):
-    for word in sorted(tokenizer.all_special_tokens, key=len, reverse=True):
-        text = text.replace(word, f"{word[:1]} {word[1:]}")
-    return text
-
 # %% ../../nbs/51_rows.ipynb #3e089345
 def token_pieces(tokenizer, rows: Sequence[Sequence[str]]) -> list[list[list[int]]]:
     "For each row of text parts, the token ids of each part; joined they are the ids of the whole text."
@@ -104,12 +100,8 @@ def token_pieces(tokenizer, rows: Sequence[Sequence[str]]) -> list[list[list[int
 def _cut(beginnings):
     whole, ends = beginnings[-1], [0]
     for part in beginnings:
-        ends.append(max(ends[-1], _common_prefix(part, whole)))
+        ends.append(max(ends[-1], shared_tokens(part, whole)))
     return [whole[a:b] for a, b in zip(ends, ends[1:])]
-
-
-def _common_prefix(a, b):
-    return next((i for i, (x, y) in enumerate(zip(a, b)) if x != y), min(len(a), len(b)))
 
 # %% ../../nbs/51_rows.ipynb #51000005
 def unknown_tokens(student: Student, rationales) -> dict[str, tuple[int, int]]:

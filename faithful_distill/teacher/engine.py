@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from ..attention import Forward, Reach, Store, Unserved, distance, meet, plain_logits
+from ..attention import Forward, Reach, Store, distance, meet, plain_logits, reason_to_refuse
 from ..caches import cached_bytes
 from ..prefix_tree import common_prefix
 
@@ -215,24 +215,8 @@ _verdicts: Any = weakref.WeakKeyDictionary()
 def refused(model) -> str:
     "Why the engine does not serve `model`, '' if it does. Tried once."
     if model not in _verdicts:
-        _verdicts[model] = _try(model)
+        _verdicts[model] = reason_to_refuse(model, lambda: _trial_distance(model))
     return _verdicts[model]
-
-# %% ../../nbs/28_engine.ipynb #8098fb95
-@torch.inference_mode()
-def _try(model) -> str:
-    try:
-        apart = _trial_distance(model)
-    except torch.OutOfMemoryError:
-        raise
-    except Unserved as reason:
-        return str(reason)
-    except Exception as error:
-        return f"{type(error).__name__}: {error}"
-    exact = model.get_input_embeddings().weight.dtype == torch.float32
-    if apart < (1e-3 if exact else 0.1):
-        return ""
-    return f"its logits come out different from a plain forward pass, by {apart:.2g} standard deviations"
 
 # %% ../../nbs/28_engine.ipynb #1e2d1a52
 def _trial_rows(size: int) -> list:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Sequence
 
 from ..files import BadInput, content_key, read_jsonl, shipped
+from ..models import part_special_words
 from faithful_distill.questions import (
     Question,
     choice_text,
@@ -138,14 +139,8 @@ def chat_text(tokenizer, q: Question, i: int | str | None, turns: Sequence[dict]
         remedy = "Use the style 'worked', or a model that was tuned to converse."
         raise BadInput("needs a tokenizer with a chat template", field="style", value="chat", remedy=remedy)
     asked = {"role": "user", "content": f"{context(q, i)}\n{chat_request}"}
-    said = [turn | {"content": _without_markers(tokenizer, turn["content"])} for turn in [*turns, asked]]
+    said = [turn | {"content": part_special_words(tokenizer, turn["content"])} for turn in [*turns, asked]]
     return tokenizer.apply_chat_template(said, tokenize=False, add_generation_prompt=True)
-
-
-def _without_markers(tokenizer, text: str) -> str:
-    for word in sorted(tokenizer.all_special_tokens, key=len, reverse=True):
-        text = text.replace(word, f"{word[:1]} {word[1:]}")
-    return text
 
 # %% ../../nbs/20_prompts.ipynb #7d07b17e
 perturbations = ("none", "empty", "open", "wrong", "all_wrong")
