@@ -69,6 +69,7 @@ setup(
     install_requires=c["requirements"].split(),
     extras_require={
         "gguf": c["gguf_requirements"].split(),
+        "served": c["served_requirements"].split(),
         "docs": ["myst-nb", "furo", "sphinx-copybutton", "latex2mathml"],
         "dev": c["dev_requirements"].split(),
         "lora": ["peft"],

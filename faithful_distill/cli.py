@@ -209,6 +209,9 @@ def rationales(
     tensor_parallel=inherit,
     token_budget=inherit,
     scores=inherit,
+    served_model: str | None = None,
+    concurrency: AtLeastOne = 8,
+    budget: AtLeastOne | None = None,
     out: str,
     dry_run: bool = False,
 ):
@@ -219,7 +222,8 @@ def rationales(
     Parameters
     ----------
     teacher
-        hub name or folder of a causal language model; for world questions the embedded one if none is named
+        hub name or folder of a causal language model; for world questions the embedded one if none is named; or the
+        address of an OpenAI-compatible server, which draws --samples and keeps the best (its key is in OPENAI_API_KEY)
     roles
         which rationales: gold, counterfactual, or both with a comma
     strategy
@@ -236,6 +240,12 @@ def rationales(
         0 for the best token, else sample; the strategy's own if not given, and 1 for several samples
     select
         by what one of several samples is kept: growth, or the folder of a student that reads them
+    served_model
+        name of the model at a server; the only one if not given
+    concurrency
+        requests to a server at a time
+    budget
+        the most tokens that a server may read and write; what was written is kept, and a later call goes on
     prompt
         worked examples: csqa, strategyqa, creak, qasc, a .jsonl file, or none; the dataset's own if not given
     out
@@ -245,11 +255,13 @@ def rationales(
     """
     from faithful_distill.files import shipped, writable_folder
     from faithful_distill.ranks import leave_ranks
+    from faithful_distill.served import ServedModel, is_url
     from faithful_distill.teacher.estimate import estimate_rationales
     from faithful_distill.teacher.loading import load_teacher
     from faithful_distill.teacher.rationales import summary
     from faithful_distill.teacher.strategy import as_strategy
     from faithful_distill.teacher.shards import rationalize_in_parts
+    from faithful_distill.teacher.texts import ServedTeacher
 
     writable_folder(Path(out).absolute().parent)
     questions = read_questions(data, path, split, limit, skip_bad, columns, config)
@@ -260,14 +272,18 @@ def rationales(
             field="--teacher",
             remedy="Name a causal language model: a hub name or a local folder.",
         )
-    loaded = load_teacher(
-        shipped("data", "models", "teacher") if teacher is None else teacher,
-        dtype=dtype,
-        tensor_parallel=tensor_parallel,
-    )
+    if is_url(teacher):
+        loaded = ServedTeacher(ServedModel(teacher, served_model, concurrency=concurrency, budget=budget))
+    else:
+        loaded = load_teacher(
+            shipped("data", "models", "teacher") if teacher is None else teacher,
+            dtype=dtype,
+            tensor_parallel=tensor_parallel,
+        )
     how = dict(prompt=_prompt_for(prompt, data), shots=shots, seed=seed, max_new_tokens=max_new_tokens)
     if dry_run:
-        return click.echo(estimate_rationales(loaded, questions, chosen, roles=tuple(roles), **how))
+        how |= dict(roles=tuple(roles), samples=samples)
+        return click.echo(estimate_rationales(loaded, questions, chosen, **how))
     with shown_log():
         records = rationalize_in_parts(
             loaded,
@@ -593,6 +609,13 @@ def measure(
     system: str | None = None,
     tags: list[str] = ("<think>", "</think>"),
     answers: Literal["likely", "summed", "said"] = "likely",
+    served_model: str | None = None,
+    tokenizer: str | None = None,
+    reads: Literal["auto", "echo", "top", "samples"] | None = None,
+    samples: AtLeastOne | None = None,
+    concurrency: AtLeastOne | None = None,
+    budget: AtLeastOne | None = None,
+    price: list[str] = (),
     simulator=inherit,
     draws: AtLeastOne = inherit,
     batch_size: AtLeastOne | None = None,
@@ -608,11 +631,13 @@ def measure(
 
     Example:  faithful-distill measure --model HuggingFaceTB/SmolLM2-135M-Instruct --data csqa --limit 200 --out measured
     Compare:  faithful-distill measure --model model.gguf --style chat --data csqa --limit 200 --compare measured --out other
+    Server:   faithful-distill measure --model http://localhost:8000/v1 --data csqa --limit 200 --budget 2000000 --out served
 
     Parameters
     ----------
     model
-        hub name or folder of a causal model or a trained student, or a .gguf file
+        hub name or folder of a causal model or a trained student, a .gguf file, or the address of an OpenAI-compatible
+        server, whose key is in OPENAI_API_KEY
     style
         auto (by the model's own files), worked (examples), chat (its template), think (its template, with tags), student
     rationales
@@ -631,6 +656,21 @@ def measure(
     answers
         which choice counts: likely (the likeliest per token), summed (the likeliest whole), said (what greedy decoding
         writes)
+    served_model
+        name of the model at a server; the only one if not given
+    tokenizer
+        of a served model, hub name or folder: its prompts are then made here and not by the server
+    reads
+        how a served model's choices are read: echo (log-probabilities of prompts), top (those of the next token), samples;
+        auto: the first of them that the server offers
+    samples
+        answers that are sampled for a question; 10 if not given
+    concurrency
+        requests at a time; 8 if not given
+    budget
+        the most tokens that a server may read and write; what was answered is kept, and a later call goes on
+    price
+        of a million tokens read, and of a million written, such as 0.1,0.4
     max_new_tokens
         longest rationale; 96 worked, 192 chat, 1024 think if not given
     batch_size
@@ -658,7 +698,10 @@ def measure(
         read_questions(data, path, split, limit, skip_bad, columns, config), "measuring"
     )
     asked = dict(shots=shots, system=system, max_new_tokens=max_new_tokens, batch_size=batch_size)
+    asked |= dict(served_model=served_model, tokenizer=tokenizer, reads=reads, samples=samples)
+    asked |= dict(concurrency=concurrency, budget=budget, price=_price(price))
     usual = dict(prompt=_prompt_for(prompt, data), tags=tuple(tags), answers=answers, dtype=dtype)
+    usual["cache"] = folder / "requests.jsonl"
     known = reasoner_options(model, style)
     asked |= {name: value for name, value in usual.items() if name in known}
     facts = [fact_of(q) for q in questions] if data.split("-")[0] == "world" else None
@@ -673,6 +716,15 @@ def measure(
         f"{reasoner.computed:,} answers computed, {len(reasoner.known) - reasoner.computed:,} known before"
     )
     click.echo(f"Report: {report}")
+
+# %% ../nbs/95_cli.ipynb #4a586dd7
+def _price(words: list[str]) -> tuple[float, ...] | None:
+    "The price of a million tokens read, and of a million written; None where it is not given."
+    try:
+        return tuple(map(float, words)) or None
+    except ValueError:
+        remedy = "Give the price of a million tokens read, and of a million written, such as 0.1,0.4."
+        raise BadInput("must be two numbers", field="--price", value=",".join(words), remedy=remedy) from None
 
 # %% ../nbs/95_cli.ipynb #56f252cb
 @command("faithfulness.scoring:score_rationales")

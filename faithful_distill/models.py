@@ -231,9 +231,18 @@ def _without_quantisation(model):
     return model
 
 # %% ../nbs/08_models.ipynb #44dc8e77
+usual_marks = tuple(
+    f"<|{name}|>" for name in ("im_start", "im_end", "endoftext", "eot_id", "end", "user", "assistant")
+)
+
+
 def part_special_words(tokenizer, text: str) -> str:
-    "A text in which no special token of the tokenizer is spelt: a blank stands after the first sign of each."
-    for word in sorted(tokenizer.all_special_tokens, key=len, reverse=True):
+    """A text in which no special token of the tokenizer is spelt: a blank stands after the first sign of each.
+
+    Where a server has the tokenizer (None), the usual ones are parted.
+    """
+    words = usual_marks if tokenizer is None else tokenizer.all_special_tokens
+    for word in sorted(words, key=len, reverse=True):
         text = text.replace(word, f"{word[:1]} {word[1:]}")
     return text
 

@@ -85,8 +85,7 @@ def suite_facts(reasoner: Reasoner, measured: Measurement) -> dict:
         "answers that name no choice": sum(a.choice is None for a in written),
         "answers in the choice's own words": f"{sum(said)} of {len(said)}",
     }
-    style = getattr(getattr(reasoner, "reasoner", reasoner), "style", None)
-    notes = style.notes() if hasattr(style, "notes") else []
+    notes = reasoner.notes()
     return facts | ({"notes": "; ".join(notes)} if notes else {})
 
 # %% ../../nbs/79_suite.ipynb #aa431a6e

@@ -18,3 +18,4 @@ from .styles import (
 from .causal import CausalReasoner as CausalReasoner
 from .cached import CachedReasoner as CachedReasoner
 from .opening import open_reasoner as open_reasoner, register_reasoner as register_reasoner
+from .served import ServedReasoner as ServedReasoner

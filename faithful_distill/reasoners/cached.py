@@ -66,6 +66,9 @@ class CachedReasoner(Reasoner):
             remedy="Write somewhere else, or remove it.",
         )
 
+    def notes(self):
+        return self.reasoner.notes()
+
     def describe(self):
         return self.reasoner.describe()
 

@@ -227,6 +227,9 @@ class CausalReasoner(Reasoner):
         self.decoder = CausalDecoder(self.teacher.model, self.teacher.end_ids(), batch_size)
         self.limit = context_limit(self.teacher.model) or 1 << 30
 
+    def notes(self):
+        return self.style.notes()
+
     def describe(self):
         made = dict(name=self.name, weights=self.teacher.weights, answers=self.answers)
         dtype = str(self.teacher.model.dtype).removeprefix("torch.")

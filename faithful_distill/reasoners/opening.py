@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['reasoner_kinds', 'ReasonerKind', 'register_reasoner', 'open_reasoner', 'reasoner_options', 'open_causal',
-           'open_student', 'open_in_memory']
+           'open_student', 'open_in_memory', 'open_served']
 
 # %% ../../nbs/67_opening.ipynb #70a5f7e6
 import inspect
@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 from ..files import BadInput
 from .protocol import Reasoner, StudentReasoner, as_reasoner
+from ..served import is_url
 
 # %% ../../nbs/67_opening.ipynb #d0f19372
 class ReasonerKind(NamedTuple):
@@ -53,12 +54,13 @@ def open_reasoner(model: Any, style: str = "auto", **options) -> Reasoner:
     Parameters
     ----------
     model
-        folder of a student; folder, .gguf file or hub name of a causal model; (model, tokenizer), a `Teacher`, a
-        `Student`, a function, a `Reasoner`
+        folder of a student; folder, .gguf file or hub name of a causal model; address of an OpenAI-compatible server;
+        (model, tokenizer), a `Teacher`, a `Student`, a function, a `Reasoner`
     style
         'auto', 'worked', 'chat', 'think': see `reasoners.styles`; a student has its own, 'student'
     **options
-        prompt, shots, system, tags, answers, max_new_tokens, batch_size, dtype; None: left out
+        prompt, shots, system, tags, answers, max_new_tokens, batch_size, dtype; for a server also served_model,
+        tokenizer, reads, samples, concurrency, budget, price, cache; None: left out
     """
     kind = _kind_of(model, style)
     given = {name: value for name, value in options.items() if value is not None}
@@ -148,3 +150,37 @@ def _answers_already(model: Any, style: str) -> bool:
 def open_in_memory(model, style, *, max_new_tokens: int | None = None, batch_size: int = 64) -> Reasoner:
     "A `Reasoner`, `Student` or function."
     return as_reasoner(model, batch_size, max_new_tokens)
+
+# %% ../../nbs/67_opening.ipynb #3aa92a14
+@register_reasoner("a served model", lambda model, style: is_url(model))
+def open_served(
+    model,
+    style,
+    *,
+    served_model: str | None = None,
+    tokenizer: Any = None,
+    reads: str = "auto",
+    samples: int = 10,
+    concurrency: int = 8,
+    budget: int | None = None,
+    price: tuple[float, float] | None = None,
+    cache: Any = None,
+    prompt: str | None = None,
+    shots: int | None = None,
+    system: str | None = None,
+    tags: tuple[str, str] = ("<think>", "</think>"),
+    answers: str = "likely",
+    max_new_tokens: int | None = None,
+) -> Reasoner:
+    "A model behind a server, by its address; see `ServedModel` and `ServedReasoner`."
+    from faithful_distill.reasoners.served import ServedReasoner
+    from faithful_distill.served import ServedModel
+
+    client = ServedModel(
+        model, served_model, cache=cache, concurrency=concurrency, budget=budget, price=price
+    )
+    prompted = dict(prompt=prompt, shots=shots, system=system, tags=tuple(tags))
+    how = dict(
+        tokenizer=tokenizer, reads=reads, samples=samples, answers=answers, max_new_tokens=max_new_tokens
+    )
+    return ServedReasoner(client, style, **how, **prompted)

@@ -79,6 +79,10 @@ class Reasoner:
         "For each question what follows from a rationale: the choice, and the log-likelihood of each."
         raise NotImplementedError
 
+    def notes(self) -> list[str]:
+        "What a reader of a report on it should know."
+        return []
+
     def describe(self) -> dict:
         "What decides its answers, in plain JSON types: its name, its weights, its prompt."
         return {"name": self.name}
@@ -318,6 +322,9 @@ class ByLikelihood(Reasoner):
 
     def read(self, questions, rationales):
         return self._decided(questions, self.reasoner.read(questions, rationales))
+
+    def notes(self):
+        return self.reasoner.notes()
 
     def describe(self):
         return self.reasoner.describe() | {"choice": "the likeliest per token"}

@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 from ..files import BadInput, content_key
+from ..models import usual_marks
 from ..questions import Question, choice_text, letter
 from ..records import answer_sentence, answer_sentences
 from ..teacher.prompts import demonstrations
@@ -20,12 +21,15 @@ class Style:
     """How a causal model is asked. Subclasses give the text; see `Worked`, `Chat` and `Think`.
 
     Class attributes: `name`; `max_new_tokens`, the limit on a rationale where none is given; `special_tokens`, whether
-    the tokenizer puts its own before the text (a chat template has them already).
+    the tokenizer puts its own before the text (a chat template has them already); `stops`, texts at which a server may
+    stop writing; `thinking`, whether the rationale stands between tags.
     """
 
     name: ClassVar[str] = ""
     max_new_tokens: ClassVar[int] = 128
     special_tokens: ClassVar[bool] = True
+    stops: ClassVar[tuple[str, ...]] = ()
+    thinking: ClassVar[bool] = False
 
     def prompt(self, q: Question) -> str:
         "All that stands before the rationale."
@@ -76,7 +80,12 @@ def as_data(text: str, marks: tuple[str, ...]) -> str:
 
 
 def control_marks(tokenizer: Any) -> tuple[str, ...]:
-    "Spellings of a tokenizer's control tokens, whether it calls them special or merely added; plain words are none."
+    """Spellings of a tokenizer's control tokens, whether it calls them special or merely added; plain words are none.
+
+    Without the tokenizer (None) the usual ones.
+    """
+    if tokenizer is None:
+        return usual_marks
     added = (word for word in tokenizer.get_added_vocab() if re.search(r"[^\w\s]", word))
     return tuple(sorted({*tokenizer.all_special_tokens, *added}))
 
@@ -104,6 +113,7 @@ class Worked(Style):
 
     name: ClassVar[str] = "worked"
     max_new_tokens: ClassVar[int] = 96
+    stops: ClassVar[tuple[str, ...]] = ("\n\n", "\nQ:")
 
     def prompt(self, q):
         blocks = [self._block(shown, rationale) for shown, rationale in self.examples]
@@ -130,7 +140,7 @@ class Worked(Style):
     def _cut(self, written: str) -> str:
         "The text before the end of its block."
         text = written.lstrip()
-        ends = [at for mark in ("\n\n", "\nQ:") if (at := text.find(mark)) >= 0]
+        ends = [at for mark in self.stops if (at := text.find(mark)) >= 0]
         return text[: min(ends, default=len(text))]
 
     def describe(self):
@@ -172,7 +182,7 @@ class Chat(Style):
     Parameters
     ----------
     tokenizer
-        of the model, with its template
+        of the model, with its template; None where a server has it, which is sent `messages`
     system
         the system prompt; None: what the template does without one
     examples
@@ -195,16 +205,16 @@ class Chat(Style):
     name: ClassVar[str] = "chat"
     max_new_tokens: ClassVar[int] = 192
     special_tokens: ClassVar[bool] = False
-    thinking: ClassVar[bool] = False
 
     def prompt(self, q):
-        text = rendered(self.tokenizer, self._messages(q), enable_thinking=self.thinking)
+        text = rendered(self.tokenizer, self.messages(q), enable_thinking=self.thinking)
         opening, closing = self.tags
         if self.thinking or not text.rstrip().endswith(opening):
             return text
         return f"{text.rstrip()}\n\n{closing}\n\n"
 
-    def _messages(self, q: Question) -> list[dict]:
+    def messages(self, q: Question) -> list[dict]:
+        "The conversation up to where the model replies."
         turns = [{"role": "system", "content": self.system}] if self.system else []
         for shown, rationale in self.examples:
             answer = f"{rationale} {answer_sentence} {choice_text(shown, shown.answer)}."
@@ -230,7 +240,8 @@ class Chat(Style):
 
     def describe(self):
         shown = [[q.question, *q.choices, q.answer, r] for q, r in self.examples]
-        text = content_key([self.tokenizer.chat_template, self.system, self.instruction, shown])
+        template = getattr(self.tokenizer, "chat_template", None)
+        text = content_key([template, self.system, self.instruction, shown])
         return super().describe() | {"system": self.system, "examples": len(self.examples), "prompt": text}
 
 # %% ../../nbs/66_styles.ipynb #3f27286a
@@ -259,6 +270,8 @@ class Think(Chat):
         return written.split(self.tags[1])[0].replace(self.tags[0], "").strip(), self.over(written)
 
     def notes(self):
+        if self.tokenizer is None:
+            return ["a thought is handed over as an ordinary turn: the server puts it into the template"]
         if keeps_thinking(self.tokenizer, self.tags):
             return []
         return [
@@ -280,7 +293,9 @@ styles: dict[str, type[Style]] = {"worked": Worked, "chat": Chat, "think": Think
 
 
 def style_of(tokenizer: Any, tags: tuple[str, str] = Chat.tags) -> str:
-    "The style that fits a tokenizer: 'worked', 'chat' or 'think'."
+    "The style that fits a tokenizer: 'worked', 'chat' or 'think'; 'chat' where a server has it (None)."
+    if tokenizer is None:
+        return "chat"
     template = getattr(tokenizer, "chat_template", None)
     if not template:
         return "worked"
@@ -301,7 +316,7 @@ def make_style(
     Parameters
     ----------
     tokenizer
-        of the model
+        of the model; None: a server has it
     style
         'worked', 'chat', 'think', 'auto' (see `style_of`); or a `Style`, which is returned
     prompt
@@ -327,7 +342,8 @@ def make_style(
             )
         return Worked(known, marks)
     made = styles[name](tokenizer, system, known, marks=marks, tags=_checked_tags(tags))
-    made.prompt(Question("-", "-", ("a", "b"), 0))  # a template that cannot be used is refused now
+    if tokenizer is not None:
+        made.prompt(Question("-", "-", ("a", "b"), 0))  # a template that cannot be used is refused now
     return made
 
 # %% ../../nbs/66_styles.ipynb #db56b4a7

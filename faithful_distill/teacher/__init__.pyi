@@ -15,5 +15,6 @@ from .custom_generate import contrastive as contrastive
 from .strategy import Strategy as Strategy, as_strategy as as_strategy, strategies as strategies
 from .selection import select_rationales as select_rationales
 from .loading import Teacher as Teacher, load_teacher as load_teacher
+from .texts import FunctionTeacher as FunctionTeacher, ServedTeacher as ServedTeacher, TextTeacher as TextTeacher
 from .rationales import rationalize as rationalize
 from .shards import merge_shards as merge_shards, rationalize_in_parts as rationalize_in_parts

@@ -16,6 +16,7 @@ from ..questions import require_answers
 from ..sources import questions_from
 from .loading import as_teacher
 from .rationales import rationalize
+from .texts import TextTeacher
 
 # %% ../../nbs/41_estimate.ipynb #9e38e7fc
 @dataclass(frozen=True)
@@ -31,9 +32,11 @@ class Estimate:
     seconds
         on this machine, as it was loaded during the trial
     weights
-        of the teacher, in bytes
+        of the teacher, in bytes; 0 where a server has them
     trial
         rationales that were written to find out
+    read
+        tokens that a server will read for them, as far as it says
     """
 
     rationales: int
@@ -41,6 +44,7 @@ class Estimate:
     seconds: float
     weights: int
     trial: int
+    read: int = 0
 
     def __str__(self):
         hours, minutes = self.seconds / 3600, self.seconds / 60
@@ -53,9 +57,13 @@ class Estimate:
         )
         return (
             f"{self.rationales:,} rationales of about {self.tokens / max(self.rationales, 1):.0f} tokens,"
-            f" about {length} here; weights {self.weights / 2**20:,.0f} MiB, and the cache of keys and values beside them"
-            f" (from a trial of {self.trial})"
+            f" about {length} here; {self._held()} (from a trial of {self.trial})"
         )
+
+    def _held(self) -> str:
+        if not self.weights:
+            return f"about {self.read:,} tokens are sent" if self.read else "nothing is held here"
+        return f"weights {self.weights / 2**20:,.0f} MiB, and the cache of keys and values beside them"
 
 # %% ../../nbs/41_estimate.ipynb #3609614f
 def estimate_rationales(
@@ -78,6 +86,8 @@ def estimate_rationales(
     questions = require_answers(questions_from(questions), "a rationale for the gold answer")
     some = questions[:: max(len(questions) // trial, 1)][:trial]
     how.pop("out", None)
+    if isinstance(teacher, TextTeacher):
+        return _of_texts(teacher, questions, some, strategy, how)
     rationalize(teacher, some[:1], strategy, **how)  # what is loaded or compiled once is not counted
     few, short = _timed(teacher, some[: len(some) // 2] or some, strategy, how)
     more, long = _timed(teacher, some, strategy, how)
@@ -87,6 +97,17 @@ def estimate_rationales(
     tokens = sum(r.tokens for r in more) * total // len(more)
     weights = sum(p.numel() * p.element_size() for p in teacher.model.parameters())
     return Estimate(total, tokens, long + each * (total - len(more)), weights, len(more))
+
+
+def _of_texts(teacher: TextTeacher, questions, some, strategy, how) -> Estimate:
+    "For a teacher known by its texts: what a server has answered once is not asked again, so there is one trial."
+    usage = getattr(getattr(teacher, "model", None), "usage", None)
+    before = usage.prompt_tokens if usage else 0
+    written, seconds = _timed(teacher, some, strategy, how)
+    times = len(questions) / len(some)
+    read = int((usage.prompt_tokens - before) * times) if usage else 0
+    tokens = int(sum(r.tokens for r in written) * times)
+    return Estimate(int(len(written) * times), tokens, seconds * times, 0, len(written), read)
 
 
 def _timed(teacher, questions, strategy, how) -> tuple[list, float]:

@@ -9,6 +9,7 @@ __all__ = ['stated_log_p', 'plausibility_growth']
 from copy import deepcopy
 from typing import Sequence
 
+from ..caches import cache_name
 from ..files import BadInput, progress
 from ..questions import Question
 from ..records import Rationale
@@ -41,7 +42,7 @@ def _prefix_cache(teacher: Teacher, prefix: list[int]):
     cache = DynamicCache(config=teacher.model.config)
     if prefix:
         ids = torch.tensor([prefix], device=teacher.model.device)
-        teacher.model(ids, past_key_values=cache, use_cache=True)
+        teacher.model(ids, **{cache_name(teacher.model): cache}, use_cache=True)
     return cache
 
 # %% ../../nbs/43_growth.ipynb #43000009
@@ -55,8 +56,8 @@ def _batch_log_p(teacher: Teacher, cache, n: int, rows: list[tuple[list[int], in
     where, own = teacher.model.device, deepcopy(cache)
     if n:
         own.batch_repeat_interleave(len(rows))
-    read = dict(input_ids=ids.to(where), attention_mask=mask.to(where), past_key_values=own, use_cache=True)
-    logits = teacher.model(**read).logits
+    read = {"input_ids": ids.to(where), "attention_mask": mask.to(where), cache_name(teacher.model): own}
+    logits = teacher.model(**read, use_cache=True).logits
     found = []
     for at, (row, begin) in enumerate(rows):
         seen = logits[at, begin - n - 1 : len(row) - n - 1].float().log_softmax(-1)

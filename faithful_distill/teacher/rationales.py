@@ -35,6 +35,7 @@ from .loading import Teacher, as_teacher
 from .prompts import contrast_ids, few_shot, prompt_hash, styles, worked_turns
 from .selection import for_samples, kept_share, rejected_path, select_rationales
 from .strategy import Strategy, argument, as_strategy
+from .texts import TextTeacher, as_text_teacher, check_texts, write_texts
 
 # %% ../../nbs/40_rationales.ipynb #22242959
 @dataclass(frozen=True)
@@ -102,12 +103,15 @@ def _provenance(teacher: Teacher, strategy: Strategy, examples, seed: int, max_n
     return asdict(strategy) | teacher.provenance() | made | dict(seed=seed, max_new_tokens=max_new_tokens)
 
 # %% ../../nbs/40_rationales.ipynb #a2ac15cc
-def _rationale(job: Job, text: str, generation, provenance: dict, half: bool = False) -> Rationale:
+def _rationale(
+    job: Job, text: str, generation, provenance: dict, half: bool = False, log_p: list | None = None
+) -> Rationale:
     "What was written, without the sentence in which the teacher states the answer, or a half character."
     q, growth = job.question, generation.growth
     if growth is not None:  # the fourth decimal depends on which rows share the batch
         growth = tuple(round(g, 3) for g in growth[: len(generation.tokens)])
     extra = ({"half_character": True} if half else {}) | ({"sample": job.sample} if job.sample else {})
+    extra |= {} if log_p is None else {"log_p": log_p}
     return Rationale(
         id=q.id,
         split=q.split,
@@ -359,7 +363,7 @@ class _Ledger:
 
 # %% ../../nbs/40_rationales.ipynb #e4198ec9
 def rationalize(
-    teacher: Teacher | str | Path | tuple,
+    teacher: Teacher | TextTeacher | str | Path | tuple,
     questions: Iterable | Question | dict | str | Path,
     strategy: str | Strategy = "contrastive-wrong",
     *,
@@ -390,7 +394,8 @@ def rationalize(
     Parameters
     ----------
     teacher
-        a `Teacher`, a hub name, a folder, or (model, tokenizer)
+        a `Teacher`, a hub name, a folder, or (model, tokenizer); or the address of a server or a function, which can
+        only be contrasted by whole texts: see `teacher.texts`
     questions
         labelled questions in any form of `questions_from`: `Question`s, dicts, a data frame, a `Dataset`, a file,
         a dataset and its split ('csqa:train')
@@ -423,7 +428,7 @@ def rationalize(
         draw so many of each question and role (at temperature 1, if none is given), and keep one; the others go to a
         file beside `out` (rationales.rejected.jsonl)
     select
-        by what one is kept: 'growth', or a function of a list of rationales that gives a number for each
+        by what one is kept: 'growth' ('contrast' for a teacher known by its texts), or a function of a list of rationales that gives a number for each
     token_budget, engine
         see `contrastive_generate`
 
@@ -437,6 +442,14 @@ def rationalize(
         raise BadInput("is not a setting of rationalize", field=name, value=value, remedy=remedy)
     changes = dict(alpha=alpha, beta=beta, temperature=temperature, perturbation=perturbation)
     strategy = as_strategy(strategy, **changes)
+    if as_text_teacher(teacher) is not None:
+        check_texts(strategy, samples, style)
+        select = "contrast" if strategy.alpha and select == "growth" else select
+    elif select == "contrast":
+        remedy = "Use 'growth': the tokens of this teacher are known."
+        raise BadInput(
+            "is for teachers known by their texts alone", field="select", value=select, remedy=remedy
+        )
     strategy, by = for_samples(strategy, samples, select)
     questions = require_answers(questions_from(questions), "a rationale for the gold answer")
     if out is not None:
@@ -463,11 +476,14 @@ def rationalize(
             ledger.done = from_first_rank(ledger.done)
         missing = [job for job in jobs if job.key not in ledger.done]
 
-        def finished(job, text, generation, half):
-            ledger.add(_rationale(job, text, generation, provenance, half))
+        def finished(job, text, generation, half=False, log_p=None):
+            ledger.add(_rationale(job, text, generation, provenance, half, log_p))
 
         with ledger:
-            _decode(teacher, missing, strategy, examples, finished, **options)
+            if isinstance(teacher, TextTeacher):
+                write_texts(teacher, missing, strategy, examples, seed, max_new_tokens, finished)
+            else:
+                _decode(teacher, missing, strategy, examples, finished, **options)
         rationales, rejected = [ledger.done[job.key] for job in jobs], []
         if by:
             rationales, rejected = select_rationales(rationales, select, keep_growth=scores)
