@@ -67,7 +67,7 @@ def test_a_spent_budget_loses_nothing(teacher, tmp_path):
         assert kept > 3
         second = measured(url, tmp_path / "o")
         assert second.exit_code == 0, second.output
-        whole = measured(url, tmp_path / "whole")
+        measured(url, tmp_path / "whole")
     both = [(tmp_path / d / "metrics.json").read_text() for d in ("o", "whole")]
     assert both[0] == both[1]
     lines = {d: len((tmp_path / d / "requests.jsonl").read_text().splitlines()) for d in ("o", "whole")}
