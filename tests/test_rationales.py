@@ -673,7 +673,7 @@ def test_the_pipeline_on_real_questions(tmp_path, real_data, name, split):
     from faithful_distill.questions import as_questions
     from faithful_distill.sources import load_questions
 
-    questions = as_questions(load_questions(name, split, path=real_data / name, limit=6))
+    questions = as_questions(load_questions(name, split, path=real_data / name, limit=3))
     tokenizer = build_tokenizer(
         [few_shot(name), *(block(q, i, q.explanation) for q in questions for i in range(len(q.choices)))]
     )
@@ -703,7 +703,7 @@ def test_the_pipeline_on_real_questions(tmp_path, real_data, name, split):
             "--split",
             split,
             "--limit",
-            "6",
+            "3",
             "--teacher",
             str(tmp_path / "teacher"),
             "--max-new-tokens",
@@ -715,7 +715,7 @@ def test_the_pipeline_on_real_questions(tmp_path, real_data, name, split):
     assert done.exit_code == 0, done.output
     records = [r for _, r in read_jsonl(tmp_path / "r.jsonl")]
     assert (
-        len(records) == 12
+        len(records) == 6
         and [r["id"] for r in records[::2]] == [q.id for q in questions]
         and all(r["tokens"] > 0 or r["stop"] == "stop" for r in records)
     )
@@ -782,7 +782,7 @@ def test_the_pipeline_on_real_questions(tmp_path, real_data, name, split):
             "--split",
             split,
             "--limit",
-            "6",
+            "3",
             "--student",
             str(tmp_path / "student"),
             "--rationales",
@@ -797,7 +797,7 @@ def test_the_pipeline_on_real_questions(tmp_path, real_data, name, split):
     )
     assert done.exit_code == 0, (done.output, done.exception)
     metrics = json.loads((tmp_path / "evaluation" / "metrics.json").read_text())
-    assert metrics["accuracy"]["n"] == 6 and {"perturb", "refine", "swap_factual"} <= set(metrics)
+    assert metrics["accuracy"]["n"] == 3 and {"perturb", "refine", "swap_factual"} <= set(metrics)
 
 
 @pytest.mark.parametrize("foreign", ["remember the milk", '{"note": 1}\n', '{"id": "1"}\n', '{"to do": "mi'])
