@@ -32,7 +32,7 @@ real-smoke: .venv/.ready ## the same pipeline at 40 questions, a quarter of an h
 	$(BIN)/faithful-distill reproduce --profile real-smoke $(if $(DIR),--data-dir '$(DIR)')
 
 test: .venv/.ready drift notebooks ## everything that must hold
-	$(BIN)/python -m pytest tests -q
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests -q -n 2 --dist loadfile
 
 slow: .venv/.ready ## the tests that `make test` leaves out: kills at random, launchers, long comparisons
 	FAITHFUL_DISTILL_SLOW=1 $(BIN)/python -m pytest tests -q

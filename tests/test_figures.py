@@ -1,5 +1,6 @@
 """Figures: stable bytes, small files, nothing cut off or overlapping; tables and reports that survive hostile text."""
 
+import functools
 import io
 import json
 import re
@@ -493,7 +494,35 @@ def made_up_tables(tmp_path_factory) -> Path:
                 ]
             ),
         )
+    rows = [
+        {"group": "evaluation", "method": method, "seed": seed, "id": f"choice-{i}", **made_up_row(rng)}
+        for method in METHODS
+        for seed in (0, 1)
+        for i in range(60)
+    ]
+    write_table(folder / "study_evaluation_rows.csv", pd.DataFrame(rows))
     return folder
+
+
+def made_up_row(rng) -> dict:
+    "What an evaluation notes of one question."
+    flips = ("accuracy", "supports_own", "swap_wrong", "guess_xr", "guess_x", "guess_r")
+    shares = {name: float(rng.integers(0, 3)) / 2 for name in ("own", "perturbed", "shuffled")}
+    return {name: int(rng.integers(0, 2)) for name in flips} | shares
+
+
+@pytest.fixture(scope="module")
+def drawn_of_made_up(made_up_tables, tmp_path_factory):
+    "Draws a figure notebook of the made-up tables, once; the folder of its section."
+
+    @functools.cache
+    def draw(path):
+        out = tmp_path_factory.mktemp(path.stem)
+        with pytest.MonkeyPatch.context() as patch:
+            _run_again(path, out, patch, made_up_tables)
+        return out
+
+    return draw
 
 
 @pytest.mark.parametrize(
@@ -506,10 +535,8 @@ def made_up_tables(tmp_path_factory) -> Path:
     ],
     ids=lambda p: p.stem,
 )
-def test_figures_of_the_study_draw_whatever_seeds_and_levels_are_there(
-    path, made_up_tables, tmp_path, monkeypatch
-):
-    _run_again(path, tmp_path, monkeypatch, made_up_tables)
+def test_figures_of_the_study_draw_whatever_seeds_and_levels_are_there(path, drawn_of_made_up):
+    tmp_path = drawn_of_made_up(path)
     section = report.read_section(tmp_path)
     assert section.figures and section.tables and "No results" not in section.text
     assert all((tmp_path / f"{name}.png").stat().st_size < 60_000 for name, _ in section.figures)
@@ -805,33 +832,32 @@ def test_costs_of_a_table_that_names_no_runs_say_so(tmp_path, monkeypatch):
     )
 
 
-@pytest.mark.parametrize(
-    "metric, name, rest", [("rev", "REV", {0, 1, 2}), ("las", "LAS, in one of its versions,", {0})]
-)
-def test_metrics_of_too_few_students_are_not_called_blind(metric, name, rest, tmp_path, monkeypatch):
+def test_metrics_of_too_few_students_are_not_called_blind(tmp_path, monkeypatch):
     "REV with three seeds instead of one is judged, LAS with one instead of three is not; by-chance students without a value borrow none from the ends of the scale."
     from faithful_distill.lab.tables import read_table, write_table
 
     table = read_table(shipped("data", "results", "calibration.csv"))
-    chosen = table.metric.str.match(rf"{metric}(_probability)?(_unadjusted|\.unadjusted)?$")
-    first = table[chosen & (table.seed == 0)]
-    write_table(
-        tmp_path / "calibration.csv", pd.concat([table[~chosen], *(first.assign(seed=s) for s in rest)])
-    )
+    given = {"rev": ("REV", {0, 1, 2}), "las": ("LAS, in one of its versions,", {0})}
+    changed = table
+    for metric, (_, rest) in given.items():
+        chosen = changed.metric.str.match(rf"{metric}(_probability)?(_unadjusted|\.unadjusted)?$")
+        first = changed[chosen & (changed.seed == 0)]
+        changed = pd.concat([changed[~chosen], *(first.assign(seed=s) for s in rest)])
+    write_table(tmp_path / "calibration.csv", changed)
     _run_again(_figure("fig13"), tmp_path / "out", monkeypatch, tmp_path)
     section = report.read_section(tmp_path / "out")
-    [verdict] = [
-        c for c in section.claims if c["text"] == f"{name} tells f where idle rationales are plausible"
-    ]
     few = section.text.split("Too few students to tell, for not even a perfect order of them would pass: ")[
         1
     ].split("\n")[0]
-    assert (
-        ("too few students to tell" in verdict["remark"]) == (name.split(",")[0] in few) == (len(rest) == 1)
-    )
-    versions = re.findall(r"(\d\.\d\d) \[(\d\.\d\d), (\d\.\d\d)\]", verdict["remark"].split("too few")[0])
-    above, below = (all(float(v[end]) > 0.5 for v in versions) for end in (1, 2))
-    assert versions and verdict["holds"] is (True if above else None if below else False)
+    for name, rest in given.values():
+        [verdict] = [
+            c for c in section.claims if c["text"] == f"{name} tells f where idle rationales are plausible"
+        ]
+        too_few = "too few students to tell" in verdict["remark"]
+        assert too_few == (name.split(",")[0] in few) == (len(rest) == 1)
+        versions = re.findall(r"(\d\.\d\d) \[(\d\.\d\d), (\d\.\d\d)\]", verdict["remark"].split("too few")[0])
+        above, below = (all(float(v[end]) > 0.5 for v in versions) for end in (1, 2))
+        assert versions and verdict["holds"] is (True if above else None if below else False)
     means = table[table.metric == "accuracy"].groupby(["arm", "used"]).value.mean()
     ranges = {
         arm: comparisons.points(means[arm].max() - means[arm].min()) for arm in ("plausible", "shuffled")
@@ -861,14 +887,15 @@ def test_metrics_of_too_few_students_are_not_called_blind(metric, name, rest, tm
         ("fig08", "one teacher"),
     ],
 )
-def test_captions_say_what_seeds_do_not_redraw(name, phrase, made_up_tables, tmp_path, monkeypatch):
+def test_captions_say_what_seeds_do_not_redraw(
+    name, phrase, drawn_of_made_up, made_up_tables, tmp_path, monkeypatch
+):
     "No interval here says how another teacher or base would come out; parameters stand in the caption only if the table gives them."
     from faithful_distill.lab.tables import read_table, write_table
 
-    _run_again(_figure(name), tmp_path / "out", monkeypatch, made_up_tables)
     captions = [
         caption
-        for figure, caption in report.read_section(tmp_path / "out").figures
+        for figure, caption in report.read_section(drawn_of_made_up(_figure(name))).figures
         if figure != "fig01_tokens"
     ]
     assert captions and all(phrase in c for c in captions) and "seed redraws" in captions[0]

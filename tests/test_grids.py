@@ -4,7 +4,7 @@ import re
 
 import pytest
 
-from faithful_distill.lab.kept import read_by_figures
+from faithful_distill.lab.kept import read_by_figures, row_tables
 from faithful_distill.files import BadInput, shipped
 from faithful_distill.lab.grid import load_grid
 
@@ -54,6 +54,7 @@ def test_what_is_kept_of_the_study_is_what_its_figures_read_by_default():
     "One call keeps every file that a figure's notebook names for the study, under that name."
     tables, files = read_by_figures(load_grid("study"))
     kept = {f"study_{table}.csv" for table in [*tables, "times"]} | {f"study_{file}" for _, file in files}
+    kept |= {f"study_{table}_rows.csv" for table in row_tables(load_grid("study"))}
     named = {
         found
         for p in shipped("nbs", "figures").glob("*.ipynb")

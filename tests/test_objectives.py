@@ -334,6 +334,25 @@ def test_a_student_of_two_tasks_answers_without_a_reason(tmp_path):
     assert "gathers" in explained.rationale and explained.choice is None
 
 
+def test_a_dry_run_counts_what_training_reads(tmp_path):
+    "Rows that are only read too; and the largest forward pass is the one that training makes."
+    from faithful_distill.records import read_records
+    from faithful_distill.training.sizing import dry_run, meta_student, reading_need
+    from faithful_distill.training.train import used_rationales
+
+    asked = dict(objective="consistency", max_steps=2, batch_size=4)
+    cost = train_student(ranks.base(), records(), out=tmp_path / "out", **asked).cost
+    settings = Settings(**asked)
+    shell = meta_student(ranks.base(), settings)
+    need = reading_need(shell, used_rationales(read_records(records()), settings), settings, 2)
+    read = [need[name] for name in ("rows_read", "tokens_read")]
+    assert read == [cost[name] for name in ("rows_read", "tokens_read")] and shell.model.device.type == "meta"
+    said = dry_run(ranks.base(), records(), **asked)
+    assert "{:,} rows of {:,} tokens".format(*read) in said
+    assert "{rows_at_once:,} rows of {tokens_at_once:,} tokens with padding".format(**need) in said
+    assert "is not counted" in dry_run("google-t5/t5-3b", records(), **asked)
+
+
 @pytest.mark.parametrize(
     "match, given",
     [

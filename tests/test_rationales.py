@@ -6,7 +6,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -534,43 +533,41 @@ def test_worked_examples_of_ones_own_are_read_again_when_they_change(tmp_path):
         assert rationale in few_shot(str(own))
 
 
+KILLED = """
+import os, signal, sys
+from faithful_distill.cli import main
+from faithful_distill.files import Journal
+from faithful_distill.teacher.rationales import rationalize
+
+rationalize.__kwdefaults__["chunk"] = 16
+append, times = Journal.append, []
+
+
+def torn(journal, *records):
+    append(journal, *records)
+    times.append(len(records))
+    if len(times) == 2:
+        os.truncate(journal.path, os.path.getsize(journal.path) - 9)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+Journal.append = torn
+main(sys.argv[1:])
+"""
+
+
 def test_killed_and_resumed_gives_the_same_bytes(tmp_path):
-    "`kill -9` while rationales are being written; a second call ends with the bytes of an undisturbed run."
-    command = [
-        sys.executable,
-        "-m",
-        "faithful_distill.cli",
-        "rationales",
-        "--data",
-        "world",
-        "--limit",
-        "90",
-        "--strategy",
-        "contrastive-empty",
-    ]
-    code = (
-        "import sys; from faithful_distill.teacher.rationales import rationalize;"
-        " rationalize.__kwdefaults__['chunk'] = 16; from faithful_distill.cli import main;"
-        " main(sys.argv[1:])"
-    )
-    call = lambda out: [sys.executable, "-c", code, *command[3:], "--out", str(out)]
-    subprocess.run(call(tmp_path / "whole.jsonl"), check=True, capture_output=True)
-    process = subprocess.Popen(
-        call(tmp_path / "killed.jsonl"),
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-        start_new_session=True,
-    )
+    "`kill -9` in the middle of a record that is being written; a second call ends with an undisturbed run's bytes."
+    options = ["rationales", "--data", "world", "--limit", "40", "--strategy", "contrastive-empty"]
+    here = lambda out: CliRunner().invoke(main, [*options, "--out", str(out)]).exit_code
+    assert here(tmp_path / "whole.jsonl") == 0
+    call = [sys.executable, "-c", KILLED, *options, "--out", str(tmp_path / "killed.jsonl")]
+    assert subprocess.run(call, capture_output=True).returncode == -signal.SIGKILL
     journal = tmp_path / "killed.jsonl.partial"
-    while process.poll() is None and not (journal.exists() and journal.stat().st_size > 0):
-        time.sleep(0.005)
-    if process.poll() is None:
-        os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
-    subprocess.run(call(tmp_path / "killed.jsonl"), check=True, capture_output=True)
-    assert (tmp_path / "killed.jsonl").read_bytes() == (
-        tmp_path / "whole.jsonl"
-    ).read_bytes() and not journal.exists()
+    left = journal.read_bytes()
+    assert 0 < left.count(b"\n") < 80 and not left.endswith(b"\n")
+    assert here(tmp_path / "killed.jsonl") == 0 and not journal.exists()
+    assert (tmp_path / "killed.jsonl").read_bytes() == (tmp_path / "whole.jsonl").read_bytes()
 
 
 CLI = "from faithful_distill.cli import main; main()"
@@ -676,7 +673,7 @@ def test_the_pipeline_on_real_questions(tmp_path, real_data, name, split):
     from faithful_distill.questions import as_questions
     from faithful_distill.sources import load_questions
 
-    questions = as_questions(load_questions(name, split, path=real_data / name, limit=6))
+    questions = as_questions(load_questions(name, split, path=real_data / name, limit=3))
     tokenizer = build_tokenizer(
         [few_shot(name), *(block(q, i, q.explanation) for q in questions for i in range(len(q.choices)))]
     )
@@ -706,7 +703,7 @@ def test_the_pipeline_on_real_questions(tmp_path, real_data, name, split):
             "--split",
             split,
             "--limit",
-            "6",
+            "3",
             "--teacher",
             str(tmp_path / "teacher"),
             "--max-new-tokens",
@@ -718,7 +715,7 @@ def test_the_pipeline_on_real_questions(tmp_path, real_data, name, split):
     assert done.exit_code == 0, done.output
     records = [r for _, r in read_jsonl(tmp_path / "r.jsonl")]
     assert (
-        len(records) == 12
+        len(records) == 6
         and [r["id"] for r in records[::2]] == [q.id for q in questions]
         and all(r["tokens"] > 0 or r["stop"] == "stop" for r in records)
     )
@@ -785,7 +782,7 @@ def test_the_pipeline_on_real_questions(tmp_path, real_data, name, split):
             "--split",
             split,
             "--limit",
-            "6",
+            "3",
             "--student",
             str(tmp_path / "student"),
             "--rationales",
@@ -800,7 +797,7 @@ def test_the_pipeline_on_real_questions(tmp_path, real_data, name, split):
     )
     assert done.exit_code == 0, (done.output, done.exception)
     metrics = json.loads((tmp_path / "evaluation" / "metrics.json").read_text())
-    assert metrics["accuracy"]["n"] == 6 and {"perturb", "refine", "swap_factual"} <= set(metrics)
+    assert metrics["accuracy"]["n"] == 3 and {"perturb", "refine", "swap_factual"} <= set(metrics)
 
 
 @pytest.mark.parametrize("foreign", ["remember the milk", '{"note": 1}\n', '{"id": "1"}\n', '{"to do": "mi'])

@@ -33,7 +33,8 @@ def stacked(states: list) -> tuple:
     import torch
 
     lengths = torch.tensor([len(s) for s in states], device=states[0].device)
-    mask = torch.arange(int(lengths.max()), device=lengths.device) < lengths[:, None]
+    longest = torch.arange(max(map(len, states)), device=lengths.device)
+    mask = longest < lengths[:, None]
     return torch.nn.utils.rnn.pad_sequence(states, batch_first=True), mask.long()
 
 # %% ../../nbs/52_decoding.ipynb #dd79119b

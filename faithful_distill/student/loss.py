@@ -396,6 +396,7 @@ def target_log_probs(student, row):
         inputs = dict(input_ids=[row.source], decoder_input_ids=[[student.start, *written[:-1]]])
     else:
         inputs = dict(input_ids=[row.source + written[:-1]])
-    logits = student.model(**{name: torch.tensor(ids) for name, ids in inputs.items()}).logits[0]
+    here = {name: torch.tensor(ids, device=student.model.device) for name, ids in inputs.items()}
+    logits = student.model(**here).logits[0]
     log_p = logits[-len(row.target) :].log_softmax(-1)  # (target, vocabulary)
     return log_p[range(len(row.target)), row.target]

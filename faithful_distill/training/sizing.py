@@ -9,11 +9,13 @@ __all__ = ['MemoryEstimate', 'memory_need', 'deepspeed_estimate', 'memory_table'
 import copy
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Sequence
 
-from ..models import load_config
-from ..records import read_records
-from ..student.model import Student, model_class
+from ..files import BadInput
+from ..models import load_config, source_of
+from ..records import Rationale, read_records
+from ..student.model import Student, add_tags, model_class, task_tags
 from .adapters import add_adapters
 from .settings import Settings
 from .train import used_rationales
@@ -232,6 +234,67 @@ def _card(n: float) -> str:
     fits = (f"{gb} GB" for gb in (16, 24, 40, 80, 141) if n / 1e9 <= 0.8 * gb)
     return next(fits, "none")
 
+# %% ../../nbs/65_sizing.ipynb #ed3d8015
+def meta_student(student: Student | str | Path, settings: Settings) -> Student | None:
+    "A student without weights, to make rows with; None where its tokenizer would have to be downloaded."
+    from transformers import AutoTokenizer
+
+    if isinstance(student, Student):
+        name, tokenizer = student.name, student.tokenizer
+    elif known_shape(student):
+        return None
+    else:
+        name, (where, file) = str(student), source_of(str(student))
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(where, trust_remote_code=False, **file)
+        except (OSError, ValueError):
+            raise BadInput("has no tokenizer that can be read", field="student", value=name) from None
+    reads = {name: getattr(settings, name) for name in ("list_choices", "hide_choices", "chat", "objective")}
+    lengths = settings.max_source, settings.max_target
+    shell = Student(meta_model(student), tokenizer, name, *lengths, reads)
+    if settings.objective == "multitask":
+        shell.tokenizer = copy.deepcopy(tokenizer)
+        add_tags(SimpleNamespace(resize_token_embeddings=lambda n: None), shell.tokenizer, task_tags)
+    return shell
+
+# %% ../../nbs/65_sizing.ipynb #b58e81e2
+def reading_need(student: Student, rationales: list[Rationale], settings: Settings, steps: int) -> dict:
+    "Rows and tokens that a run reads, and the largest forward pass: `rows_at_once`, `tokens_at_once` (padded)."
+    from faithful_distill.training.trainer import StepBatches, example_lengths, make_examples, training_cost
+
+    examples, _ = make_examples(student, rationales, settings)
+    parts = dict(seed=settings.seed, micro_batches=settings.accumulation)
+    batches = StepBatches(example_lengths(examples), settings.batch_size, **parts)
+    passes = [[row for i in some if i >= 0 for row in examples[i]] for some in batches]
+    padded = lambda rows: (
+        len(rows)
+        * (max(len(row.source) for row in rows) + max(len(row.context) + len(row.target) for row in rows))
+    )
+    largest = max((rows for rows in passes if rows), key=padded)
+    at_once = dict(rows_at_once=len(largest), tokens_at_once=padded(largest))
+    return training_cost(examples, batches, steps) | at_once
+
+# %% ../../nbs/65_sizing.ipynb #0bd53805
+def _reading(student, used, settings: Settings, steps: int, operations: int) -> str:
+    "What the run reads, in words; `operations` for each token of a model that all tokens go through."
+    shell = meta_student(student, settings)
+    if shell is None:
+        return "What is read is not counted: the tokenizer is not here."
+    need, gold = reading_need(shell, used, settings, steps), [r for r in used if r.role == "gold"]
+    alone = settings.model_copy(update=dict(objective="factual"))
+    plain = reading_need(meta_student(student, alone), gold, alone, steps)
+    each = operations / (2 if shell.is_seq2seq else 1)  # a token goes through the encoder or the decoder
+    n = settings.accumulation
+    passes = "one forward pass" if n == 1 else f"{n} forward passes"
+    return (
+        f"Read in all steps: {need['rows_read']:,} rows of {need['tokens_read']:,} tokens,"
+        f" {need['tokens_read'] / plain['tokens_read']:.1f} times what the factual rows alone are; about"
+        f" {each * need['tokens_read'] / 1e15:.2g} PFLOP, {each * need['tokens_read'] / 3.6e17:.2g} hours of a GPU"
+        f" that does 100 TFLOP a second\n"
+        f"At most {need['rows_at_once']:,} rows of {need['tokens_at_once']:,} tokens with padding at once,"
+        f" if one GPU takes a whole step in {passes}: activations follow this"
+    )
+
 # %% ../../nbs/65_sizing.ipynb #32f22d52
 def dry_run(
     student: Student | str | Path, rationales, dev=None, ranks: Sequence[int] = (1, 2, 4, 8), **settings
@@ -260,6 +323,7 @@ def dry_run(
         f"{gold} factual and {len(used) - gold} counterfactual rationales{of_dev};"
         f" {steps} steps of {checked.batch_size} gold rationales ({per_epoch} an epoch)\n"
         f"{name}: {parameters:,} parameters, {trained:,} of them trained\n"
+        f"{_reading(student, used, checked, steps, 4 * parameters + 2 * trained)}\n"
         f"Model states in GB per GPU, {precision}, by number of GPUs"
         f" (activations come on top; under cpu a process stands for a GPU):\n{gpu}\n"
         f"GB of main memory per process, where something is offloaded:\n{host}"

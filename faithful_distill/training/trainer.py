@@ -146,9 +146,8 @@ def loss_sums(loss):
     """What is added up over batches: [factual, counterfactual] losses summed over tokens, their token counts, and the
     summed terms of pairs with their number."""
     parts = (loss.factual, loss.counterfactual, loss.tokens_factual, loss.tokens_counterfactual)
-    return torch.stack(
-        [torch.as_tensor(x, dtype=torch.float64) for x in (*parts, loss.pair_terms, loss.pairs)]
-    )
+    alike = dict(dtype=torch.float64, device=loss.total.device)  # zeros are plain numbers
+    return torch.stack([torch.as_tensor(x, **alike) for x in (*parts, loss.pair_terms, loss.pairs)])
 
 # %% ../../nbs/58_trainer.ipynb #af0cb28c
 def loss_parts(sums: list[float]) -> dict:
