@@ -55,7 +55,7 @@ def copy(source, target):
 
 
 wings = {
-    "Data": "files formats questions layouts sources records release exchange",
+    "Data": "files formats questions layouts sources records lineage release stated published_files publishing overlaps exchange",
     "Teacher": "teacher.*",
     "Student": "student.*",
     "Training": "training.*",
