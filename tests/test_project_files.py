@@ -123,3 +123,23 @@ def test_the_site_s_links_are_checked(tmp_path):
     bad = '<a href="c.html">c</a> <a href="b.html#y">y</a> <script src="https://example.org/s.js"></script>'
     (tmp_path / "a.html").write_text(bad)
     assert len(list(checker.problems(tmp_path))) == 3
+
+
+def readme_table():
+    spec = importlib.util.spec_from_file_location("readme_table", ROOT / "docs/readme_table.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_readme_shows_the_results_that_figure_14_shows():
+    table, readme = readme_table(), (ROOT / "README.md").read_text(encoding="utf-8")
+    assert table.stored() in readme, "run docs/readme_table.py"
+    assert table.with_table(readme, table.stored()) == readme
+    assert "| a \\1 |" in table.with_table(readme, "| a \\1 |")
+    with pytest.raises(SystemExit, match="must hold once"):
+        table.with_table("# No marks", "x")
+
+
+def test_the_readme_is_read_in_one_sitting():
+    assert len((ROOT / "README.md").read_text(encoding="utf-8").splitlines()) < 150
