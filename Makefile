@@ -63,4 +63,4 @@ docs: .venv/.ready ## the site, from the stored notebooks: docs/_build/html/inde
 	$(BIN)/python docs/check_links.py docs/_build/html
 
 clean: ## remove the environment and whatever was computed
-	rm -rf .venv runs data/runs data/cache build *.egg-info docs/_build docs/pages docs/generated docs/project docs/api.md docs/cli.md
+	rm -rf .venv runs data/runs data/cache build *.egg-info docs/_build docs/pages docs/generated docs/project docs/generated_pictures docs/api.md docs/cli.md docs/report.md
