@@ -55,6 +55,7 @@ figures: .venv/.ready ## draw all figures once more from data/results, in their 
 	cd nbs/figures && "$(CURDIR)/$(BIN)/jupyter" nbconvert --log-level WARN --clear-output --inplace fig*.ipynb claims.ipynb
 	cd nbs/figures && for notebook in fig*.ipynb claims.ipynb; do "$(CURDIR)/$(BIN)/exec_nb" --exc_stop $$notebook --dest $$notebook || exit 1; done
 	PATH="$(CURDIR)/$(BIN):$$PATH" nbdev_clean
+	$(BIN)/python docs/readme_table.py
 
 docs: .venv/.ready ## the site, from the stored notebooks: docs/_build/html/index.html
 	$(BIN)/python -m pip install --quiet --editable '.[docs]'
@@ -62,4 +63,4 @@ docs: .venv/.ready ## the site, from the stored notebooks: docs/_build/html/inde
 	$(BIN)/python docs/check_links.py docs/_build/html
 
 clean: ## remove the environment and whatever was computed
-	rm -rf .venv runs data/runs data/cache build *.egg-info docs/_build docs/pages docs/generated docs/project docs/api.md docs/cli.md
+	rm -rf .venv runs data/runs data/cache build *.egg-info docs/_build docs/pages docs/generated docs/project docs/generated_pictures docs/api.md docs/cli.md docs/report.md

@@ -12,6 +12,8 @@ from pathlib import Path
 
 here = Path(__file__).parent
 root = here.parent
+sys.path.insert(0, str(here))
+from study_page import study_page  # noqa: E402
 
 
 repository = "https://github.com/faithful-distill/faithful_distill"
@@ -19,7 +21,7 @@ repository = "https://github.com/faithful-distill/faithful_distill"
 
 def stage():
     "Copies what lies outside this folder, and writes the pages that the package itself knows best."
-    for name in ("pages", "project", "generated"):
+    for name in ("pages", "project", "generated", "generated_pictures"):
         shutil.rmtree(here / name, ignore_errors=True)
     for source in sorted(root.glob("nbs/**/*.ipynb")):
         if ".ipynb_checkpoints" not in source.parts:
@@ -32,6 +34,8 @@ def stage():
         copy(root / name, here / "project" / name)
     (here / "cli.md").write_text(command_line(), encoding="utf-8")
     (here / "api.md").write_text(reference(), encoding="utf-8")
+    report = study_page(root, here / "generated_pictures")
+    (here / "report.md").write_text(report, encoding="utf-8")
 
 
 def as_read(notebook: str) -> str:
@@ -55,7 +59,7 @@ def copy(source, target):
 
 
 wings = {
-    "Data": "files formats questions layouts sources records release exchange",
+    "Data": "files formats questions layouts sources records lineage release stated published_files publishing overlaps exchange",
     "Teacher": "teacher.*",
     "Student": "student.*",
     "Training": "training.*",

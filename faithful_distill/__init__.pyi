@@ -1,8 +1,4 @@
-from .exchange import (
-    import_rationales as import_rationales,
-    overlap as overlap,
-    publish_rationales as publish_rationales,
-)
+from .exchange import import_rationales as import_rationales
 from .faithfulness.interventions import measure as measure
 from .faithfulness.metrics import (
     early_answering_aoc as early_answering_aoc,
@@ -15,6 +11,8 @@ from .faithfulness.scoring import score_rationales as score_rationales
 from .files import BadInput as BadInput
 from .lab.runs import run_notebook as run_notebook
 from .lab.study import reproduce as reproduce
+from .overlaps import overlap as overlap
+from .publishing import publish_rationales as publish_rationales
 from .questions import Question as Question
 from .reasoners.opening import open_reasoner as open_reasoner
 from .reasoners.protocol import Reasoner as Reasoner

@@ -448,7 +448,7 @@ def import_(
     click.echo(f"{write_records(out, records)}: {len(records)} rationales")
 
 # %% ../nbs/95_cli.ipynb #747e644b
-@command("exchange:publish_rationales")
+@command("publishing:publish_rationales")
 def publish(
     rationales,
     *,
@@ -469,7 +469,7 @@ def publish(
     out
         the folder, new or empty
     """
-    from faithful_distill.exchange import publish_rationales
+    from faithful_distill.publishing import publish_rationales
 
     about = dict(title=title, dataset=dataset, license=license, questions=questions)
     folder = publish_rationales(rationales, out, **about, push_to=push_to, private=private)

@@ -22,6 +22,7 @@ from faithful_distill.files import (
     write_json,
     write_text,
 )
+from .lineage import shared_provenance, without_question
 from .questions import Question, as_questions
 from .records import Rationale, provenance_fields, rationale_from_row
 
@@ -34,21 +35,12 @@ def asked(q: Question) -> str:
     return content_key([q.question, list(q.choices), q.answer])
 
 
-def _row(r: Rationale) -> dict:
-    "A released record: no text of the question."
-    row = {name: getattr(r, name) for name in _own}
-    row = {k: list(v) if isinstance(v, tuple) else v for k, v in row.items() if v is not None and v != ""}
+def _row(r: Rationale, shared: dict) -> dict:
+    "A released record: no text of the question, and of how it was made what others do not share."
+    own = {*_own, *provenance_fields} - shared.keys()
+    row = {name: value for name, value in without_question(r.to_row()).items() if name in own}
+    row = {name: value for name, value in row.items() if value is not None and value != ""}
     return row | {"asked": asked(r.as_question())}
-
-
-def _shared(records: Sequence[Rationale]) -> dict:
-    "What all records agree on."
-    first = records[0]
-    return {
-        name: value
-        for name in provenance_fields
-        if (value := getattr(first, name)) is not None and all(getattr(r, name) == value for r in records)
-    }
 
 # %% ../nbs/05a_release.ipynb #05a00007
 def write_release(
@@ -85,7 +77,8 @@ def write_release(
     (id, role), times = Counter((r.id, r.role) for r in records).most_common(1)[0]
     if times > 1:
         raise BadInput("has two rationales of one role", field="id", value=id, remedy="Keep one of them.")
-    lines = "".join(json.dumps(_row(r), ensure_ascii=False, sort_keys=True) + "\n" for r in records)
+    shared = shared_provenance(records)
+    lines = "".join(json.dumps(_row(r, shared), ensure_ascii=False, sort_keys=True) + "\n" for r in records)
     packed = io.BytesIO()
     with gzip.GzipFile(fileobj=packed, mode="wb", mtime=0, filename="") as f:
         f.write(lines.encode())
@@ -95,7 +88,7 @@ def write_release(
         "dataset": dataset,
         "licence": licence,
         "about": about,
-        "made with": _shared(records),
+        "made with": shared,
     }
     card |= {"counts": dict(sorted(counts.items())), "empty": sum(not r.rationale for r in records)}
     folder = Path(folder)

@@ -1,14 +1,17 @@
 """Experiments run by papermill itself: every parameter is shown, and a misspelt one is refused inside the notebook."""
 
 import re
+from dataclasses import fields
 from pathlib import Path
 
 import papermill
 import pytest
+from test_bench import run_cells
 
-from faithful_distill.files import shipped
+from faithful_distill.files import BadInput, shipped
 from faithful_distill.lab.keys import notebook_parameters
 from faithful_distill.lab.parameters import settle
+from faithful_distill.teacher.strategy import Strategy, as_strategy, strategies
 
 EXPERIMENTS = sorted(shipped("nbs", "experiments").glob("*.ipynb"))
 
@@ -45,3 +48,34 @@ def test_every_default_path_is_found_from_any_folder(tmp_path, monkeypatch):
                     notebook.stem,
                     name,
                 )
+
+
+class Enough(Exception):
+    "The teacher has been asked."
+
+
+@pytest.mark.parametrize(
+    "dials, expected",
+    [
+        ({}, strategies["contrastive-wrong"]),
+        (dict(beta=0.5, temperature=0.7, perturbation="empty", alpha=0.3), Strategy("empty", 0.3, 0.5, 0.7)),
+        (dict(alpha=0), Strategy()),
+    ],
+)
+def test_every_dial_of_decoding_reaches_the_teacher(tmp_path, dials, expected):
+    "What a strategy is made of can be set in the notebook; what is not given stays the strategy's own."
+    asked = []
+
+    def rationalize(teacher, questions, strategy, **how):
+        asked.append(as_strategy(strategy, **{f.name: how[f.name] for f in fields(Strategy)}))
+        raise Enough
+
+    instead = {"rationalize": rationalize, "load_teacher": lambda *_, **__: object()}
+    with pytest.raises(Enough):
+        run_cells("rationales", tmp_path, instead, n_train=1, n_dev=1, n_test=1, **dials)
+    assert asked == [expected]
+
+
+def test_a_dial_of_decoding_is_refused_where_no_teacher_decodes(tmp_path):
+    with pytest.raises(BadInput, match="'beta': does not apply to 'true'"):
+        run_cells("rationales", tmp_path, strategy="true", beta=0.5, n_train=1, n_dev=1, n_test=1)

@@ -327,6 +327,7 @@ def test_the_report_notebook_gathers_what_figures_left(section_folder, tmp_path)
     )
     assert json.loads((folder / "metrics.json").read_text()) == {
         "claims": {"holds": 1, "fails": 0, "open": 1},
+        "against": {"holds": 0, "fails": 0, "open": 0},
         "sections": 1,
     }
     page = (folder / "report.html").read_text()
@@ -1170,6 +1171,35 @@ def test_a_second_axis_is_refused_and_never_pooled(tmp_path):
     )
     pd.DataFrame(rows)[lambda t: t.beta == 0.1].to_csv(path, index=False)
     assert len(draft.read(path, alpha=0.0, seed=0)) == 4
+
+
+def test_what_speaks_against_the_method_is_told_apart_and_counted_apart(tmp_path):
+    "It is decided like any claim; that it holds is bad news, and is never counted as a claim of the method that holds."
+    gap = {"value": 0.1, "low": 0.05, "high": 0.15, "n": 100, "seeds": 1, "reason": ""}
+    claims = [report.against(report.decided("It costs accuracy", gap)), report.claim("It is faithful", True)]
+    section = report.Section("Students", claims=claims, main=True)
+    blocks = [report.sample_block("greedy", "A <b>bird</b>.", "wings", right=True)]
+    blocks += [report.sample_block("asked to argue for wings", "")]
+    section.samples = [report.sample("What flies?", ["wings", "roots"], 0, {"teacher": blocks, "none": []})]
+    page = report.build_report(tmp_path / "r.html", "Title", "Lead.", [section]).read_text()
+    words = (
+        "Of 1 claim, 1 holds",
+        "Of 1 finding that would speak against the method, 1 holds",
+        "What speaks against it: It costs accuracy",
+        "What was claimed",
+        '<span class="verdict yes">✓ holds</span>',
+        "It is faithful",
+        "What would speak against the method",
+        '<span class="verdict no">✓ holds</span>',
+        "Examples to browse",
+        "A &lt;b&gt;bird&lt;/b&gt;.",
+        "(none)",
+    )
+    at = 0
+    for word in words:
+        at = page.index(word, at)
+    assert page.count("<small>answers</small>") == 1, "a rationale alone is no answer"
+    assert "<h4>none</h4>" not in page
 
 
 def test_a_report_begins_with_its_bottom_line_a_picture_and_what_its_words_mean(tmp_path):

@@ -24,7 +24,7 @@ PAGES = sorted(
         ROOT / "data/README.md",
     ]
 )
-PAGES = [p for p in PAGES if p.name != "cli.md"]  # made by `make docs`
+PAGES = [p for p in PAGES if p.name not in ("cli.md", "report.md")]  # made by `make docs`
 name_of = lambda page: str(page.relative_to(ROOT))
 
 
@@ -123,3 +123,40 @@ def test_the_site_s_links_are_checked(tmp_path):
     bad = '<a href="c.html">c</a> <a href="b.html#y">y</a> <script src="https://example.org/s.js"></script>'
     (tmp_path / "a.html").write_text(bad)
     assert len(list(checker.problems(tmp_path))) == 3
+
+
+def readme_table():
+    spec = importlib.util.spec_from_file_location("readme_table", ROOT / "docs/readme_table.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_readme_shows_the_results_that_figure_14_shows():
+    table, readme = readme_table(), (ROOT / "README.md").read_text(encoding="utf-8")
+    assert table.stored() in readme, "run docs/readme_table.py"
+    assert table.with_table(readme, table.stored()) == readme
+    assert "| a \\1 |" in table.with_table(readme, "| a \\1 |")
+    with pytest.raises(SystemExit, match="must hold once"):
+        table.with_table("# No marks", "x")
+
+
+def test_the_readme_is_read_in_one_sitting():
+    assert len((ROOT / "README.md").read_text(encoding="utf-8").splitlines()) < 150
+
+
+def test_the_sites_report_says_what_the_figures_say(tmp_path):
+    "Every stored verdict and picture of the study's figures, and where the tables come from; nothing is typed in."
+    spec = importlib.util.spec_from_file_location("study_page", ROOT / "docs/study_page.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    page = module.study_page(ROOT, tmp_path / "pictures")
+    claims = module.stored(ROOT / "nbs/figures/claims.ipynb")["claims"]
+    said = [c for c in claims if c["against"]]
+    assert len(claims) > len(said) > 0 and all(f"- **{c['word']}**: {c['text']}" in page for c in claims)
+    assert page.index("What the words mean") < page.index(claims[0]["text"])
+    assert f"Of {len(claims) - len(said)} claims" in page and "What would speak against the method" in page
+    named = set(re.findall(r"generated_pictures/(\w+\.png)", page))
+    assert named == {p.name for p in (tmp_path / "pictures").iterdir()} and len(named) > 10
+    for table in ("study_evaluation.csv", "study_rationales.csv"):
+        assert f"`{table}` was made by version" in page

@@ -827,6 +827,29 @@ def test_only_runs_what_it_needs_and_the_forecast_says_what_and_how_long(study, 
         reproduce(study / "toy.yaml", runs=study / "runs", workers=0)
 
 
+def test_cells_of_a_group_are_foretold_by_those_that_have_run(study):
+    "One computed cell is the trial for the others of its group; what is of another group stays unknown."
+    grid = load_grid(study / "toy.yaml")
+    before = forecast(grid, study / "runs", workers=1).splitlines()
+    assert all("~" not in line for line in before) and "about" not in before[-1]
+    (study / "runs").mkdir(exist_ok=True)
+    plans._remember_seconds(study / "runs", "slow seed=0", 60.0)
+    *cells, total = forecast(grid, study / "runs", workers=1).splitlines()
+    lengths = {line.split("  (")[0].split("  ")[-1]: line[8:18].strip() for line in cells}
+    slow = [name for name in lengths if name.startswith("slow")]
+    assert lengths["slow seed=0"] == "60.0 s" and {lengths[n] for n in slow[1:]} == {"~60 s"}
+    assert {lengths[n] for n in lengths if n not in slow} == {"?"}
+    assert f"about {len(slow)}.0 min with 1 workers, {len(cells) - len(slow)} of unknown length" in total
+
+
+def test_what_the_studys_runs_took_is_said_of_the_study_alone(tmp_path):
+    "A grid of real questions has groups of the same names, whose runs take hours."
+    from faithful_distill.lab.study import usual_seconds
+
+    assert usual_seconds(load_grid("quickstart"))["rationales"] > 0
+    assert usual_seconds(load_grid("real")) == {}
+
+
 def test_the_forecast_counts_a_shared_run_once(tmp_path, simple, capsys):
     (tmp_path / "toy.yaml").write_text(
         "groups:\n  main: {notebook: simple.ipynb, for: {n: [1, 2]}}\n  ablation: {notebook: simple.ipynb,"

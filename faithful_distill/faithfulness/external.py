@@ -16,7 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..exchange import published, published_rows, stated_choice
+from ..published_files import published, published_rows
+from ..stated import stated_choice
 from ..files import BadInput, check_encodable
 from .logs import log_rows, plain_rows
 from .numeric import OpenQuestion, as_number, same_number, stated_number

@@ -35,7 +35,7 @@ from faithful_distill.faithfulness.protocol import (
     match_records,
     own_rationales,
 )
-from ..exchange import trained_overlap
+from ..overlaps import trained_overlap
 from ..files import BadInput
 from ..formats import read_rows, rows_of
 from ..questions import Question, clusters_of, require_answers

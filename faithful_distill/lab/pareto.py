@@ -8,7 +8,7 @@ __all__ = ['undominated', 'pareto']
 # %% ../../nbs/90a_pareto.ipynb #4dd9307c
 from typing import Sequence
 
-from .style import blank_figure, faint, frame_panel, looks, Panel
+from .style import blank_panels, faint, frame_panel, looks
 
 # %% ../../nbs/90a_pareto.ipynb #f4a0b870
 def undominated(points: Sequence[tuple[float, float]]) -> list[bool]:
@@ -54,25 +54,19 @@ def pareto(
     found = {m: points for m, points in found.items() if points}
     if not found:
         return None
-    look, columns = looks(summary[row]), min(columns, len(found))
-    rows = -(-len(found) // columns)
-    figure, grid = blank_figure(width, height * rows + 0.4, rows, columns)
-    for i, (axes, (measure, points)) in enumerate(zip(grid.flat, found.items())):
+    look = looks(summary[row])
+    figure, panels = blank_panels(width, height, len(found), columns, same_x=False, same_y=False)
+    figure.set_figheight(figure.get_figheight() + 0.4)  # the legend
+    for panel, (measure, points) in zip(panels, found.items()):
+        axes, panel.title, panel.rows = panel.axes, measure, summary
         _draw(axes, points, look)
-        bottom = i + columns >= len(found)
-        frame_panel(
-            Panel(axes, measure, summary, i % columns == 0, True, bottom),
-            "y",
-            percent,
-            72 * width / columns - 40,
-        )
+        frame_panel(panel, "y", percent, 72 * width / panel.across - 40)
         if percent:
             axes.xaxis.set_major_formatter(axes.yaxis.get_major_formatter())
         axes.grid(True, axis="both")
-        axes.set_xlabel(x if bottom else "")
-    for axes in grid.flat[len(found) :]:
-        axes.set_visible(False)
-    drawn = {name: handle for axes in grid.flat for handle, name in zip(*axes.get_legend_handles_labels())}
+        axes.set_xlabel(x if panel.bottom else "")
+    handles = [zip(*panel.axes.get_legend_handles_labels()) for panel in panels]
+    drawn = {name: handle for found in handles for handle, name in found}
     named = [str(name) for name in look if str(name) in drawn]  # not every name has a value in every panel
     figure.legend([drawn[n] for n in named], named, loc="outside lower center", ncols=3, fontsize=8.2)
     return figure

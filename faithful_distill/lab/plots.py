@@ -142,12 +142,11 @@ def dots(
     look = _row_looks(summary, row, named)
     height = 0.85 + 0.27 * len(look)
     figure, panels = panels_of(summary, panel, columns, width, height, same_x=same_scale)
-    columns = min(columns, len(panels))
     names_width = max(text_width(str(r), style["ytick.labelsize"]) for r in look) + 12
-    max_width = (72 * width - names_width) / columns
     shared = limits or (_value_limits(summary, bars, reference) if same_scale else None)
     for p in panels:
         ends = shared or _value_limits(p.rows, bars, reference)
+        max_width = (72 * width - names_width) / p.across
         for place, name in enumerate(look):
             found = p.rows[p.rows[row] == name]
             if len(found) == 0:
@@ -158,24 +157,22 @@ def dots(
                 _dot(p.axes, place, score, look[name], ends, **how)
             else:
                 _missing_dot(p.axes, place, score["reason"], ends[0], max_width - 12)
-        ticks = _value_ticks(ends, 1.0 if percent else math.inf, 5 if columns == 1 else 3)
+        ticks = _value_ticks(ends, 1.0 if percent else math.inf, 5 if p.across == 1 else 3)
         p.axes.set(xlim=ends, xticks=ticks)
         _name_rows(p.axes, look)
         frame_panel(p, "x", percent, max_width - 8)
     reference_line(panels, reference, reference_label, upright=True)
-    _label_values(figure, panels, columns, label)
+    _label_values(figure, panels, label)
     return figure
 
 # %% ../../nbs/90_plots.ipynb #a9890657
-def _label_values(figure, panels, columns: int, label: str) -> None:
+def _label_values(figure, panels, label: str) -> None:
     "What the values are, once: below the middle panel of the last row, or below the figure if there is none."
-    last_row = panels[(len(panels) - 1) // columns * columns :]
-    if columns % 2 == 0:
-        figure.supxlabel(label, fontsize=9)
-    elif len(last_row) > columns // 2:
-        last_row[columns // 2].axes.set_xlabel(label)
+    last_row = panels[-panels[-1].across :]
+    if len(last_row) % 2:
+        last_row[len(last_row) // 2].axes.set_xlabel(label)
     else:
-        last_row[0].axes.set_xlabel(label)
+        figure.supxlabel(label, fontsize=9)
 
 # %% ../../nbs/90_plots.ipynb #74dee438
 def _line(axes, rows, x: str, look) -> None:
@@ -289,7 +286,6 @@ def lines(
     figure, panels = panels_of(summary, panel, columns, width, height, same_y=same_scale)
     look = looks(summary[line])
     names_width = max(text_width(str(name), 8.2) for name in look) + 30
-    max_width = (72 * width - names_width) / min(columns, len(panels)) - 34
     for p in panels:
         for key in look:
             _line(p.axes, p.rows[p.rows[line] == key], x, look[key])
@@ -297,7 +293,7 @@ def lines(
             p.axes.set_xscale("log")
         if log or words:
             _level_ticks(p.axes, sorted(summary[x].unique()), words)
-        frame_panel(p, "y", percent, max_width)
+        frame_panel(p, "y", percent, (72 * width - names_width) / p.across - 34)
         if p.first:
             p.axes.set_ylabel(label)
         if p.bottom:

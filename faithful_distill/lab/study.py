@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
+from statistics import median
 from typing import Any, Iterable
 
 from filelock import FileLock
@@ -33,10 +34,15 @@ def _known_seconds(cells: list[str], seconds: dict[str, float]) -> float | None:
     return next((seconds[n] for n in cells if n in seconds), None)
 
 
-def usual_seconds() -> dict[str, float]:
-    "Median seconds of a run of each group, in the times that come with the package; none where they are not there."
+def usual_seconds(grid: Grid) -> dict[str, float]:
+    """Median seconds of a run of each group, in the times of the study that come with the package.
+
+    None for a grid of other sizes than the study's: its groups may have the same names.
+    """
     import pandas as pd
 
+    if grid.name not in ("study", "quickstart"):
+        return {}
     try:
         table = read_table(shipped("data", "results", "study_times.csv"))
     except BadInput:
@@ -45,20 +51,32 @@ def usual_seconds() -> dict[str, float]:
     return {str(group): float(v) for group, v in table.groupby("group").value.median().items() if pd.notna(v)}
 
 
-def _elsewhere(group: str, usual: dict[str, float]) -> str:
-    "How long runs of this group of the study took where it was computed, which says no more than the order."
-    return f"{'~' + format(usual[group], '.0f'):>8} s" if group in usual else " " * 9 + "?"
+def _of_group(plan, seconds: dict[str, float]) -> dict[str, float]:
+    "Median seconds of those cells of each group that have been computed here."
+    measured: dict[str, list[float]] = {}
+    for name, taken in seconds.items():
+        if name in plan.cells:
+            measured.setdefault(plan.cells[name].group, []).append(taken)
+    return {group: median(found) for group, found in measured.items()}
 
 
-def _total(took: dict[str, float | None], missing: set[str], n_cells: int, workers: int) -> str:
-    known = sum(took[run] for run in missing if took[run] is not None)
-    unknown = sum(took[run] is None for run in missing)
-    parts = [f"{len(missing)} of {len(took)} to compute"]
+def _length(seconds: float | None, supposed: float | None) -> str:
+    "Measured seconds of a run, else those it is supposed to take, else a question mark."
+    if seconds is not None:
+        return f"{seconds:8.1f} s"
+    return " " * 9 + "?" if supposed is None else f"{'~' + format(supposed, '.0f'):>8} s"
+
+
+def _total(lengths: dict[str, float | None], n_runs: int, n_cells: int, workers: int) -> str:
+    "The last line; `lengths` are those of the runs to be computed, in seconds."
+    known = sum(s for s in lengths.values() if s is not None)
+    unknown = sum(s is None for s in lengths.values())
+    parts = [f"{len(lengths)} of {n_runs} to compute"]
     if known:
         parts.append(f"about {known / workers / 60:.1f} min with {workers} workers")
     if unknown:
         parts.append(f"{unknown} of unknown length")
-    if shared := n_cells - len(took):
+    if shared := n_cells - n_runs:
         parts.append(f"{shared} cell{' shares' if shared == 1 else 's share'} a run with another")
     return ", ".join(parts)
 
@@ -81,7 +99,8 @@ def forecast(grid: Grid, runs="runs", only: Iterable[str] | None = None, workers
     """
     if workers < 1:
         raise BadInput("should be at least 1", field="workers", value=workers)
-    planned, seconds, usual = grid.plan.runs(runs), last_seconds(runs), usual_seconds()
+    planned, seconds = grid.plan.runs(runs), last_seconds(runs)
+    usual = usual_seconds(grid) | _of_group(grid.plan, seconds)
     wanted = grid.plan.cells if only is None else grid.plan.needed_for(only)
     sharing: dict[str, list[str]] = {}  # name of a run -> the cells that come to it
     for name in grid.plan.order:
@@ -89,16 +108,16 @@ def forecast(grid: Grid, runs="runs", only: Iterable[str] | None = None, workers
             sharing.setdefault(planned[name].name, []).append(name)
     took = {run: _known_seconds(cells, seconds) for run, cells in sharing.items()}
     missing = {run for run, cells in sharing.items() if not planned[cells[0]].finished}
-    lines = []
+    lines, lengths = [], {}
     for name in (n for n in grid.plan.order if n in wanted):
         run = planned[name].name
         state = "there" if run not in missing else "compute" if sharing[run][0] == name else "shared"
-        length = (
-            f"{took[run]:8.1f} s" if took[run] is not None else _elsewhere(grid.plan.cells[name].group, usual)
-        )
-        lines.append(f"{state:7} {length}  {name}  ({run})")
+        supposed = usual.get(grid.plan.cells[name].group)
+        lines.append(f"{state:7} {_length(took[run], supposed)}  {name}  ({run})")
+        if run in missing:
+            lengths.setdefault(run, supposed if took[run] is None else took[run])
     n_cells = sum(map(len, sharing.values()))
-    return "\n".join([*lines, _total(took, missing, n_cells, workers)])
+    return "\n".join([*lines, _total(lengths, len(sharing), n_cells, workers)])
 
 # %% ../../nbs/93_study.ipynb #1baccf6f
 def _is_gathered(folder: Path) -> bool:

@@ -279,6 +279,15 @@ def readable(colour: str) -> str:
     shade = min(1.0, 0.40 / (luma + 1e-9))
     return to_hex([part * shade for part in (red, green, blue)])
 
+# %% ../../nbs/87_style.ipynb #26017afd
+def panel_rows(n: int, most: int) -> list[int]:
+    "How many panels stand in each row, `most` of them at most: equally many if possible, else one more or less."
+    fewest = math.ceil(n / most)
+    for columns in range(min(n, most), (most - 1) // 2, -1):
+        if n % columns == 0 and n // columns <= fewest + 1:
+            return [columns] * (n // columns)
+    return [n // fewest + (row < n % fewest) for row in range(fewest)]
+
 # %% ../../nbs/87_style.ipynb #f2f0d274
 @dataclass
 class Panel:
@@ -289,7 +298,32 @@ class Panel:
     rows: Any
     first: bool  # of its row of panels
     last: bool
-    bottom: bool  # no panel below it
+    bottom: bool  # no panel of the same width below it
+    across: int = 1  # panels in its row
+
+# %% ../../nbs/87_style.ipynb #5cb5d33d
+def blank_panels(width, height, n: int, most: int, *, same_x: bool = True, same_y: bool = True):
+    """A figure, and `n` panels in it without title and rows, `most` in a row.
+
+    `width` is that of the figure, `height` that of a row of panels, both in inches.
+    """
+    import matplotlib.pyplot as plt
+
+    use_style()
+    counts = panel_rows(n, most)
+    places = math.lcm(*counts)  # a panel spans several
+    figure = plt.figure(figsize=(width, height * len(counts)))
+    grid, panels = figure.add_gridspec(len(counts), places), []
+    for row, across in enumerate(counts):
+        bottom = row == len(counts) - 1 or counts[row + 1] != across
+        for k in range(across):
+            shared = {"sharex": panels[0].axes} if panels and same_x else {}
+            shared |= {"sharey": panels[0].axes} if panels and same_y else {}
+            span = slice(k * places // across, (k + 1) * places // across)
+            axes = figure.add_subplot(grid[row, span], **shared)
+            axes.tick_params(labelbottom=bottom or not same_x, labelleft=k == 0 or not same_y)
+            panels.append(Panel(axes, None, None, k == 0, k == across - 1, bottom, across))
+    return figure, panels
 
 # %% ../../nbs/87_style.ipynb #f7414101
 def panels_of(summary, by, columns, width, height, *, same_x: bool = True, same_y: bool = True):
@@ -298,16 +332,9 @@ def panels_of(summary, by, columns, width, height, *, same_x: bool = True, same_
     `width` is that of the figure, `height` that of a row of panels, both in inches.
     """
     titles = list(dict.fromkeys(summary[by])) if by else [None]
-    columns = min(columns, len(titles))
-    rows = math.ceil(len(titles) / columns)
-    figure, grid = blank_figure(width, height * rows, rows, columns, sharex=same_x, sharey=same_y)
-    panels = []
-    for i, (axes, title) in enumerate(zip(grid.flat, titles)):
-        own = summary[summary[by] == title] if by else summary
-        last = i % columns == columns - 1 or i == len(titles) - 1
-        panels.append(Panel(axes, title, own, i % columns == 0, last, i + columns >= len(titles)))
-    for axes in grid.flat[len(titles) :]:
-        axes.set_visible(False)
+    figure, panels = blank_panels(width, height, len(titles), columns, same_x=same_x, same_y=same_y)
+    for panel, title in zip(panels, titles):
+        panel.title, panel.rows = title, summary[summary[by] == title] if by else summary
     return figure, panels
 
 # %% ../../nbs/87_style.ipynb #409f6e1d

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 
-from ..exchange import question_hash
+from ..overlaps import question_hash
 from faithful_distill.files import (
     BadInput,
     content_key,
