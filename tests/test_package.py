@@ -130,7 +130,15 @@ def test_notebooks_carry_no_run_metadata():
 
 
 DISTRIBUTIONS = {"yaml": "pyyaml", "PIL": "pillow", "IPython": "ipython"}
-OPTIONAL = {"wandb", "peft", "tensorboardX", "tensorboard", "gguf", "openai"}  # used where they are there
+OPTIONAL = {
+    "wandb",
+    "peft",
+    "tensorboardX",
+    "tensorboard",
+    "gguf",
+    "openai",
+    "xllamacpp",
+}  # used where they are there
 
 
 def requirements() -> dict[str, str]:
