@@ -941,6 +941,12 @@ def test_one_call_keeps_all_that_the_figures_of_a_profile_read(tmp_path, monkeyp
         needs=(),
     )
     assert (drawn / "fig.md").read_text() == (tmp_path / "runs" / "toy" / "tables" / "fig.md").read_text()
+    how = ["--only", "strategies", "--runs", "elsewhere", "--keep", "part"]  # of a part, what there is
+    part = CliRunner().invoke(main, ["reproduce", "--profile", "toy.yaml", "--workers", "1", *how])
+    assert part.exit_code == 0, part.output
+    names = {"toy_rationales.csv", "toy_strategies.csv", "toy_times.csv", "toy_done.json", "origin.json"}
+    assert {p.name for p in (tmp_path / "part").iterdir()} == names
+    assert set(read_table(tmp_path / "part" / "toy_rationales.csv").group) == {"strategies"}
     with pytest.raises(BadInput, match="is not a group"):
         keep_results(tmp_path / "runs" / "toy", tmp_path / "kept", {"rationales": ["rationale"]})
     with pytest.raises(BadInput, match="is not there"):

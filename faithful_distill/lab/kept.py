@@ -97,6 +97,8 @@ def keep_rows(grid: Grid, runs, into) -> list[Path]:
     kept = []
     for table, groups in row_tables(grid).items():
         cells = [n for n in done if grid.plan.cells[n].group in groups]
+        if not cells:
+            continue
         pairs = [(grid.plan.labels(n), done[n].folder) for n in cells]
         kept.append(write_table(Path(into) / f"{grid.name}_{table}_rows.csv", rows_of(pairs)))
     tables, files = read_by_figures(grid)

@@ -428,12 +428,21 @@ def keep_results(
     _note_origins(gathered, into, groups, asked)
     return kept
 
+# %% ../../nbs/93_study.ipynb #a35ce71d
+def _computed(grid: Grid, runs) -> tuple[dict[str, list[str]], list[tuple[str, str]]]:
+    "Of the tables and files that the figures read, those of which something has been computed."
+    done = {name for name, run in grid.plan.runs(runs).items() if run.finished}
+    groups = {grid.plan.cells[name].group for name in done}
+    tables, files = read_by_figures(grid)
+    of_done = {name: [g for g in of if g in groups] for name, of in tables.items()}
+    return {name: of for name, of in of_done.items() if of}, [f for f in files if f[0] in done]
+
 # %% ../../nbs/93_study.ipynb #1963c4b2
 def keep_profile(profile, into="data/results", runs="runs", seeds=None, data_dir=None) -> list[Path]:
     """Keeps all that the figures of a profile read, after `reproduce` has made it.
 
     A table for the groups that a figure reads together, a table of their rows if one reads those, single files of
-    runs, and a list of the cells that are done.
+    runs, and a list of the cells that are done. Groups of which nothing has been computed yet are left out.
 
     Parameters
     ----------
@@ -447,5 +456,5 @@ def keep_profile(profile, into="data/results", runs="runs", seeds=None, data_dir
         as `reproduce` was given them
     """
     grid = grid_with_kept(profile, into, seeds, data_dir)
-    kept = keep_results(Path(runs) / grid.name, into, *read_by_figures(grid))
+    kept = keep_results(Path(runs) / grid.name, into, *_computed(grid, runs))
     return [*kept, *keep_rows(grid, runs, into)]
