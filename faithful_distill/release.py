@@ -39,7 +39,7 @@ def _row(r: Rationale, shared: dict) -> dict:
     "A released record: no text of the question, and of how it was made what others do not share."
     own = {*_own, *provenance_fields} - shared.keys()
     row = {name: value for name, value in without_question(r.to_row()).items() if name in own}
-    row = {name: value for name, value in row.items() if value is not None and value != ""}
+    row = {name: value for name, value in row.items() if name == "rationale" or value not in (None, "")}
     return row | {"asked": asked(r.as_question())}
 
 # %% ../nbs/05a_release.ipynb #05a00007

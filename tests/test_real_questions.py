@@ -2,6 +2,7 @@
 
 import json
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,8 @@ from faithful_distill.lab.splits import study_questions
 from faithful_distill.lab.study import reproduce
 from faithful_distill.questions import Question, normalized
 from faithful_distill.records import Rationale, read_records
-from faithful_distill.release import load_rationales, write_release
+from faithful_distill.release import load_rationales, released, write_release
+from faithful_distill.sources import load_questions
 from faithful_distill.student.model import tiny_student
 from faithful_distill.teacher.growth import stated_log_p
 from faithful_distill.teacher.loading import Teacher
@@ -179,11 +181,25 @@ def test_released_rationales_come_back_and_hold_no_text_of_a_question(tmp_path):
         )
         for t, p in ((2, (0, 1)), (0, 2))
     ]
+    records[1] = replace(records[1], rationale="")  # one that came out empty is a record too
     file, card = write_release("secret", records, tmp_path, dataset="csqa")
     assert load_rationales("secret", [q], tmp_path) == records
     assert b"secret kept" not in __import__("gzip").decompress(file.read_bytes()) + card.read_bytes()
     with pytest.raises(BadInput, match="two rationales of one role"):
         write_release("twice", records * 2, tmp_path, dataset="csqa")
+
+
+@pytest.mark.parametrize("name", ["csqa-greedy", "csqa-contrastive-wrong"])
+def test_the_rationales_that_come_with_the_package_join_the_real_questions(name):
+    data = SHARED / "csqa"
+    if not data.is_dir():
+        pytest.skip(f"there is no CommonsenseQA in {data}")
+    questions = [q for split in ("train", "dev") for q in load_questions("csqa", split, path=data)]
+    records = load_rationales(name, questions)
+    counts = released()[name]["counts"]
+    assert len(records) == sum(counts.values()) and {r.role for r in records} == {"gold", "counterfactual"}
+    assert all(r.target == r.answer for r in records if r.role == "gold")
+    assert all(r.target != r.answer for r in records if r.role == "counterfactual")
 
 
 COUNT = """import json
