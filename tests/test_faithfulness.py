@@ -1117,13 +1117,14 @@ def evaluate(student, out, *more):
 def test_a_simulator_that_cannot_be_loaded_is_refused_before_anything_is_measured(
     embedded, tmp_path, monkeypatch
 ):
-    from faithful_distill.faithfulness import interventions
+    from faithful_distill.faithfulness import interventions, suite
 
     @functools.wraps(interventions.measure)  # its signature gives the command its options
     def measured_first(*a, **k):
         pytest.fail("measured first")
 
-    monkeypatch.setattr(interventions, "measure", measured_first)
+    for module in (interventions, suite):  # a module that takes the name would keep it after this test
+        monkeypatch.setattr(module, "measure", measured_first)
     done, _ = evaluate(embedded, tmp_path, "--simulator", str(tmp_path / "nowhere"))
     assert done.exit_code == 2 and "there is no such folder" in done.output
     done, _ = evaluate(embedded, tmp_path, "--simulator", "")
@@ -1467,7 +1468,7 @@ def test_rows_of_one_question_are_one_cluster_whatever_is_measured():
 
 
 def test_evaluate_resamples_facts_of_the_world(embedded, tmp_path, monkeypatch):
-    from faithful_distill.faithfulness import interventions
+    from faithful_distill.faithfulness import interventions, suite
 
     asked = {}
 
@@ -1476,7 +1477,8 @@ def test_evaluate_resamples_facts_of_the_world(embedded, tmp_path, monkeypatch):
         asked["ids"], asked["clusters"] = [q.id for q in questions], interval["cluster"]
         raise BadInput("stops here")
 
-    monkeypatch.setattr(interventions, "measure", measured)
+    for module in (interventions, suite):
+        monkeypatch.setattr(module, "measure", measured)
     evaluate(embedded, tmp_path)
     facts = [" ".join(id.split("-")[1:-1]) for id in asked["ids"]]
     assert asked["clusters"] == facts and len(facts) == 24

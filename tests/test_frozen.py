@@ -292,8 +292,9 @@ def test_names(tmp_path, monkeypatch):
     assert isinstance(as_simulator("likelihood:x"), Likelihood)
 
 
-def test_a_bad_folder_is_one_line(tmp_path):
+def test_a_bad_folder_is_one_line(tmp_path, monkeypatch):
     e = behaviour(60)
+    monkeypatch.chdir(tmp_path)  # a long value is shortened in the error
     (tmp_path / "empty").mkdir()
     encoder_folder(tmp_path / "half")
     whole = (tmp_path / "half" / "model.safetensors").read_bytes()
@@ -304,7 +305,7 @@ def test_a_bad_folder_is_one_line(tmp_path):
     for name in ("embeddings", "likelihood"):
         for folder in ("empty", "half", "t5", "missing"):
             with pytest.raises(BadInput) as caught:
-                simulate_folds(f"{name}:{tmp_path / folder}", e)
+                simulate_folds(f"{name}:./{folder}", e)
             assert "\n" not in str(caught.value) and folder in str(caught.value), str(caught.value)
     assert "no simulator could be trained" in try_las(f"embeddings:{tmp_path / 'empty'}", e)["las"].reason
 

@@ -22,7 +22,7 @@ from filelock import FileLock
 from ..files import BadInput, shipped, writable_folder, write_json, write_text
 from .comparisons import as_scores
 from .grid import Grid, chosen, load_grid
-from .kept import Kept, grid_with_kept, keep_rows, left_out, read_by_figures
+from .kept import Kept, grid_with_kept, keep_rows, left_out, read_by_figures, row_tables
 from .keys import Run
 from .plan import Outcome, last_seconds, run_plan
 from .report import cost_report
@@ -437,6 +437,15 @@ def _computed(grid: Grid, runs) -> tuple[dict[str, list[str]], list[tuple[str, s
     of_done = {name: [g for g in of if g in groups] for name, of in tables.items()}
     return {name: of for name, of in of_done.items() if of}, [f for f in files if f[0] in done]
 
+# %% ../../nbs/93_study.ipynb #4f8448d6
+def _note_rows(grid: Grid, runs, into: Path) -> None:
+    "Notes of each kept table of rows which runs it comes from."
+    done = {name: run for name, run in grid.plan.runs(runs).items() if run.finished}
+    for table, groups in row_tables(grid).items():
+        folders = [run.folder for name, run in done.items() if grid.plan.cells[name].group in groups]
+        if folders:
+            note_origin([into / f"{grid.name}_{table}_rows.csv"], **_origin_of(folders))
+
 # %% ../../nbs/93_study.ipynb #1963c4b2
 def keep_profile(profile, into="data/results", runs="runs", seeds=None, data_dir=None) -> list[Path]:
     """Keeps all that the figures of a profile read, after `reproduce` has made it.
@@ -457,4 +466,6 @@ def keep_profile(profile, into="data/results", runs="runs", seeds=None, data_dir
     """
     grid = grid_with_kept(profile, into, seeds, data_dir)
     kept = keep_results(Path(runs) / grid.name, into, *_computed(grid, runs))
-    return [*kept, *keep_rows(grid, runs, into)]
+    kept += keep_rows(grid, runs, into)
+    _note_rows(grid, runs, Path(into))
+    return kept
