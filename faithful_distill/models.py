@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from functools import cache
 from inspect import isclass
 from pathlib import Path
+from collections.abc import Iterable
 from typing import Any
 
 from .files import BadInput
@@ -236,15 +237,17 @@ usual_marks = tuple(
 )
 
 
-def part_special_words(tokenizer, text: str) -> str:
-    """A text in which no special token of the tokenizer is spelt: a blank stands after the first sign of each.
-
-    Where a server has the tokenizer (None), the usual ones are parted.
-    """
-    words = usual_marks if tokenizer is None else tokenizer.all_special_tokens
+def parted(text: str, words: Iterable[str]) -> str:
+    "The text with a blank after the first sign of whatever is spelt like one of the words."
     for word in sorted(words, key=len, reverse=True):
-        text = text.replace(word, f"{word[:1]} {word[1:]}")
+        if word and word in text:
+            text = text.replace(word, f"{word[:1]} {word[1:]}")
     return text
+
+
+def part_special_words(tokenizer, text: str) -> str:
+    "A text that spells no special token of the tokenizer; where a server has it (None), none of the usual ones."
+    return parted(text, usual_marks if tokenizer is None else tokenizer.all_special_tokens)
 
 # %% ../nbs/08_models.ipynb #08a00013
 def _remedy(what: str, name="") -> str:

@@ -174,6 +174,240 @@ def checked_url(url: str) -> str:
         raise BadInput("holds more than an address", field="model", value=f"{host}...", remedy=remedy)
     return urlunsplit((parts.scheme, parts.netloc, parts.path.rstrip("/") or "/v1", "", ""))
 
+# %% ../nbs/09_served.ipynb #ad56bc5b
+is_it_one = "Is it the address of an OpenAI-compatible server? It often ends in /v1."
+
+
+def server_error(error: Exception, url: str, tries: int) -> BadInput:
+    "An error of the client as one line."
+    import openai
+
+    tried = f"after {tries} tries"
+    problem, remedy = {
+        openai.AuthenticationError: ("wants another key", "Set OPENAI_API_KEY."),
+        openai.PermissionDeniedError: ("wants another key", "Set OPENAI_API_KEY."),
+        openai.NotFoundError: ("does not have that", is_it_one),
+        openai.RateLimitError: (f"is too busy {tried}", "Ask fewer at a time (concurrency)."),
+        openai.APIConnectionError: (f"does not answer {tried}", "Is it running?"),
+        openai.APITimeoutError: (f"does not answer {tried}", "Is it running?"),
+    }.get(type(error), (f"fails {tried}", "Look into its log."))
+    return BadInput(f"{problem}: {error_words(error)}", field="model", value=url, remedy=remedy)
+
+
+def error_words(error: Exception) -> str:
+    "What an error says, in some words."
+    body = getattr(error, "body", None)
+    said = body.get("message") if isinstance(body, dict) else None
+    return " ".join(str(said or error.__cause__ or error).split())[:160]
+
+# %% ../nbs/09_served.ipynb #93ecfcbf
+def model_there(asked: str | None, listed: list[str], url: str) -> str:
+    "The name of the model that is asked for, or of the only one. Raises `BadInput` where there is none such."
+    if asked in listed or asked and not listed:
+        return asked
+    if asked is None and len(listed) == 1:
+        return listed[0]
+    problem = "is not there" if asked else f"has {len(listed) or 'no'} models listed"
+    remedy = did_you_mean(asked or "", listed) if listed else "Name the model that it has."
+    raise BadInput(problem, field="served_model", value=asked or url, remedy=remedy)
+
+# %% ../nbs/09_served.ipynb #069a4e6d
+class Connection:
+    """A connection to one model of a server. Raises `BadInput` where it cannot be made.
+
+    Parameters
+    ----------
+    url, model, key, retries, timeout
+        see `ServedModel`
+    """
+
+    def __init__(self, url: str, model: str | None, key: str | None, retries: int, timeout: float):
+        try:
+            import openai
+        except ImportError as e:
+            remedy = "Install it: pip install faithful_distill[served]"
+            raise BadInput("needs the package openai", field="model", value=url, remedy=remedy) from e
+        self.url, self.retries = checked_url(url), retries
+        here = urlsplit(self.url).hostname in ("localhost", "127.0.0.1", "::1")  # not through a proxy
+        how = {"http_client": openai.DefaultHttpxClient(trust_env=False)} if here else {}
+        key = key or os.environ.get("OPENAI_API_KEY") or "none"
+        self.client = openai.OpenAI(
+            base_url=self.url, api_key=key, max_retries=retries, timeout=timeout, **how
+        )
+        self.model = model_there(model, self._listed(), self.url)
+
+    def send(self, kind: str, body: dict) -> tuple[dict, int]:
+        """The response to a request in JSON, and how often it was asked again.
+
+        A request that the server refuses for what it asks gives {"refused": why}.
+        """
+        import openai
+
+        endpoint = self.client.chat.completions if kind == "chat" else self.client.completions
+        try:
+            raw = endpoint.with_raw_response.create(model=self.model, **body)
+        except (openai.BadRequestError, openai.UnprocessableEntityError) as e:
+            return {"refused": error_words(e)}, 0
+        except openai.OpenAIError as e:
+            raise server_error(e, self.url, self.retries + 1) from e
+        return self._read(raw), raw.retries_taken
+
+    def _read(self, raw) -> dict:
+        try:
+            response = parse_json(raw.text)
+        except ValueError:
+            response = None
+        if not isinstance(response, dict):
+            raise BadInput("did not reply in JSON", field="model", value=self.url, remedy=is_it_one)
+        return response
+
+    def _listed(self) -> list[str]:
+        "The models that the server names; none where it does not."
+        import openai
+
+        try:
+            listed = self._read(self.client.models.with_raw_response.list()).get("data")
+        except openai.NotFoundError:
+            return []
+        except openai.OpenAIError as e:
+            raise server_error(e, self.url, self.retries + 1) from e
+        return [str(one["id"]) for one in listed or [] if isinstance(one, dict) and one.get("id")]
+
+# %% ../nbs/09_served.ipynb #07f252ac
+class Requests:
+    """Requests to one model, of which each is sent once.
+
+    Parameters
+    ----------
+    connection
+        to the model
+    cache, concurrency, budget
+        see `ServedModel`
+    """
+
+    def __init__(self, connection: Connection, cache, concurrency: int, budget: int | None):
+        self.connection, self.concurrency, self.budget = connection, concurrency, budget
+        self.usage, self.lock = Usage(), threading.Lock()
+        self.journal = None if cache is None else Journal(cache, fields=("key", "value"))
+        rows = [] if self.journal is None else self.journal.records
+        self.known: dict[str, Any] = {row["key"]: row["value"] for row in rows if "key" in row}
+
+    def ask(self, kind: str, bodies: list[dict], takes: list[Callable[[dict], Any]]) -> list:
+        "What each `take` takes from the response to a body."
+        where = self.connection.url, self.connection.model, kind
+        keys = [content_key([*where, repr(take), body], 20) for body, take in zip(bodies, takes)]
+        missing = {k: (b, t) for k, b, t in zip(keys, bodies, takes) if k not in self.known}
+        self.usage.cached += len(set(keys) - missing.keys())
+        with progress(total=len(missing), desc="requests", unit="request") as bar:
+            with ThreadPoolExecutor(self.concurrency) as pool:
+                sent = [pool.submit(self._one, k, kind, b, t) for k, (b, t) in missing.items()]
+                try:
+                    for done in as_completed(sent):
+                        done.result()
+                        bar.update()
+                except BaseException:
+                    pool.shutdown(cancel_futures=True)
+                    raise
+        return [self.known[key] for key in keys]
+
+    def _one(self, key: str, kind: str, body: dict, take: Callable[[dict], Any]) -> None:
+        "Sends one request, and keeps what it gave."
+        with self.lock:
+            if self.budget is not None and self.usage.tokens >= self.budget:
+                problem = f"is spent: {self.usage.summary()}"
+                raise BadInput(problem, field="budget", value=self.budget, remedy=f"Raise it. {self._kept()}")
+        try:
+            response, retries = self.connection.send(kind, body)
+        except BadInput as e:
+            remedy = f"{e.remedy} {self._kept()}"
+            raise BadInput(e.problem, field=e.field, value=e.value, remedy=remedy) from e
+        with self.lock:
+            self.usage.count(body, response, retries)
+            value = take(response)
+            if self.journal is not None and "refused" not in response:
+                self.journal.append({"key": key, "value": value})
+            self.known[key] = value
+
+    def _kept(self) -> str:
+        if self.journal is None:
+            return "Nothing is kept without a cache."
+        return f"What was answered is kept in {self.journal.path}: call again, and it goes on."
+
+    def close(self) -> None:
+        "Closes the cache and all connections."
+        self.connection.client.close()
+        if self.journal is not None:
+            self.journal.close()
+
+# %% ../nbs/09_served.ipynb #7f0f3440
+def request_body(
+    seed: int | None, max_tokens: int, temperature: float = 0.0, stop: Sequence[str] = ()
+) -> dict:
+    "The part of a request that completions and chats share."
+    if max_tokens < 1:
+        raise BadInput("must be at least 1", field="max_tokens", value=max_tokens)
+    body = {"max_tokens": max_tokens, "temperature": temperature}
+    if stop:
+        body["stop"] = list(stop)
+    return body if seed is None else body | {"seed": seed % (1 << 31)}
+
+
+class NotTold(BadInput):
+    "The server does not tell the log-probabilities of a prompt, or not so that they can be read."
+
+# %% ../nbs/09_served.ipynb #b062e8ae
+@dataclass(frozen=True)
+class _AsReply:
+    "Takes from a response the plain fields of a `Reply`."
+
+    def __call__(self, response: dict) -> dict:
+        if "refused" in response:
+            return Reply(problem=response["refused"])._asdict()
+        return reply_from(response)._asdict()
+
+
+@dataclass(frozen=True)
+class _OfText:
+    "Takes from a prompt that is repeated with its log-probabilities that of the text at its end."
+
+    prompt: str
+    text: str
+
+    def __call__(self, response: dict) -> list | None:
+        if "refused" in response:
+            return None
+        choice = _first(response.get("choices")) or {}
+        given = choice.get("logprobs") or {}
+        tokens, values = given.get("tokens") or [], given.get("token_logprobs") or []
+        if not tokens:
+            raise NotTold("does not tell the log-probabilities of a prompt", field="model")
+        inside = self._at_the_end(tokens, values) or self._by_place(tokens, values, choice)
+        if not inside or not _are_numbers(inside):
+            raise NotTold("does not tell the log-probabilities of a prompt", field="model")
+        return [round(sum(inside), 4), len(inside)]
+
+    def _at_the_end(self, tokens: list[str], values: list) -> list:
+        "The numbers of the tokens that spell the text, before the one token that was written, or none was."
+        for end in (len(tokens) - 1, len(tokens)):
+            k, spelt = max(end, 0), ""
+            while k > 0 and len(spelt) < len(self.text):
+                k, spelt = k - 1, tokens[k - 1] + spelt
+            if len(spelt) >= len(self.text) and (self.prompt + self.text).endswith(spelt):
+                return values[k:end]
+        return []
+
+    def _by_place(self, tokens: list[str], values: list, choice: dict) -> list:
+        "The same by where tokens begin: for tokens that hold parts of characters."
+        starts, said, n = (
+            choice["logprobs"].get("text_offset") or [],
+            choice.get("text") or "",
+            len(self.prompt),
+        )
+        if len(starts) != len(tokens) or not said.startswith(self.prompt + self.text):
+            raise NotTold("does not repeat the prompt", field="model")
+        ends = [*starts[1:], len(said)]
+        return [v for v, a, b in zip(values, starts, ends) if b > n and a < n + len(self.text)]
+
 # %% ../nbs/09_served.ipynb #b5278871
 class ServedModel:
     """A model behind an OpenAI-compatible server.
@@ -197,7 +431,7 @@ class ServedModel:
     timeout
         seconds for one request
     budget
-        the most tokens, read and written, in this process; None: any number
+        no request is sent once so many tokens were read and written in this process; None: any number
     price
         of a million tokens read, and of a million written, for `usage.summary`
     """
@@ -215,39 +449,35 @@ class ServedModel:
         budget: int | None = None,
         price: tuple[float, float] | None = None,
     ):
-        for name, value, least in (
-            ("concurrency", concurrency, 1),
-            ("retries", retries, 0),
-            ("budget", budget, 1),
-        ):
-            if value is not None and value < least:
-                raise BadInput(f"must be at least {least}", field=name, value=value)
+        least = {"concurrency": (concurrency, 1), "retries": (retries, 0), "budget": (budget, 1)}
+        for name, (value, bound) in least.items():
+            if value is not None and value < bound:
+                raise BadInput(f"must be at least {bound}", field=name, value=value)
         if price is not None and (len(price) != 2 or not all(p >= 0 for p in price)):
             remedy = "Give the price of a million tokens read, and of a million written."
             raise BadInput("must be two numbers, 0 or more", field="price", value=price, remedy=remedy)
-        self.url, self.concurrency, self.retries = checked_url(url), concurrency, retries
-        self.budget, self.price, self.usage = budget, price, Usage()
-        self.client = _client(self.url, key, retries, timeout)
-        self.journal = None if cache is None else Journal(cache, fields=("key", "value"))
-        rows = [] if self.journal is None else self.journal.records
-        self.known: dict[str, Any] = {row["key"]: row["value"] for row in rows if "key" in row}
-        self.lock, self._echo = threading.Lock(), None
-        self.model = self._known_model(model)
+        connection = Connection(url, model, key, retries, timeout)
+        self.requests, self.price = Requests(connection, cache, concurrency, budget), price
+        self._echo: str | None = None
+
+    @property
+    def usage(self) -> Usage:
+        "What was asked, and what it cost."
+        return self.requests.usage
 
     @property
     def name(self) -> str:
         "The model's name at the server, and the server."
-        return f"{self.model} at {urlsplit(self.url).netloc}"
+        return f"{self.requests.connection.model} at {urlsplit(self.requests.connection.url).netloc}"
 
     def describe(self) -> dict:
         "What decides its replies, in plain JSON types; a server does not say which weights it has."
-        return {"name": self.name, "url": self.url, "weights": "as the server has them"}
+        url = self.requests.connection.url
+        return {"name": self.name, "url": url, "weights": "as the server has them"}
 
     def close(self) -> None:
         "Closes the cache and all connections."
-        self.client.close()
-        if self.journal is not None:
-            self.journal.close()
+        self.requests.close()
 
     def complete(
         self,
@@ -276,10 +506,12 @@ class ServedModel:
         top
             so many of the likeliest first tokens are told
         """
-        how = dict(max_tokens=max_tokens, temperature=temperature, stop=stop, top=top)
-        bodies = [_body(seed, **how) | {"prompt": p} for p, seed in _with_seeds(prompts, seeds)]
-        if top:
-            bodies = [body | {"logprobs": top} for body in bodies]
+        how = {"logprobs": top} if top else {}
+        seeds = [None] * len(prompts) if seeds is None else seeds
+        asked = zip(prompts, seeds, strict=True)
+        bodies = [
+            request_body(seed, max_tokens, temperature, stop) | {"prompt": p} | how for p, seed in asked
+        ]
         return self._replies("completions", bodies)
 
     def chat(
@@ -292,11 +524,21 @@ class ServedModel:
         top: int = 0,
     ) -> list[Reply]:
         "How the model replies to each conversation, a list of {'role', 'content'}; parameters as for `complete`."
-        how = dict(max_tokens=max_tokens, temperature=temperature, top=top)
-        bodies = [_body(seed, **how) | {"messages": c} for c, seed in _with_seeds(conversations, seeds)]
-        if top:
-            bodies = [body | {"logprobs": True, "top_logprobs": top} for body in bodies]
+        how = {"logprobs": True, "top_logprobs": top} if top else {}
+        seeds = [None] * len(conversations) if seeds is None else seeds
+        asked = zip(conversations, seeds, strict=True)
+        bodies = [request_body(seed, max_tokens, temperature) | {"messages": c} | how for c, seed in asked]
         return self._replies("chat", bodies)
+
+    def _replies(self, kind: str, bodies: list[dict]) -> list[Reply]:
+        values = self.requests.ask(kind, bodies, [_AsReply()] * len(bodies))
+        replies = [Reply(**value | {"top": tuple(map(tuple, value["top"]))}) for value in values]
+        problems = {r.problem for r in replies}
+        if len(replies) > 1 and len(problems) == 1 and "" not in problems:
+            problem = f"refuses every request: {problems.pop()}"
+            remedy = "Is it the right model, and does its context hold the prompts?"
+            raise BadInput(problem, field="model", value=self.name, remedy=remedy)
+        return replies
 
     def log_p(self, prompts: Sequence[str], texts: Sequence[str]) -> list[LogP | None]:
         """How likely each text is after its prompt; None where the server refused it.
@@ -305,23 +547,22 @@ class ServedModel:
         server does not tell the log-probabilities of a prompt: see `echo_problem`.
         """
         asked = list(zip(prompts, texts, strict=True))
-        how = _body(None, max_tokens=1) | dict(echo=True, logprobs=1)
-        found = self._all(
-            "completions", [how | {"prompt": p + t} for p, t in asked], [_OfText(*a) for a in asked]
-        )
+        how = request_body(None, 1) | dict(echo=True, logprobs=1)
+        bodies = [how | {"prompt": prompt + text} for prompt, text in asked]
+        found = self.requests.ask("completions", bodies, [_OfText(*one) for one in asked])
         return [None if one is None else LogP(*one) for one in found]
 
     def echo_problem(self) -> str:
         """Why the log-probabilities of a prompt cannot be had from this server, or not be believed; '' if they can.
 
-        Three short requests find out: does it repeat the prompt with a number for each token, and is the number for
-        a token the same when the model writes it and when it reads it?
+        Two short requests find out: does it repeat the prompt with a number for each token, and is the number for a
+        token the same when the model writes it and when it reads it? Raises `BadInput` where it does not answer them.
         """
         if self._echo is None:
             try:
                 self._echo = self._tried_echo()
-            except BadInput as e:
-                self._echo = e.problem
+            except NotTold as e:
+                self._echo = f"it {e.problem}"
         return self._echo
 
     def _tried_echo(self) -> str:
@@ -333,211 +574,7 @@ class ServedModel:
         read = self.log_p([prompt], [token])[0]
         if read is None:
             return "it refuses to repeat a prompt"
-        if abs(read.total - written) > 0.1:
-            return f"its log-probability of {token!r} is {written:.2f} where it writes it and {read.total:.2f} where it reads it"
-        return ""
-
-    def _replies(self, kind: str, bodies: list[dict]) -> list[Reply]:
-        values = self._all(kind, bodies, [_AsReply()] * len(bodies))
-        replies = [Reply(**value | {"top": tuple(map(tuple, value["top"]))}) for value in values]
-        problems = {r.problem for r in replies}
-        if len(replies) > 1 and len(problems) == 1 and "" not in problems:
-            remedy = "Is it the right model, and does its context hold the prompts?"
-            raise BadInput(
-                f"refuses every request: {problems.pop()}", field="model", value=self.name, remedy=remedy
-            )
-        return replies
-
-    def _all(self, kind: str, bodies: list[dict], takes: list[Callable[[dict], Any]]) -> list:
-        "What each `take` takes from the response to a body; equal requests are sent once."
-        keys = [content_key([self.url, self.model, kind, repr(t), b], 20) for b, t in zip(bodies, takes)]
-        missing = {k: (b, t) for k, b, t in zip(keys, bodies, takes) if k not in self.known}
-        self.usage.cached += len(set(keys) - missing.keys())
-        with progress(total=len(missing), desc="requests", unit="request") as bar:
-            with ThreadPoolExecutor(self.concurrency) as pool:
-                sent = [pool.submit(self._one, k, kind, b, t) for k, (b, t) in missing.items()]
-                try:
-                    for done in as_completed(sent):
-                        done.result()
-                        bar.update()
-                except BaseException:
-                    pool.shutdown(cancel_futures=True)
-                    raise
-        return [self.known[key] for key in keys]
-
-    def _one(self, key: str, kind: str, body: dict, take: Callable[[dict], Any]) -> None:
-        "Sends one request, and keeps what it gave."
-        with self.lock:
-            self._check_budget()
-        response, retries = self._sent(kind, body)
-        with self.lock:
-            self.usage.count(body, response, retries)
-            value = take(response)
-            if self.journal is not None:
-                self.journal.append({"key": key, "value": value})
-            self.known[key] = value
-
-    def _check_budget(self) -> None:
-        if self.budget is not None and self.usage.tokens >= self.budget:
-            problem = f"is spent: {self.usage.summary(self.price)}"
-            raise BadInput(problem, field="budget", value=self.budget, remedy=f"Raise it. {self._kept()}")
-
-    def _kept(self) -> str:
-        if self.journal is None:
-            return "Nothing is kept without a cache."
-        return f"What was answered is kept in {self.journal.path}: call again, and it goes on."
-
-    def _sent(self, kind: str, body: dict) -> tuple[dict, int]:
-        "The response in JSON, and how often it was asked again."
-        import openai
-
-        endpoint = self.client.chat.completions if kind == "chat" else self.client.completions
-        try:
-            raw = endpoint.with_raw_response.create(model=self.model, **body)
-        except (openai.BadRequestError, openai.UnprocessableEntityError) as e:
-            return {"refused": _words(e)}, 0
-        except openai.OpenAIError as e:
-            raise self._refusal(e) from e
-        try:
-            response = parse_json(raw.text)
-        except ValueError:
-            response = None
-        if not isinstance(response, dict):
-            raise BadInput("did not reply in JSON", field="model", value=self.url, remedy=_is_it_one)
-        return response, raw.retries_taken
-
-    def _refusal(self, error: Exception) -> BadInput:
-        "What went wrong with the whole server, in one line."
-        import openai
-
-        words, tried = _words(error), f"after {self.retries + 1} tries"
-        if isinstance(error, (openai.AuthenticationError, openai.PermissionDeniedError)):
-            problem, remedy = f"wants another key: {words}", "Set OPENAI_API_KEY."
-        elif isinstance(error, openai.NotFoundError):
-            problem, remedy = f"does not have that: {words}", _is_it_one
-        elif isinstance(error, openai.RateLimitError):
-            problem, remedy = (
-                f"is too busy {tried}: {words}",
-                f"Ask fewer at a time (concurrency). {self._kept()}",
-            )
-        elif isinstance(error, openai.APIConnectionError):
-            problem, remedy = f"does not answer {tried}: {words}", f"Is it running? {self._kept()}"
-        else:
-            problem, remedy = f"fails {tried}: {words}", self._kept()
-        return BadInput(problem, field="model", value=self.url, remedy=remedy)
-
-    def _known_model(self, model: str | None) -> str:
-        "The model's name, as the server has it."
-        import openai
-
-        try:
-            raw = self.client.models.with_raw_response.list()
-            listed = parse_json(raw.text).get("data") or []
-        except openai.NotFoundError:
-            listed = []
-        except openai.OpenAIError as e:
-            raise self._refusal(e) from e
-        except (ValueError, AttributeError):
-            raise BadInput(
-                "did not reply in JSON", field="model", value=self.url, remedy=_is_it_one
-            ) from None
-        names = [str(one["id"]) for one in listed if isinstance(one, dict) and one.get("id")]
-        if model in names or model and not names:
-            return model
-        if model is None and len(names) == 1:
-            return names[0]
-        problem = "is not there" if model else f"has {len(names) or 'no'} models listed"
-        remedy = did_you_mean(model or "", names) if names else "Name the model that it has."
-        raise BadInput(problem, field="served_model", value=model or self.url, remedy=remedy)
-
-# %% ../nbs/09_served.ipynb #134f71a6
-_is_it_one = "Is it the address of an OpenAI-compatible server? It often ends in /v1."
-
-
-def _client(url: str, key: str | None, retries: int, timeout: float):
-    "A client for the server; one on this machine is not asked through a proxy."
-    try:
-        import openai
-    except ImportError as e:
-        remedy = "Install it: pip install faithful_distill[served]"
-        raise BadInput("needs the package openai", field="model", value=url, remedy=remedy) from e
-    key = key or os.environ.get("OPENAI_API_KEY") or "none"
-    here = urlsplit(url).hostname in ("localhost", "127.0.0.1", "::1")
-    how = {"http_client": openai.DefaultHttpxClient(trust_env=False)} if here else {}
-    return openai.OpenAI(base_url=url, api_key=key, max_retries=retries, timeout=timeout, **how)
-
-
-def _words(error: Exception) -> str:
-    "What an error says, in some words."
-    body = getattr(error, "body", None)
-    said = body.get("message") if isinstance(body, dict) else None
-    return " ".join(str(said or getattr(error, "__cause__", None) or error).split())[:160]
-
-
-def _with_seeds(asked: Sequence, seeds: Sequence[int] | None):
-    return zip(asked, [None] * len(asked) if seeds is None else seeds, strict=True)
-
-
-def _body(
-    seed: int | None, *, max_tokens: int, temperature: float = 0.0, stop: Sequence[str] = (), top: int = 0
-):
-    "The part of a request that completions and chats share."
-    if max_tokens < 1:
-        raise BadInput("must be at least 1", field="max_tokens", value=max_tokens)
-    body = {"max_tokens": max_tokens, "temperature": temperature}
-    return (
-        body | ({"stop": list(stop)} if stop else {}) | ({} if seed is None else {"seed": seed % (1 << 31)})
-    )
-
-# %% ../nbs/09_served.ipynb #b062e8ae
-@dataclass(frozen=True)
-class _AsReply:
-    "Takes from a response the plain fields of a `Reply`."
-
-    def __call__(self, response: dict) -> dict:
-        if "refused" in response:
-            return Reply(problem=response["refused"])._asdict()
-        return reply_from(response)._asdict()
-
-
-@dataclass(frozen=True)
-class _OfText:
-    "Takes from a prompt that is repeated with its log-probabilities that of the text at its end."
-
-    prompt: str
-    text: str
-
-    def __call__(self, response: dict) -> list | None:
-        if "refused" in response:
-            return None
-        choice = _first(response.get("choices")) or {}
-        given = choice.get("logprobs") or {}
-        tokens, values = given.get("tokens") or [], given.get("token_logprobs") or []
-        if not tokens:
-            raise BadInput("does not tell the log-probabilities of a prompt", field="model")
-        inside = self._at_the_end(tokens, values) or self._by_place(tokens, values, choice)
-        if not inside or not _are_numbers(inside):
-            raise BadInput("does not tell the log-probabilities of a prompt", field="model")
-        return [round(sum(inside), 4), len(inside)]
-
-    def _at_the_end(self, tokens: list[str], values: list) -> list:
-        "The numbers of the tokens that spell the text, before the one token that was written, or none was."
-        for end in (len(tokens) - 1, len(tokens)):
-            k, spelt = max(end, 0), ""
-            while k > 0 and len(spelt) < len(self.text):
-                k, spelt = k - 1, tokens[k - 1] + spelt
-            if len(spelt) >= len(self.text) and (self.prompt + self.text).endswith(spelt):
-                return values[k:end]
-        return []
-
-    def _by_place(self, tokens: list[str], values: list, choice: dict) -> list:
-        "The same by where tokens begin: for tokens that hold parts of characters."
-        starts, said, n = (
-            choice["logprobs"].get("text_offset") or [],
-            choice.get("text") or "",
-            len(self.prompt),
-        )
-        if len(starts) != len(tokens) or not said.startswith(self.prompt + self.text):
-            raise BadInput("does not repeat the prompt", field="model")
-        ends = [*starts[1:], len(said)]
-        return [v for v, a, b in zip(values, starts, ends) if b > n and a < n + len(self.text)]
+        if abs(read.total - written) <= 0.1:
+            return ""
+        numbers = f"{written:.2f} where it writes it and {read.total:.2f} where it reads it"
+        return f"its log-probability of {token!r} is {numbers}"

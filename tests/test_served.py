@@ -228,7 +228,7 @@ def test_no_reply_is_taken_for_another_models(teacher, tmp_path):
     with serve_locally(teacher) as url:
         one = ServedModel(url, cache=tmp_path / "c.jsonl")
         one.complete(["Q: Who"], 2)
-        one.model = "another"
+        one.requests.connection.model = "another"
         before = one.usage.requests
         one.complete(["Q: Who"], 2)
         assert one.usage.requests == before + 1
@@ -241,3 +241,26 @@ def test_foreign_cache_is_left_alone(teacher, tmp_path):
         ServedModel(url, cache=tmp_path / "notes.jsonl")
     assert (tmp_path / "notes.jsonl").read_text() == '{"mine": 1}\n'
     assert Reply().problem == ""
+
+
+def test_a_server_that_does_not_answer_the_probe_is_no_server_without_log_probabilities(teacher, tmp_path):
+    with serve_locally(teacher) as url:
+        model = ServedModel(url, budget=1)
+        model.complete(["Q: Who"], 2)
+        with pytest.raises(BadInput, match="is spent"):
+            ServedReasoner(model, "worked")
+
+
+def test_a_refused_request_is_sent_again_by_a_later_call(teacher, tmp_path):
+    short = lambda asked, _: (400, {"message": "too long"}) if "long" in asked["prompt"] else None
+    asked = ["Q: Who", "Q: a long one"]
+    with serve_locally(teacher, short) as url:
+        port = int(url.split(":")[-1].split("/")[0])
+        model = ServedModel(url, cache=tmp_path / "c.jsonl")
+        assert [bool(r.problem) for r in model.complete(asked, 2)] == [False, True]
+        model.close()
+    with serve_locally(teacher, port=port) as url:
+        model = ServedModel(url, cache=tmp_path / "c.jsonl")
+        assert [r.problem for r in model.complete(asked, 2)] == ["", ""]
+        assert (model.usage.requests, model.usage.cached) == (1, 1)
+        model.close()

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 from ..files import BadInput, content_key
-from ..models import usual_marks
+from ..models import parted, usual_marks
 from ..questions import Question, choice_text, letter
 from ..records import answer_sentence, answer_sentences
 from ..teacher.prompts import demonstrations
@@ -71,14 +71,6 @@ def before_answer(text: str) -> str:
     return text[: found[0].start] if found else text
 
 # %% ../../nbs/66_styles.ipynb #21a9e6eb
-def as_data(text: str, marks: tuple[str, ...]) -> str:
-    "The text, with whatever is spelled like one of the `marks` parted by a blank."
-    for mark in sorted(marks, key=len, reverse=True):
-        if mark and mark in text:
-            text = text.replace(mark, f"{mark[:1]} {mark[1:]}")
-    return text
-
-
 def control_marks(tokenizer: Any) -> tuple[str, ...]:
     """Spellings of a tokenizer's control tokens, whether it calls them special or merely added; plain words are none.
 
@@ -92,7 +84,7 @@ def control_marks(tokenizer: Any) -> tuple[str, ...]:
 
 def question_as_data(q: Question, marks: tuple[str, ...]) -> Question:
     "The question with its own text and choices as data."
-    texts = [as_data(text, marks) for text in (q.question, *q.choices)]
+    texts = [parted(text, marks) for text in (q.question, *q.choices)]
     return q if texts == [q.question, *q.choices] else replace(q, question=texts[0], choices=tuple(texts[1:]))
 
 # %% ../../nbs/66_styles.ipynb #c35dcf4e
@@ -126,7 +118,7 @@ class Worked(Style):
         return f"{self._lead(q)}{self.conclude(rationale)} {choice_text(q, q.answer).rstrip('.')}.\n\n"
 
     def begin(self, beginning):
-        return f" {as_data(beginning, self.marks)}" if beginning else ""
+        return f" {parted(beginning, self.marks)}" if beginning else ""
 
     def conclude(self, rationale):
         return f"{self.begin(rationale)} {answer_sentence}"
@@ -225,7 +217,7 @@ class Chat(Style):
         return {"role": "user", "content": f"{question_text(q)}\n\n{self.instruction}"}
 
     def begin(self, beginning):
-        return as_data(beginning, self.marks)
+        return parted(beginning, self.marks)
 
     def conclude(self, rationale):
         text = self.begin(rationale)
@@ -258,7 +250,7 @@ class Think(Chat):
         return text if text.rstrip().endswith(opening) else f"{text}{opening}\n"
 
     def begin(self, beginning):
-        return as_data(beginning, (*self.marks, *self.tags))
+        return parted(beginning, (*self.marks, *self.tags))
 
     def conclude(self, rationale):
         return f"{self.begin(rationale)}\n{self.tags[1]}\n\n{answer_sentence}"

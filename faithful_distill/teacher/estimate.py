@@ -16,7 +16,7 @@ from ..questions import require_answers
 from ..sources import questions_from
 from .loading import as_teacher
 from .rationales import rationalize
-from .texts import TextTeacher
+from .texts import TextTeacher, as_text_teacher
 
 # %% ../../nbs/41_estimate.ipynb #9e38e7fc
 @dataclass(frozen=True)
@@ -82,7 +82,7 @@ def estimate_rationales(
     """
     if trial < 2:
         raise BadInput("must be at least 2", field="trial", value=trial)
-    teacher = as_teacher(teacher)
+    teacher = as_text_teacher(teacher) or as_teacher(teacher)
     questions = require_answers(questions_from(questions), "a rationale for the gold answer")
     some = questions[:: max(len(questions) // trial, 1)][:trial]
     how.pop("out", None)

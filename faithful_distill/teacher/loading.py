@@ -15,7 +15,6 @@ from typing import Any
 from ..files import BadInput, content_key, sha256_file, weights_hash
 from ..models import check_name, is_gguf, load_pretrained
 from ..ranks import placement
-from .texts import as_text_teacher
 
 # %% ../../nbs/38_loading.ipynb #a7ec6762
 @dataclass
@@ -103,7 +102,7 @@ def _hash_in_memory(model, tokenizer) -> str:
 
 # %% ../../nbs/38_loading.ipynb #d150ddcc
 def as_teacher(teacher) -> Teacher:
-    """A `Teacher` from a `Teacher`, a hub name or a folder, or (model, tokenizer); a `TextTeacher` from an address or a function.
+    """A `Teacher` from a `Teacher`, a hub name or a folder, or (model, tokenizer).
 
     Raises `BadInput` for anything else.
     """
@@ -114,9 +113,7 @@ def as_teacher(teacher) -> Teacher:
         if callable(tokenizer) and hasattr(tokenizer, "decode"):
             name = Path(getattr(model.config, "_name_or_path", "") or "in-memory").name
             return Teacher(model.eval(), tokenizer, name, _hash_in_memory(model, tokenizer))
-    if (texts := as_text_teacher(teacher)) is not None:
-        return texts
     if not isinstance(teacher, (str, PathLike)):
-        remedy = "Give a hub name, a folder, (model, tokenizer), a server's address, or a function."
+        remedy = "Give a hub name, a folder, or (model, tokenizer)."
         raise BadInput("is no teacher", field="teacher", value=type(teacher).__name__, remedy=remedy)
     return load_teacher(teacher)

@@ -428,7 +428,8 @@ def rationalize(
         draw so many of each question and role (at temperature 1, if none is given), and keep one; the others go to a
         file beside `out` (rationales.rejected.jsonl)
     select
-        by what one is kept: 'growth' ('contrast' for a teacher known by its texts), or a function of a list of rationales that gives a number for each
+        by what one is kept: 'growth' ('contrast' for a teacher known by its texts), or a function of a list of
+        rationales that gives a number for each
     token_budget, engine
         see `contrastive_generate`
 
@@ -442,7 +443,8 @@ def rationalize(
         raise BadInput("is not a setting of rationalize", field=name, value=value, remedy=remedy)
     changes = dict(alpha=alpha, beta=beta, temperature=temperature, perturbation=perturbation)
     strategy = as_strategy(strategy, **changes)
-    if as_text_teacher(teacher) is not None:
+    texts = as_text_teacher(teacher)
+    if texts is not None:
         check_texts(strategy, samples, style)
         select = "contrast" if strategy.alpha and select == "growth" else select
     elif select == "contrast":
@@ -463,7 +465,7 @@ def rationalize(
     examples = (few_shot if style == "worked" else worked_turns)(prompt, shots)
     asked = shard_of(questions, *shard) if shard else questions
     jobs = _jobs(asked, roles, strategy.perturbation, seed, samples)
-    teacher = as_teacher(teacher)
+    teacher = texts or as_teacher(teacher)
     provenance = _provenance(teacher, strategy, examples, seed, max_new_tokens)
     expected = _Expected({job.key: job for job in jobs}, provenance, scores, by)
     options = dict(seed=seed, max_new_tokens=max_new_tokens, scores=scores or by == "growth")
@@ -480,7 +482,7 @@ def rationalize(
             ledger.add(_rationale(job, text, generation, provenance, half, log_p))
 
         with ledger:
-            if isinstance(teacher, TextTeacher):
+            if texts is not None:
                 write_texts(teacher, missing, strategy, examples, seed, max_new_tokens, finished)
             else:
                 _decode(teacher, missing, strategy, examples, finished, **options)

@@ -23,6 +23,7 @@ from faithful_distill.teacher.rationales import (
     rationalize,
 )
 from .selection import rejected_path
+from .texts import as_text_teacher
 
 # %% ../../nbs/42_shards.ipynb #8e00f6d3
 def merge_shards(out: str | Path, n: int) -> list[Rationale]:
@@ -87,7 +88,7 @@ def rationalize_in_parts(
     """
     shard = shard_from_environment()
     if shard is not None:
-        teacher = as_teacher(teacher)
+        teacher = as_text_teacher(teacher) or as_teacher(teacher)
     if shard is None or teacher.tensor_parallel:
         return rationalize(teacher, questions, strategy, out=out, **settings)
     questions, n = require_answers(questions_from(questions), "a rationale for the gold answer"), shard[1]
