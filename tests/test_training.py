@@ -52,7 +52,8 @@ def launch(n, script, *args, timeout=240):
         *map(str, args),
     ]
     done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=timeout)
-    assert done.returncode == 0, done.stderr[-3000:]
+    first = max(done.stderr.find("Traceback"), 0)  # what failed first; the others only say that it left them
+    assert done.returncode == 0, f"{done.stderr[first : first + 4000]}\n[...]\n{done.stderr[-1500:]}"
 
 
 def history(folder):
@@ -1512,3 +1513,21 @@ def test_a_host_file_without_ssh_trains_the_same_student(tmp_path, command):
     for name in ("model.safetensors", "metrics.jsonl"):
         assert (tmp_path / "two" / name).read_bytes() == (tmp_path / "one" / name).read_bytes()
     assert json.loads((tmp_path / "two" / "student.json").read_text())["engine"]["processes"] == 2
+
+
+def test_another_rank_may_note_its_lock_while_this_one_looks(tmp_path, monkeypatch):
+    "The folder is checked by every rank, in no order: a lock's note that is half written is nobody else's file."
+    from faithful_distill import files
+    from faithful_distill.training import folder
+
+    seen, replace = [], os.replace
+
+    def looked_at(source, target):
+        seen.append(sorted(p.name for p in tmp_path.iterdir()))
+        folder.check_out(tmp_path, None)
+        replace(source, target)
+
+    monkeypatch.setattr(files.os, "replace", looked_at)
+    with files.sole_writer(tmp_path, lock=tmp_path / ".rank1.lock"):
+        folder.check_out(tmp_path, None)
+    assert any(name.startswith("..rank1.lock.holder.") for name in seen[0])

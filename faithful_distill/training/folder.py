@@ -180,7 +180,7 @@ def _harmless(path) -> bool:
     "Locks and half-written markers of a run, empty folders of a trainer, and what desktops leave."
     if path.name == "checkpoints" and path.is_dir() and not path.is_symlink():
         return not any(path.iterdir())
-    own = (".rank", ".writable.", f".{_marker}.")
+    own = (".rank", "..rank", ".writable.", f".{_marker}.")  # "..": of a `write_text` that goes on
     return path.name.startswith(own) or path.name in (".DS_Store", ".gitkeep", ".ipynb_checkpoints")
 
 # %% ../../nbs/61_folder.ipynb #61000005
