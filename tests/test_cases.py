@@ -16,7 +16,7 @@ from faithful_distill.files import shipped
 
 shared = Path(os.environ.get("FAITHFUL_DISTILL_SHARED", Path(__file__).resolve().parents[2] / "shared"))
 inputs = shared / "cases" / "bad_input"
-pytestmark = pytest.mark.skipif(not inputs.is_dir(), reason=f"there are no cases in {inputs}")
+needs_cases = pytest.mark.skipif(not inputs.is_dir(), reason=f"there are no cases in {inputs}")
 
 
 def listed():
@@ -65,8 +65,9 @@ def check(done) -> str:
     return "one line"
 
 
+@needs_cases
 @pytest.mark.parametrize("words", listed())
-def test_commands(words, scratch):
+def test_commands(words, scratch, record_property):
     words = in_words(words)
     missing = [w for w in words if w.startswith("MODELS/") and not (scratch / w).exists()]
     if missing:
@@ -79,13 +80,15 @@ def test_commands(words, scratch):
     for word in words:
         if re.fullmatch(r"A\d*/[\w.]+", word):
             Path(word).parent.mkdir(exist_ok=True)
-    check(CliRunner().invoke(main, [w.replace("SCRATCH", str(scratch)) for w in words]))
+    done = CliRunner().invoke(main, [w.replace("SCRATCH", str(scratch)) for w in words])
+    record_property("outcome", check(done))  # `pytest --junitxml` keeps it
 
 
+@needs_cases
 @pytest.mark.parametrize(
     "grid", sorted(p.name for p in inputs.glob("grid_*.yaml")) if inputs.is_dir() else []
 )
-def test_grids(grid, scratch):
+def test_grids(grid, scratch, record_property):
     given = [
         "reproduce",
         "--profile",
@@ -96,4 +99,22 @@ def test_grids(grid, scratch):
         "1",
         "--dry-run",
     ]
-    check(CliRunner().invoke(main, given))
+    record_property("outcome", check(CliRunner().invoke(main, given)))
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        "rationales --data world --roles '' --out o",
+        "rationales --data world --prompt ' ' --out o",
+        "evaluate --data world --student s --metrics '' --out o",
+        "measure --data world --model m --tags '' --out o",
+        "score rows.jsonl --cut-at '' --out o",
+        "train --rationales r.jsonl --student '' --out o",
+    ],
+)
+def test_an_unset_variable_of_the_shell_is_no_choice(words, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    done = CliRunner().invoke(main, shlex.split(words))
+    assert check(done) == "one line" and "is empty" in done.output, done.output
+    assert not any(tmp_path.iterdir())

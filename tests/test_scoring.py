@@ -201,6 +201,7 @@ def without(field):
         (changed(model={"a": 1}), "model", "must be a text"),
         (changed(model=5), "model", "must be a text"),
         (changed(rating=10**400), "rating", "must be a number"),
+        (changed(rating=True), "rating", "must be a number"),
         (changed(rationale="x \ud83d"), "rationale", "half a character"),
         (changed(choices=["a", "\ud83d"], gold=0, prediction=0), "choices", "half a character"),
         (changed(id="\ud83d"), "id", "half a character"),

@@ -141,7 +141,8 @@ def _written_index(q: Question, i: int | None) -> int | str | None:
 # %% ../../nbs/78_external.ipynb #f68df746
 def _ratings(given: Any, name: str = "rating") -> tuple[float, ...]:
     numbers = given if isinstance(given, (list, tuple)) else [] if given is None else [given]
-    if any(not isinstance(v, (int, float)) or not abs(v) < 1e100 for v in numbers):  # NaN is not either
+    other = any(isinstance(v, bool) or not isinstance(v, (int, float)) for v in numbers)
+    if other or not all(abs(v) < 1e100 for v in numbers):  # NaN is not either
         raise BadInput(
             "must be a number or a list of numbers",
             field=name,

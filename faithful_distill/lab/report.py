@@ -114,16 +114,19 @@ def decided(text: str, d: dict, above: float = 0.0, below: float = math.inf, uni
         holds, remark = False, "the interval lies outside of what was claimed"
     else:
         bound = above if d["low"] <= above else below
-        holds, remark = None, f"the interval includes {number(bound, percent)}"
+        holds, remark = None, f"the interval includes {_points(number(bound, percent), unit)}"
     return _in_unit(claim(text, holds, d, percent=percent, remark=remark), unit) | {"p": p}
 
 # %% ../../nbs/91_report.ipynb #4f1e2a96
-def _in_unit(c: dict, unit: str) -> dict:
-    "A claim about a difference of shares, in points instead of percent; in another unit as it is."
+def _points(number: str, unit: str) -> str:
+    "A difference of shares in points instead of percent; in another unit as it is."
     if unit != "points":
-        return c
-    in_points = c["number"].replace(" %", " points", 1)
-    return c | {"number": re.sub(r"^(−?1) points", r"\1 point", in_points)}
+        return number
+    return re.sub(r"^(−?1) points", r"\1 point", number.replace(" %", " points", 1))
+
+
+def _in_unit(c: dict, unit: str) -> dict:
+    return c | {"number": _points(c["number"], unit)}
 
 # %% ../../nbs/91_report.ipynb #e311a789
 def decided_of_all(
