@@ -246,3 +246,32 @@ def test_a_key_is_this_accounts_alone(tmp_path, monkeypatch):
     assert path.stat().st_mode & 0o777 == 0o600 and checkpoints.seal(dict(run="r")) == one
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "other"))
     assert checkpoints.seal(dict(run="r")) != one
+
+
+@pytest.mark.parametrize("kind, hide", [("t5", False), ("t5", True), ("llama", False)])
+def test_the_code_on_a_card_runs_and_says_what_the_student_says(tmp_path, monkeypatch, capsys, kind, hide):
+    from faithful_distill.questions import Question
+    from faithful_distill.student.answers import answer
+    from faithful_distill.student.rows import source_text
+
+    out = tmp_path / "student"
+    ranks.train_student(
+        ranks.base(kind), ranks.records(), out=out, max_steps=2, hide_choices=hide, max_target=12
+    )
+    blocks = re.findall(r"```python\n(.*?)```", (out / "README.md").read_text(), re.DOTALL)
+    assert len(blocks) == (2 if kind == "t5" else 1)
+    monkeypatch.chdir(out)
+    found = {}
+    for block in blocks:
+        exec(block, found)
+    said = capsys.readouterr().out
+    q = Question(
+        id="a", question=found["question"]["question"], choices=found["question"]["choices"], answer=0
+    )
+    own = answer(load_student(out), [q])[0]
+    assert repr(own.rationale) in said
+    if kind == "t5":
+        assert found["text"] == source_text(q, hide_choices=hide)
+        assert (
+            found["tokenizer"].decode(found["written"][0], skip_special_tokens=True).startswith(own.rationale)
+        )

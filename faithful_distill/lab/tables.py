@@ -201,7 +201,7 @@ def _absent_results(name: str, labels: Iterable[str]):
 
     table = pd.DataFrame(columns=[*labels, *_score_columns])
     table = table.astype({"value": float, "low": float, "high": float, "n": "Int64"})
-    profile = "real" if name.startswith("real_") else "study"
+    profile = name.split("_")[0] if name.startswith(("real_", "measured_")) else "study"
     remedy = f"`faithful-distill reproduce --profile {profile}` makes it."
     table.attrs["absent"] = f"No results yet: `{name}` is not there. {remedy}"
     return table

@@ -80,6 +80,9 @@ def card_text(note: dict, data: str = "") -> str:
         answer_only=note["answer_only"] or note.get("objective") == "multitask",
         method=methods.get(note.get("objective", "counterfactual"), "an objective of its own"),
         prefix=_prefix(note),
+        encoder_decoder=note.get("encoder_decoder", False),
+        lists_choices=not note.get("hide_choices", False),
+        max_new_tokens=note.get("max_target", 256),
         settings={
             name: _plain(values[name]) for name in card_settings if name in values and _used(name, note)
         },
@@ -110,8 +113,8 @@ def _used(name, note) -> bool:
 def _prefix(note) -> str:
     "What the student must be asked with."
     if note.get("objective") == "multitask":
-        return "[label] "
-    return "" if note["prefixes"] == "none" else "[factual] "
+        return "[label]"
+    return "" if note["prefixes"] == "none" else "[factual]"
 
 # %% ../../nbs/62_card.ipynb #6e240559
 _markup = {"<": "&lt;", "|": "&#124;", "`": "&#96;", "](": "&#93;("}

@@ -403,6 +403,7 @@ def _note(trainer, student, run, result) -> dict:
     return dict(
         run=run.key,
         base=student.name,
+        encoder_decoder=bool(student.model.config.is_encoder_decoder),
         steps=result.steps,
         best_step=trainer.state.best_global_step or None,
         metrics=result.metrics,
