@@ -1531,3 +1531,18 @@ def test_another_rank_may_note_its_lock_while_this_one_looks(tmp_path, monkeypat
     with files.sole_writer(tmp_path, lock=tmp_path / ".rank1.lock"):
         folder.check_out(tmp_path, None)
     assert any(name.startswith("..rank1.lock.holder.") for name in seen[0])
+
+
+def test_a_part_that_had_no_token_is_no_number_for_reporters_and_null_in_the_file(tmp_path):
+    from transformers import TrainerCallback
+
+    class Seen(TrainerCallback):
+        rows = []
+
+        def on_log(self, args, state, control, logs=None, **_):
+            self.rows.append(dict(logs))
+
+    done = train(tmp_path, max_steps=2, log_every=1, objective="factual", callbacks=[seen := Seen()])
+    assert all(isinstance(v, (int, float)) for row in seen.rows for v in row.values())
+    assert [row["loss_counterfactual"] for row in done.history] == [None, None]
+    assert done.metrics["loss_counterfactual"] is None
