@@ -506,6 +506,7 @@ def evaluate(
     student: str,
     rationales: str | None = None,
     metrics: list[str] = ("perturb", "refine", "swap", "controls"),
+    paraphrases: str | None = None,
     simulator: str | None = None,
     draws: AtLeastOne = inherit,
     batch_size: AtLeastOne = inherit,
@@ -525,6 +526,9 @@ def evaluate(
         folder or hub name of a trained student
     rationales
         the teacher's rationales for these questions: needed for refine and swap
+    paraphrases
+        of the rationales that are measured, for the control paraphrased: a JSON-lines file with rationale and paraphrase,
+        or the address of an OpenAI-compatible server that writes them
     simulator
         what guesses the answers for LAS: embeddings, embeddings+head, likelihood, fine-tuned (NAME or NAME:MODEL), or
         a folder or hub name, which is fine-tuned; if none is named, that of `score` for real questions where its
@@ -534,6 +538,7 @@ def evaluate(
     """
     from faithful_distill.faithfulness.interventions import measure
     from faithful_distill.faithfulness.frozen import as_simulator, default_simulator
+    from faithful_distill.faithfulness.paraphrases import with_paraphrases
     from faithful_distill.faithfulness.readers import new_reader, read_choices
     from faithful_distill.faithfulness.simulators import ModelBehaviour, try_las
     from faithful_distill.faithfulness.suite import Suite, suite_facts, suite_rows
@@ -550,6 +555,7 @@ def evaluate(
     asked = read_questions(data, path, split, limit, skip_bad, columns, config)
     questions = require_answers(asked, "evaluation")
     records = read_records(rationales, questions=questions) if rationales else []
+    metrics = with_paraphrases(metrics, paraphrases)
     in_world = data.split("-")[0] == "world"
     if simulator is None and not in_world and default_simulator() != "scratch":
         simulator = default_simulator()
@@ -604,6 +610,7 @@ def measure(
     config=inherit,
     rationales: str | None = None,
     metrics: list[str] = inherit,
+    paraphrases: str | None = None,
     prompt: str | None = None,
     shots: int | None = None,
     system: str | None = None,
@@ -645,6 +652,9 @@ def measure(
     metrics
         perturb, refine, swap, controls, early, mistakes, hint, mediation, steps, surface; las, rev, rora, simulatability
         (train simulators); unlearning (students); or all
+    paraphrases
+        of the rationales that are measured, for the control paraphrased: a JSON-lines file with rationale and paraphrase,
+        or the address of an OpenAI-compatible server that writes them
     prompt
         worked examples: csqa, strategyqa, creak, qasc, a .jsonl file, or none; the dataset's own if not given
     shots
@@ -682,6 +692,7 @@ def measure(
     out
         folder for report.html, metrics.json, facts.json, rows.jsonl, and the answers
     """
+    from faithful_distill.faithfulness.paraphrases import Paraphrases
     from faithful_distill.faithfulness.suite import measure_suite, suite_names
     from faithful_distill.files import sole_writer
     from faithful_distill.lab.measure_report import read_suite, suite_folder, write_suite
@@ -691,9 +702,11 @@ def measure(
     from faithful_distill.reasoners.opening import open_reasoner, reasoner_options
 
     suite_names(metrics)  # what is mistyped is said before a model is loaded
+    folder = suite_folder(out)
+    if paraphrases is not None:
+        paraphrases = Paraphrases(paraphrases, cache=folder / "paraphrases.jsonl")
     if compare is not None:
         read_suite(compare)
-    folder = suite_folder(out)
     questions = require_answers(
         read_questions(data, path, split, limit, skip_bad, columns, config), "measuring"
     )
@@ -707,7 +720,8 @@ def measure(
     facts = [fact_of(q) for q in questions] if data.split("-")[0] == "world" else None
     with sole_writer(folder, folder / ".measure.lock"), shown_log():
         reasoner = CachedReasoner(open_reasoner(model, style, **asked), folder / "answers.jsonl")
-        how = dict(metrics=metrics, draws=draws, seed=seed, simulator=simulator, interval={"cluster": facts})
+        how = dict(metrics=metrics, draws=draws, seed=seed, simulator=simulator, paraphrases=paraphrases)
+        how["interval"] = {"cluster": facts}
         suite = measure_suite(reasoner, questions, rationales or (), **how)
         report = write_suite(suite, folder, f"{Path(model).name} on {Path(data).name}, {split}", compare)
         reasoner.close()

@@ -41,7 +41,7 @@ class Text(click.ParamType):
     name = "text"
 
     def convert(self, value, param, ctx):
-        if not str(value).strip(" "):
+        if not str(value).strip(" ") and value != getattr(param, "default", None):
             self.fail("is empty: give a value, or leave the option out for its default", param, ctx)
         return value
 

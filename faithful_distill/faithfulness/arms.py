@@ -10,7 +10,7 @@ __all__ = ['Baseline', 'Control', 'Filler', 'Perturb', 'Permuted', 'Shuffled', '
 import random
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -156,16 +156,22 @@ class Shuffled(Control):
 @register_intervention
 @dataclass(frozen=True)
 class Paraphrased(Control):
-    "The rationale paraphrased by `paraphrase`, text -> text; undefined without it."
+    """The rationale in other words; undefined without `paraphrase`.
+
+    That is a function text -> text, or None where it has no other words, or an object whose `all` takes all texts at
+    once: see `paraphrases`.
+    """
 
     name: ClassVar[str] = "paraphrased"
-    paraphrase: Callable[[str], str] | None = None
+    paraphrase: Any = None
 
     def lacks(self, context):
-        no_paraphraser = "no paraphraser was given (Paraphrased(paraphrase))"
+        no_paraphraser = "no paraphrases were given (--paraphrases; Paraphrased(paraphrase))"
         return Score(None, n=0, reason=no_paraphraser) if self.paraphrase is None else None
 
     def texts(self, context):
+        if hasattr(self.paraphrase, "all"):
+            return [self.paraphrase.all(context.own)]
         return [[self.paraphrase(r) for r in context.own]]
 
 # %% ../../nbs/74_arms.ipynb #0133cfe8

@@ -22,6 +22,7 @@ from faithful_distill.faithfulness.interventions import (
     measure,
 )
 from .intervals import Score
+from .paraphrases import with_paraphrases
 from .protocol import interventions
 from .scoring import score_rationales
 from ..files import BadInput, did_you_mean
@@ -147,6 +148,7 @@ def measure_suite(
     seed: int = 0,
     simulator: str | None = None,
     interval: dict | None = None,
+    paraphrases: Any = None,
 ) -> Suite:
     """All metrics of one model's reasons, as far as they apply.
 
@@ -170,8 +172,12 @@ def measure_suite(
         of las, rev and rora: see `score_rationales`
     interval
         draws, level, seed of the bootstrap; cluster, see `measure`
+    paraphrases
+        of the model's rationales, for the control paraphrased: a JSON-lines file (rationale, paraphrase), the address
+        of an OpenAI-compatible server that writes them, or a function
     """
     chosen, of_text = suite_names(metrics)
+    chosen = with_paraphrases(chosen, paraphrases)
     reasoner = as_reasoner(reasoner)
     how = dict(metrics=chosen, draws=draws, seed=seed, interval=interval)
     measured = measure(reasoner, questions, rationales, **how)
