@@ -84,9 +84,9 @@ def load_teacher(
     model, tokenizer = load_pretrained(name_or_dir, "teacher", AutoModelForCausalLM, dtype=dtype, **where)
     name, weights = str(name_or_dir), str(getattr(model.config, "_commit_hash", ""))
     if Path(name_or_dir).is_dir():
-        name, weights = Path(name_or_dir).name, weights_hash(name_or_dir)
+        name, weights = Path(name_or_dir).resolve().name, weights_hash(name_or_dir)
     elif is_gguf(name_or_dir):
-        name, weights = Path(name_or_dir).name, sha256_file(name_or_dir)[:12]
+        name, weights = Path(name_or_dir).resolve().name, sha256_file(name_or_dir)[:12]
     return Teacher(model.eval(), tokenizer, name, weights, tensor_parallel)
 
 # %% ../../nbs/38_loading.ipynb #32262fa8
