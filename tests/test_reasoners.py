@@ -232,3 +232,12 @@ def test_a_killed_command_goes_on_in_its_folder(tmp_path, monkeypatch):
     assert CliRunner().invoke(main, asked).exit_code != 0
     done = CliRunner().invoke(main, asked)
     assert done.exit_code == 0 and "2 known before" in done.output, done.output
+
+
+@pytest.mark.parametrize("prompt, shots", [(None, 3), ("", 1), ("csqa", 99), ("csqa", -1)])
+def test_worked_examples_that_cannot_be_shown_are_refused(prompt, shots):
+    from faithful_distill.reasoners.styles import make_style
+
+    with pytest.raises(BadInput, match="field 'shots'"):
+        make_style(None, "worked", prompt=prompt, shots=shots)
+    make_style(None, "worked", prompt=prompt, shots=0)

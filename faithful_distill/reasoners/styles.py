@@ -341,6 +341,9 @@ def make_style(
 # %% ../../nbs/66_styles.ipynb #db56b4a7
 def _examples(name: str, prompt: str | None, shots: int | None) -> tuple:
     "The worked examples that are shown."
+    if shots and not prompt:
+        remedy = "Name worked examples with prompt (--prompt), or leave shots out."
+        raise BadInput("there are no worked examples to show", field="shots", value=shots, remedy=remedy)
     if not prompt or shots == 0 or shots is None and name != "worked":
         return ()
     known = demonstrations(prompt)
