@@ -418,6 +418,8 @@ def keep_results(
         (cell, file in its run folder) to be kept too
     """
     gathered, into, asked = Path(gathered), Path(into), list(files)
+    if not (gathered / "results.csv").is_file():
+        raise BadInput("holds no results", file=gathered, remedy="Let `reproduce` make them first.")
     groups = groups if isinstance(groups, dict) else {group: [group] for group in groups}
     tables, files = _kept_tables(gathered, groups), _kept_files(gathered, asked)
     kept = [
