@@ -329,7 +329,7 @@ def small_table(table, digits: int = 6):
 
     No details, nothing of training questions, no columns without labels; rounded.
     """
-    no_interval = r"(?:^|\.)(?:tokens|seconds|peak_mib|resumed|parameters\.student)$"
+    no_interval = r"(?:^|\.)(?:tokens|seconds|peak_mib|resumed|parameters\.student|cost\.\w+)$"
     detail = r"^train\.|_(?:probability|same|shift)(?:\.|$)"
     metric = table["metric"].str
     kept = table[(table["n"].notna() | metric.contains(no_interval)) & ~metric.contains(detail)]
