@@ -52,8 +52,8 @@ notebooks: .venv/.ready ## every notebook runs, top to bottom
 	OMP_NUM_THREADS=1 $(BIN)/nbdev_test --n_workers 2 --timing --skip_folder_re "experiments|figures"
 
 figures: .venv/.ready ## draw all figures once more from data/results, in their notebooks
-	cd nbs/figures && "$(CURDIR)/$(BIN)/jupyter" nbconvert --log-level WARN --clear-output --inplace fig*.ipynb claims.ipynb
-	cd nbs/figures && for notebook in fig*.ipynb claims.ipynb; do "$(CURDIR)/$(BIN)/exec_nb" --exc_stop $$notebook --dest $$notebook || exit 1; done
+	cd nbs/figures && "$(CURDIR)/$(BIN)/jupyter" nbconvert --log-level WARN --clear-output --inplace fig*.ipynb claims.ipynb any_axis.ipynb
+	cd nbs/figures && for notebook in fig*.ipynb claims.ipynb any_axis.ipynb; do "$(CURDIR)/$(BIN)/exec_nb" --exc_stop $$notebook --dest $$notebook || exit 1; done
 	PATH="$(CURDIR)/$(BIN):$$PATH" nbdev_clean
 	$(BIN)/python docs/readme_table.py
 

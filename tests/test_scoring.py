@@ -964,6 +964,17 @@ def test_a_long_run_is_announced_before_it_begins_and_its_trial_changes_nothing(
     assert trained == (2 * 20 * 2, 3 * 40)
 
 
+def test_what_is_only_read_takes_time_too(monkeypatch):
+    "A frozen simulator trains on nothing; its texts are read all the same."
+    from types import SimpleNamespace
+
+    from faithful_distill.faithfulness import scoring
+
+    monkeypatch.setattr(scoring, "_pace", lambda task: (0.0, 0.5))
+    only_reads = SimpleNamespace(work=lambda task: (0, 120), needs="simulators")
+    assert scoring.estimate(None, [only_reads]) == 60.0
+
+
 # ---- the two published sets
 
 

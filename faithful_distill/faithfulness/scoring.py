@@ -213,7 +213,7 @@ def estimate(task: ScoringTask, wanted: Iterable[Family]) -> float:
     wanted = list(wanted)
     trained, read = (sum(amounts) for amounts in zip((0, 0), *(f.work(task) for f in wanted)))
     seconds = 0.0
-    if trained:
+    if trained or read:
         a_row, a_text = _pace(task)
         seconds += trained * a_row + read * a_text
     return seconds + sum(_seconds_of_few(task, f) for f in wanted if f.needs == "model")
