@@ -704,7 +704,7 @@ def measure(
     suite_names(metrics)  # what is mistyped is said before a model is loaded
     folder = suite_folder(out)
     if paraphrases is not None:
-        paraphrases = Paraphrases(paraphrases, cache=folder / "paraphrases.jsonl")
+        paraphrases = Paraphrases(paraphrases, cache=folder / ".paraphrases.jsonl")
     if compare is not None:
         read_suite(compare)
     questions = require_answers(
