@@ -88,11 +88,11 @@ def test_models_have_the_size_of_their_namesakes(tmp_path):
 
     names = run_cells("bench_decode", tmp_path, models=[], device="cpu")
     names["device"] = "meta"
-    millions = {kind: names["random_teacher"](kind).num_parameters() / 1e6 for kind in names["teachers"]}
+    millions = {kind: names["teacher_of"](kind).num_parameters() / 1e6 for kind in names["teachers"]}
     assert 30 < millions["gpt_neox"] < 60 and 30 < millions["llama"] < 60
     assert 20e3 < millions["gpt-neox-20b"] < 21e3 and 6.5e3 < millions["llama-7b"] < 7e3
     with pytest.raises(BadInput, match="must be some of tiny, gpt_neox"):
-        names["random_teacher"]("bert")
+        names["teacher_of"]("bert")
     assert torch.get_num_threads() == 1
 
 
@@ -102,7 +102,7 @@ def test_the_floor_counts_each_distinct_token_once(tmp_path):
     names = run_cells("bench_decode", tmp_path, models=[])
     small = {"num_hidden_layers": 1, "num_key_value_heads": 2}
     names["teachers"]["one layer"] = ("Llama", names["tiny"] | small)
-    teacher = names["random_teacher"]("one layer")
+    teacher = names["teacher_of"]("one layer")
     inner, outward = 2 * 32 * 32 + 2 * 32 * 16 + 3 * 32 * 64 + 3 * 32, 101 * 32
     # 4 + 1 + 1 tokens of prompt and 2 + 2 fed back; logits of 2 and of 4
     expected = 2 * (inner * (6 + 4) + outward * (2 + 4))
@@ -128,7 +128,7 @@ def test_stored_tokens_agree_and_announced_memory_is_near_the_measured(tmp_path)
     ]
     assert len(chosen)
     for line in chosen.itertuples():
-        teacher = names["random_teacher"](line.model)
+        teacher = names["teacher_of"](line.model)
         task = names["random_task"](line.n, teacher.config.vocab_size, False)
         rows = [Row(i, [g, w], 48, Generation()) for i, (g, w) in enumerate(zip(task.gold, task.wrong))]
         size = SharedPrefix(teacher, rows, token_budget(teacher)).size()
