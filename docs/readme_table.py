@@ -1,4 +1,4 @@
-"""Puts the results on real questions into README.md: the short table that figure 14 shows, between two marks.
+"""Puts results into README.md as the notebooks show them, each between two marks.
 
 Run after `make figures`, which calls it."""
 
@@ -7,26 +7,30 @@ import re
 from pathlib import Path
 
 root = Path(__file__).resolve().parents[1]
-marks = "<!-- from nbs/figures/fig14_real.ipynb -->", "<!-- end -->"
-block = re.compile(rf"(?<={re.escape(marks[0])}\n).*(?=\n{re.escape(marks[1])})", re.DOTALL)
+cells = {"nbs/figures/claims.ipynb": "bottom_line(draft", "nbs/figures/fig14_real.ipynb": '"readme.md"'}
 
 
-def stored(root: Path = root) -> str:
-    "The table as figure 14 shows it."
-    notebook = json.loads((root / "nbs/figures/fig14_real.ipynb").read_text(encoding="utf-8"))
-    cell = next(c for c in notebook["cells"] if '"readme.md"' in "".join(c["source"]))
+def stored(notebook: str, root: Path = root) -> str:
+    "What the cell of a notebook shows that is meant for the README."
+    found = json.loads((root / notebook).read_text(encoding="utf-8"))
+    cell = next(c for c in found["cells"] if cells[notebook] in "".join(c["source"]))
     shown = [o["data"]["text/markdown"] for o in cell["outputs"] if "text/markdown" in o.get("data", {})]
-    return "".join(shown[0])
+    return "".join(shown[-1])
 
 
-def with_table(readme: str, table: str) -> str:
-    "README.md with the table between the marks, which must be there."
+def with_table(readme: str, table: str, notebook: str) -> str:
+    "README.md with the table between the notebook's marks, which must be there."
+    first, last = f"<!-- from {notebook} -->", "<!-- end -->"
+    block = re.compile(rf"(?<={re.escape(first)}\n).*?(?=\n{re.escape(last)})", re.DOTALL)
     text, n = block.subn(lambda _: table, readme)
     if n != 1:
-        raise SystemExit(f"README.md must hold once: {marks[0]} ... {marks[1]}")
+        raise SystemExit(f"README.md must hold once: {first} ... {last}")
     return text
 
 
 if __name__ == "__main__":
     file = root / "README.md"
-    file.write_text(with_table(file.read_text(encoding="utf-8"), stored()), encoding="utf-8")
+    text = file.read_text(encoding="utf-8")
+    for notebook in cells:
+        text = with_table(text, stored(notebook), notebook)
+    file.write_text(text, encoding="utf-8")

@@ -538,7 +538,7 @@ def evaluate(
     """
     from faithful_distill.faithfulness.interventions import measure
     from faithful_distill.faithfulness.frozen import as_simulator, default_simulator
-    from faithful_distill.faithfulness.paraphrases import with_paraphrases
+    from faithful_distill.faithfulness.paraphrases import Paraphrases, with_paraphrases
     from faithful_distill.faithfulness.readers import new_reader, read_choices
     from faithful_distill.faithfulness.simulators import ModelBehaviour, try_las
     from faithful_distill.faithfulness.suite import Suite, suite_facts, suite_rows
@@ -555,7 +555,8 @@ def evaluate(
     asked = read_questions(data, path, split, limit, skip_bad, columns, config)
     questions = require_answers(asked, "evaluation")
     records = read_records(rationales, questions=questions) if rationales else []
-    metrics = with_paraphrases(metrics, paraphrases)
+    if paraphrases is not None:
+        metrics = with_paraphrases(metrics, Paraphrases(paraphrases, cache=folder / ".paraphrases.jsonl"))
     in_world = data.split("-")[0] == "world"
     if simulator is None and not in_world and default_simulator() != "scratch":
         simulator = default_simulator()
@@ -564,17 +565,18 @@ def evaluate(
         read_choices(new_reader(simulator), questions[:1], ["a text"])
     facts = [fact_of(q) for q in questions] if in_world else None
     model = load_student(student)
-    measured = measure(
-        model,
-        questions,
-        records,
-        metrics=metrics,
-        draws=draws,
-        seed=seed,
-        batch_size=batch_size,
-        max_new_tokens=max_new_tokens,
-        interval={"cluster": facts},
-    )
+    with shown_log():
+        measured = measure(
+            model,
+            questions,
+            records,
+            metrics=metrics,
+            draws=draws,
+            seed=seed,
+            batch_size=batch_size,
+            max_new_tokens=max_new_tokens,
+            interval={"cluster": facts},
+        )
     scores, written = dict(measured.scores), measured.arms["written"][0]
     write_json(folder / "answers.json", measured.rows())
     write_json(folder / "metrics.json", {name: s.to_dict() for name, s in scores.items()})

@@ -1542,7 +1542,10 @@ def test_a_part_that_had_no_token_is_no_number_for_reporters_and_null_in_the_fil
         def on_log(self, args, state, control, logs=None, **_):
             self.rows.append(dict(logs))
 
-    done = train(tmp_path, max_steps=2, log_every=1, objective="factual", callbacks=[seen := Seen()])
+    gold = [r for r in ranks.records() if r["role"] == "gold"]
+    how = dict(max_steps=2, log_every=1, objective="factual", dev=gold, evaluate_every=1)
+    done = train(tmp_path, **how, callbacks=[seen := Seen()])
     assert all(isinstance(v, (int, float)) for row in seen.rows for v in row.values())
-    assert [row["loss_counterfactual"] for row in done.history] == [None, None]
-    assert done.metrics["loss_counterfactual"] is None
+    assert [row["loss_counterfactual"] for row in done.history if "loss" in row] == [None, None]
+    assert [row["eval_loss_counterfactual"] for row in done.history if "eval_loss" in row] == [None, None]
+    assert done.metrics["loss_counterfactual"] is done.metrics["eval_loss_counterfactual"] is None

@@ -222,14 +222,12 @@ class StepLossTrainer(Trainer):
         return (total, logits) if return_outputs else total
 
     def log(self, logs, start_time=None):
-        untaught = {}
         if "loss" in logs:
-            parts = loss_parts(over_ranks(self.sums.clone()).tolist())
-            untaught = {name: None for name, value in parts.items() if value is None}
-            logs = {**logs, **{name: value for name, value in parts.items() if value is not None}}
+            logs = {**logs, **loss_parts(over_ranks(self.sums.clone()).tolist())}
             self.sums.zero_()
-        super().log(logs, start_time)  # a reporter such as TensorBoard takes numbers alone
-        self.state.log_history[-1] |= untaught
+        numbers = {name: value for name, value in logs.items() if value is not None}
+        super().log(numbers, start_time)  # a reporter such as TensorBoard takes nothing else
+        self.state.log_history[-1] |= {name: None for name in logs if name not in numbers}
 
     def floating_point_ops(self, inputs):
         return 0  # counting them costs more than a small model's step
@@ -313,7 +311,10 @@ class MetricsFile(TrainerCallback):
     def on_log(self, args, state, control, logs=None, **_):
         if not state.is_world_process_zero or not logs or "train_runtime" in logs:
             return
-        parts = dict.fromkeys(("loss_factual", "loss_counterfactual")) if "loss" in logs else {}
+        of = next((p for p in ("", "eval_") if f"{p}loss" in logs), None)
+        parts = (
+            {} if of is None else {f"{of}{name}": None for name in ("loss_factual", "loss_counterfactual")}
+        )
         row = {"step": state.global_step, **parts, **logs}  # None where that part had no token
         with open(self.path, "a", encoding="utf-8") as f:
             f.write(json.dumps(row, sort_keys=True) + "\n")
