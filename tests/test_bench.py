@@ -91,7 +91,7 @@ def test_models_have_the_size_of_their_namesakes(tmp_path):
     millions = {kind: names["teacher_of"](kind).num_parameters() / 1e6 for kind in names["teachers"]}
     assert 30 < millions["gpt_neox"] < 60 and 30 < millions["llama"] < 60
     assert 20e3 < millions["gpt-neox-20b"] < 21e3 and 6.5e3 < millions["llama-7b"] < 7e3
-    with pytest.raises(BadInput, match="must be some of tiny, gpt_neox"):
+    with pytest.raises(BadInput, match="must be a folder or some of tiny, gpt_neox"):
         names["teacher_of"]("bert")
     assert torch.get_num_threads() == 1
 
