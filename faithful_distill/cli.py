@@ -756,6 +756,7 @@ def score(
     parts=inherit,
     simulators: AtLeastOne = 3,
     train_limit=inherit,
+    test_limit=inherit,
     limit: AtLeastOne | None = None,
 ):
     r"""The whole suite, as far as it applies, for rationales that any system wrote.
@@ -810,6 +811,7 @@ def score(
                 cut_at=[mark.replace("\\n", "\n") for mark in cut_at],
                 limit=limit,
                 train_limit=train_limit,
+                test_limit=test_limit,
                 questions=questions,
                 after=keep,
             )

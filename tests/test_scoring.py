@@ -939,6 +939,27 @@ def test_simulators_train_on_no_more_than_the_limit_and_it_is_said(monkeypatch):
         score_rationales(rows_of_a_file, train_limit=5, **cheap)
 
 
+def test_simulators_are_asked_about_whole_questions_up_to_the_limit_and_it_is_said(monkeypatch):
+    shared = [{k: row[k] for k in ("question", "choices", "gold")} for row in rows_of_a_file]
+    rows = [row | shared[i - i % 2] for i, row in enumerate(rows_of_a_file)]  # two rationales a question
+    whole = score_rationales(rows, metrics=("las", "controls", "rev"), **cheap)
+    scored = score_rationales(rows, metrics=("las", "controls", "rev"), test_limit=30, **cheap)
+    of = {
+        name: scored.scores[name].n for name in ("accuracy", "las", "gain_shuffled", "rev", "simulator_gold")
+    }
+    assert of["accuracy"] == 60 and {n for name, n in of.items() if name != "accuracy"} == {30}, of
+    assert scored.scores["las"].details["examples_of"] == 60
+    asked = [i for i, row in enumerate(scored.rows) if row["gain"] is not None]
+    assert len(asked) == 30 and len({i // 2 for i in asked}) == 15  # both rows of a question, or neither
+    assert min(asked) < 8 and max(asked) > 50  # from all of the file
+    fact = "30 of 60 rows with a prediction: all rows of questions drawn evenly"
+    assert scored.facts["simulators are asked about"] == fact
+    assert "simulators are asked about" not in whole.facts and whole.scores["las"].n == 60
+    assert "examples_of" not in whole.scores["las"].details
+    with pytest.raises(BadInput, match="field 'test_limit': must be 30 rows or more"):
+        score_rationales(rows_of_a_file, test_limit=5, **cheap)
+
+
 def test_a_long_run_is_announced_before_it_begins_and_its_trial_changes_nothing(
     tmp_path, monkeypatch, caplog
 ):

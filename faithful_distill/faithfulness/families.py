@@ -65,6 +65,8 @@ class ScoringTask:
         numbers of each row by name, as far as families have computed them
     train_limit
         at most so many rows, drawn evenly, train a simulator
+    test_limit
+        at most so many rows, or a few more, are put to simulators: those of questions drawn evenly
     """
 
     rows: list[ExternalRationale]
@@ -76,6 +78,7 @@ class ScoringTask:
     interval: dict = field(default_factory=dict)
     columns: dict[str, list] = field(default_factory=dict)
     train_limit: int = 2000
+    test_limit: int = 3000
 
     @cached_property
     def groups(self) -> list[str]:
@@ -95,11 +98,23 @@ class ScoringTask:
         return sorted(with_prediction, key=lambda i: content(i, self.rows[i]))
 
     @cached_property
+    def simulated(self) -> list[int]:
+        "The rows that simulators are asked about: those with a prediction, or whole questions' of them, drawn evenly."
+        return self.some_of(self.predicted, self.test_limit)
+
+    def some_of(self, rows: Sequence[int], most: int) -> list[int]:
+        "All rows, or those of questions drawn evenly: `most` or a few more, on enough questions for every part."
+        if len(rows) <= most:
+            return list(rows)
+        return [rows[k] for k in _some_groups([self.groups[i] for i in rows], most, 2 * self.parts)]
+
+    @cached_property
     def base(self) -> Any:
         "What simulators start from. Raises `BadInput` if it cannot be loaded."
         if self.simulator is not None:
             _require_name(self.simulator, "simulator")
-        texts = ((b.question.question, *b.question.choices, b.rationale) for b in self.rows)
+        asked = (self.rows[i] for i in self.simulated)
+        texts = ((b.question.question, *b.question.choices, b.rationale) for b in asked)
         distinct = lambda: sorted({t for some in texts for t in some})
         sample = lambda every: every[:: math.ceil(len(every) / 30_000)]
         named = default_simulator() if self.simulator is None else self.simulator
@@ -379,8 +394,10 @@ def _simulated(task: ScoringTask, seeds: Sequence[int]) -> Callable:
 # %% ../../nbs/79_families.ipynb #3eb79643
 def _las_scores(task: ScoringTask, hit: np.ndarray, logs: np.ndarray) -> dict[str, Score]:
     "LAS and its unadjusted relatives from two arrays (3, S, n)."
-    raw = {f"acc_{mode}": float(hit[j].mean()) for j, mode in enumerate(("xr", "x", "r"))}
-    p, over = np.exp(logs).clip(0, 1), task.over(task.predicted)
+    raw: dict[str, Any] = {f"acc_{mode}": float(hit[j].mean()) for j, mode in enumerate(("xr", "x", "r"))}
+    if len(task.simulated) < len(task.predicted):
+        raw["examples_of"] = len(task.predicted)
+    p, over = np.exp(logs).clip(0, 1), task.over(task.simulated)
     return {
         "las": las_from_credit(hit[2], hit[0], hit[1], details=raw, **over),
         "las_probability": las_from_credit(hit[2], p[0], p[1], **over),
@@ -391,9 +408,9 @@ def _las_scores(task: ScoringTask, hit: np.ndarray, logs: np.ndarray) -> dict[st
 # %% ../../nbs/79_families.ipynb #01b91b3c
 def _gold_scores(task: ScoringTask, right: np.ndarray) -> dict[str, Score]:
     "The simulators' accuracy on gold labels, from an array (3, S, n)."
-    asked = [task.rows[i].question for i in task.predicted]
+    asked = [task.rows[i].question for i in task.simulated]
     gold = [-1 if q.answer is None else q.answer for q in asked]
-    return gold_scores(right, gold, [len(q.choices) for q in asked], **task.over(task.predicted))
+    return gold_scores(right, gold, [len(q.choices) for q in asked], **task.over(task.simulated))
 
 # %% ../../nbs/79_families.ipynb #2d3ceae6
 @register
@@ -405,14 +422,14 @@ class Las(Family):
     columns = ("gain", "p_xr", "p_x", "p_r", "leak")
 
     def compute(self, task):
-        found = cross_fitted(task.behaviour(task.predicted), _simulated(task, task.seeds), task.parts)
+        found = cross_fitted(task.behaviour(task.simulated), _simulated(task, task.seeds), task.parts)
         hit, logs, _ = found.mean(2)
         numbers = dict(zip(self.columns, (logs[0] - logs[1], *np.exp(found[1]).mean(1), hit[2])))
-        columns = {name: task.column(task.predicted, v) for name, v in numbers.items()}
+        columns = {name: task.column(task.simulated, v) for name, v in numbers.items()}
         return _las_scores(task, *found[:2]) | _gold_scores(task, found[2]), columns
 
     def work(self, task):
-        trained, read = task.work(len(task.predicted), len(task.seeds))
+        trained, read = task.work(len(task.simulated), len(task.seeds))
         return trained, 3 * read
 
 # %% ../../nbs/79_families.ipynb #ed66ef0c
@@ -424,13 +441,13 @@ class Controls(Family):
     scores = ("las_shuffled", "las_probability_shuffled", "gain_shuffled")
 
     def compute(self, task):
-        shuffled = task.behaviour(task.predicted, shuffled=True)
+        shuffled = task.behaviour(task.simulated, shuffled=True)
         found = cross_fitted(shuffled, _simulated(task, task.seeds[:1]), task.parts)
         found = _las_scores(task, *found[:2])
         return {name: found[name.removesuffix("_shuffled")] for name in self.scores}, {}
 
     def work(self, task):
-        trained, read = task.work(len(task.predicted), 1)
+        trained, read = task.work(len(task.simulated), 1)
         return trained, 3 * read
 
 # %% ../../nbs/79_families.ipynb #7df9b8ec
@@ -463,7 +480,7 @@ class _Information(Family):
     needs = "simulators"
 
     def pick(self, task: ScoringTask) -> list[int]:
-        return task.predicted
+        return task.simulated
 
     def logs(self, task: ScoringTask, train: ModelBehaviour, test: ModelBehaviour) -> np.ndarray:
         "(2 or more, S, n): log p(y) of the one evaluator, of the other, and what `details` reads."
@@ -506,8 +523,7 @@ class RoraLite(_Information):
     name, scores, columns = "rora", ("rora_lite",), ("rora_lite",)
 
     def pick(self, task):
-        groups = [task.groups[i] for i in task.predicted]
-        return [task.predicted[k] for k in _some_groups(groups, _most_rora, 2 * task.parts)]
+        return task.some_of(task.predicted, _most_rora)
 
     def logs(self, task, train, test):
         logs, left = rora_logs(task.base, train, test, task.seeds, task.settings)

@@ -59,6 +59,7 @@ def score_rationales(
     limit: int | None = None,
     interval: dict | None = None,
     train_limit: int = 2000,
+    test_limit: int = 3000,
     questions: Any = None,
     after: Callable[[Scored], Any] | None = None,
 ) -> Scored:
@@ -92,19 +93,22 @@ def score_rationales(
     interval
         draws, level, seed of the bootstrap
     train_limit
-        at most so many rows, drawn evenly, train a simulator; all are scored
+        at most so many rows, drawn evenly, train a simulator
+    test_limit
+        at most so many rows, or a few more, are put to simulators: those of questions drawn evenly
     questions
         for logs that do not hold them: see `read_rationales`
     after
         called with all that is known after each family; its facts say what is not yet computed
     """
     metrics = tuple(families if metrics is None else metrics)
-    _check_call(metrics, parts, seeds, train_limit)
+    _check_call(metrics, parts, seeds, train_limit, test_limit)
     if isinstance(records, list) and records and isinstance(records[0], ExternalRationale):
         rows = records[:limit]
     else:
         rows = read_rationales(records, cut_at=cut_at, limit=limit, questions=questions)
-    task = ScoringTask(rows, simulator, model, parts, list(seeds), settings, interval or {}, {}, train_limit)
+    limits = {"train_limit": train_limit, "test_limit": test_limit}
+    task = ScoringTask(rows, simulator, model, parts, list(seeds), settings, interval or {}, **limits)
     wanted = sorted((f for f in families.values() if f.always or f.name in metrics), key=_turn)
     reasons = {needs: unmet(task, needs) for needs in sorted({f.needs for f in wanted})}
     trained = reasons.get("simulators", ("not asked for", 0))[0] == ""
@@ -141,14 +145,11 @@ def _scores_of(family: Family, task: ScoringTask, reason: str, n: int) -> dict[s
     return scores
 
 # %% ../../nbs/79_scoring.ipynb #baa8265d
-def _check_call(metrics: Sequence[str], parts: int, seeds: Sequence[int], train_limit: int) -> None:
-    if train_limit < 20:
-        raise BadInput(
-            "must be 20 rows or more",
-            field="train_limit",
-            value=train_limit,
-            remedy="Leave it out, or raise it.",
-        )
+def _check_call(metrics: Sequence[str], parts: int, seeds: Sequence[int], train: int, test: int) -> None:
+    for field, value, least in (("train_limit", train, 20), ("test_limit", test, 30)):
+        if value < least:
+            remedy = "Leave it out, or raise it."
+            raise BadInput(f"must be {least} rows or more", field=field, value=value, remedy=remedy)
     if unknown := set(metrics) - set(families):
         known = ", ".join(name for name, f in families.items() if not f.always)
         raise BadInput(
@@ -201,9 +202,14 @@ def _facts(task: ScoringTask, trained: bool) -> dict:
         )
         if not getattr(task.base, "learns", True):
             facts["simulators"] = "one, which learns nothing from this file"
-        elif (most := len(task.predicted) - len(task.predicted) // task.parts) > task.train_limit:
+        elif (most := len(task.simulated) - len(task.simulated) // task.parts) > task.train_limit:
             facts["simulators are trained on"] = (
                 f"{task.train_limit:,} of about {most:,} rows each, drawn evenly"
+            )
+        if len(task.simulated) < len(task.predicted):
+            asked, all_rows = len(task.simulated), len(task.predicted)
+            facts["simulators are asked about"] = (
+                f"{asked:,} of {all_rows:,} rows with a prediction: all rows of questions drawn evenly"
             )
     return facts
 
@@ -228,7 +234,7 @@ def _pace(task: ScoringTask) -> tuple[float, float]:
     "Seconds that a reader takes to train on a row for an epoch, and to read a text."
     import torch
 
-    some = task.behaviour(_few(task.predicted, 192))
+    some = task.behaviour(_few(task.simulated, 192))
     texts = [simulator_texts(q, r) for q, r in zip(some.questions, some.rationales)]
     whole, n = [xr for xr, _, _ in texts], len(texts)
     if task.frozen:  # nothing to train, and what it has read before costs nothing
@@ -270,7 +276,7 @@ def _announce(task: ScoringTask, wanted: Sequence[Family], least: float = 60.0) 
         length = f"{minutes:.0f} minutes" if minutes < 120 else f"{minutes / 60:.0f} hours"
         logging.getLogger("faithful_distill").warning(
             "scoring %s rationales will take about %s on this machine, by a trial on a few of them; fewer"
-            " metrics or simulators, a lower train_limit, or a limit on the rows make it shorter",
+            " metrics or simulators, a lower train_limit or test_limit, or a limit on the rows make it shorter",
             f"{len(task.rows):,}",
             length,
         )
