@@ -7,7 +7,12 @@ import re
 from pathlib import Path
 
 root = Path(__file__).resolve().parents[1]
-cells = {"nbs/figures/claims.ipynb": "bottom_line(draft", "nbs/figures/fig14_real.ipynb": '"readme.md"'}
+cells = {
+    "nbs/figures/fig02_students.ipynb": "of_last",
+    "nbs/figures/fig05_swap.ipynb": "after_prefix.items()",
+    "nbs/figures/claims.ipynb": "bottom_line(draft",
+    "nbs/figures/fig14_real.ipynb": '"readme.md"',
+}
 
 
 def stored(notebook: str, root: Path = root) -> str:
