@@ -134,6 +134,11 @@ def setup(app):
 
         raise SkipNode
 
+    def notebooks_as_pages(app, name, text):
+        if name.startswith("howto/") or name == "method":  # which are also read in the repository
+            text[0] = re.sub(r"\]\((\.\./)*\.\./nbs/", r"](\1pages/", text[0])
+
+    app.connect("source-read", notebooks_as_pages)
     inline = lambda self, node: mathml(self, node, "inline", "span")
     block = lambda self, node: mathml(self, node, "block", "div")
     app.add_html_math_renderer("mathml", (inline, None), (block, None))

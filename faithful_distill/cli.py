@@ -542,7 +542,7 @@ def evaluate(
     from faithful_distill.faithfulness.readers import new_reader, read_choices
     from faithful_distill.faithfulness.simulators import ModelBehaviour, try_las
     from faithful_distill.faithfulness.suite import Suite, suite_facts, suite_rows
-    from faithful_distill.files import writable_folder, write_json
+    from faithful_distill.files import own_folder, write_json
     from faithful_distill.lab.measure_report import write_suite
     from faithful_distill.lab.world import fact_of
     from faithful_distill.questions import require_answers
@@ -551,10 +551,13 @@ def evaluate(
     from faithful_distill.student.model import load_student
     from faithful_distill.training.card import model_card
 
-    folder = writable_folder(out)
     asked = read_questions(data, path, split, limit, skip_bad, columns, config)
     questions = require_answers(asked, "evaluation")
-    records = read_records(rationales, questions=questions) if rationales else []
+    if rationales:
+        read_records(
+            rationales, questions=questions
+        )  # what is wrong with them is said before a model is loaded
+    folder = own_folder(out, ("metrics.json", "facts.json", "rows.jsonl", "report.html"), ("answers.json",))
     if paraphrases is not None:
         metrics = with_paraphrases(metrics, Paraphrases(paraphrases, cache=folder / ".paraphrases.jsonl"))
     in_world = data.split("-")[0] == "world"
@@ -569,7 +572,7 @@ def evaluate(
         measured = measure(
             model,
             questions,
-            records,
+            rationales or (),
             metrics=metrics,
             draws=draws,
             seed=seed,
@@ -589,10 +592,11 @@ def evaluate(
         model_card(
             student, {f"{name} ({Path(data).name}, {split})": s.to_dict() for name, s in scores.items()}
         )
-    suite = Suite(scores, suite_rows(measured), suite_facts(as_reasoner(model), measured), measured.left_out)
-    report = write_suite(suite, folder, f"{Path(student).name} on {Path(data).name}, {split}")
-    for name, s in scores.items():
-        click.echo(f"{name:32s}{s}")
+    reasoner = as_reasoner(model, batch_size, max_new_tokens)
+    suite = Suite(scores, suite_rows(measured), suite_facts(reasoner, measured), measured.left_out)
+    about = Path(data).name if Path(data).is_file() else f"{data}, {split}"
+    report = write_suite(suite, folder, f"{Path(student).name} on {about}")
+    _show_scores(suite)
     click.echo(f"Report: {report}")
     if unread := sum(a.choice is None for a in written):
         click.echo(f"{unread} of {len(written)} answers name no choice; they count as wrong")
@@ -636,7 +640,7 @@ def measure(
 ):
     """Is the reasoning of a model faithful? What any model answers when its rationales are damaged, replaced or gone.
 
-    Called again after an interruption it goes on where it stopped; with more metrics it asks only what is new.
+    Called again after an interruption it goes on where it stopped.
 
     Example:  faithful-distill measure --model HuggingFaceTB/SmolLM2-135M-Instruct --data csqa --limit 200 --out measured
     Compare:  faithful-distill measure --model model.gguf --style chat --data csqa --limit 200 --compare measured --out other
@@ -652,8 +656,9 @@ def measure(
     rationales
         a teacher's rationales for these questions: needed for refine and swap
     metrics
-        perturb, refine, swap, controls, early, mistakes, hint, mediation, steps, surface; las, rev, rora, simulatability
-        (train simulators); unlearning (students); or all
+        perturb, refine, swap, controls (filler, permuted, shuffled, paraphrased), early, mistakes, hint, mediation, steps,
+        surface; las, rev, rora, simulatability (train simulators); unlearning (students); or all. A later call of the same
+        --out asks only what is new; the report holds what the last call named
     paraphrases
         of the rationales that are measured, for the control paraphrased: a JSON-lines file with rationale and paraphrase,
         or the address of an OpenAI-compatible server that writes them
@@ -664,14 +669,14 @@ def measure(
     system
         system prompt of a chat
     tags
-        around a thought
+        what opens and closes a thought
     answers
         which choice counts: likely (the likeliest per token), summed (the likeliest whole), said (what greedy decoding
         writes)
     served_model
         name of the model at a server; the only one if not given
     tokenizer
-        of a served model, hub name or folder: its prompts are then made here and not by the server
+        hub name or folder of a served model's tokenizer: its prompts are then made here and not by the server
     reads
         how a served model's choices are read: echo (log-probabilities of prompts), top (those of the next token), samples;
         auto: the first of them that the server offers
@@ -695,23 +700,24 @@ def measure(
         folder for report.html, metrics.json, facts.json, rows.jsonl, and the answers
     """
     from faithful_distill.faithfulness.paraphrases import Paraphrases
-    from faithful_distill.faithfulness.suite import measure_suite, suite_names
+    from faithful_distill.faithfulness.suite import check_handed, measure_suite, suite_names
     from faithful_distill.files import sole_writer
-    from faithful_distill.lab.measure_report import read_suite, suite_folder, write_suite
+    from faithful_distill.lab.measure_report import read_scores, read_suite, suite_folder, write_suite
     from faithful_distill.lab.world import fact_of
     from faithful_distill.questions import require_answers
     from faithful_distill.reasoners.cached import CachedReasoner
     from faithful_distill.reasoners.opening import open_reasoner, reasoner_options
 
     suite_names(metrics)  # what is mistyped is said before a model is loaded
-    folder = suite_folder(out)
-    if paraphrases is not None:
-        paraphrases = Paraphrases(paraphrases, cache=folder / ".paraphrases.jsonl")
+    check_handed(metrics, rationales)
     if compare is not None:
         read_suite(compare)
     questions = require_answers(
         read_questions(data, path, split, limit, skip_bad, columns, config), "measuring"
     )
+    folder = suite_folder(out)
+    if paraphrases is not None:
+        paraphrases = Paraphrases(paraphrases, cache=folder / ".paraphrases.jsonl")
     asked = dict(shots=shots, system=system, max_new_tokens=max_new_tokens, batch_size=batch_size)
     asked |= dict(served_model=served_model, tokenizer=tokenizer, reads=reads, samples=samples)
     asked |= dict(concurrency=concurrency, budget=budget, price=_price(price))
@@ -724,13 +730,18 @@ def measure(
         reasoner = CachedReasoner(open_reasoner(model, style, **asked), folder / "answers.jsonl")
         how = dict(metrics=metrics, draws=draws, seed=seed, simulator=simulator, paraphrases=paraphrases)
         how["interval"] = {"cluster": facts}
+        before = read_scores(folder)
         suite = measure_suite(reasoner, questions, rationales or (), **how)
-        report = write_suite(suite, folder, f"{Path(model).name} on {Path(data).name}, {split}", compare)
+        about = Path(data).name if Path(data).is_file() else f"{data}, {split}"
+        report = write_suite(suite, folder, f"{Path(model).name} on {about}", compare)
         reasoner.close()
     _show_scores(suite)
     click.echo(
         f"{reasoner.computed:,} answers computed, {len(reasoner.known) - reasoner.computed:,} known before"
     )
+    if gone := sorted(before - {name for name, s in suite.scores.items() if s.value is not None}):
+        shown = ", ".join(gone[:6]) + (f" and {len(gone) - 6} more" if len(gone) > 6 else "")
+        click.echo(f"No longer in the report, as this call did not name their metrics: {shown}")
     click.echo(f"Report: {report}")
 
 # %% ../nbs/95_cli.ipynb #4a586dd7
@@ -786,14 +797,15 @@ def score(
         at most so many rationales
     """
     from faithful_distill.faithfulness.scoring import score_rationales
-    from faithful_distill.files import sole_writer, writable_folder
+    from faithful_distill.files import own_folder, sole_writer
     from faithful_distill.lab.score_report import write_numbers, write_scored
     from faithful_distill.models import check_name
 
     if model is not None:
         check_name(model, "--model")
     simulator = named_simulator(simulator)
-    folder, known = writable_folder(out), []
+    marks = ("scores.jsonl", ".score.lock")
+    folder, known = own_folder(out, ("metrics.json", "scores.jsonl", "report.html"), marks), []
 
     def keep(scored):
         known.append(scored)
@@ -847,13 +859,17 @@ def completion(
 
 
 def _show_scores(scored) -> None:
-    "What was computed, a line each; what was not, a line for each reason."
-    missing: dict[str, list[str]] = {}
+    "What was computed, a line each, and what it is called; what was not, a line for each reason."
+    from faithful_distill.lab.measure_report import suite_title
+    from faithful_distill.lab.score_report import missing_scores
+
     for name, s in scored.scores.items():
-        if s.value is None:
-            missing.setdefault(s.reason or "no reason is known", []).append(name)
-        else:
-            click.echo(f"{name:32s}{s}")
+        if s.value is not None:
+            title = suite_title(name)
+            click.echo(f"{name:29s}{str(s):36s}{'' if title == name else title}".rstrip())
+    missing, unasked = missing_scores(scored.scores)
     for reason, names in missing.items():
         shown = ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
         click.echo(f"Not computed: {shown}: {reason}")
+    if unasked:
+        click.echo(f"Not asked for (--metrics): {', '.join(unasked)}")

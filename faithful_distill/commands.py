@@ -67,12 +67,14 @@ class Pairs(click.ParamType):
             return value
         pairs = [part.split("=", 1) for part in value.split(",")]
         if any(len(p) != 2 for p in pairs):
-            self.fail(f"{value!r} is not name=value,name=value, such as r=8,lora_alpha=16", param, ctx)
+            of_columns = param is not None and param.name == "columns"
+            example = "question=q,choices=A+B+C,answer=label" if of_columns else "r=8,lora_alpha=16"
+            self.fail(f"{value!r} is not name=value,name=value, such as {example}", param, ctx)
         return {k.strip(): self._value(v.strip()) for k, v in pairs}
 
     def _value(self, text: str):
         if "+" in text.strip("+"):
-            return [self._value(part) for part in text.split("+") if part]
+            return [self._value(part.strip()) for part in text.split("+") if part.strip()]
         plain = {"true": True, "false": False, "none": None}
         if text.lower() in plain:
             return plain[text.lower()]

@@ -261,14 +261,21 @@ def with_columns(row: Mapping, columns: Mapping[str, str | Sequence[str]] | None
     """
     if not columns:
         return row
-    named = {}
+    named, used = {}, set()
     for ours, theirs in columns.items():
-        if isinstance(theirs, str):
-            named[ours] = _column(row, theirs)
+        names = _names_of(row, theirs)
+        if isinstance(names, str):
+            named[ours] = _column(row, names)
         else:
-            named[ours] = [v for v in (_column(row, name) for name in theirs) if v is not None]
-    used = {n for theirs in columns.values() for n in ([theirs] if isinstance(theirs, str) else theirs)}
+            named[ours] = [v for v in (_column(row, name) for name in names) if v is not None]
+        used |= {names} if isinstance(names, str) else {*names}
     return {k: v for k, v in row.items() if k not in used} | named
+
+
+def _names_of(row: Mapping, theirs: str | Sequence[str]) -> str | Sequence[str]:
+    "One column, or several: 'A+B+C', as the command line says it, where there is no column of that name."
+    several = isinstance(theirs, str) and "+" in theirs.strip("+") and theirs not in row
+    return [name for name in theirs.split("+") if name] if several else theirs
 
 
 def _column(row: Mapping, path: str) -> Any:
@@ -304,6 +311,10 @@ def check_columns(columns, fields: Sequence[str]) -> None:
         if ours not in fields:
             turned = theirs in fields if isinstance(theirs, str) else False
             remedy = f"Say {theirs}={ours}: our name comes first." if turned else did_you_mean(ours, fields)
+            if ours in ("rationale", "target"):
+                remedy = (
+                    "These are fields of questions; rationales with other names are read by `import` first."
+                )
             raise BadInput("is no field of ours", field="columns", value=ours, remedy=remedy)
         texts = [theirs] if isinstance(theirs, str) else theirs
         if (

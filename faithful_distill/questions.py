@@ -351,7 +351,10 @@ def missing_remedy(row: Mapping, field: str) -> str:
         if name in plain:
             theirs = plain[name]
             return f"Is it {theirs!r}? Say columns={{{field!r}: {theirs!r}}} (--columns {field}={theirs})."
-    return f"The record has the fields {', '.join(sorted(map(str, row)))}."
+    has = f"The record has the fields {', '.join(sorted(map(str, row)))}."
+    if field == "choices":
+        has += " Name the columns of the choices: columns={'choices': ['A', 'B']} (--columns choices=A+B)."
+    return has
 
 # %% ../nbs/02_questions.ipynb #03e7cd54
 def required(row, field: str, kinds=str):
@@ -359,6 +362,8 @@ def required(row, field: str, kinds=str):
     if not isinstance(row, dict):
         raise BadInput("must be a field of a JSON object", field=field, value=row)
     if row.get(field) is None:
+        if field in row:
+            raise BadInput("is empty", field=field, remedy="Fill it in, or leave the record out.")
         raise BadInput("is missing", field=field, remedy=missing_remedy(row, field))
     kinds = kinds if isinstance(kinds, tuple) else (kinds,)
     if not isinstance(row[field], kinds) or isinstance(row[field], bool):
@@ -457,6 +462,31 @@ def _choice_list(choices: Any) -> Any:
     return parsed
 
 # %% ../nbs/02_questions.ipynb #355ad977
+_one_choice = re.compile(r"(?:(choice|option|answer)[ _-]?)?([a-j]|\d)", re.IGNORECASE)
+
+
+def _spread_choices(row: Mapping) -> list[str]:
+    """Choices that stand in columns of their own: A, B, C ..., choice1, choice2 ... or option_a, option_b ...
+
+    Empty cells at the end are no choices. [] where there are no such columns.
+    """
+    found: dict[str, dict[int, Any]] = {}
+    for name, value in row.items():
+        if match := _one_choice.fullmatch(str(name)):
+            stem, mark = (match[1] or "").lower(), match[2].lower()
+            place = int(mark) if mark.isdigit() else ord(mark) - ord("a") + 1
+            found.setdefault(stem + ("1" if mark.isdigit() else "a"), {})[place] = value
+    for cells in found.values():
+        places = sorted(cells)
+        if len(places) > 1 and places == list(range(places[0], places[0] + len(places))) and places[0] < 2:
+            texts = [cells[place] for place in places]
+            while texts and texts[-1] is None:
+                texts.pop()
+            if len(texts) > 1 and None not in texts:
+                return [str(text) for text in texts]
+    return []
+
+
 def plain_fields(row: dict) -> dict:
     """The fields of a `Question` from one record of a file of your own; `answer` is an index or None after it.
 
@@ -466,7 +496,7 @@ def plain_fields(row: dict) -> dict:
     ----------
     row
         `question`, `choices` and `answer` (see `answer_index`), and perhaps `id`, `kind`, `split`, `explanation`;
-        choices may carry labels, in the layout of the hub
+        choices may carry labels, in the layout of the hub, or stand in columns of their own: A, B, C or choice1, choice2
     """
     if _is_ours(row):
         return dict(row)
@@ -475,6 +505,8 @@ def plain_fields(row: dict) -> dict:
     id = "" if row.get("id") is None else str(required(row, "id", (str, int)))
     if kind in fixed_choices and not row.get("choices"):
         choices = list(fixed_choices[kind])
+    elif row.get("choices") is None and (spread := _spread_choices(row)):
+        choices = spread
     else:
         choices = _choice_list(required(row, "choices", (list, dict, str)))
     labels = None
@@ -559,10 +591,14 @@ def require_answers(questions: Iterable[Question], purpose: str = "scoring") -> 
     questions = as_questions(questions)
     bare = [q for q in questions if q.answer is None]
     if bare:
+        first = next(n for n, q in enumerate(questions, 1) if q.answer is None)
+        remedy = f"The first one without is number {first} (id {bare[0].id!r}): answer it, or leave it out."
+        if len(bare) == len(questions):
+            remedy = "Use a labelled split, or say which column is the answer: columns answer=NAME."
         raise BadInput(
             f"{len(bare)} of {len(questions)} questions have no answer, which {purpose} needs",
             field="answer",
             value=None,
-            remedy=f"Use a labelled split (the first one without is {bare[0].id!r}, split {bare[0].split!r}).",
+            remedy=remedy,
         )
     return questions

@@ -9,7 +9,7 @@ __all__ = ['roles', 'answer_sentence', 'Rationale', 'rationale_from_row', 'read_
 # %% ../nbs/05_records.ipynb #ae11a92c
 import json
 import re
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, Iterable, Mapping, NamedTuple, Sequence
@@ -281,6 +281,29 @@ def _check_same_question(row: Mapping, question: Question) -> None:
             )
 
 # %% ../nbs/05_records.ipynb #e588acd1
+def _field(row, name: str):
+    "A field of a `Rationale` or of a plain row; None where there is none."
+    return row.get(name) if isinstance(row, Mapping) else getattr(row, name, None)
+
+
+class _Known:
+    "Questions by id; and by their text and choices, for rationales that call the same question otherwise."
+
+    def __init__(self, questions: Iterable[Question]):
+        self.by_id = {q.id: q for q in questions}
+        self.by_content = {(normalized(q.question), tuple(q.choices)): q for q in self.by_id.values()}
+
+    def question_of(self, row) -> Question | None:
+        id, text, choices = (_field(row, name) for name in ("id", "question", "choices"))
+        if isinstance(id, str) and id in self.by_id:
+            return self.by_id[id]
+        if not isinstance(text, str) or not isinstance(choices, (list, tuple)):
+            return None
+        if not all(isinstance(c, str) for c in choices):
+            return None
+        return self.by_content.get((normalized(text), tuple(choices)))
+
+
 def read_records(
     rationales, name: str = "rationales", questions: Iterable[Question] | None = None
 ) -> list[Rationale]:
@@ -293,19 +316,20 @@ def read_records(
     name
         what errors call them
     questions
-        the questions they may be about; None: any
+        the questions they may be about, by id, else by text and choices; None: any
     """
-    by_id = None if questions is None else {q.id: q for q in questions}
+    known = None if questions is None else _Known(questions)
     file = rationales if isinstance(rationales, (str, Path)) else None
     numbered = enumerate(_in_memory(rationales, name), 1) if file is None else read_rows(rationales)
     found = []
     for line, row in numbered:
-        id = row.id if isinstance(row, Rationale) else row.get("id") if isinstance(row, Mapping) else None
-        if by_id is not None and isinstance(id, str) and id not in by_id:
+        about = None if known is None else known.question_of(row)
+        if known is not None and about is None and isinstance(_field(row, "id"), str):
             continue
-        about = by_id.get(id) if by_id is not None and isinstance(id, str) else None
+        if about is not None and _field(row, "id") != about.id:
+            row = replace(row, id=about.id) if isinstance(row, Rationale) else {**row, "id": about.id}
         found.append(_numbered(row, file, line, about))
-    if not found and by_id is None:
+    if not found and known is None:
         raise BadInput(
             "there are no rationales",
             field=name,

@@ -364,6 +364,7 @@ def load_questions(
     if bad is not None:
         _report_rejected(bad, skip_bad)
     _warn(found.where or "the data", split, made.others, made.names)
+    _check_split(split, made)
     if not len(questions) and limit != 0:
         raise BadInput("there are no questions", file=found.where, remedy=made.why_none(skip_bad))
     return questions
@@ -384,6 +385,8 @@ class _Made:
         how many records other splits have
     names
         the fields of plain records, in order
+    named_splits
+        whether a record says which split it is of
     """
 
     found: _Found
@@ -393,6 +396,7 @@ class _Made:
     lines: dict[str, int] = field(default_factory=dict)
     others: Counter = field(default_factory=Counter)
     names: dict[str, None] = field(default_factory=dict)
+    named_splits: bool = False
 
     def questions(self) -> Iterator[Question]:
         read = self.found.read
@@ -409,6 +413,7 @@ class _Made:
 
     def _question(self, read: Callable, row, line: int) -> list[Question]:
         fields = {k: v for k, v in read(row).items() if v or k not in ("split", "dataset")}
+        self.named_splits |= "split" in fields
         fields = dict(split=self.split, dataset=self.found.name) | fields
         self.names |= dict.fromkeys(row) if read is _own_fields and isinstance(row, Mapping) else {}
         if _same_split(fields["split"], self.split):
@@ -428,6 +433,14 @@ class _Made:
 _split_names = dict(
     validation="dev", valid="dev", val="dev", development="dev", training="train", testing="test"
 )
+
+
+def _check_split(split: str, made: _Made) -> None:
+    "Raises `BadInput` for a split that nobody knows, where the records name none."
+    name, usual = split.strip().lower(), ("train", "dev", "test")
+    if not made.named_splits and _split_names.get(name, name) not in usual:
+        remedy = did_you_mean(split, [*usual, "validation"])
+        raise BadInput("is no split, and these records name none", field="split", value=split, remedy=remedy)
 
 
 def _same_split(a: str, b: str) -> bool:

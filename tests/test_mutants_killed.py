@@ -4,6 +4,7 @@ Readers and students are stand-ins of a few lines, so that what is right is know
 for long.
 """
 
+import inspect
 import math
 import re
 from dataclasses import replace
@@ -33,7 +34,8 @@ from faithful_distill.student.loss import (
 )
 from faithful_distill.student.model import tiny_student
 from faithful_distill.student.rows import collate, training_rows
-from faithful_distill.teacher.contrast import Generation, Stop, rationale_text
+from faithful_distill.teacher.contrast import Generation, Stop, rationale_text, reference_generate
+from faithful_distill.teacher.generate import contrastive_generate
 from faithful_distill.teacher.strategy import argument
 
 # ---- where a rationale ends
@@ -124,6 +126,29 @@ def test_a_part_of_one_token_counts_once_and_a_part_without_tokens_adds_nothing(
     assert combine(*sums_and_counts(3, 8, 1, 1), 0.25, "per_token") == 0.75 * 3 + 0.25 * 8
     assert combine(*sums_and_counts(3, 0, 2, 0), 0.25, "per_part") == 0.75 * 3 / 2
     assert combine(*sums_and_counts(0, 8, 0, 4), 0.25, "per_part") == 0.25 * 8 / 4
+
+
+@pytest.mark.parametrize("reduction", ["per_part", "per_token"])
+def test_the_factual_objective_is_the_mean_over_factual_tokens_whatever_the_weight(reduction):
+    labels = torch.tensor([[1, 2, -100], [3, -100, -100]])
+    logits = torch.randn(2, 3, 5, generator=torch.Generator().manual_seed(0))
+    log_p = logits.log_softmax(-1)
+    mean = -(log_p[0, 0, 1] + log_p[0, 1, 2]) / 2
+    for alpha_cf in (0.0, 0.5, 0.9):
+        loss = distillation_loss(
+            logits,
+            labels,
+            torch.tensor([False, True]),
+            objective="factual",
+            reduction=reduction,
+            alpha_cf=alpha_cf,
+        )
+        torch.testing.assert_close(loss.total, mean)
+
+
+def test_a_rationale_has_at_most_the_documented_number_of_tokens():
+    for generate in (reference_generate, contrastive_generate):
+        assert inspect.signature(generate).parameters["max_new_tokens"].default == 64
 
 
 # ---- which answer a rationale argues for

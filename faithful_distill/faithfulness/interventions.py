@@ -36,7 +36,7 @@ from faithful_distill.faithfulness.protocol import (
     own_rationales,
 )
 from ..overlaps import trained_overlap
-from ..files import BadInput
+from ..files import BadInput, did_you_mean
 from ..formats import read_rows, rows_of
 from ..questions import Question, clusters_of, require_answers
 from ..reasoners.protocol import as_reasoner, without_answer
@@ -44,7 +44,7 @@ from ..records import Rationale, read_records
 from ..sources import questions_from
 
 # %% ../../nbs/75_interventions.ipynb #eab2dfea
-@dataclass
+@dataclass(repr=False)
 class Measurement:
     """What a student did: scores by name, and the answers they were computed from.
 
@@ -60,6 +60,10 @@ class Measurement:
     questions: list[Question]
     arms: Answers
     left_out: dict[str, str] = field(default_factory=dict)
+
+    def __repr__(self):
+        lines = "\n".join(f"{name:29s}{score}" for name, score in self.scores.items())
+        return f"{len(self.questions):,} questions\n{lines}"
 
     def credit(self, arm: str, probability: bool = False, of: Sequence[int] | None = None) -> np.ndarray:
         """(draws, n) credit of the gold answers (or of the choices `of`) in an arm.
@@ -96,14 +100,17 @@ _controls = ("filler", "permuted", "shuffled", "paraphrased")
 def choose_interventions(metrics: Iterable[str | Intervention]) -> list[Intervention]:
     "The interventions of these names; an object stands for itself. Raises `BadInput` for an unknown name."
     chosen: dict[str, Intervention] = {}
-    for one in metrics:
+    for one in [metrics] if isinstance(metrics, (str, Intervention)) else metrics:
         if isinstance(one, Intervention):
             chosen[one.name] = one
             continue
         for name in _controls if one == "controls" else (one,):
             if name not in interventions:
-                known = ", ".join(dict.fromkeys([*families, *interventions]))
-                raise BadInput(f"must be one of {known}", field="metrics", value=name)
+                known = dict.fromkeys([*families, *interventions])
+                of_text = name in ("surface", "las", "rev", "rora")
+                remedy = "`measure_suite` has it." if of_text else did_you_mean(name, known)
+                problem = f"must be one of {', '.join(known)}"
+                raise BadInput(problem, field="metrics", value=name, remedy=remedy)
             chosen.setdefault(name, interventions[name])
     return list(chosen.values())
 
@@ -138,7 +145,10 @@ def _handed(rationales, questions: list[Question]) -> dict:
         return {"handed": handed}
     given = rationales if isinstance(rationales, list) else list(read_rows(rationales))
     none = f"none of the {len(given):,} teacher rationales given"
-    return {"handed": [], "no_handed": f"{none} is about one of these questions: no id is the same"}
+    return {
+        "handed": [],
+        "no_handed": f"{none} is about one of these questions: no id is the same, nor text and choices",
+    }
 
 # %% ../../nbs/75_interventions.ipynb #0d3dc406
 def _interval(given: dict | None, questions: list[Question]) -> dict:
@@ -197,9 +207,9 @@ def measure(
     prefix
         the tag the student answers under; default: as it was trained
     draws
-        of every random intervention
+        how many times each random intervention is carried out
     seed
-        of all of them
+        of the random interventions
     tokenizer
         whose tokens are replaced; default: the student's
     batch_size

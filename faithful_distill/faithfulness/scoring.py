@@ -146,10 +146,10 @@ def _scores_of(family: Family, task: ScoringTask, reason: str, n: int) -> dict[s
 
 # %% ../../nbs/79_scoring.ipynb #baa8265d
 def _check_call(metrics: Sequence[str], parts: int, seeds: Sequence[int], train: int, test: int) -> None:
-    for field, value, least in (("train_limit", train, 20), ("test_limit", test, 30)):
+    for name, value, least in (("train_limit", train, 20), ("test_limit", test, 30)):
         if value < least:
             remedy = "Leave it out, or raise it."
-            raise BadInput(f"must be {least} rows or more", field=field, value=value, remedy=remedy)
+            raise BadInput(f"must be {least} rows or more", field=name, value=value, remedy=remedy)
     if unknown := set(metrics) - set(families):
         known = ", ".join(name for name, f in families.items() if not f.always)
         raise BadInput(

@@ -269,7 +269,8 @@ def at_chance(gold: Score) -> str:
         return ""
     return (
         f"the simulator is at chance: with question and rationale it finds the gold answer in {gold.value:.0%} of"
-        f" {gold.n:,} examples (chance {chance:.0%}), so its LAS says little; another simulator may read better"
+        f" {gold.n:,} examples (chance {chance:.0%}), so its LAS says little; another simulator may read better, or"
+        " the model itself is rarely right"
     )
 
 # %% ../../nbs/77_simulators.ipynb #b14d9552

@@ -24,6 +24,7 @@ from pydantic import ConfigDict, TypeAdapter, ValidationError
 from pydantic.errors import PydanticUserError
 
 from ..files import BadInput, content_key, did_you_mean, sha256_file, shipped, tree_hash
+from .parameters import check_choice
 
 # %% ../../nbs/80_keys.ipynb #cc29be0a
 @dataclass(frozen=True)
@@ -233,10 +234,14 @@ def _checked(value, parameter: Parameter, notebook):
     if _refers(value):
         return value
     try:
-        return fitted(value, kind or "Any")
+        value = fitted(value, kind or "Any")
     except ValidationError:
-        problem, remedy = f"should be {kind}", f"The default is {parameter.default!r}."
+        optional = re.fullmatch(r"Optional\[(.+)\]", kind)
+        problem = f"should be {optional[1]} or null" if optional else f"should be {kind}"
+        remedy = f"The default is {'null' if parameter.default is None else repr(parameter.default)}."
         raise BadInput(problem, file=notebook, field=parameter.name, value=value, remedy=remedy) from None
+    check_choice(parameter.name, value, parameter.help)
+    return value
 
 # %% ../../nbs/80_keys.ipynb #4ffd5343
 def checked_parameters(

@@ -177,7 +177,7 @@ def planned_cell(
 
 # %% ../../nbs/83_plan.ipynb #fceaf8c8
 def last_seconds(runs) -> dict[str, float]:
-    "How long each cell took when it was last computed, by name."
+    "How long each cell took when it was last computed, by its name; and each run, by that of its folder."
     path, known = Path(runs) / ".seconds.jsonl", {}
     for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
         try:
@@ -187,10 +187,11 @@ def last_seconds(runs) -> dict[str, float]:
     return known
 
 
-def _remember_seconds(runs, name: str, seconds: float) -> None:
+def _remember_seconds(runs, name: str, seconds: float, run: str = "") -> None:
     with suppress(OSError):  # such as a full disk: the run itself is whole
         with open(Path(runs) / ".seconds.jsonl", "a", encoding="utf-8") as f:
-            f.write(json.dumps([name, round(seconds, 1)]) + "\n")
+            for known in filter(None, (name, run)):
+                f.write(json.dumps([known, round(seconds, 1)]) + "\n")
 
 # %% ../../nbs/83_plan.ipynb #32894119
 def _seconds_ahead(plan: Plan, seconds: dict[str, float]) -> dict[str, float]:
@@ -307,7 +308,8 @@ class _Schedule:
             broken = [u for u in self.plan.cells[name].upstream() if self.outcomes[u].broken]
             if not broken:
                 return False
-            self.outcomes[name] = Outcome(name, "skipped", problem=f"it reads {', '.join(broken)}")
+            problem = f"it reads {', '.join(broken)}, which did not come out"
+            self.outcomes[name] = Outcome(name, "skipped", problem=problem)
         self.graph.done(run)
         return True
 
@@ -357,7 +359,7 @@ class _Workers:
             partial = run.partial if run.partial.exists() else None
             return Outcome(name, "failed", partial, time.time() - began, problem)
         seconds = time.time() - began
-        _remember_seconds(self.runs, name, seconds)
+        _remember_seconds(self.runs, name, seconds, run.name)
         return Outcome(name, "computed", run.folder, seconds)
 
     def __enter__(self):

@@ -7,6 +7,7 @@ __all__ = ['rating_table', 'write_scored']
 
 # %% ../../nbs/92_score_report.ipynb #9844438e
 import json
+import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -191,14 +192,25 @@ def _section(scored: Scored, folder: Path, heading, key, text, names, figures=()
     return Section(heading, text, list(figures), tables, folder=str(folder))
 
 
-def missing_section(s: dict[str, Score]) -> Section:
-    "What has no value, by reason."
+def missing_scores(s: dict[str, Score]) -> tuple[dict[str, list[str]], list[str]]:
+    "Reason -> names of the scores that have no value for it; and the metrics that were not asked for."
     reasons: dict[str, list[str]] = {}
+    unasked: dict[str, None] = {}
     for name, score in s.items():
         if score.value is None:
-            reasons.setdefault(score.reason, []).append(score_title(name))
-    text = "\n".join(f"- {', '.join(names)}: {literal(why)}." for why, names in reasons.items())
-    return Section("What could not be computed, and why", text or "Everything applied.")
+            if asked := re.fullmatch(r"not asked for \(metrics: (\w+)\)", score.reason):
+                unasked[asked[1]] = None
+            else:
+                reasons.setdefault(score.reason or "no reason is known", []).append(name)
+    return reasons, [*unasked]
+
+
+def missing_section(s: dict[str, Score]) -> Section:
+    "What has no value, by reason."
+    reasons, unasked = missing_scores(s)
+    lines = [f"- {'; '.join(map(score_title, names))}: {literal(why)}." for why, names in reasons.items()]
+    lines += [f"- Not asked for (metrics): {', '.join(unasked)}."] if unasked else []
+    return Section("What could not be computed, and why", "\n".join(lines) or "Everything applied.")
 
 # %% ../../nbs/92_score_report.ipynb #8081b969
 def _sections(scored: Scored, folder: Path) -> list[Section]:

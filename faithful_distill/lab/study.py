@@ -106,7 +106,7 @@ def forecast(grid: Grid, runs="runs", only: Iterable[str] | None = None, workers
     for name in grid.plan.order:
         if name in wanted:
             sharing.setdefault(planned[name].name, []).append(name)
-    took = {run: _known_seconds(cells, seconds) for run, cells in sharing.items()}
+    took = {run: seconds.get(run, _known_seconds(cells, seconds)) for run, cells in sharing.items()}
     missing = {run for run, cells in sharing.items() if not planned[cells[0]].finished}
     lines, lengths = [], {}
     for name in (n for n in grid.plan.order if n in wanted):

@@ -58,12 +58,13 @@ class CachedReasoner(Reasoner):
         self.close()
         other = theirs if isinstance(theirs, dict) else {}
         changed = [name for name in {**other, **own} if other.get(name) != own.get(name)]
+        first = ("name", "style")  # what explains the rest
+        changed.sort(key=lambda name: (first.index(name) if name in first else len(first), name))
+        differs = ", ".join(f"{name} {other.get(name)} there, {own.get(name)} here" for name in changed)
         raise BadInput(
-            f"holds the answers of another reasoner ({', '.join(changed)} is another)",
+            f"holds answers that were asked otherwise: {differs}",
             file=self.journal.path,
-            field=changed[0],
-            value=other.get(changed[0]),
-            remedy="Write somewhere else, or remove it.",
+            remedy="Write to another folder, or ask in the same way.",
         )
 
     def notes(self):

@@ -106,8 +106,10 @@ def open_causal(
     "A causal model in some style; a folder, .gguf file, hub name, `Teacher` or (model, tokenizer)."
     from faithful_distill.models import load_config
     from faithful_distill.reasoners.causal import CausalReasoner
+    from faithful_distill.reasoners.styles import check_style
     from faithful_distill.teacher.loading import as_teacher, load_teacher
 
+    check_style(style)  # before a model is loaded
     if isinstance(model, (str, Path)):
         if getattr(load_config(model, "reasoner", "model"), "is_encoder_decoder", False):
             problem = "is an encoder-decoder that was not trained as a student"

@@ -79,6 +79,9 @@ class Reasoner:
         "For each question what follows from a rationale: the choice, and the log-likelihood of each."
         raise NotImplementedError
 
+    def __repr__(self):
+        return f"{type(self).__name__}({self.name})"
+
     def notes(self) -> list[str]:
         "What a reader of a report on it should know."
         return []

@@ -134,7 +134,8 @@ def check_choices(student: Student, questions: Sequence[Question]) -> None:
                     " tokenizer",
                     field="student",
                     value=student.name,
-                    remedy="Take a student whose tokenizer knows these words, or leave the question out.",
+                    remedy="Name a student whose tokenizer knows these words (the embedded one knows the micro-world's"
+                    " alone), or leave the question out.",
                 )
 
 # %% ../../nbs/51_rows.ipynb #3bee1ae8

@@ -66,6 +66,8 @@ def card_text(note: dict, data: str = "") -> str:
     template = shipped("data", "report", "card.md").read_text(encoding="utf-8")
     base, about = Path(note["base"]), note.get("data", {})
     values = {**note, **note.get("engine", {})}
+    note = note if _has_counterfactual_part(note) else {**note, "objective": "factual"}
+    values["objective"] = note.get("objective", "counterfactual")
     if isinstance(note.get("deepspeed"), dict):
         values["deepspeed"] = "own configuration"
     measures = {**note["metrics"], **note.get("measured", {})}
@@ -104,10 +106,16 @@ methods = {
 }
 
 
+def _has_counterfactual_part(note) -> bool:
+    "False where the counterfactual objective had the weight 0: that is the factual one."
+    return note.get("objective", "counterfactual") != "counterfactual" or note.get("alpha_cf", 0.5) != 0
+
+
 def _used(name, note) -> bool:
     "Is this setting worth a line? The weights of other objectives are not."
     objective = registry.get(note.get("objective", "counterfactual"))
-    return name not in ("beta", "margin", "gamma") or objective is None or name in objective.uses
+    weights = ("alpha_cf", "beta", "margin", "gamma")
+    return name not in weights or objective is None or name in objective.uses
 
 
 def _prefix(note) -> str:
