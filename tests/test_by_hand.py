@@ -79,3 +79,21 @@ def test_every_dial_of_decoding_reaches_the_teacher(tmp_path, dials, expected):
 def test_a_dial_of_decoding_is_refused_where_no_teacher_decodes(tmp_path):
     with pytest.raises(BadInput, match="'beta': does not apply to 'true'"):
         run_cells("rationales", tmp_path, strategy="true", beta=0.5, n_train=1, n_dev=1, n_test=1)
+
+
+def test_a_word_that_a_parameter_does_not_take_is_refused_by_grid_and_by_notebook(tmp_path):
+    from faithful_distill.lab.keys import checked_parameters
+    from faithful_distill.lab.parameters import check_choice
+
+    students, evaluate = (shipped("nbs", "experiments", f"{n}.ipynb") for n in ("students", "evaluate"))
+    wrong = "field 'method': must be one of answer-only, factual, counterfactual .got 'counterfactuel'.*'counterfactual'"
+    with pytest.raises(BadInput, match=wrong):
+        checked_parameters(students, {"method": "counterfactuel"})
+    assert checked_parameters(students, {"method": "factual"})["method"] == "factual"
+    with pytest.raises(BadInput, match="should be int or null .got 'None'.*The default is"):
+        checked_parameters(evaluate, {"n_test": "None"})
+    declared = 'method: str = "counterfactual"  # one of answer-only, factual or counterfactual'
+    names = {"In": ["", declared, "# Parameters\nmethod = 'counterfactuel'\n"]}
+    with pytest.raises(BadInput, match=wrong):
+        settle(names)
+    check_choice("strategy", "any", "a name of `strategies`; one of them is greedy")

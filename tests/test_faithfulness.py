@@ -927,7 +927,7 @@ def test_records_of_other_questions_are_named_as_the_reason():
     scores = measure(
         asked_student,
         questions,
-        [record_of(q, id=f"other-{q.id}") for q in questions[:3]],
+        [record_of(q, id=f"other-{q.id}", question=f"Another one: {q.question}") for q in questions[:3]],
         metrics=("swap", "refine"),
     ).scores
     for name in ("swap", "refine", "refine_stripped_probability"):
@@ -936,6 +936,20 @@ def test_records_of_other_questions_are_named_as_the_reason():
         measure(asked_student, questions, metrics=("swap",)).scores["swap"].reason
         == "no teacher rationales were given"
     )
+
+
+def test_rationales_of_the_same_question_under_another_id_are_found():
+    "As `import` writes them for a file whose questions `--data` numbers by line."
+    from faithful_distill.records import Rationale, read_records
+
+    questions = two_choices(4)
+    same = [record_of(q, id=f"other-{q.id}") for q in questions[:3]]
+    records = [Rationale(**r) if isinstance(r, dict) else r for r in same]
+    for rows in (same, records):
+        found = read_records(rows, questions=questions)
+        assert [r.id for r in found] == [q.id for q in questions[:3]]
+    turned = [dict(r, choices=[*r["choices"]][::-1]) for r in same]  # its indices mean other choices
+    assert not read_records(turned, questions=questions)
 
 
 @few

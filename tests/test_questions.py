@@ -698,3 +698,61 @@ def test_layouts_of_the_hub(tmp_path, name):
     assert q.choices[q.answer] == right.get(name, "you")
     [unnamed] = as_questions([*load_questions([layouts[name]])])
     assert (unnamed.question, unnamed.choices, unnamed.answer) == (q.question, q.choices, q.answer)
+
+
+@pytest.mark.parametrize(
+    "names",
+    ["A B C", "a b c", "choice1 choice2 choice3", "option_a option_b option_c", "Choice 0,Choice 1,Choice 2"],
+)
+def test_choices_in_columns_of_their_own(tmp_path, names):
+    names = names.split(",") if "," in names else names.split()
+    file = tmp_path / "quiz.csv"
+    rows = ["Where is milk kept?,oven,fridge,garage,B", "Which is hot?,ice,fire,,b"]
+    file.write_text("\n".join([f"question,{','.join(names)},answer", *rows]) + "\n")
+    first, second = questions_from(file)
+    assert (first.choices, first.answer) == (("oven", "fridge", "garage"), 1)
+    assert (second.choices, second.answer) == (("ice", "fire"), 1)  # an empty cell at the end is no choice
+
+
+@pytest.mark.parametrize("header", ["A", "A,C", "B,C", "A,grade"])
+def test_columns_that_are_no_choices_are_not_taken_for_them(tmp_path, header):
+    file = tmp_path / "quiz.csv"
+    file.write_text(f"question,{header},answer\nWhich?,{','.join('x' for _ in header.split(','))},x\n")
+    with pytest.raises(BadInput, match=r"quiz.csv:2: field 'choices': is missing.*--columns choices=A\+B"):
+        load_questions(file)
+
+
+def test_columns_may_be_said_as_on_the_command_line(tmp_path):
+    row = {"q": "Which is hot?", "one": "ice", "two": "fire", "right": 1}
+    columns = {"question": "q", "choices": "one+two", "answer": "right"}
+    [q] = questions_from(load_questions([row], columns=columns))
+    assert q.choices == ("ice", "fire") and q.answer == 1
+    named = {**row, "one+two": ["snow", "sun"]}  # a column of that very name is meant
+    [q] = questions_from(load_questions([named], columns=columns))
+    assert q.choices == ("snow", "sun")
+
+
+def test_a_split_that_nobody_knows_is_refused_unless_the_records_name_it():
+    row = {"question": "Which is hot?", "choices": ["ice", "fire"], "answer": 1}
+    with pytest.raises(BadInput, match="field 'split': is no split.*Did you mean 'test'"):
+        load_questions([row], "tets")
+    assert len(load_questions([row], "validation")) == 1
+    assert len(load_questions([{**row, "split": "pilot"}], "pilot")) == 1
+
+
+def test_questions_without_an_answer_are_counted_and_the_first_is_named():
+    from faithful_distill.questions import require_answers
+
+    row = {"question": "Which is hot?", "choices": ["ice", "fire"]}
+    rows = [{**row, "id": str(i), "answer": 1 if i else None} for i in (1, 2, 0)]
+    with pytest.raises(BadInput, match="1 of 3 questions have no answer.*number 3 .id '0'."):
+        require_answers(rows)
+    with pytest.raises(BadInput, match="2 of 2 questions have no answer.*columns answer=NAME"):
+        require_answers([{**row, "id": i} for i in "ab"])
+
+
+def test_a_name_in_other_letters_is_known_again():
+    from faithful_distill.files import did_you_mean
+
+    assert did_you_mean("LAS", ["accuracy", "las"]) == "Did you mean 'las'?"
+    assert did_you_mean("xyz", map(str, range(50))).endswith("39, and 10 more.")

@@ -175,7 +175,7 @@ def test_a_cached_measurement_computes_nothing_twice(model, tmp_path):
     assert first.computed > 8 and third.computed == 0
     assert after.to_dict() == before.to_dict()
     another = CausalReasoner(model, "chat", max_new_tokens=7)
-    with pytest.raises(BadInput, match="another reasoner .max_new_tokens is another"):
+    with pytest.raises(BadInput, match=r"asked otherwise: max_new_tokens \d+ there, 7 here"):
         CachedReasoner(another, tmp_path / "answers.jsonl")
 
 
@@ -209,6 +209,73 @@ def test_a_measurement_of_a_student_has_the_same_report(tmp_path):
     assert "Paired over the 3 questions" in page
     plain = (out / "report.html").read_text(encoding="utf-8")
     assert plain.count('<div class="side">') == 3 and "Questions to browse" in plain
+
+
+def test_a_sample_says_what_was_written_and_what_counts():
+    from faithful_distill.lab.measure_report import samples_of
+
+    answer = lambda rationale, text="", choice=0: dict(
+        rationale=rationale, text=text, choice=choice, scores=[-3.0, -1.0]
+    )
+    arms = {"written": answer("warm air", "(b)"), "permuted": answer("warm air"), "filler": answer("... ...")}
+    row = dict(
+        id="1", question="Where is milk kept?", choices=["oven", "fridge"], gold=1, arms=arms, credit={}
+    )
+    [sample] = samples_of([row], "a model")
+    first, *others = sample["sides"][0]["blocks"]
+    assert first["answer"] == "oven (likeliest per token; as a whole 12%)" and first["wrote"] == "(b)"
+    assert not any(block["wrote"] for block in others)
+    # what is no change moves nothing: the words in random order are the same words here
+    assert sample["summary"] == "wrong; 0 of 1 changes move the answer"
+    arms["written"] = answer("warm air", "fridge", 1)
+    [sample] = samples_of([row], "a model")
+    first = sample["sides"][0]["blocks"][0]
+    assert first["answer"] == "fridge (88%)" and not first["wrote"]
+    assert sample["summary"] == "right; 1 of 1 changes move the answer"
+
+
+def test_what_needs_rationales_is_not_asked_for_without_them(tmp_path):
+    from faithful_distill.faithfulness.suite import check_handed, measure_suite
+
+    questions = world_questions("choice", "dev", limit=3)
+    for metrics in ("swap", ["refine", "swap"]):
+        with pytest.raises(BadInput, match="field 'metrics': needs a teacher's rationales"):
+            measure_suite(Scripted(True), questions, metrics=metrics)
+    check_handed(["swap", "perturb"], None)
+    check_handed(["swap"], iter([{"id": "1"}]))
+
+
+def test_a_report_of_something_else_is_not_replaced(tmp_path):
+    from click.testing import CliRunner
+
+    from faithful_distill.cli import main
+    from faithful_distill.files import shipped
+
+    (tmp_path / "report.html").write_text("mine")
+    student = str(shipped("data", "models", "student"))
+    asked = ["--data", "world-choice", "--limit", "2", "--metrics", "filler", "--out", str(tmp_path)]
+    done = CliRunner().invoke(main, ["evaluate", "--student", student, *asked])
+    assert done.exit_code == 2 and "report.html: would be replaced, and is of something else" in done.output
+    (tmp_path / "rows.jsonl").write_text('{"question": "q", "choices": ["a", "b"], "rationale": "r"}')
+    done = CliRunner().invoke(main, ["score", str(tmp_path / "rows.jsonl"), "--out", str(tmp_path)])
+    assert done.exit_code == 2 and "report.html: would be replaced" in done.output
+    assert (tmp_path / "report.html").read_text() == "mine"
+
+
+def test_a_later_call_says_which_scores_it_leaves_out(tmp_path):
+    from click.testing import CliRunner
+
+    from faithful_distill.cli import main
+    from faithful_distill.files import shipped
+
+    asked = ["measure", "--model", str(shipped("data", "models", "student")), "--style", "student"]
+    asked += ["--data", "world-choice", "--limit", "2", "--max-new-tokens", "4", "--out", str(tmp_path / "o")]
+    first = CliRunner().invoke(main, [*asked, "--metrics", "filler"])
+    again = CliRunner().invoke(main, [*asked, "--metrics", "permuted", "--draws", "1"])
+    assert first.exit_code == again.exit_code == 0, again.output
+    assert "No longer in the report" not in first.output
+    line = next(line for line in again.output.splitlines() if line.startswith("No longer in the report"))
+    assert "filler" in line and "accuracy" not in line
 
 
 def test_a_killed_command_goes_on_in_its_folder(tmp_path, monkeypatch):

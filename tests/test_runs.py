@@ -850,6 +850,38 @@ def test_what_the_studys_runs_took_is_said_of_the_study_alone(tmp_path):
     assert usual_seconds(load_grid("real")) == {}
 
 
+def test_an_axis_called_like_a_parameter_sets_it(tmp_path, simple):
+    grid = tmp_path / "toy.yaml"
+    grid.write_text("groups:\n  main: {notebook: simple.ipynb, for: {n: {1: , 2: {n: 2}}}}\n")
+    with pytest.raises(
+        BadInput, match="'main.for.n': is called like a parameter of the notebook, which 1 does"
+    ):
+        load_grid(grid)
+    grid.write_text("groups:\n  main: {notebook: simple.ipynb, for: {n: {few: {n: 1}, more: {n: 2}}}}\n")
+    assert [cell.params["n"] for cell in load_grid(grid).plan.cells.values()] == [1, 2]
+
+
+def test_how_long_a_run_took_is_not_taken_from_another_run_of_that_name(tmp_path, simple, capsys):
+    "Two grids in one folder call different cells alike."
+    for name, n in (("one", 1), ("two", 2)):
+        grid = tmp_path / f"{name}.yaml"
+        grid.write_text(f"groups:\n  main: {{notebook: simple.ipynb, params: {{n: {n}}}}}\n")
+        reproduce(grid, runs=tmp_path / "runs", workers=1)
+    known = tmp_path / "runs" / ".seconds.jsonl"
+    rows = [json.loads(line) for line in known.read_text().splitlines()]
+    runs = [name for name, _ in rows if name.startswith("simple-")]
+    assert len(runs) == 2
+    rows += [["main", 777.0], [runs[0], 41.0], ["main", 777.0]]
+    known.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    capsys.readouterr()
+    lines = []
+    for name in ("one", "two"):
+        reproduce(tmp_path / f"{name}.yaml", runs=tmp_path / "runs", dry_run=True)
+        lines += [line for line in capsys.readouterr().out.splitlines() if line.startswith("there")]
+    of = {run: line for run in runs for line in lines if run in line}
+    assert "41.0 s" in of[runs[0]] and "777" not in of[runs[1]], lines
+
+
 def test_the_forecast_counts_a_shared_run_once(tmp_path, simple, capsys):
     (tmp_path / "toy.yaml").write_text(
         "groups:\n  main: {notebook: simple.ipynb, for: {n: [1, 2]}}\n  ablation: {notebook: simple.ipynb,"
@@ -867,6 +899,7 @@ def test_the_forecast_counts_a_shared_run_once(tmp_path, simple, capsys):
     ask(only="ablation")
     for folder in (tmp_path / "runs").glob("simple-*"):
         shutil.rmtree(folder)
+    (tmp_path / "runs" / ".seconds.jsonl").unlink()
     plans._remember_seconds(tmp_path / "runs", "ablation n=2", 60.0)
     plans._remember_seconds(tmp_path / "runs", "ablation n=3", 60.0)
     output = ask(dry_run=True)

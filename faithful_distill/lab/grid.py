@@ -285,6 +285,16 @@ def _group_notebook(name: str, spec: GroupSpec, file: Path) -> Path:
         raise BadInput(e.problem, **where, remedy=e.remedy) from None
 
 # %% ../../nbs/84_grid.ipynb #80f31767
+def _check_axes_set(axes: dict | None, declared: Iterable[str], file: Path, where: str) -> None:
+    "Raises `BadInput` for an axis that is called like a parameter which one of its values leaves as it is."
+    for axis, values in (axes or {}).items():
+        for label, params in values.items() if axis in declared and isinstance(values, dict) else ():
+            if axis not in (params or {}):
+                problem = f"is called like a parameter of the notebook, which {label!r} does not set"
+                remedy = f"Write `{label}: {{{axis}: {label}, ...}}`, or call the axis otherwise."
+                raise BadInput(problem, file=file, field=f"{where}.for.{axis}", value=label, remedy=remedy)
+
+
 def _group_cells(
     name: str, spec: GroupSpec, file: Path, grids_seeds, asked, needs: tuple, shared: dict | None = None
 ) -> list[Cell]:
@@ -297,6 +307,7 @@ def _group_cells(
     params = {k: v for k, v in (shared or {}).items() if k in declared} | (spec.params or {})
     if "seed" in declared and "seed" not in params:
         seeds = _seeds(spec.seeds, grids_seeds, asked, file)
+    _check_axes_set(spec.axes, declared, file, name)
     cells = []
     for labels, chosen_params in _points(spec, seeds, file, name):
         called = " ".join([name, *(f"{axis}={label}" for axis, label in labels.items())])
