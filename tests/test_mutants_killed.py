@@ -10,12 +10,14 @@ import re
 from dataclasses import replace
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 
 from faithful_distill.faithfulness.families import Rev, ScoringTask
 from faithful_distill.faithfulness.interventions import measure
-from faithful_distill.faithfulness.metrics import counterfactual_insertion
+from faithful_distill.faithfulness.intervals import counted_twice
+from faithful_distill.faithfulness.metrics import _las_overlaps, counterfactual_insertion
 from faithful_distill.faithfulness.external import read_rationales
 from faithful_distill.faithfulness.readers import ChoiceReader, Reader, fit_reader
 from faithful_distill.faithfulness.simulators import (
@@ -24,6 +26,7 @@ from faithful_distill.faithfulness.simulators import (
     simulate_folds,
     simulator_texts,
 )
+from faithful_distill.files import BadInput
 from faithful_distill.questions import Question
 from faithful_distill.student.loss import (
     answer_token_weight,
@@ -33,7 +36,13 @@ from faithful_distill.student.loss import (
     student_logits,
 )
 from faithful_distill.student.model import tiny_student
-from faithful_distill.student.rows import collate, training_rows
+from faithful_distill.student.rows import (
+    batches_by_length,
+    check_choices,
+    collate,
+    examples_of,
+    training_rows,
+)
 from faithful_distill.teacher.contrast import Generation, Stop, rationale_text, reference_generate
 from faithful_distill.teacher.generate import contrastive_generate
 from faithful_distill.teacher.strategy import argument
@@ -149,6 +158,46 @@ def test_the_factual_objective_is_the_mean_over_factual_tokens_whatever_the_weig
 def test_a_rationale_has_at_most_the_documented_number_of_tokens():
     for generate in (reference_generate, contrastive_generate):
         assert inspect.signature(generate).parameters["max_new_tokens"].default == 64
+
+
+def test_counterfactual_rows_without_a_factual_one_are_dealt_out_in_turn():
+    row = lambda counterfactual: SimpleNamespace(counterfactual=counterfactual)
+    rows, ids = [row(False), row(False), row(True), *[row(True)] * 5], ["a", "b", "b", *"cdefg"]
+    assert [len(example) for example in examples_of(rows, ids)] == [4, 4]
+
+
+def test_batches_of_one_length_are_full():
+    batches = batches_by_length([5] * 10, 4)
+    assert sorted(map(len, batches)) == [2, 4, 4] and sorted(i for b in batches for i in b) == [*range(10)]
+
+
+def test_choices_that_a_student_cannot_tell_apart_are_refused():
+    student = tiny_student(["Which animal builds dams? beaver otter"])
+    same = Question("1", "Which animal builds dams?", ("beaver", "qqq", "zzz"), 0)
+    check_choices(student, [replace(same, choices=("beaver", "otter"))])
+    with pytest.raises(BadInput, match="choices 'qqq' and 'zzz' of question '1' are the same tokens"):
+        check_choices(student, [same])
+
+
+def test_the_simulators_share_of_the_spread_of_las_by_numeric_derivatives():
+    "Of LAS and both its bins: what one example weighs, found by weighing it a little more."
+    rng = np.random.default_rng(0)
+    k = (rng.random((3, 40)) < 0.6).astype(float)
+    d = rng.integers(-1, 2, (3, 40)).astype(float) * (1 + k)
+
+    def parts(weights):
+        weights = np.broadcast_to(weights, k.shape)
+        of_1 = (weights * k * d).sum(1) / (weights * k).sum(1)
+        of_0 = (weights * (1 - k) * d).sum(1) / (weights * (1 - k)).sum(1)
+        return np.stack([(of_1 + of_0) / 2, of_0, of_1, (weights * d).sum(1) / weights.sum(1)])
+
+    step = 1e-6 * np.eye(40)
+    influence = np.stack(
+        [(parts(1 + e) - parts(1 - e)) / 2e-6 for e in step], -1
+    )  # (part, simulator, example)
+    found = _las_overlaps(np.stack([k, k * d, d], -1), None)
+    for part, share in zip(influence, found.values(), strict=True):
+        assert share == pytest.approx(counted_twice(part, None), abs=1e-6)
 
 
 # ---- which answer a rationale argues for
