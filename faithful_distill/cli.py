@@ -102,7 +102,8 @@ def reproduce(
     list
         print what there is to compute, and stop
     dry_run
-        the same: what would be computed, how long it took last time, or (~) where the package's study was computed
+        the same: what would be computed, and how long it took when it was last computed here; ~: where the package's own
+        study was computed; ?: not known
     keep
         folder such as data/results: what stands in its tables is not computed again, and when all is done the small tables that the figures read are written there
     """
@@ -247,7 +248,8 @@ def rationales(
     budget
         the most tokens that a server may read and write; what was written is kept, and a later call goes on
     prompt
-        worked examples: csqa, strategyqa, creak, qasc, a .jsonl file, or none; the dataset's own if not given
+        worked examples: csqa, strategyqa, creak, qasc, a file of your own with question, choices, answer, rationale, or
+        none; the dataset's own if not given
     out
         JSON-lines file; a second call goes on where the first one stopped
     dry_run
@@ -663,7 +665,8 @@ def measure(
         of the rationales that are measured, for the control paraphrased: a JSON-lines file with rationale and paraphrase,
         or the address of an OpenAI-compatible server that writes them
     prompt
-        worked examples: csqa, strategyqa, creak, qasc, a .jsonl file, or none; the dataset's own if not given
+        worked examples: csqa, strategyqa, creak, qasc, a file of your own with question, choices, answer, rationale, or
+        none; the dataset's own if not given
     shots
         how many worked examples; all for worked, none for chat and think if not given
     system

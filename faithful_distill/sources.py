@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from .files import BadInput, check_target, did_you_mean, write_text
-from .formats import check_columns, read_rows, rows_of, with_columns
+from .formats import check_columns, names_a_file, read_rows, rows_of, with_columns
 from faithful_distill.layouts import (
     read_boolq,
     read_creak,
@@ -195,11 +195,7 @@ def _find(data, split: str, path, config: str | None, bad: list | None) -> _Foun
     if path is not None:
         problem, remedy = "is not a dataset that path= can be given for", did_you_mean(name, sources)
         raise BadInput(problem, field="data", value=name, remedy=remedy)
-    if (
-        re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", name)
-        and not Path(name).exists()
-        and not _of_a_file.search(name)
-    ):
+    if re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", name) and not Path(name).exists() and not names_a_file(name):
         source = Source(plain_fields, {}, name, config=config or "")
         return _Found(name, enumerate(_hub_rows(name, source, split, None), 1), None, name.split("/")[1])
     if not Path(name).exists():
@@ -212,9 +208,6 @@ def _find(data, split: str, path, config: str | None, bad: list | None) -> _Foun
     return _Found(
         name, read_rows(Path(name), bad), None, re.split(r"\.(?=json|[ct]sv|parquet)", Path(name).name)[0]
     )
-
-
-_of_a_file = re.compile(r"\.(jsonl?|[ct]sv|parquet)(\.gz)?$")
 
 # %% ../nbs/03_sources.ipynb #0d644187
 def _find_known(name: str, source: Source, split: str, path, bad: list | None) -> _Found:

@@ -166,7 +166,7 @@ class Paraphrased(Control):
     paraphrase: Any = None
 
     def lacks(self, context):
-        no_paraphraser = "no paraphrases were given (--paraphrases; Paraphrased(paraphrase))"
+        no_paraphraser = "no paraphrases were given (--paraphrases)"
         return Score(None, n=0, reason=no_paraphraser) if self.paraphrase is None else None
 
     def texts(self, context):

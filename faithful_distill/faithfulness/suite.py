@@ -25,6 +25,7 @@ from .intervals import Score
 from .paraphrases import with_paraphrases
 from .protocol import interventions
 from .scoring import score_rationales
+from .. import __version__
 from ..files import BadInput, did_you_mean
 from ..reasoners.protocol import Reasoner, as_reasoner
 
@@ -193,4 +194,6 @@ def measure_suite(
     how = dict(metrics=chosen, draws=draws, seed=seed, interval=interval)
     measured = measure(reasoner, questions, rationales, **how)
     scores = measured.scores | text_scores(measured, of_text, simulator, interval)
-    return Suite(scores, suite_rows(measured), suite_facts(reasoner, measured), measured.left_out)
+    facts = suite_facts(reasoner, measured)
+    facts |= {"metrics": ", ".join(metrics), "draws": draws, "seed": seed, "package": __version__}
+    return Suite(scores, suite_rows(measured), facts, measured.left_out)

@@ -458,6 +458,8 @@ def _shipped_grid(profile) -> Path:
     known = sorted(p.stem for p in folder.glob("*.yaml"))
     if profile not in known:
         remedy = did_you_mean(profile, known) if known else "Name a YAML file."
+        if Path(f"{profile}.yaml").is_file():
+            remedy = f"Did you mean {f'{profile}.yaml'!r}?"
         raise BadInput("is not a profile", field="profile", value=profile, remedy=remedy)
     return folder / f"{profile}.yaml"
 
@@ -508,7 +510,7 @@ def load_grid(profile, seeds: int | list[int] | None = None, data_dir: str | Non
         cell.params = {k: _resolved(v, cell, groups) for k, v in cell.params.items()}
     report = cells["report"][0].name if spec.report is not None else None
     title, about = spec.title or file.stem, spec.about or ""
-    return Grid(file.stem, title, about, Plan(everything), file, [c.name for c in drawn], report)
+    return Grid(file.stem, title, about, Plan(everything, file), file, [c.name for c in drawn], report)
 
 # %% ../../nbs/84_grid.ipynb #c61834dc
 def chosen(plan: Plan, only: str | Iterable[str]) -> list[str]:

@@ -113,10 +113,18 @@ class Plan:
     """Cells in an order in which they can run.
 
     Raises `BadInput` for a name given twice, an unknown reference, a circle.
+
+    Parameters
+    ----------
+    cells
+        in any order
+    file
+        that the cells are written in, for errors; None: none
     """
 
-    def __init__(self, cells: Iterable[Cell]):
+    def __init__(self, cells: Iterable[Cell], file: Path | None = None):
         self.cells: dict[str, Cell] = {}
+        self.file = file
         for cell in cells:
             if cell.name in self.cells:
                 raise BadInput("names two cells", field=cell.name, remedy="Give each cell a name of its own.")
@@ -173,7 +181,12 @@ def planned_cell(
         return planned_run(cell.notebook, params, runs, snapshot)
     except BadInput as e:
         known = {k: getattr(e, k) for k in ("file", "line", "field", "value", "remedy")}
-        raise BadInput(f"cell {name!r}: {e.problem}", **known) from None
+        problem = f"cell {name!r}: {e.problem}"
+        if plan.file is not None and Path(str(e.file)) == Path(
+            cell.notebook
+        ):  # what is wrong is not wrong there
+            problem, known["file"] = f"{problem} ({Path(cell.notebook).name})", plan.file
+        raise BadInput(problem, **known) from None
 
 # %% ../../nbs/83_plan.ipynb #fceaf8c8
 def last_seconds(runs) -> dict[str, float]:

@@ -500,12 +500,14 @@ terms = {
 
 
 def terms_in(text: str, level: str = "95 %") -> dict[str, str]:
-    "Those of `terms` that a text uses, whatever their case; of a pair, if it uses the second."
-    said = text.lower()
+    "Those of `terms` that a text uses as words, whatever their case (LAS in capitals); of a pair, if it uses the second."
+
+    def used(term: str) -> bool:
+        case = re.NOFLAG if term.isupper() else re.IGNORECASE
+        return re.search(rf"\b{re.escape(term)}", text, case) is not None
+
     return {
-        name: meaning.format(level=level)
-        for name, meaning in terms.items()
-        if name.split(", ")[-1].lower() in said
+        name: meaning.format(level=level) for name, meaning in terms.items() if used(name.split(", ")[-1])
     }
 
 

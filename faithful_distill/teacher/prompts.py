@@ -11,7 +11,8 @@ from functools import cache
 from pathlib import Path
 from typing import Sequence
 
-from ..files import BadInput, content_key, read_jsonl, shipped
+from ..files import BadInput, content_key, shipped
+from ..formats import names_a_file, read_rows
 from ..models import part_special_words
 from faithful_distill.questions import (
     Question,
@@ -57,21 +58,21 @@ def demonstrations(name_or_file: str) -> tuple[tuple[Question, str], ...]:
 
     Raises `BadInput` that names file and line.
     """
-    path = Path(name_or_file) if str(name_or_file).endswith(".jsonl") else _shipped_prompt(name_or_file)
+    path = Path(name_or_file) if names_a_file(name_or_file) else _shipped_prompt(name_or_file)
     return _examples(path, path.stat().st_mtime_ns if path.is_file() else None)
 
 
 def _shipped_prompt(name: str) -> Path:
     files = {p.stem: p for p in shipped("data", "prompts").glob("*.jsonl")}
     if name not in files:
-        remedy = f"Use one of {', '.join(sorted(files))}, or a .jsonl file."
+        remedy = f"Use one of {', '.join(sorted(files))}, or a file (.jsonl, .csv, ...)."
         raise BadInput("has no worked examples", field="prompt", value=name, remedy=remedy)
     return files[name]
 
 # %% ../../nbs/20_prompts.ipynb #7211b321
 @cache
 def _examples(path: Path, changed: int | None) -> tuple[tuple[Question, str], ...]:
-    return tuple(_example(row, path, line) for line, row in read_jsonl(path))
+    return tuple(_example(row, path, line) for line, row in read_rows(path))
 
 
 def _example(row: dict, path: Path, line: int) -> tuple[Question, str]:
