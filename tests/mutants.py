@@ -47,7 +47,7 @@ modules = {
     "metrics": ("faithfulness/metrics.py", f"{killers} tests/test_faithfulness.py"),
     "simulators": (
         "faithfulness/simulators.py",
-        f"{killers} tests/test_faithfulness.py tests/test_scoring.py",
+        f"tests/test_simulators.py {killers} tests/test_faithfulness.py tests/test_scoring.py",
     ),
 }
 
