@@ -9,7 +9,7 @@ from pathlib import Path
 root = Path(__file__).resolve().parents[1]
 cells = {
     "nbs/figures/fig02_students.ipynb": "of_last",
-    "nbs/figures/fig05_swap.ipynb": "after_prefix.items()",
+    "nbs/figures/fig05_swap.ipynb": "in after_prefix}",
     "nbs/figures/claims.ipynb": "bottom_line(draft",
     "nbs/figures/fig14_real.ipynb": '"readme.md"',
 }

@@ -297,6 +297,8 @@ class _Known:
         id, text, choices = (_field(row, name) for name in ("id", "question", "choices"))
         if isinstance(id, str) and id in self.by_id:
             return self.by_id[id]
+        if not isinstance(id, (str, int, type(None))):
+            return None  # whoever makes a record of it says so
         if not isinstance(text, str) or not isinstance(choices, (list, tuple)):
             return None
         if not all(isinstance(c, str) for c in choices):

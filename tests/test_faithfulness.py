@@ -1065,7 +1065,9 @@ def test_rationales_may_be_a_file_and_an_error_names_its_line(tmp_path):
     file = write_records(tmp_path / "teacher.jsonl", rows)
     from_file = measure(asked_student, questions, file, metrics=["swap"])
     assert from_file.to_dict() == in_memory.to_dict() and from_file.scores["swap_none"].value is not None
-    strangers = write_records(tmp_path / "others.jsonl", [r | {"id": "x" + r["id"]} for r in rows])
+    strangers = write_records(
+        tmp_path / "others.jsonl", [r | {"id": "x" + r["id"], "question": "So?"} for r in rows]
+    )
     scores = measure(asked_student, questions, strangers, metrics=["swap"]).scores
     assert "none of the 8 teacher rationales" in scores["swap"].reason
     file.write_text(file.read_text().replace('"target": 1', '"target": 7'))

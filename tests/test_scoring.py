@@ -748,7 +748,15 @@ def test_results_are_written_before_they_are_said(tmp_path, monkeypatch):
     file, out = tmp_path / "own.jsonl", tmp_path / "scored"
     file.write_text("\n".join(map(json.dumps, rows_of_a_file[:4])))
     with pytest.raises(BrokenPipeError):
-        score(str(file), out=str(out), metrics=["ratings"], parts=3, simulators=1, train_limit=4000)
+        score(
+            str(file),
+            out=str(out),
+            metrics=["ratings"],
+            parts=3,
+            simulators=1,
+            train_limit=4000,
+            test_limit=3000,
+        )
     assert {p.name for p in out.iterdir()} >= {"metrics.json", "scores.jsonl", "report.html"}
 
 
