@@ -7,12 +7,13 @@ import numpy as np
 import pytest
 
 from faithful_distill.faithfulness.frozen import FrozenReader
-from faithful_distill.faithfulness.intervals import mean_score
+from faithful_distill.faithfulness.intervals import Score, mean_score
 from faithful_distill.faithfulness.perturb import join_words, words_of
 from faithful_distill.faithfulness.readers import Reader
 from faithful_distill.faithfulness.simulators import (
     ModelBehaviour,
     Simulation,
+    at_chance,
     cross_fitted,
     fitting,
     folds,
@@ -247,6 +248,22 @@ def test_accuracy_on_gold_labels_is_over_those_that_are_known(cluster):
         assert found[name].details["chance"] == pytest.approx((1 / 2 + 3 / 4) / 4)
     none = gold_scores(hits, [-1] * 5, [2] * 5)
     assert {s.reason for s in none.values()} == {"no gold answers are given"}
+
+
+@pytest.mark.parametrize(
+    "value, low, named",
+    [
+        (0.6, 0.51, False),
+        (0.6, 0.5, True),
+        (0.6, 0.4, True),
+        (0.6, None, False),
+        (0.5, None, True),
+        (None, None, False),
+    ],
+)
+def test_a_simulator_that_is_not_surely_above_chance_is_named(value, low, named):
+    line = at_chance(Score(value, low, low and 0.7, 100, details={"chance": 0.5}))
+    assert line.startswith("the simulator is at chance") == named and (named or line == "")
 
 
 def test_las_is_tried_only_where_it_can_be():
