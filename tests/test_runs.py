@@ -850,6 +850,14 @@ def test_what_the_studys_runs_took_is_said_of_the_study_alone(tmp_path):
     assert usual_seconds(load_grid("real")) == {}
 
 
+def test_the_grid_of_the_how_to_page_can_be_run(tmp_path):
+    page = (Path(__file__).parents[1] / "docs/howto/own-grid.md").read_text(encoding="utf-8")
+    (tmp_path / "mine.yaml").write_text(re.search(r"```yaml\n(.*?)```", page, re.DOTALL)[1])
+    plan = load_grid(tmp_path / "mine.yaml").plan
+    plan.runs(tmp_path / "runs")  # every parameter is known, and of its type
+    assert len(plan.cells) == 7 and sum("alpha_cf=0.5" in name for name in plan.cells) == 2
+
+
 def test_an_axis_called_like_a_parameter_sets_it(tmp_path, simple):
     grid = tmp_path / "toy.yaml"
     grid.write_text("groups:\n  main: {notebook: simple.ipynb, for: {n: {1: , 2: {n: 2}}}}\n")
