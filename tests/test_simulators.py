@@ -365,3 +365,13 @@ def test_detectors_are_trained_anew_on_what_is_left_until_nothing_leaks():
         assert left == pytest.approx(words / 6), rounds
         detectors = len(simulator.readers) - 2
         assert detectors == rounds
+
+
+def test_behaviour_has_one_rationale_and_one_prediction_a_question():
+    [q] = asked(1)
+    for rationales, predictions in ((["a"], []), ([], [0]), (["a", "b"], [0])):
+        with pytest.raises(BadInput, match="differ in number"):
+            ModelBehaviour([q], rationales, predictions)
+    for outside in (2, -1):
+        with pytest.raises(BadInput, match="is not a choice of question 'q0'"):
+            ModelBehaviour([q], ["a"], [outside])

@@ -537,7 +537,8 @@ class RoraLite(_Information):
         rows, (trained, read) = self.pick(task), super().work(task)
         detectors, _ = task.work(len(rows), 1)
         variants = sum(1 + len(words_of(task.rows[i].reasons)) for i in rows)
-        return trained + 2 * detectors, read + 2 * task.parts * variants
+        anew = 1 if task.frozen else task.parts  # a frozen reader reads a text once for all parts
+        return trained + 2 * detectors, read + 2 * anew * variants
 
 # %% ../../nbs/79_families.ipynb #1c90e4f2
 def _against_ratings(task: ScoringTask, name: str, mean: dict[int, float]) -> dict[str, Score]:
