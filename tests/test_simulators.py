@@ -8,6 +8,7 @@ import pytest
 
 from faithful_distill.faithfulness.frozen import FrozenReader
 from faithful_distill.faithfulness.intervals import Score, mean_score
+from faithful_distill.faithfulness.metrics import rev
 from faithful_distill.faithfulness.perturb import join_words, words_of
 from faithful_distill.faithfulness.readers import Reader
 from faithful_distill.faithfulness.simulators import (
@@ -310,6 +311,11 @@ def test_rev_of_one_class_is_not_defined():
     same = behaviour(["milk"] * 4, [0] * 4)
     found = measure_rev(Simulator(by_words), same, same, draws=50)
     assert found.value is None and found.n == 4 and "one class only" in found.reason
+
+
+def test_rev_of_nothing_has_no_value_and_no_details():
+    nothing = rev([], [])
+    assert (nothing.value, nothing.n, nothing.reason, nothing.details) == (None, 0, "no examples", {})
 
 
 # ---- RORA-lite
