@@ -591,13 +591,14 @@ def evaluate(
             scores |= try_las(simulator, behaviour, cluster=facts)
         write_json(folder / "metrics.json", {name: s.to_dict() for name, s in scores.items()})
     if (Path(student) / "student.json").is_file():
-        model_card(
-            student, {f"{name} ({Path(data).name}, {split})": s.to_dict() for name, s in scores.items()}
+        asked_of = (
+            f"{Path(data).name}, {split}"  # a file may have several splits, and the card keeps them all
         )
+        measures = {f"{name} ({asked_of})": s.to_dict() for name, s in scores.items()}
+        model_card(student, measures)
     reasoner = as_reasoner(model, batch_size, max_new_tokens)
     suite = Suite(scores, suite_rows(measured), suite_facts(reasoner, measured), measured.left_out)
-    about = Path(data).name if Path(data).is_file() else f"{data}, {split}"
-    report = write_suite(suite, folder, f"{Path(student).name} on {about}")
+    report = write_suite(suite, folder, f"{Path(student).name} on {_asked_of(data, split)}")
     _show_scores(suite)
     click.echo(f"Report: {report}")
     if unread := sum(a.choice is None for a in written):
@@ -735,8 +736,7 @@ def measure(
         how["interval"] = {"cluster": facts}
         before = read_scores(folder)
         suite = measure_suite(reasoner, questions, rationales or (), **how)
-        about = Path(data).name if Path(data).is_file() else f"{data}, {split}"
-        report = write_suite(suite, folder, f"{Path(model).name} on {about}", compare)
+        report = write_suite(suite, folder, f"{Path(model).name} on {_asked_of(data, split)}", compare)
         reasoner.close()
     _show_scores(suite)
     click.echo(
@@ -859,6 +859,11 @@ def completion(
 
     made = get_completion_class(shell)(main, {}, "faithful-distill", "_FAITHFUL_DISTILL_COMPLETE")
     click.echo(made.source())
+
+
+def _asked_of(data: str, split: str) -> str:
+    "What the questions are of: a file by its name, a dataset with its split."
+    return Path(data).name if Path(data).is_file() else f"{Path(data).name}, {split}"
 
 
 def _show_scores(scored) -> None:

@@ -327,10 +327,10 @@ def reproduce(
 def small_table(table, digits: int = 6):
     """A table of results as it is kept: scores with their n, and what has no interval by nature.
 
-    Nothing of training questions, no columns without labels, of a long table no details; rounded.
+    No details, nothing of training questions, no columns without labels; rounded.
     """
     no_interval = r"(?:^|\.)(?:tokens|seconds|peak_mib|resumed|parameters\.student|cost\.\w+)$"
-    detail = r"^train\." + (r"|_(?:probability|same|shift)(?:\.|$)" if len(table) > 20_000 else "")
+    detail = r"^train\.|_(?:probability|shift)(?:\.|$)"
     metric = table["metric"].str
     kept = table[(table["n"].notna() | metric.contains(no_interval)) & ~metric.contains(detail)]
     kept = kept.round({"value": digits, "low": digits, "high": digits})

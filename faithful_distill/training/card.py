@@ -67,7 +67,7 @@ def card_text(note: dict, data: str = "") -> str:
     base, about = Path(note["base"]), note.get("data", {})
     values = {**note, **note.get("engine", {})}
     note = note if _has_counterfactual_part(note) else {**note, "objective": "factual"}
-    values["objective"] = note.get("objective", "counterfactual")
+    values["objective"] = "answer-only" if note["answer_only"] else note.get("objective", "counterfactual")
     if isinstance(note.get("deepspeed"), dict):
         values["deepspeed"] = "own configuration"
     measures = {**note["metrics"], **note.get("measured", {})}
@@ -80,7 +80,7 @@ def card_text(note: dict, data: str = "") -> str:
         questions=about.get("questions", "?"),
         teachers=about.get("teachers", []),
         answer_only=note["answer_only"] or note.get("objective") == "multitask",
-        method=methods.get(note.get("objective", "counterfactual"), "an objective of its own"),
+        method=methods.get(values["objective"], "an objective of its own"),
         prefix=_prefix(note),
         encoder_decoder=note.get("encoder_decoder", False),
         lists_choices=not note.get("hide_choices", False),
@@ -97,6 +97,7 @@ def card_text(note: dict, data: str = "") -> str:
 _scott = "Wang et al. 2023, *SCOTT: Self-Consistent Chain-of-Thought Distillation*"
 _consistent = "two right rationales must lead to the same answer (after Chen et al. 2023, *MCC-KD*)"
 methods = {
+    "answer-only": "answers alone are learned, without a rationale",
     "factual": "rationales and answers of a teacher are imitated",
     "counterfactual": _scott,
     "margin": "a margin between right and wrong rationales (Paul et al. 2024, *FRODO*, from its equation)",
