@@ -9,7 +9,7 @@ from pathlib import Path
 
 import yaml
 
-verdict_line = re.compile(r"^(holds|does not hold|inconclusive) +(\(against the method\) )?(.+)$")
+verdict_line = re.compile(r"^(holds|does not hold|inconclusive) +(\(against [^)]+\) )?(.+)$")
 origin_line = re.compile(r"^`\S+` (?:was|comes|is) .*$")
 holds = {"holds": True, "does not hold": False, "inconclusive": None}
 

@@ -65,9 +65,9 @@ def claim(
     }
 
 # %% ../../nbs/91_report.ipynb #719a14b6
-def against(c: dict) -> dict:
-    "A claim marked as one that speaks against the method if it holds."
-    return {**c, "against": True}
+def against(c: dict, what: str = "the method") -> dict:
+    "A claim marked as one that speaks against something if it holds."
+    return {**c, "against": what}
 
 
 def speaks_against(c: dict) -> bool:
@@ -78,7 +78,7 @@ def speaks_against(c: dict) -> bool:
 def verdict(c: dict) -> str:
     "A claim as a line: 'holds  A beats B: 12 points [8, 16], n = 300 × 5'."
     details = "; ".join(filter(None, [c["number"], c["remark"]]))
-    mark = "(against the method) " * speaks_against(c)
+    mark = f"(against {c['against']}) " if speaks_against(c) else ""
     return f"{verdict_words[c['holds']]:16s}{mark}{c['text']}: {details}"
 
 # %% ../../nbs/91_report.ipynb #848cd89c
@@ -450,9 +450,11 @@ def _data_uri(png: Path) -> str:
     return "data:image/png;base64," + base64.b64encode(png.read_bytes()).decode()
 
 # %% ../../nbs/91_report.ipynb #0153afd4
-def _by_side(claims: Iterable[dict]) -> list[tuple[bool, list[dict]]]:
-    "(whether they speak against the method, claims): those of the method first; without a side that has none."
-    sides = {side: [c for c in claims if speaks_against(c) is side] for side in (False, True)}
+def _by_side(claims: Iterable[dict]) -> list[tuple[str, list[dict]]]:
+    "(what they would speak against, claims): first those that speak against nothing, under ''; no side is empty."
+    sides = {"": []}
+    for c in claims:
+        sides.setdefault(c["against"] if speaks_against(c) else "", []).append(c)
     return [(side, found) for side, found in sides.items() if found]
 
 # %% ../../nbs/91_report.ipynb #435096e5
@@ -518,13 +520,14 @@ def _words_of(section: Section) -> str:
 # %% ../../nbs/91_report.ipynb #5dab7022
 def bottom_line(claims: Sequence[dict]) -> str:
     "How many claims hold, and which do not; then the same of what speaks against the method. '' without claims."
-    theirs = [c for c in claims if not speaks_against(c)]
-    found = [c for c in claims if speaks_against(c)]
-    line = _counted(theirs, "claim", False, "What does not hold") if theirs else ""
-    if found:
-        more = _counted(found, "finding that would speak against the method", True, "What speaks against it")
-        line = " ".join(filter(None, [line, more]))
-    return line
+    lines = []
+    for what, found in _by_side(claims):
+        if what:
+            name, of_interest = f"finding that would speak against {what}", "What speaks against it"
+        else:
+            name, of_interest = "claim", "What does not hold"
+        lines.append(_counted(found, name, bool(what), of_interest))
+    return " ".join(lines)
 
 
 def _counted(claims: Sequence[dict], name: str, listed: bool, heading: str) -> str:
