@@ -441,10 +441,9 @@ def import_(
         JSON-lines file for `train`
     """
     from faithful_distill.exchange import import_rationales
-    from faithful_distill.files import check_target
-    from faithful_distill.records import write_records
+    from faithful_distill.records import own_records, write_records
 
-    check_target(out)
+    own_records(out, [source])
     with shown_log():
         records = import_rationales(source, layout, split, columns=columns, limit=limit)
     click.echo(f"{write_records(out, records)}: {len(records)} rationales")
@@ -545,7 +544,7 @@ def evaluate(
     from faithful_distill.faithfulness.simulators import ModelBehaviour, try_las
     from faithful_distill.faithfulness.suite import Suite, suite_facts, suite_rows
     from faithful_distill.files import own_folder, write_json
-    from faithful_distill.lab.measure_report import write_suite
+    from faithful_distill.lab.measure_report import suite_files, write_suite
     from faithful_distill.lab.world import fact_of
     from faithful_distill.questions import require_answers
     from faithful_distill.reasoners.protocol import as_reasoner
@@ -559,7 +558,7 @@ def evaluate(
         read_records(
             rationales, questions=questions
         )  # what is wrong with them is said before a model is loaded
-    folder = own_folder(out, ("metrics.json", "facts.json", "rows.jsonl", "report.html"), ("answers.json",))
+    folder = own_folder(out, "evaluate", (*suite_files, "answers.json"), (data, path, rationales))
     if paraphrases is not None:
         metrics = with_paraphrases(metrics, Paraphrases(paraphrases, cache=folder / ".paraphrases.jsonl"))
     in_world = data.split("-")[0] == "world"
@@ -706,7 +705,8 @@ def measure(
     from faithful_distill.faithfulness.paraphrases import Paraphrases
     from faithful_distill.faithfulness.suite import check_handed, measure_suite, suite_names
     from faithful_distill.files import sole_writer
-    from faithful_distill.lab.measure_report import read_scores, read_suite, suite_folder, write_suite
+    from faithful_distill.files import own_folder
+    from faithful_distill.lab.measure_report import read_scores, read_suite, suite_files, write_suite
     from faithful_distill.lab.world import fact_of
     from faithful_distill.questions import require_answers
     from faithful_distill.reasoners.cached import CachedReasoner
@@ -719,7 +719,8 @@ def measure(
     questions = require_answers(
         read_questions(data, path, split, limit, skip_bad, columns, config), "measuring"
     )
-    folder = suite_folder(out)
+    names = (*suite_files, "answers.jsonl", "requests.jsonl")
+    folder = own_folder(out, "measure", names, (data, path, rationales))
     if paraphrases is not None:
         paraphrases = Paraphrases(paraphrases, cache=folder / ".paraphrases.jsonl")
     asked = dict(shots=shots, system=system, max_new_tokens=max_new_tokens, batch_size=batch_size)
@@ -801,14 +802,13 @@ def score(
     """
     from faithful_distill.faithfulness.scoring import score_rationales
     from faithful_distill.files import own_folder, sole_writer
-    from faithful_distill.lab.score_report import write_numbers, write_scored
+    from faithful_distill.lab.score_report import score_files, write_numbers, write_scored
     from faithful_distill.models import check_name
 
     if model is not None:
         check_name(model, "--model")
     simulator = named_simulator(simulator)
-    marks = ("scores.jsonl", ".score.lock")
-    folder, known = own_folder(out, ("metrics.json", "scores.jsonl", "report.html"), marks), []
+    folder, known = own_folder(out, "score", score_files, [file]), []
 
     def keep(scored):
         known.append(scored)

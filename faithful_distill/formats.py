@@ -99,7 +99,10 @@ def _csv_records(reader, path) -> Iterator[tuple[int, list[str]]]:
         except StopIteration:
             return
         except csv.Error as e:
-            raise BadInput(f"broken CSV: {e}", file=path, line=line, remedy="Mend the quotes.") from None
+            remedy = "Mend the quotes."
+            if "field limit" in str(e):
+                remedy = "Close the quote that was left open; or write so long a text as JSON lines."
+            raise BadInput(f"broken CSV: {e}", file=path, line=line, remedy=remedy) from None
 
 
 def _chained(first: str, rest: Iterator[str]) -> Iterator[str]:
@@ -128,7 +131,12 @@ def _parquet_rows(path) -> Iterator[tuple[int, dict]]:
 
     number = 0
     try:
-        for batch in pyarrow.parquet.ParquetFile(path).iter_batches(1000):
+        table = pyarrow.parquet.ParquetFile(path)
+        names = table.schema_arrow.names
+        if len(set(names)) < len(names):
+            remedy = "Rename one of the columns of one name."
+            raise BadInput("names a column twice", file=path, value=names, remedy=remedy)
+        for batch in table.iter_batches(1000):
             for row in batch.to_pylist():
                 number += 1
                 yield number, row
@@ -177,6 +185,7 @@ def _array_items(file, path) -> Iterator[tuple[int, Any, list[BadInput]]]:
                 raise BadInput("the JSON array does not end", file=path, line=line, remedy=remedy)
             continue
         if text[at] == "]":
+            _check_nothing_follows(text[at + 1 :], file, path, line)
             return
         problems.clear()
         try:
@@ -189,6 +198,16 @@ def _array_items(file, path) -> Iterator[tuple[int, Any, list[BadInput]]]:
             continue
         yield line, row, problems or _item_problems(row, "\\u" in text[at:end])
         line, at = line + text.count("\n", at, end), end
+
+
+def _check_nothing_follows(text: str, file, path, line: int) -> None:
+    while text:
+        if text.strip():
+            remedy = "Put all records into one array, or write one a line."
+            raise BadInput(
+                "has text after its JSON array", file=path, line=line, value=text.strip()[:40], remedy=remedy
+            )
+        text = file.read(_chunk)
 
 
 def _object(pairs: list, problems: list[BadInput]) -> dict:

@@ -11,7 +11,7 @@ from dataclasses import fields
 from pathlib import Path
 
 from . import __version__
-from .files import BadInput, sha256_file, writable_folder, write_json, write_text
+from .files import BadInput, own_folder, sha256_file, writable_folder, write_json, write_text
 from .lineage import question_fields, ways_made, without_question
 from .records import Rationale, read_records, write_records
 
@@ -54,13 +54,15 @@ def publish_rationales(
         remedy = "Use the hub's short name, such as cc-by-4.0 or apache-2.0."
         raise BadInput("is no licence's name", field="license", value=license, remedy=remedy)
     records = read_records(rationales)
-    folder = _own_folder(folder)
     parts = {role: [r for r in records if r.role == role] for role in ("gold", "counterfactual")}
+    folder = _own_folder(folder, rationales)
     files = {}
     for role, some in parts.items():
         if some:
             rows = [_published_row(r, questions) for r in some]
             files[role] = write_records(folder / f"{role}.jsonl", rows)
+        else:
+            (folder / f"{role}.jsonl").unlink(missing_ok=True)
     lineage = _lineage(records, files, dataset, license, questions)
     write_json(folder / "schema.json", _schema(questions))
     write_json(folder / "lineage.json", lineage)
@@ -74,19 +76,14 @@ def _published_row(r: Rationale, questions: bool) -> dict:
     return r.to_row() if questions else without_question(r.to_row())
 
 
-def _own_folder(folder) -> Path:
-    folder = writable_folder(folder)
+def _own_folder(folder, rationales) -> Path:
+    "A folder that holds nothing else, because all of it is published."
     names = {"gold.jsonl", "counterfactual.jsonl", "README.md", "schema.json", "lineage.json"}
-    others = sorted(p.name for p in folder.iterdir() if p.name not in names)
-    ours = (folder / "lineage.json").is_file() and '"faithful_distill"' in (
-        folder / "lineage.json"
-    ).read_text()
-    if others or any(folder.iterdir()) and not ours:
-        found = ", ".join(others[:3]) or "files of another program"
+    there = writable_folder(folder).iterdir()
+    if others := sorted(p.name for p in there if p.name not in names and p.name[0] != "."):
+        found = ", ".join(others[:3])
         raise BadInput(f"holds {found}", file=folder, remedy="Name a new or empty folder.")
-    for name in names - {"lineage.json"}:
-        (folder / name).unlink(missing_ok=True)
-    return folder
+    return own_folder(folder, "publish", names, [rationales])
 
 # %% ../nbs/05d_publishing.ipynb #4058c3e1
 def _lineage(
@@ -180,7 +177,9 @@ def _push(folder: Path, name: str, private: bool) -> None:
 
     try:
         HfApi().create_repo(name, repo_type="dataset", private=private, exist_ok=True)
-        HfApi().upload_folder(repo_id=name, repo_type="dataset", folder_path=str(folder))
+        HfApi().upload_folder(
+            repo_id=name, repo_type="dataset", folder_path=str(folder), ignore_patterns=[".*"]
+        )
     except Exception as e:  # of the network, of the login, of the name: the hub has many
         problem = f"could not be uploaded: {(str(e).strip() or type(e).__name__).splitlines()[0]}"
         remedy = (

@@ -444,8 +444,17 @@ def _kind(row: dict) -> str:
 
 def _is_ours(row: dict) -> bool:
     "Whether a record is one that this package wrote: its answer is an index, whatever the choices are."
-    ours = row.keys() == Question.__dataclass_fields__.keys()
-    return ours and isinstance(row["answer"], int | None) and not isinstance(row["answer"], bool)
+    if row.keys() != Question.__dataclass_fields__.keys():
+        return False
+    texts = [row[name] for name in ("id", "question", "kind", "split", "dataset")]
+    listed = isinstance(row["choices"], (list, tuple)) and all(isinstance(c, str) for c in row["choices"])
+    index = isinstance(row["answer"], int | None) and not isinstance(row["answer"], bool)
+    return (
+        listed
+        and index
+        and isinstance(row["explanation"], str | None)
+        and all(isinstance(t, str) for t in texts)
+    )
 
 
 def _choice_list(choices: Any) -> Any:
@@ -462,7 +471,7 @@ def _choice_list(choices: Any) -> Any:
     return parsed
 
 # %% ../nbs/02_questions.ipynb #355ad977
-_one_choice = re.compile(r"(?:(choice|option|answer)[ _-]?)?([a-j]|\d)", re.IGNORECASE)
+_one_choice = re.compile(r"(?:(choice|option|answer)[ _-]?)?([a-z]|\d{1,2})", re.IGNORECASE)
 
 
 def _spread_choices(row: Mapping) -> list[str]:
@@ -476,9 +485,15 @@ def _spread_choices(row: Mapping) -> list[str]:
             stem, mark = (match[1] or "").lower(), match[2].lower()
             place = int(mark) if mark.isdigit() else ord(mark) - ord("a") + 1
             found.setdefault(stem + ("1" if mark.isdigit() else "a"), {})[place] = value
-    for cells in found.values():
+    for stem, cells in found.items():
         places = sorted(cells)
-        if len(places) > 1 and places == list(range(places[0], places[0] + len(places))) and places[0] < 2:
+        run = [place for n, place in enumerate(places) if place == places[0] + n]
+        others = places[len(run) :]
+        named_otherwise = stem == "a" and all(
+            place > 10 for place in others
+        )  # a column q or x beside A, B, C
+        if len(run) > 1 and places[0] < 2 and (not others or named_otherwise):
+            places = run
             texts = [cells[place] for place in places]
             while texts and texts[-1] is None:
                 texts.pop()

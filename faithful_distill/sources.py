@@ -18,7 +18,7 @@ from os import PathLike
 from pathlib import Path
 from typing import Any
 
-from .files import BadInput, check_target, did_you_mean, write_text
+from .files import BadInput, did_you_mean, own_lines, write_text
 from .formats import check_columns, names_a_file, read_rows, rows_of, with_columns
 from faithful_distill.layouts import (
     read_boolq,
@@ -348,7 +348,7 @@ def load_questions(
         remedy = "Name a file for the list of bad records."
         raise BadInput("is a folder, not a file", file=skip_bad, field="skip_bad", remedy=remedy)
     if skip_bad is not None:
-        check_target(skip_bad)
+        own_lines(skip_bad, ("file", "line", "problem"), (data, path))
     check_columns(columns, _plain_names)
     bad = None if skip_bad is None else []
     found = _find(data, split, path, config, bad)

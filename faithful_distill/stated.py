@@ -57,9 +57,10 @@ _bare_letter = re.compile(
 
 def _unwrapped(text: str) -> str:
     "An answer without the Markdown, the LaTeX and the word 'option' around it."
-    inner = None
-    while inner != text:
+    for _ in range(10):  # one inside the other
         inner, text = text, _wrapping.sub(r"\1", text)
+        if inner == text:
+            break
     text = re.sub(r"^\$+([^$]*)\$+", r"\1", text.strip())
     text = re.sub(r"(?<!\w)(\*\*|__|\*|`)(?=\S)(.+?)\1", r"\2", text).strip().removesuffix("**")
     return re.sub(r"^(?:option|choice|letter)\s+(?=\(?[a-z]\b)", "", text, flags=re.IGNORECASE)

@@ -24,7 +24,15 @@ from markupsafe import Markup
 from ..faithfulness.agreement import agreement_scores
 from ..faithfulness.external import ExternalRationale, read_rationales
 from ..faithfulness.intervals import Score, holm, mean_score, p_value
-from ..files import BadInput, read_jsonl, shipped, stable_seed, write_json, write_text
+from faithful_distill.files import (
+    BadInput,
+    own_folder,
+    read_jsonl,
+    shipped,
+    stable_seed,
+    write_json,
+    write_text,
+)
 
 # %% ../../nbs/92b_rating.ipynb #ff0647ba
 @dataclass(frozen=True)
@@ -147,7 +155,7 @@ def write_rating_form(
     items, key = blind_items(methods, limit=limit, seed=seed)
     study = hashlib.sha256(json.dumps(items, sort_keys=True).encode()).hexdigest()[:12]
     data = dict(study=study, criteria=[asdict(c) for c in asked], items=items)
-    folder = Path(out)
+    folder = own_folder(out, "rating form", ("key.json", "form.html"))
     marks = {c.name: [value for value, _ in c.marks] for c in asked}
     write_json(folder / "key.json", dict(study=study, criteria=marks, items=key))
     return write_text(folder / "form.html", _form(data, title, len(items)))
@@ -236,12 +244,12 @@ def rated_rows(marks: Mapping[str, Mapping], key: str | Path, criterion: str) ->
 
 def write_rated(marks: Mapping[str, Mapping], key: str | Path, criterion: str, out: str | Path) -> list[Path]:
     "The rows of `rated_rows` as files for `score`, out/METHOD.jsonl."
-    found = []
+    texts = {}
     for method, rows in rated_rows(marks, key, criterion).items():
-        lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
         name = "".join(c if c.isalnum() or c in "-_." else "-" for c in method)
-        found.append(write_text(Path(out) / f"{name}.jsonl", lines))
-    return found
+        texts[f"{name}.jsonl"] = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    folder = own_folder(out, "rated rows", texts, [key])
+    return [write_text(folder / name, text) for name, text in texts.items()]
 
 # %% ../../nbs/92b_rating.ipynb #ba38d930
 def rater_agreement(marks: Mapping[str, Mapping], key: str | Path, **interval) -> dict[str, dict[str, Score]]:

@@ -255,6 +255,9 @@ def _sections(scored: Scored, folder: Path) -> list[Section]:
     return [*sections, missing_section(s)]
 
 # %% ../../nbs/92_score_report.ipynb #f991020b
+score_files = ("metrics.json", "scores.jsonl", "report.html", "report")  # what `write_scored` writes
+
+
 def write_numbers(scored: Scored, out: Any) -> None:
     "Write metrics.json and scores.jsonl to the folder `out`: as soon as some scores are known, and again with more."
     out = Path(out)

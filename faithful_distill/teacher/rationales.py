@@ -29,7 +29,14 @@ from faithful_distill.files import (
 )
 from ..questions import Question, letter, require_answers
 from ..ranks import from_first_rank, shard_of
-from ..records import Rationale, rationale_from_row, roles, strip_answer, write_records
+from faithful_distill.records import (
+    Rationale,
+    own_records,
+    rationale_from_row,
+    roles,
+    strip_answer,
+    write_records,
+)
 from ..sources import questions_from
 from .loading import Teacher, as_teacher
 from .prompts import contrast_ids, few_shot, prompt_hash, styles, worked_turns
@@ -457,7 +464,7 @@ def rationalize(
     if out is not None:
         check_target(out)
         check_target(journal_path(out))
-        check_target(rejected_path(out))
+        own_records(rejected_path(out))
     if max_new_tokens < 1:
         raise BadInput("must be at least 1", field="max_new_tokens", value=max_new_tokens)
     if style not in styles:

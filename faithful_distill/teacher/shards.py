@@ -13,7 +13,7 @@ from typing import Iterable
 from ..files import BadInput, read_jsonl
 from ..questions import require_answers
 from ..ranks import shard_from_environment, shard_of, shard_path
-from ..records import Rationale, write_records
+from ..records import Rationale, own_records, write_records
 from ..sources import questions_from
 from .loading import Teacher, as_teacher
 from faithful_distill.teacher.rationales import (
@@ -42,6 +42,8 @@ def merge_shards(out: str | Path, n: int) -> list[Rationale]:
             _refuse_other_settings(r, rationales[0] if rationales else r, part, line)
             rationales.append(r)
     _refuse_repeats(rationales, out)
+    own_records(out)
+    own_records(rejected_path(out))
     rejected = [row for part in map(rejected_path, parts) if part.is_file() for _, row in read_jsonl(part)]
     if rejected:
         write_records(rejected_path(out), rejected)
