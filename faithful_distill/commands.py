@@ -245,7 +245,7 @@ class Command(click.Command):
     "A command made of a function. Its options are worked out when they are asked for."
 
     def __init__(self, function, library, settings, without):
-        summary = inspect.getdoc(function).split("\n\nParameters\n")[0].split("\n\n")
+        summary = (inspect.getdoc(function) or "").split("\n\nParameters\n")[0].split("\n\n")
         text = "\n\n".join("\b\n" + part if "Example:" in part else part for part in summary)
         super().__init__(function.__name__.rstrip("_"), callback=function, help=text)
         self.library, self.settings, self.without = library, settings, without

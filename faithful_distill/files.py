@@ -13,6 +13,7 @@ import errno
 import gzip
 import hashlib
 import json
+import math
 import os
 import re
 import secrets
@@ -175,6 +176,10 @@ _gzipped = b"\x1f\x8b"
 
 def opened(path):
     "The bytes of a file, unpacked if gzip packed them. Raises `BadInput` for other formats that are not text."
+    mode = os.stat(path).st_mode
+    if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):
+        remedy = "Write what it gives to a file, and name that."
+        raise BadInput("is no plain file, so it cannot be read twice", file=path, remedy=remedy)
     file = open(path, "rb")
     begins = file.peek(8)
     for mark, words in _packed.items():
@@ -243,6 +248,18 @@ def check_encodable(value: Any, field: str | None) -> None:
     elif isinstance(value, (list, tuple)):
         for inner in value:
             check_encodable(inner, field)
+
+
+def check_number(
+    name: str, value: Any, least: float = -math.inf, kind: Any = int, none: bool = False
+) -> None:
+    "Raises `BadInput` unless `value` is a number of a `kind` (int, or float) from `least`, or None where that may be."
+    kinds = (int, float) if kind is float else kind
+    number = isinstance(value, kinds) and not isinstance(value, bool) and math.isfinite(value)
+    if not (value is None and none) and not (number and value >= least):
+        words = "a number" if kind is float else "a whole number"
+        at_least = "" if least == -math.inf else f", at least {least}"
+        raise BadInput(f"must be {words}{at_least}", field=name, value=value)
 
 
 def check_json(value: Any, field: str) -> None:
@@ -522,7 +539,7 @@ def writable_folder(path) -> Path:
             pass  # under a random name, because several processes may try the folder at once
     except OSError as e:
         raise unwritable(path, e) from None
-    except ValueError as e:
+    except (ValueError, RecursionError) as e:
         raise e if isinstance(e, BadInput) else unwritable(path, e) from None
     return path
 

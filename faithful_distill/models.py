@@ -34,7 +34,7 @@ def _near_folders(text: str) -> list[str]:
     parent = Path(text).parent
     if not os.path.isdir(parent):
         return []
-    names = [p.name for p in os.scandir(parent) if p.is_dir() and not p.name.startswith(".")]
+    names = [p.name for p in os.scandir(parent) if os.path.isdir(p.path) and not p.name.startswith(".")]
     return [str(parent / name) for name in difflib.get_close_matches(Path(text).name, names, n=1, cutoff=0.8)]
 
 # %% ../nbs/08_models.ipynb #08a00007
@@ -212,8 +212,10 @@ def _check_gguf(name: str, field: str) -> None:
     "Raises `BadInput` for a file that is not GGUF, and where the package that reads it is missing."
     from importlib.util import find_spec
 
-    with open(name, "rb") as f:
-        begins = f.read(4)
+    begins = b""
+    if os.path.isfile(name):
+        with open(name, "rb") as f:
+            begins = f.read(4)
     if begins != b"GGUF":
         raise BadInput(
             "is no GGUF file", field=field, value=name, remedy="It may be cut off: fetch it again."

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['fixed_choices', 'Question', 'letter', 'choice_text', 'question_key', 'clusters_of', 'match_choice',
-           'without_punctuation', 'wrong_indices', 'perturbed_index', 'answer_index', 'plain_fields', 'as_dataset',
-           'as_questions', 'require_answers']
+           'without_punctuation', 'wrong_indices', 'perturbed_index', 'answer_index', 'choice_list', 'choice_column',
+           'choice_columns', 'plain_fields', 'as_dataset', 'as_questions', 'require_answers']
 
 # %% ../nbs/02_questions.ipynb #d2addbee
 import hashlib
@@ -457,7 +457,7 @@ def _is_ours(row: dict) -> bool:
     )
 
 
-def _choice_list(choices: Any) -> Any:
+def choice_list(choices: Any) -> Any:
     "Choices that are one text, as the cell of a table is: a JSON list, or texts with | between them."
     if not isinstance(choices, str):
         return choices
@@ -474,17 +474,22 @@ def _choice_list(choices: Any) -> Any:
 _one_choice = re.compile(r"(?:(choice|option|answer)[ _-]?)?([a-z]|\d{1,2})", re.IGNORECASE)
 
 
-def _spread_choices(row: Mapping) -> list[str]:
-    """Choices that stand in columns of their own: A, B, C ..., choice1, choice2 ... or option_a, option_b ...
+def choice_column(name: Any) -> re.Match | None:
+    "Whether a column's name is one of a choice: A, choice1, option_a."
+    return _one_choice.fullmatch(str(name))
+
+
+def choice_columns(row: Mapping) -> list[str]:
+    """Columns that each hold a choice: A, B, C ..., choice1, choice2 ... or option_a, option_b ...
 
     Empty cells at the end are no choices. [] where there are no such columns.
     """
     found: dict[str, dict[int, Any]] = {}
-    for name, value in row.items():
-        if match := _one_choice.fullmatch(str(name)):
+    for name in row:
+        if match := choice_column(name):
             stem, mark = (match[1] or "").lower(), match[2].lower()
             place = int(mark) if mark.isdigit() else ord(mark) - ord("a") + 1
-            found.setdefault(stem + ("1" if mark.isdigit() else "a"), {})[place] = value
+            found.setdefault(stem + ("1" if mark.isdigit() else "a"), {})[place] = name
     for stem, cells in found.items():
         places = sorted(cells)
         run = [place for n, place in enumerate(places) if place == places[0] + n]
@@ -494,11 +499,11 @@ def _spread_choices(row: Mapping) -> list[str]:
         )  # a column q or x beside A, B, C
         if len(run) > 1 and places[0] < 2 and (not others or named_otherwise):
             places = run
-            texts = [cells[place] for place in places]
-            while texts and texts[-1] is None:
-                texts.pop()
-            if len(texts) > 1 and None not in texts:
-                return [str(text) for text in texts]
+            names = [cells[place] for place in places]
+            while names and row[names[-1]] is None:
+                names.pop()
+            if len(names) > 1 and all(row[name] is not None for name in names):
+                return names
     return []
 
 
@@ -520,10 +525,10 @@ def plain_fields(row: dict) -> dict:
     id = "" if row.get("id") is None else str(required(row, "id", (str, int)))
     if kind in fixed_choices and not row.get("choices"):
         choices = list(fixed_choices[kind])
-    elif row.get("choices") is None and (spread := _spread_choices(row)):
-        choices = spread
+    elif row.get("choices") is None and (columns := choice_columns(row)):
+        choices = [str(row[name]) for name in columns]
     else:
-        choices = _choice_list(required(row, "choices", (list, dict, str)))
+        choices = choice_list(required(row, "choices", (list, dict, str)))
     labels = None
     if isinstance(choices, dict) or choices and all(isinstance(c, dict) for c in choices):
         labels, choices = labels_and_texts(choices)

@@ -55,6 +55,7 @@ def launched() -> bool:
     if shared and unset:
         problem = f"is not set, but WORLD_SIZE says {shared[1]} processes"
         raise BadInput(problem, field=unset[0], remedy=_start)
+    launcher_number("MASTER_PORT", None, least=1)
     return not unset
 
 # %% ../nbs/06_ranks.ipynb #04fc7d46

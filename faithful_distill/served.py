@@ -6,16 +6,22 @@
 __all__ = ['Reply', 'LogP', 'Usage', 'is_url', 'checked_url', 'ServedModel']
 
 # %% ../nbs/09_served.ipynb #3b17f07a
+import importlib
+import json
 import math
 import os
+import re
 import threading
+import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 from urllib.parse import urlsplit, urlunsplit
 
-from .files import BadInput, Journal, content_key, did_you_mean, parse_json, progress
+from pydantic import BaseModel, NonNegativeInt, ValidationError
+
+from .files import BadInput, Journal, check_number, content_key, did_you_mean, progress
 
 # %% ../nbs/09_served.ipynb #dbe7506c
 class Reply(NamedTuple):
@@ -60,21 +66,67 @@ class LogP(NamedTuple):
     tokens: int
 
 # %% ../nbs/09_served.ipynb #361637e9
+class _Part(BaseModel):
+    type: str = "text"
+    text: str | None = None
+
+
+class _Message(BaseModel):
+    content: str | list[_Part] | None = None
+    reasoning_content: str | None = None
+    reasoning: str | None = None
+
+
+class _Choice(BaseModel):
+    message: _Message | None = None
+    text: str | None = None
+    finish_reason: Any = None
+    logprobs: Any = None
+
+
+class _Counted(BaseModel):
+    prompt_tokens: NonNegativeInt | None = None
+    completion_tokens: NonNegativeInt | None = None
+
+
+def _valid(kind: type[BaseModel], given: Any) -> BaseModel | None:
+    "`given` as this kind of object; None where it does not fit."
+    try:
+        return kind.model_validate(given)
+    except (ValidationError, OverflowError, RecursionError):
+        return None
+
+
+def _first_choice(response: dict) -> _Choice:
+    "The first choice of a response in JSON. Raises `BadInput` for one that holds none."
+    choices = response.get("choices")
+    choice = _valid(_Choice, choices[0]) if isinstance(choices, list) and choices else None
+    if choice is None:
+        remedy = "Is it a server for texts, and is it well? Its log may say more."
+        raise BadInput(
+            "replied without a choice that can be read",
+            field="model",
+            value=str(response)[:80],
+            remedy=remedy,
+        )
+    return choice
+
+
+def _text_of(choice: _Choice) -> str:
+    content = choice.text if choice.message is None else choice.message.content
+    parts = content if isinstance(content, list) else []
+    return "".join(p.text or "" for p in parts if p.type == "text") if parts else content or ""
+
+
 def reply_from(response: dict) -> Reply:
     "The first choice of a response in JSON. Raises `BadInput` for one that holds none."
-    choice = _first(response.get("choices"))
-    if not isinstance(choice, dict):
-        raise BadInput("replied without a choice", field="model", value=str(response)[:80])
-    message = choice.get("message") or {}
-    text = (message.get("content") if message else choice.get("text")) or ""
-    thought = message.get("reasoning_content") or message.get("reasoning") or ""
-    tokens = (response.get("usage") or {}).get("completion_tokens")
-    written = estimated_tokens(text + thought) if tokens is None else tokens
-    return Reply(text, choice.get("finish_reason") == "stop", _top(choice), thought, written)
-
-
-def _first(values: Any) -> Any:
-    return values[0] if isinstance(values, list) and values else None
+    choice = _first_choice(response)
+    message, text = choice.message or _Message(), _text_of(choice)
+    thought = message.reasoning_content or message.reasoning or ""
+    counted = _valid(_Counted, response.get("usage") or {}) or _Counted()
+    written = counted.completion_tokens
+    written = estimated_tokens(text + thought) if written is None else written
+    return Reply(text, choice.finish_reason == "stop", _top(choice.logprobs), thought, written)
 
 
 def estimated_tokens(text: str) -> int:
@@ -82,15 +134,33 @@ def estimated_tokens(text: str) -> int:
     return -(-len(text) // 4)
 
 # %% ../nbs/09_served.ipynb #22492f7a
-def _top(choice: dict) -> tuple[tuple[str, float], ...]:
+class _Likely(BaseModel):
+    token: str
+    logprob: float
+
+
+class _OfChat(BaseModel):
+    "Log-probabilities as chats give them."
+
+    class Token(BaseModel):
+        top_logprobs: list[_Likely] = []
+
+    content: list[Token]
+
+
+class _OfCompletion(BaseModel):
+    "The same as completions give them: a dict for each token, None for one that nothing precedes."
+
+    top_logprobs: list[dict[str, float] | None]
+
+
+def _top(given: Any) -> tuple[tuple[str, float], ...]:
     "The likeliest first tokens of a choice; () where there are none, or where they are no log-probabilities."
-    given = choice.get("logprobs") or {}
-    first = _first(given.get("top_logprobs"))
-    if isinstance(first, dict):  # as completions give them
-        pairs = list(first.items())
-    else:  # as chats give them
-        listed = (_first(given.get("content")) or {}).get("top_logprobs") or []
-        pairs = [(one.get("token"), one.get("logprob")) for one in listed]
+    pairs = []
+    if (found := _valid(_OfCompletion, given)) and found.top_logprobs:
+        pairs = list((found.top_logprobs[0] or {}).items())
+    elif (found := _valid(_OfChat, given)) and found.content:
+        pairs = [(one.token, one.logprob) for one in found.content[0].top_logprobs]
     return tuple(pairs) if pairs and _are_log_probabilities(p for _, p in pairs) else ()
 
 
@@ -146,13 +216,13 @@ class Usage:
 
     def count(self, body: dict, response: dict, retries: int) -> None:
         "One more request."
-        told, said = response.get("usage") or {}, response.get("choices") or [{}]
-        prompt = told.get("prompt_tokens")
+        told = _valid(_Counted, response.get("usage") or {}) or _Counted()
         asked = str(body.get("prompt") or body.get("messages"))
         self.requests, self.retries = self.requests + 1, self.retries + retries
-        self.prompt_tokens += estimated_tokens(asked) if prompt is None else prompt
-        written = told.get("completion_tokens")
-        self.completion_tokens += estimated_tokens(str(said[0].get("text"))) if written is None else written
+        read, written = told.prompt_tokens, told.completion_tokens
+        self.prompt_tokens += estimated_tokens(asked) if read is None else read
+        said = str(response.get("choices") or "")
+        self.completion_tokens += estimated_tokens(said) if written is None else written
 
 # %% ../nbs/09_served.ipynb #050446e3
 def is_url(name: Any) -> bool:
@@ -212,6 +282,32 @@ def model_there(asked: str | None, listed: list[str], url: str) -> str:
     raise BadInput(problem, field="served_model", value=asked or url, remedy=remedy)
 
 # %% ../nbs/09_served.ipynb #069a4e6d
+def _transport(openai):
+    "The package that the client sends its requests by: httpx, or what has taken its place."
+    sent_by = next(kind for kind in openai.DefaultHttpxClient.__mro__ if kind.__module__.startswith("httpx"))
+    return importlib.import_module(sent_by.__module__.split(".")[0])
+
+
+_half = re.compile("[\ud800-\udfff]")
+
+
+def read_reply(text: str) -> Any:
+    "A reply's JSON, with U+FFFD for half characters; None where it is none."
+
+    def whole(value):
+        if isinstance(value, str):
+            return _half.sub("\ufffd", value)
+        if isinstance(value, list):
+            return [whole(v) for v in value]
+        return {whole(k): whole(v) for k, v in value.items()} if isinstance(value, dict) else value
+
+    try:
+        found = json.loads(text)
+        return whole(found) if "\\u" in text else found
+    except (ValueError, RecursionError):
+        return None
+
+
 class Connection:
     """A connection to one model of a server. Raises `BadInput` where it cannot be made.
 
@@ -231,9 +327,17 @@ class Connection:
         here = urlsplit(self.url).hostname in ("localhost", "127.0.0.1", "::1")  # not through a proxy
         how = {"http_client": openai.DefaultHttpxClient(trust_env=False)} if here else {}
         key = key or os.environ.get("OPENAI_API_KEY") or "none"
-        self.client = openai.OpenAI(
-            base_url=self.url, api_key=key, max_retries=retries, timeout=timeout, **how
-        )
+        if not re.fullmatch("[!-~]+", key):
+            remedy = "Was it copied whole? It may come from OPENAI_API_KEY."
+            raise BadInput(
+                "holds a blank or a letter that no key has", field="key", value="...", remedy=remedy
+            )
+        self.timeout, self.transport = timeout, _transport(openai)
+        how |= dict(base_url=self.url, api_key=key, max_retries=retries, timeout=timeout)
+        try:
+            self.client = openai.OpenAI(**how)
+        except (self.transport.InvalidURL, UnicodeError):
+            raise BadInput("is no address", field="model", value=url) from None
         self.model = model_there(model, self._listed(), self.url)
 
     def send(self, kind: str, body: dict) -> tuple[dict, int]:
@@ -245,35 +349,71 @@ class Connection:
 
         endpoint = self.client.chat.completions if kind == "chat" else self.client.completions
         try:
-            raw = endpoint.with_raw_response.create(model=self.model, **body)
+            return self._asked(endpoint.with_streaming_response.create, model=self.model, **body)
         except (openai.BadRequestError, openai.UnprocessableEntityError) as e:
             return {"refused": error_words(e)}, 0
-        except openai.OpenAIError as e:
-            raise server_error(e, self.url, self.retries + 1) from e
-        return self._read(raw), raw.retries_taken
 
-    def _read(self, raw) -> dict:
-        try:
-            response = parse_json(raw.text)
-        except ValueError:
-            response = None
-        if not isinstance(response, dict):
-            raise BadInput("did not reply in JSON", field="model", value=self.url, remedy=is_it_one)
-        return response
+    def _asked(self, call: Callable, **what) -> tuple[dict, int]:
+        "Replies in JSON, and how often it was asked again: also after a reply that broke off, or was an error."
+        import openai
+
+        repeated = 0
+        for turn in range(self.retries + 1):
+            time.sleep(min(0.5 * 2**turn, 8.0) if turn else 0)
+            try:
+                with call(**what) as raw:
+                    repeated += turn > 0
+                    text, repeated = self._body(raw), repeated + raw.retries_taken
+                response = read_reply(text)
+                if not isinstance(response, dict):
+                    raise BadInput("did not reply in JSON", field="model", value=self.url, remedy=is_it_one)
+                if "error" not in response or "choices" in response:
+                    return response, repeated
+                problem = f"replied with an error: {' '.join(str(response['error']).split())[:160]}"
+            except (openai.BadRequestError, openai.UnprocessableEntityError):
+                raise
+            except openai.OpenAIError as e:
+                raise server_error(e, self.url, self.retries + 1) from e
+            except self.transport.HTTPError as e:
+                problem = f"broke off its reply: {e or type(e).__name__}"
+            except (self.transport.InvalidURL, UnicodeError):
+                raise BadInput("is no address", field="model", value=self.url) from None
+        raise BadInput(problem, field="model", value=self.url, remedy="Look into its log, and call again.")
+
+    def _body(self, raw) -> str:
+        "What was replied. Raises `BadInput` where that takes longer than one request may."
+        began, parts = time.monotonic(), []
+        for part in raw.iter_bytes():
+            parts.append(part)
+            if time.monotonic() - began > self.timeout:
+                problem = f"was still replying after {self.timeout:g} seconds"
+                raise BadInput(
+                    problem, field="model", value=self.url, remedy="Ask for less, or raise timeout."
+                )
+        return b"".join(parts).decode("utf-8", errors="replace")
 
     def _listed(self) -> list[str]:
         "The models that the server names; none where it does not."
         import openai
 
         try:
-            listed = self._read(self.client.models.with_raw_response.list()).get("data")
-        except openai.NotFoundError:
-            return []
-        except openai.OpenAIError as e:
-            raise server_error(e, self.url, self.retries + 1) from e
-        return [str(one["id"]) for one in listed or [] if isinstance(one, dict) and one.get("id")]
+            listed = self._asked(self.client.models.with_streaming_response.list)[0].get("data")
+        except BadInput as e:
+            if isinstance(e.__cause__, openai.NotFoundError):
+                return []
+            raise
+        found = listed if isinstance(listed, list) else []
+        return [str(one["id"]) for one in found if isinstance(one, dict) and one.get("id")]
 
 # %% ../nbs/09_served.ipynb #07f252ac
+def _was_taken(value: Any) -> bool:
+    "Whether a kept value is what `_AsReply` or `_OfText` gave."
+    if isinstance(value, dict):
+        return value.keys() == set(Reply._fields) and isinstance(value["text"], str)
+    numbers = isinstance(value, list) and all(isinstance(v, (int, float)) for v in value)
+    return numbers and len(value) == 2
+
+
 class Requests:
     """Requests to one model, of which each is sent once.
 
@@ -290,7 +430,14 @@ class Requests:
         self.usage, self.lock = Usage(), threading.Lock()
         self.journal = None if cache is None else Journal(cache, fields=("key", "value"))
         rows = [] if self.journal is None else self.journal.records
-        self.known: dict[str, Any] = {row["key"]: row["value"] for row in rows if "key" in row}
+        self.known: dict[str, Any] = {}
+        for line, row in enumerate(rows, 1):
+            if not isinstance(row.get("key"), str) or "value" not in row or not _was_taken(row["value"]):
+                remedy = "Remove the line; it is asked anew."
+                raise BadInput(
+                    "is no reply as it is kept here", file=cache, line=line, value=row, remedy=remedy
+                )
+            self.known[row["key"]] = row["value"]
 
     def ask(self, kind: str, bodies: list[dict], takes: list[Callable[[dict], Any]]) -> list:
         "What each `take` takes from the response to a body."
@@ -318,12 +465,15 @@ class Requests:
                 raise BadInput(problem, field="budget", value=self.budget, remedy=f"Raise it. {self._kept()}")
         try:
             response, retries = self.connection.send(kind, body)
+            with self.lock:
+                self.usage.count(body, response, retries)
+            value = take(response)
+        except NotTold:
+            raise
         except BadInput as e:
             remedy = f"{e.remedy} {self._kept()}"
             raise BadInput(e.problem, field=e.field, value=e.value, remedy=remedy) from e
         with self.lock:
-            self.usage.count(body, response, retries)
-            value = take(response)
             if self.journal is not None and "refused" not in response:
                 self.journal.append({"key": key, "value": value})
             self.known[key] = value
@@ -366,6 +516,14 @@ class _AsReply:
         return reply_from(response)._asdict()
 
 
+class _Echo(BaseModel):
+    "The tokens of a prompt that is repeated, their log-probabilities, and where they begin."
+
+    tokens: list[str]
+    token_logprobs: list[float | None]
+    text_offset: list[int] | None = None
+
+
 @dataclass(frozen=True)
 class _OfText:
     "Takes from a prompt that is repeated with its log-probabilities that of the text at its end."
@@ -376,12 +534,16 @@ class _OfText:
     def __call__(self, response: dict) -> list | None:
         if "refused" in response:
             return None
-        choice = _first(response.get("choices")) or {}
-        given = choice.get("logprobs") or {}
-        tokens, values = given.get("tokens") or [], given.get("token_logprobs") or []
-        if not tokens:
+        try:
+            choice = _first_choice(response)
+        except BadInput as e:
+            raise NotTold(e.problem, field=e.field, value=e.value) from e
+        given = _valid(_Echo, choice.logprobs)
+        if given is None or not given.tokens:
             raise NotTold("does not tell the log-probabilities of a prompt", field="model")
-        inside = self._at_the_end(tokens, values) or self._by_place(tokens, values, choice)
+        inside = self._at_the_end(given.tokens, given.token_logprobs) or self._by_place(
+            given, choice.text or ""
+        )
         if not inside or not _are_numbers(inside):
             raise NotTold("does not tell the log-probabilities of a prompt", field="model")
         return [round(sum(inside), 4), len(inside)]
@@ -396,17 +558,13 @@ class _OfText:
                 return values[k:end]
         return []
 
-    def _by_place(self, tokens: list[str], values: list, choice: dict) -> list:
+    def _by_place(self, given: "_Echo", said: str) -> list:
         "The same by where tokens begin: for tokens that hold parts of characters."
-        starts, said, n = (
-            choice["logprobs"].get("text_offset") or [],
-            choice.get("text") or "",
-            len(self.prompt),
-        )
-        if len(starts) != len(tokens) or not said.startswith(self.prompt + self.text):
+        starts, n = given.text_offset or [], len(self.prompt)
+        if len(starts) != len(given.tokens) or not said.startswith(self.prompt + self.text):
             raise NotTold("does not repeat the prompt", field="model")
         ends = [*starts[1:], len(said)]
-        return [v for v, a, b in zip(values, starts, ends) if b > n and a < n + len(self.text)]
+        return [v for v, a, b in zip(given.token_logprobs, starts, ends) if b > n and a < n + len(self.text)]
 
 # %% ../nbs/09_served.ipynb #b5278871
 class ServedModel:
@@ -451,11 +609,13 @@ class ServedModel:
     ):
         least = {"concurrency": (concurrency, 1), "retries": (retries, 0), "budget": (budget, 1)}
         for name, (value, bound) in least.items():
-            if value is not None and value < bound:
-                raise BadInput(f"must be at least {bound}", field=name, value=value)
-        if price is not None and (len(price) != 2 or not all(p >= 0 for p in price)):
+            check_number(name, value, bound, none=name == "budget")
+        check_number("timeout", timeout, 1e-3, float)
+        if price is not None and not (isinstance(price, (tuple, list)) and len(price) == 2):
             remedy = "Give the price of a million tokens read, and of a million written."
             raise BadInput("must be two numbers, 0 or more", field="price", value=price, remedy=remedy)
+        for p in price or ():
+            check_number("price", p, 0, float)
         connection = Connection(url, model, key, retries, timeout)
         self.requests, self.price = Requests(connection, cache, concurrency, budget), price
         self._echo: str | None = None

@@ -7,11 +7,14 @@ __all__ = ['ExternalRationale', 'read_rationales', 'read_published', 'surface']
 
 # %% ../../nbs/78_external.ipynb #29e8643d
 import difflib
+import json
 import logging
+import math
 import random
 import re
 import unicodedata
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,6 +28,9 @@ from ..formats import rows_of
 from faithful_distill.questions import (
     Question,
     answer_index,
+    choice_column,
+    choice_columns,
+    choice_list,
     choice_of_text,
     letter,
     match_choice,
@@ -142,6 +148,8 @@ def _written_index(q: Question, i: int | None) -> int | str | None:
 def _ratings(given: Any, name: str = "rating") -> tuple[float, ...]:
     numbers = given if isinstance(given, (list, tuple)) else [] if given is None else [given]
     other = any(isinstance(v, bool) or not isinstance(v, (int, float)) for v in numbers)
+    if not other and any(abs(v) >= 1e100 and v not in (math.inf, -math.inf) for v in numbers):
+        raise BadInput("is too large for a rating", field=name, value=given)
     if other or not all(abs(v) < 1e100 for v in numbers):  # NaN is not either
         raise BadInput(
             "must be a number or a list of numbers",
@@ -188,6 +196,20 @@ def _check_row(row: dict) -> None:
         check_encodable(text, name)
 
 # %% ../../nbs/78_external.ipynb #35bb93bf
+def _from_table(row: dict) -> dict:
+    "A row of a table, whose cells are texts: its choices as a list, its ratings as numbers."
+    if "choices" not in row and (columns := choice_columns(row)):
+        rest = {name: value for name, value in row.items() if not choice_column(name)}
+        row = rest | {"choices": [str(row[name]) for name in columns]}
+    if isinstance(row.get("choices"), str):
+        row = row | {"choices": choice_list(row["choices"])}
+    for name in ("rating", "human", "judge"):
+        if isinstance(row.get(name), str):
+            with suppress(ValueError):
+                row = row | {name: json.loads(row[name])}
+    return row
+
+
 def _read_row(row: dict, number: int, cut_at: Sequence[str]) -> ExternalRationale:
     "One line of the file, all of it checked."
     _check_row(row)
@@ -293,6 +315,9 @@ def read_rationales(
     questions
         for logs that do not hold them: a file, rows or `Question`s, by id
     """
+    cut_at = [cut_at] if isinstance(cut_at, str) else list(cut_at or ())
+    if limit is not None and (isinstance(limit, bool) or not isinstance(limit, int) or limit < 1):
+        raise BadInput("must be a whole number, at least 1", field="limit", value=limit)
     if not all(cut_at):
         raise BadInput(
             "is empty, which would cut off every rationale whole",
@@ -307,6 +332,7 @@ def read_rationales(
         if limit is not None and len(found) >= limit:
             break
         try:
+            row = _from_table(row)
             one = _read_row(row, number, cut_at)
             _check_id(one.question.id, lines)
             if found and one.is_open != found[0].is_open:

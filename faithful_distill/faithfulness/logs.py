@@ -15,9 +15,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from .numeric import as_number
-from ..files import BadInput, text_lines
-from ..formats import read_rows
-from ..questions import Question, labels_and_texts, letter
+from ..files import BadInput, parse_json, text_lines
+from ..formats import read_rows, rows_of
+from ..questions import Question, labels_and_texts, letter, plain_fields
 
 # %% ../../nbs/78_logs.ipynb #10d935f4
 @dataclass
@@ -92,6 +92,12 @@ def _has(*names: str) -> Callable[[Mapping], bool]:
 
 def _lettered(row: dict) -> dict:
     "The row with its indices as letters, which cannot be taken for a choice that is a number."
+    if not isinstance(row.get("choices"), list | None):
+        raise BadInput("must be a list", field="choices", value=row["choices"])
+    if wrong := next((n for n in ("gold", "prediction") if isinstance(row.get(n), bool)), None):
+        raise BadInput(
+            "must be an index, a letter or a text, not true or false", field=wrong, value=row[wrong]
+        )
     names = [n for n in ("gold", "prediction") if row.get("choices") and isinstance(row.get(n), int)]
     bad = next((n for n in names if not 0 <= row[n] < len(row["choices"])), None)
     if bad:
@@ -153,7 +159,9 @@ def _arguments(row: Mapping) -> list[str]:
     given = row.get("arguments")
     if isinstance(given, Mapping):
         given = [list(a.values()) for a in given.values() if isinstance(a, Mapping)]
-    pairs = [a for a in given or () if isinstance(a, (list, tuple)) and len(a) > 1]
+    pairs = (
+        [a for a in given if isinstance(a, (list, tuple)) and len(a) > 1] if isinstance(given, list) else []
+    )
     return [a[1].strip() for a in pairs if isinstance(a[1], str)]
 
 
@@ -233,7 +241,7 @@ def _taken_answer(taken: str, texts: list[str] | None, labels: list[str] | None)
         return as_number(taken)
     bare = taken.strip().strip("()").rstrip(".:").strip()
     known = labels or [chr(ord("A") + i) for i in range(len(texts))]
-    by_text = [i for i, c in enumerate(texts) if c.strip().lower() == taken.strip().lower()]
+    by_text = [i for i, c in enumerate(texts) if str(c).strip().lower() == taken.strip().lower()]
     by_label = [i for i, name in enumerate(known) if name.lower() == bare.lower()]
     found = {*by_text, *by_label}
     return found.pop() if len(found) == 1 else None
@@ -245,8 +253,9 @@ def _inspect_rows(sample: Mapping, reading: LogReading) -> list[dict]:
         return reading.skip("a sample that ended in an error")
     choices = sample.get("choices") or None
     output = _need(sample, "output", Mapping)
-    said = output.get("choices") or [{"message": {"content": output.get("completion")}}]
-    message = _need(said[0], "message", Mapping, "output.choices")
+    message = {"content": output.get("completion")}
+    if output.get("choices"):
+        message = _need(_need(output, "choices", list, "output")[0], "message", Mapping, "output.choices")
     row = dict(
         question=_inspect_question(sample["input"]),
         choices=choices,
@@ -258,7 +267,7 @@ def _inspect_rows(sample: Mapping, reading: LogReading) -> list[dict]:
     row["gold"] = _number_target(target) if choices is None else _taken_answer(str(target), choices, None)
     if choices is not None and row["gold"] is None:
         raise BadInput("must be the letter or the text of one choice", field="target", value=sample["target"])
-    scores = sample.get("scores") or {}
+    scores = sample["scores"] if isinstance(sample.get("scores"), Mapping) else {}
     taken = [
         s["answer"] for s in scores.values() if isinstance(s, Mapping) and isinstance(s.get("answer"), str)
     ]
@@ -271,7 +280,8 @@ def _inspect_question(given: Any) -> str:
     "The question of a sample: its input, or the last thing that the user said in it."
     if isinstance(given, str):
         return given
-    said = [m for m in given or () if isinstance(m, Mapping) and m.get("role") == "user"]
+    messages = given if isinstance(given, list) else []
+    said = [m for m in messages if isinstance(m, Mapping) and m.get("role") == "user"]
     if not said:
         raise BadInput("holds nothing that a user said", field="input", value=given)
     return content_text(said[-1].get("content"), "input.content")
@@ -279,7 +289,7 @@ def _inspect_question(given: Any) -> str:
 # %% ../../nbs/78_logs.ipynb #643c496b
 @register_log_format("OpenAI batch output", _has("custom_id", "response"))
 def _batch_rows(row: Mapping, reading: LogReading) -> list[dict]:
-    response = row["response"] or {}
+    response = _need(row, "response", Mapping) if row["response"] else {}
     if row.get("error") or response.get("status_code", 200) != 200:
         return reading.skip("a request that failed")
     id = str(_need(row, "custom_id", (str, int)))
@@ -304,8 +314,12 @@ def _body_texts(body: Mapping) -> list[str]:
     if "choices" in body:
         choices = _need(body, "choices", list, "response.body")
         where = "response.body.choices"
+        if wrong := [c for c in choices if not isinstance(c, Mapping)]:
+            raise BadInput("must be objects", field=where, value=wrong[0])
         return [
-            c["text"] if "text" in c else message_text(_need(c, "message", Mapping, where), where)
+            _need(c, "text", str, where)
+            if "text" in c
+            else message_text(_need(c, "message", Mapping, where), where)
             for c in choices
         ]
     if "output" in body:  # the responses endpoint: items, of which some are messages and some are thinking
@@ -327,7 +341,11 @@ def _record_rows(row: Mapping, reading: LogReading) -> list[dict]:
     name = f"{row['id']}/{row['role']}" if row.get("id") is not None else None
     seen = reading.seen[name] = reading.seen.get(name, 0) + 1
     id = {} if name is None else {"id": name if seen == 1 else f"{name}/{seen}"}
-    return [_lettered(asked | id | dict(gold=row.get("answer"), prediction=row["target"]))]
+    try:
+        return [_lettered(asked | id | dict(gold=row.get("answer"), prediction=row["target"]))]
+    except BadInput as e:
+        its_name = {"gold": "answer", "prediction": "target"}.get(e.field, e.field)
+        raise BadInput(e.problem, field=its_name, value=e.value, remedy=e.remedy) from None
 
 # %% ../../nbs/78_logs.ipynb #3e7b0ec3
 def format_of(row: Mapping) -> LogFormat | None:
@@ -379,15 +397,32 @@ def _by_id(questions: Any) -> dict[str, Mapping] | None:
     if questions is None:
         return None
     file = questions if isinstance(questions, (str, Path)) else None
-    numbered = read_rows(file) if file is not None else enumerate(questions, 1)
-    found = {}
+    numbered = read_rows(file) if file is not None else enumerate(rows_of(questions), 1)
+    found, lines = {}, {}
     for line, row in numbered:
-        one = _question_row(row) if isinstance(row, Question) else row
-        if one.get("id") is None or not isinstance(one.get("question"), str):
-            missing = "id" if one.get("id") is None else "question"
-            raise BadInput("is missing from a question", file=file, line=line, field=missing)
-        found[str(one["id"])] = one
+        try:
+            one = _question_row(row) if isinstance(row, Question) else _own_question(row)
+            if (id := str(one["id"])) in lines:
+                raise BadInput(f"was already used in line {lines[id]}", field="id", value=id)
+        except BadInput as e:
+            raise e.located(file, line) from None
+        found[id], lines[id] = one, line
     return found
+
+
+def _own_question(row: Any) -> Mapping:
+    "A question as one's own file has it, in any layout of choices; without choices its answer is a number."
+    if not isinstance(row, Mapping):
+        raise BadInput(
+            "is not a question", value=row, remedy="Give objects with id, question, choices and answer."
+        )
+    for name in ("id", "question"):
+        if row.get(name) is None or name == "question" and not isinstance(row[name], str):
+            raise BadInput("is missing from a question", field=name)
+    if row.get("choices") is None:
+        return row
+    read = plain_fields(dict(row))
+    return read | {"answer": None if read["answer"] is None else letter(read["answer"])}
 
 
 def _question_row(q: Question) -> dict:
@@ -426,13 +461,26 @@ def _document(path: str | Path) -> Mapping | None:
         return None
     if not first.startswith("{"):
         return None
+    found = _parsed(first)
+    if found is None and not first.endswith("}"):  # else a broken line: the reader of rows says where
+        first = "\n".join(line for _, line in text_lines(path)).strip()
+        found = _parsed(first)
+    if not isinstance(found, Mapping) or "samples" not in found or "question" in found:
+        return None
     try:
-        found = json.loads(first)
+        parse_json(first)
+    except BadInput as e:
+        raise e.located(path, None) from None
+    if sum(len(line.strip()) for _, line in text_lines(path)) > sum(
+        map(len, map(str.strip, first.split("\n")))
+    ):
+        remedy = "Give each log a file of its own."
+        raise BadInput("has more text after its JSON document", file=path, remedy=remedy)
+    return found
+
+
+def _parsed(text: str) -> Any:
+    try:
+        return json.loads(text)
     except (ValueError, RecursionError):
-        if first.endswith("}"):
-            return None  # a broken line: the reader of rows says where
-        try:
-            found = json.loads("\n".join(line for _, line in text_lines(path)))
-        except (ValueError, RecursionError):
-            return None
-    return found if isinstance(found, Mapping) and "samples" in found and "question" not in found else None
+        return None

@@ -41,7 +41,7 @@ _plain = re.compile(rf"\$?\s*({_number})(?:\s*/\s*({_number}))?\s*(?:%|\$)?")
 def as_number(given: Any) -> float | None:
     "The number that is given, or that a text is, with thousands, currency, percent sign or fraction; None for another."
     if isinstance(given, (int, float)) and not isinstance(given, bool):
-        return float(given) if math.isfinite(given) else None
+        return _finite(given)
     if not isinstance(given, str):
         return None
     found = _plain.fullmatch(given.strip().strip("$").rstrip(".").strip())
@@ -51,7 +51,14 @@ def as_number(given: Any) -> float | None:
         return None
     if value is None or below == 0:
         return None
-    return value if below is None else value / below
+    return _finite(value if below is None else value / below)
+
+
+def _finite(number: int | float) -> float | None:
+    try:
+        return float(number) if math.isfinite(number) else None
+    except OverflowError:  # an integer of more digits than a float has room for
+        return None
 
 
 def _digits(text: str) -> str:

@@ -146,6 +146,10 @@ def _scores_of(family: Family, task: ScoringTask, reason: str, n: int) -> dict[s
 
 # %% ../../nbs/79_scoring.ipynb #baa8265d
 def _check_call(metrics: Sequence[str], parts: int, seeds: Sequence[int], train: int, test: int) -> None:
+    if not isinstance(seeds, Sequence):
+        raise BadInput(
+            "must be a list of seeds", field="seeds", value=seeds, remedy="Give range(3), or [0, 1, 2]."
+        )
     for name, value, least in (("train_limit", train, 20), ("test_limit", test, 30)):
         if value < least:
             remedy = "Leave it out, or raise it."

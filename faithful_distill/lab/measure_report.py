@@ -15,7 +15,7 @@ from ..faithfulness.families import families as text_families
 from ..faithfulness.intervals import paired_difference
 from ..faithfulness.metrics import choice_probability
 from ..faithfulness.suite import Suite
-from ..files import BadInput, read_jsonl, writable_folder, write_json, write_text
+from ..files import BadInput, read_jsonl, write_json, write_text
 from .report import Section, build_report, corrected, decided, literal, note_on
 from faithful_distill.lab.score_report import (
     interval_level,

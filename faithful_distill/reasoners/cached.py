@@ -7,6 +7,7 @@ __all__ = ['CachedReasoner']
 
 # %% ../../nbs/67_cached.ipynb #79cc7db8
 import logging
+import math
 import time
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -46,7 +47,11 @@ class CachedReasoner(Reasoner):
         self.computed = 0  # answers, in this process
         self.journal = Journal(path, fields=("key", "reasoner"))
         self._check_reasoner()
-        self.known = {row["key"]: row for row in self.journal.records if "key" in row}
+        self.known = {}
+        for line, row in enumerate(self.journal.records, 1):
+            if "key" in row:
+                _check_kept(row, path, line)
+                self.known[row["key"]] = row
 
     def _check_reasoner(self) -> None:
         own = self.reasoner.describe()
@@ -128,10 +133,31 @@ def _plain(answer: Any) -> dict:
     row = {"text": "", "scores": None, "truncated": False, "problem": ""} | {
         n: whole[n] for n in _fields if n in whole
     }
+    if not all(map(math.isfinite, row["scores"] or ())):
+        remedy = "Are there NaN among its weights?"
+        raise BadInput(
+            "gives likelihoods that are not finite", field="model", value=row["scores"], remedy=remedy
+        )
     return row | {"scores": None if row["scores"] is None else [float(s) for s in row["scores"]]}
 
 
+def _check_kept(row: dict, path, line: int) -> None:
+    "Raises `BadInput` for a row that is no answer as it is kept here."
+    scores, choice = row.get("scores"), row.get("choice")
+    good = isinstance(row["key"], str) and all(name in row for name in _fields)
+    good = good and isinstance(row["rationale"], str) and isinstance(choice, int | None)
+    numbers = scores if isinstance(scores, list) else ()
+    good = good and (scores is None or isinstance(scores, list))
+    good = good and all(isinstance(s, (int, float)) and math.isfinite(s) for s in numbers)
+    if not good or choice is not None and numbers and not 0 <= choice < len(numbers):
+        remedy = "Remove the line; it is asked anew."
+        raise BadInput("is no answer as it is kept here", file=path, line=line, value=row, remedy=remedy)
+
+
 def _answer(q: Question, row: dict) -> Answer:
+    if len(row["scores"] or q.choices) != len(q.choices) or (row["choice"] or 0) >= len(q.choices):
+        problem = f"keeps an answer to another question than {q.id!r} under its key"
+        raise BadInput(problem, field="answers", value=row["key"], remedy="Remove the line of this key.")
     return Answer(q.id, **{name: row[name] for name in _fields})
 
 

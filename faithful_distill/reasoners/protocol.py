@@ -9,6 +9,7 @@ __all__ = ['abilities', 'WrittenRationale', 'Reasoner', 'StudentReasoner', 'as_r
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from numbers import Integral
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -240,6 +241,25 @@ class StudentReasoner(Reasoner):
         return dict(name=self.name, weights=weights, style="student", prefix=self.prefix) | lengths
 
 # %% ../../nbs/66_protocol.ipynb #d539ffbf
+def _checked(questions: Sequence[Question], answers: Any) -> list:
+    "The answers of a function, each with a rationale and a choice of its question. Raises `BadInput` for others."
+    remedy = "Return a list of Answer(id, rationale, text, choice, scores, truncated), one for each question."
+    if not isinstance(answers, (list, tuple)) or len(answers) != len(questions):
+        given = len(answers) if isinstance(answers, (list, tuple)) else type(answers).__name__
+        problem = f"must return {len(questions)} answers"
+        raise BadInput(problem, field="reasoner", value=given, remedy=remedy)
+    for q, a in zip(questions, answers):
+        choice, rationale = getattr(a, "choice", "none"), getattr(a, "rationale", None)
+        index = isinstance(choice, Integral) and not isinstance(choice, bool) and 0 <= choice < len(q.choices)
+        if not isinstance(rationale, str):
+            problem = f"must give a text as the rationale (question {q.id!r})"
+            raise BadInput(problem, field="reasoner", value=rationale, remedy=remedy)
+        if choice is not None and not index:
+            problem = f"must give the index of a choice, or None (question {q.id!r})"
+            raise BadInput(problem, field="reasoner", value=choice, remedy=remedy)
+    return list(answers)
+
+
 class FunctionReasoner(Reasoner):
     "A function ask(questions, rationales, prefix, continue_from) -> answers as a reasoner."
 
@@ -252,7 +272,7 @@ class FunctionReasoner(Reasoner):
 
     def ask(self, questions, rationales=None, prefix=None, continue_from=False):
         texts = [None] * len(questions) if rationales is None else rationales
-        return self.function(questions, texts, prefix or self.prefix, continue_from)
+        return _checked(questions, self.function(questions, texts, prefix or self.prefix, continue_from))
 
     def write(self, questions, beginnings=None):
         answers = self.ask(questions, beginnings, continue_from=beginnings is not None)

@@ -29,8 +29,11 @@ def answer_label(q: Question, i: int) -> str:
     return letter(i) if q.kind == "choice" else choice_text(q, i)
 
 # %% ../../nbs/67_served.ipynb #fac46495
-def label_scores(q: Question, top: Sequence[tuple[str, float]]) -> list[float]:
-    "Log-probability of each choice's label as the next token, in nats, where it is known; else a bound from above."
+def label_scores(q: Question, top: Sequence[tuple[str, float]]) -> list[float] | None:
+    """Log-probability of each choice's label as the next token, in nats, where it is known; else a bound from above.
+
+    None where no label is among the tokens that were told, so that nothing prefers a choice.
+    """
     labels = [answer_label(q, i).strip("()").lower() for i in range(len(q.choices))]
     found: list[list[float]] = [[] for _ in labels]
     for token, p in top:
@@ -38,9 +41,15 @@ def label_scores(q: Question, top: Sequence[tuple[str, float]]) -> list[float]:
         for i, label in enumerate(labels):
             if word and (word == label or len(label) > 1 and label.startswith(word)):
                 found[i].append(p)
+    if not any(found):
+        return None
     left = max(1e-9, 1 - sum(math.exp(p) for _, p in top))
     bound = min([math.log(left), *(p for _, p in top)])
-    return [math.log(sum(map(math.exp, ps))) if ps else bound for ps in found]
+    return [_log_sum(ps) if ps else bound for ps in found]
+
+
+def _log_sum(ps: list[float]) -> float:
+    return max(ps) + math.log(sum(math.exp(p - max(ps)) for p in ps))
 
 # %% ../../nbs/67_served.ipynb #7eb4ddd1
 def sample_scores(said: Sequence[int | None], n_choices: int) -> list[float]:
@@ -212,6 +221,9 @@ class ServedReasoner(Reasoner):
                 answers.append(unanswered(q, r, reply.problem or "the server gave no log-probabilities"))
                 continue
             scores = label_scores(q, reply.top)
+            if scores is None:
+                answers.append(unanswered(q, r, "none of the likeliest next tokens is the label of a choice"))
+                continue
             answers.append(_answer(q, r, scores, max(range(len(scores)), key=scores.__getitem__)))
         return answers
 

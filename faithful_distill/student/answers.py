@@ -131,6 +131,11 @@ def read_answers(
     contexts = _with_sources(student, sources, [target.before_answer for target in targets])
     batch = begin(student, contexts, encoded)
     scores, chosen = choice_scores(batch, tails)
+    if not all(math.isfinite(s) for row in scores for s in row):
+        remedy = "Are there NaN among its weights? A training that went wrong leaves such."
+        raise BadInput(
+            "gives likelihoods that are not finite", field="student", value=student.name, remedy=remedy
+        )
     ids, ended = _write_answers(batch, tails, chosen)
     texts = [text.strip() for text in student.tokenizer.batch_decode(ids, skip_special_tokens=True)]
     answers = []

@@ -335,8 +335,13 @@ def load_student(
     check_name(name_or_dir, "student")
     trained = read_settings(name_or_dir)
     model, tokenizer = load_pretrained(name_or_dir, "student", model_class, dtype=dtype)
+    try:
+        model = model.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    except (RuntimeError, AssertionError) as e:
+        problem = f"cannot be used: {str(e).splitlines()[0].rstrip('.')}"
+        raise BadInput(problem, field="device", value=device, remedy="Use cpu, or cuda with a GPU.") from e
     return Student(
-        model.to(device or ("cuda" if torch.cuda.is_available() else "cpu")).eval(),
+        model.eval(),
         tokenizer,
         str(name_or_dir),
         max_source or trained.get("max_source", 256),

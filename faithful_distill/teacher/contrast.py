@@ -141,7 +141,11 @@ def as_stop(stop) -> Stop:
         return stop
     if stop is None or isinstance(stop, int):
         return Stop(frozenset() if stop is None else frozenset([stop]))
-    return Stop(frozenset(map(int, stop)))
+    try:
+        return Stop(frozenset(int(id) for id in stop))
+    except (TypeError, ValueError):
+        remedy = "Give the id of a token, a list of ids, a Stop, or None."
+        raise BadInput("is no token", field="stop", value=stop, remedy=remedy) from None
 
 # %% ../../nbs/24_contrast.ipynb #38606d8b
 @dataclass

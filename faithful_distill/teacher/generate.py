@@ -12,7 +12,7 @@ from typing import Callable, Sequence
 import torch
 
 from ..caches import token_budget as default_budget
-from ..files import BadInput, progress
+from ..files import BadInput, check_number, progress
 from ..attention import Unserved
 from .choice import Choice, Row, row_uniforms
 from .contrast import Generation, as_contexts, as_stop
@@ -49,8 +49,9 @@ def _check_context(ids: list[int], limit: int | None, vocabulary: int, name: str
 # %% ../../nbs/30_generate.ipynb #76e8b4d4
 def _rows(model, gold_ids, perturbed_ids, max_new_tokens: int, ids: Sequence | None) -> list[Row]:
     "A `Row` for each gold context, checked, with the number of tokens that it may get."
-    if max_new_tokens < 1:
-        raise BadInput("must be at least 1", field="max_new_tokens", value=max_new_tokens)
+    check_number("max_new_tokens", max_new_tokens, 1)
+    if ids is not None and len(ids) != len(gold_ids):
+        raise BadInput(f"are {len(ids)} for {len(gold_ids)} rows", field="ids", value=list(ids)[:3])
     limit, vocabulary = context_limit(model), model.get_input_embeddings().weight.shape[0]
     rows = []
     for i, contexts in enumerate(as_contexts(gold_ids, perturbed_ids)):
@@ -64,6 +65,9 @@ def _rows(model, gold_ids, perturbed_ids, max_new_tokens: int, ids: Sequence | N
 
 # %% ../../nbs/30_generate.ipynb #9f62b013
 def _choice(alpha, beta, temperature, stop, scores, vocabulary) -> Choice:
+    for name, value in (("alpha", alpha), ("beta", beta), ("temperature", temperature)):
+        check_number(name, value, kind=float)
+    check_number("vocabulary", vocabulary, 1, none=True)
     for name, value, good, remedy in (
         ("alpha", alpha, 0 <= alpha < 1, "alpha is lambda / (1 + lambda): at least 0, less than 1."),
         ("beta", beta, 0 <= beta <= 1, "Use a number from 0 to 1."),

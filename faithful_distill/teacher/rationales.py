@@ -14,13 +14,14 @@ from collections import Counter
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
-from typing import Iterable, Iterator, Sequence
+from typing import Any, Iterable, Iterator, Sequence
 
 from .. import __version__
 
 from faithful_distill.files import (
     BadInput,
     Journal,
+    check_number,
     check_target,
     did_you_mean,
     progress,
@@ -82,6 +83,17 @@ class Job:
         return asked | dict(target=self.target, perturbed=perturbed)
 
 # %% ../../nbs/40_rationales.ipynb #d62431e7
+def _check_parts(of: Any, shard: Any) -> None:
+    "Raises `BadInput` for roles that are no list of names, and for a shard that is no pair of numbers."
+    if not isinstance(of, (list, tuple)) or not all(isinstance(role, str) for role in of):
+        raise BadInput("must be a list", field="roles", value=of, remedy=f"Such as {list(roles)}.")
+    pair = isinstance(shard, (list, tuple)) and len(shard) == 2
+    if shard is not None and not (pair and all(isinstance(k, int) for k in shard)):
+        raise BadInput(
+            "must be a pair (part, of how many)", field="shard", value=shard, remedy="Such as (0, 4)."
+        )
+
+
 def _jobs(
     questions: Iterable[Question], roles: Sequence[str], perturbation: str, seed: int, samples: int = 1
 ) -> list[Job]:
@@ -465,8 +477,10 @@ def rationalize(
         check_target(out)
         check_target(journal_path(out))
         own_records(rejected_path(out))
-    if max_new_tokens < 1:
-        raise BadInput("must be at least 1", field="max_new_tokens", value=max_new_tokens)
+    whole = dict(max_new_tokens=max_new_tokens, shots=shots, chunk=chunk, token_budget=token_budget)
+    for name, value in whole.items():
+        check_number(name, value, 0 if name == "shots" else 1, none=name in ("shots", "token_budget"))
+    _check_parts(roles, shard)
     if style not in styles:
         raise BadInput(f"must be one of {', '.join(styles)}", field="style", value=style)
     examples = (few_shot if style == "worked" else worked_turns)(prompt, shots)

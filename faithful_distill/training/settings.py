@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from ..files import BadInput, did_you_mean
+from ..files import BadInput, check_number, did_you_mean
 from ..student import objectives  # registers them
 from ..student.loss import find_objective
 
@@ -55,9 +55,11 @@ class Settings(BaseModel):
     )
     lr: float = Field(3e-4, gt=0, description="learning rate at its highest")
     epochs: float = Field(10.0, gt=0, description="passes over the gold rationales")
-    max_steps: int | None = Field(None, ge=1, description="steps to stop after, instead of `epochs`")
+    max_steps: int | None = Field(
+        None, ge=1, le=10**9, description="steps to stop after, instead of `epochs`"
+    )
     batch_size: int = Field(
-        16, ge=1, description="gold rationales a step, over all processes and micro-batches"
+        16, ge=1, le=10**6, description="gold rationales a step, over all processes and micro-batches"
     )
     accumulation: int = Field(
         1, ge=1, description="micro-batches that a step is computed in, one after the other"
@@ -230,6 +232,8 @@ def lora_arguments(given: str | dict) -> dict[str, Any]:
 
 
 def _argument(name, value):
+    if isinstance(value, float) or isinstance(value, str) and isinstance(_value(value), float):
+        check_number(f"lora.{name}", float(value), kind=float)
     if name == "bias" and value in (None, "none"):
         return "none"  # peft's own word
     return _value(value) if isinstance(value, str) else value
