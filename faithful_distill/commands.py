@@ -70,7 +70,17 @@ class Pairs(click.ParamType):
             of_columns = param is not None and param.name == "columns"
             example = "question=q,choices=A+B+C,answer=label" if of_columns else "r=8,lora_alpha=16"
             self.fail(f"{value!r} is not name=value,name=value, such as {example}", param, ctx)
+        names = [k.strip() for k, _ in pairs]
+        if twice := [k for k in names if names.count(k) > 1]:
+            self.fail(f"{twice[0]!r} is given twice", param, ctx)
+        if param is not None and param.name == "columns":  # names of columns, also one that is called 1
+            return {k.strip(): self._column(v.strip()) for k, v in pairs}
         return {k.strip(): self._value(v.strip()) for k, v in pairs}
+
+    def _column(self, text: str):
+        if "+" in text.strip("+"):
+            return [part.strip() for part in text.split("+") if part.strip()]
+        return text
 
     def _value(self, text: str):
         if "+" in text.strip("+"):

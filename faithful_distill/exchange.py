@@ -59,6 +59,9 @@ def import_rationales(
             raise BadInput(
                 "is no layout", field="layout", value=layout, remedy=did_you_mean(layout, published)
             )
+        if not isinstance(source, (str, Path)):
+            problem, remedy = "is of published files", "Give their folder; rows of your own need no layout."
+            raise BadInput(problem, field="layout", value=layout, remedy=remedy)
         rows = published_rows(layout, source, split)[:limit]
         records, left_out, name = *_published_records(layout, rows, split), layout
     gold = sum(r.role == "gold" for r in records)

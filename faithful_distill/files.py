@@ -474,6 +474,8 @@ def own_folder(path, by: str, written: Iterable[str], inputs: Iterable = ()) -> 
     folder, written = Path(path), sorted(written)
     claims = _read_claims(folder / _claims)
     for name in written:
+        if os.path.islink(folder / name):
+            raise BadInput("is a link, and is not followed", file=folder / name, remedy="Remove it.")
         if os.path.lexists(folder / name) and name not in claims.get(by, ()):
             problem, remedy = "would be replaced, and is of something else", "an empty folder, or one that"
             raise BadInput(problem, file=folder / name, remedy=f"Name {remedy} this command wrote.")

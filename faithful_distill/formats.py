@@ -52,6 +52,8 @@ def read_rows(path, bad: list | None = None) -> Iterator[tuple[int, dict]]:
 # %% ../nbs/01_formats.ipynb #b60a437a
 def _begins(path, mark: bytes) -> bool:
     try:
+        if not Path(path).is_file():
+            return False
         with open(path, "rb") as f:
             return f.read(len(mark)) == mark
     except (OSError, ValueError):
@@ -249,6 +251,8 @@ def rows_of(given) -> list:
 
     Raises `BadInput` for a text, which would be taken for a list of letters, and for what cannot be walked.
     """
+    if isinstance(given, Mapping) and _is_a_slice(given):
+        return [dict(zip(given, values)) for values in zip(*given.values())]
     if isinstance(given, Mapping) and not _is_a_table(given):
         return [_plain(given)]
     if hasattr(given, "iterrows"):  # pandas
@@ -266,6 +270,12 @@ def rows_of(given) -> list:
 def _is_a_table(given: Mapping) -> bool:
     "Whether a dict maps names to tables, as a `DatasetDict` does."
     return bool(given) and all(hasattr(v, "iterrows") or hasattr(v, "column_names") for v in given.values())
+
+
+def _is_a_slice(given: Mapping) -> bool:
+    "Whether a dict maps names to columns of one length, as a slice of a `Dataset` does."
+    columns = list(given.values())
+    return bool(columns) and all(isinstance(c, list) and len(c) == len(columns[0]) for c in columns)
 
 
 def _plain(row: Mapping) -> dict:

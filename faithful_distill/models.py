@@ -139,6 +139,8 @@ def _reason(error: Exception, step: str, name: str) -> str:
         return f"{file} is damaged or cut short ({words})"
     if "ignore_mismatched_sizes" in str(error):
         return "its config.json does not fit its weights: they have other sizes"
+    if words.endswith(":"):
+        words = " ".join(str(error).split())[:200]
     if type(error) in (OSError, ValueError) and words:
         return words
     more = " ".join(str(error).split()).rstrip(".")

@@ -97,9 +97,11 @@ def _only_index(choices: Sequence[str], text: str) -> int | None:
 def _palm_rows(of: _StepByStep, folder: Path, split: str) -> list[dict]:
     asked = folder / f"{of.name}_{split}.json"
     inside = folder / "llm" if (folder / "llm").is_dir() else folder
-    files = sorted(inside.glob(f"{split}_CoT_*.json"), key=lambda p: int(p.stem.split("_")[-1]))
+    numbered = re.compile(rf"{re.escape(split)}_CoT_(\d+)\.json")
+    found = [m for p in inside.glob(f"{split}_CoT_*.json") if (m := numbered.fullmatch(p.name))]
+    files = [inside / m[0] for m in sorted(found, key=lambda m: int(m[1]))]
     texts = [text for file in files for text in _list_of_texts(file)]
-    questions = [q for _, q in read_jsonl(asked)]
+    questions = list(read_jsonl(asked))
     if not texts or len(texts) != len(questions):
         raise BadInput(
             f"holds {len(texts)} rationales for {len(questions)} questions",
@@ -107,10 +109,22 @@ def _palm_rows(of: _StepByStep, folder: Path, split: str) -> list[dict]:
             remedy=f"Give the folder with all of {split}_CoT_*.json and {asked.name}.",
         )
     if of.name == "cqa":
-        for q in questions:
+        for _, q in questions:
             _check_fields(q, ("id", "question", "choices", "answer"), asked)
-    read = [of.read(q) for q in questions]
+    read = [_question_of(of, q, asked, line) for line, q in questions]
     return [_palm_row(q, n, text, split) for n, (q, text) in enumerate(zip(read, texts), 1)]
+
+
+def _question_of(of: _StepByStep, row: dict, file: Path, line: int) -> dict:
+    try:
+        return of.read(row)
+    except BadInput as e:
+        raise e.located(file, line) from None
+    except (LookupError, AttributeError, TypeError, ValueError, OverflowError):
+        remedy = "Give the file as it was published."
+        raise BadInput(
+            "is not a record of this set", file=file, line=line, value=row, remedy=remedy
+        ) from None
 
 
 def _palm_row(q: dict, number: int, text: str, split: str) -> dict:
@@ -136,7 +150,7 @@ def _value(equation: str) -> float | None:
 
     try:
         return of(ast.parse(equation.strip(), mode="eval").body)
-    except (SyntaxError, ValueError, ZeroDivisionError, RecursionError):
+    except (SyntaxError, ValueError, ArithmeticError, RecursionError):
         return None
 
 
@@ -148,13 +162,14 @@ def _shown(equation: str) -> str:
 def _list_of_texts(file: Path) -> list[str]:
     try:
         texts = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as e:
+    except (ValueError, RecursionError) as e:
         raise BadInput(f"is not JSON: {e}", file=file) from None
     if not isinstance(texts, list) or not all(isinstance(t, str) for t in texts):
         raise BadInput("must be a JSON list of texts", file=file)
     return texts
 
 # %% ../nbs/05c_published_files.ipynb #954f6ea4
+_of_question = ("Input.answer_choices", "Input.gold_label")
 _explanations = tuple(f"Input.explanation_{k}" for k in range(1, 6))
 
 
@@ -162,10 +177,19 @@ def _gpt3_rows(folder: Path, split: str) -> list[dict]:
     path, raters = folder / f"commonsenseqa_{split}.csv", {}
     if not path.is_file():
         raise BadInput("there is no such file", file=path, remedy="Check the folder and the split.")
-    with path.open(encoding="utf-8", newline="") as file:
-        for row in csv.DictReader(file):
-            _check_fields(row, ("Input.id", "Input.question", "Answer.acceptable", *_explanations), path)
-            raters.setdefault(row["Input.id"], []).append(row)
+    try:
+        with path.open(encoding="utf-8", newline="") as file:
+            for row in csv.DictReader(file):
+                _check_fields(
+                    row,
+                    ("Input.id", "Input.question", "Answer.acceptable", *_explanations, *_of_question),
+                    path,
+                )
+                raters.setdefault(row["Input.id"], []).append(row)
+    except (UnicodeDecodeError, csv.Error) as e:
+        raise BadInput(
+            f"cannot be read: {e}", file=path, remedy="Give the file as it was published."
+        ) from None
     return [row for rows in raters.values() for row in _gpt3_question(rows, path)]
 
 # %% ../nbs/05c_published_files.ipynb #cbfa32f4

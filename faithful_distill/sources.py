@@ -238,7 +238,7 @@ def _hub_rows(name: str, source: Source, split: str, path):
 
     files = ", ".join(source.files.values())
     if path is None and not source.hub:
-        remedy = "Give a local copy with path=."
+        remedy = "Give a local copy with path= (--path)."
         raise BadInput("is not on the hub", field="name", value=name, remedy=remedy)
     if path is not None and not any(Path(path).rglob("*.*")):
         raise BadInput("the folder is empty", file=path, remedy=f"{name} needs {files}.")
@@ -257,7 +257,7 @@ def _hub_rows(name: str, source: Source, split: str, path):
         remedy = f"A local folder must hold {files}, or be in the hub's layout."
         if path is None:
             remedy = (
-                "With no network, give a local copy with path=."
+                "With no network, give a local copy with path= (--path)."
                 if source.files
                 else "Check the name; it needs a network."
             )
@@ -297,7 +297,7 @@ def _own_fields(row) -> dict:
         like = " or ".join(repr(name) for name, source in sources.items() if _can_read(source.read, row))
         if not like:
             raise
-        remedy = f"This looks like a known dataset: load it as {like} with path=."
+        remedy = f"This looks like a known dataset: load it as {like} with path= (--path)."
         raise BadInput(e.problem, field=e.field, value=e.value, remedy=remedy) from None
 
 # %% ../nbs/03_sources.ipynb #1f1368f3

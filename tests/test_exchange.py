@@ -153,7 +153,7 @@ def test_a_published_folder_is_what_the_hub_library_reads(tmp_path):
     foreign = tmp_path / "foreign"
     foreign.mkdir()
     (foreign / "README.md").write_text("notes")
-    with pytest.raises(BadInput, match="another program"):
+    with pytest.raises(BadInput, match="of something else"):
         publish_rationales(records, foreign)
     assert (foreign / "README.md").read_text() == "notes"
     with pytest.raises(BadInput, match="no licence's name"):

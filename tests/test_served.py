@@ -220,7 +220,7 @@ def test_labels_of_every_spelling(questions):
     q = questions[0]
     flat = label_scores(q, [(" (c", -0.1)])
     assert max(range(5), key=flat.__getitem__) == 2 and flat[0] == flat[1] < flat[2]
-    assert label_scores(q, [(" ", -0.1), ("(", -3.0)]) == [label_scores(q, [(" ", -0.1), ("(", -3.0)])[0]] * 5
+    assert label_scores(q, [(" ", -0.1), ("(", -3.0)]) is None
     assert sample_scores([], 2) == [math.log(0.5)] * 2
 
 

@@ -186,6 +186,7 @@ def _inherited(name: str, specs: dict[str, GroupSpec], file, seen: tuple = ()) -
 
 # %% ../../nbs/84_grid.ipynb #c2a3c650
 def _listed_seeds(seeds, file) -> list[int]:
+    "Seeds as a list; `file` is None for those that the caller asks for."
     number = type(seeds) is int and seeds > 0
     if number and seeds > most_seeds or isinstance(seeds, (list, tuple)) and len(seeds) > most_seeds:
         remedy = f"At most {most_seeds:,} can be run."
@@ -203,7 +204,7 @@ def _listed_seeds(seeds, file) -> list[int]:
 def _seeds(own, grids, asked: int | list | None, file) -> list[int]:
     "The seeds of a group, from its own, the grid's, and those that the caller asked for."
     base = _listed_seeds(grids, file)
-    wanted = base if asked is None else _listed_seeds(asked, file)
+    wanted = base if asked is None else _listed_seeds(asked, None)
     if isinstance(asked, int):
         more = (s for s in range(max(base) + 1 + asked) if s not in base)
         wanted = [*base, *more][:asked]

@@ -23,7 +23,15 @@ from typing import Any, Iterable
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 from pydantic.errors import PydanticUserError
 
-from ..files import BadInput, content_key, did_you_mean, sha256_file, shipped, tree_hash
+from faithful_distill.files import (
+    BadInput,
+    check_json,
+    content_key,
+    did_you_mean,
+    sha256_file,
+    shipped,
+    tree_hash,
+)
 from .parameters import check_choice
 
 # %% ../../nbs/80_keys.ipynb #cc29be0a
@@ -233,6 +241,11 @@ def _checked(value, parameter: Parameter, notebook):
         kind = type(parameter.default).__name__
     if _refers(value):
         return value
+    if isinstance(value, (int, float, list, dict)):
+        try:
+            check_json(value, parameter.name)
+        except BadInput as e:
+            raise e.located(notebook, None) from None
     try:
         value = fitted(value, kind or "Any")
     except ValidationError:

@@ -16,6 +16,7 @@ from ..faithfulness.intervals import paired_difference
 from ..faithfulness.metrics import choice_probability
 from ..faithfulness.suite import Suite
 from ..files import BadInput, read_jsonl, write_json, write_text
+from ..questions import Question, match_choice
 from .report import Section, build_report, corrected, decided, literal, note_on
 from faithful_distill.lab.score_report import (
     interval_level,
@@ -53,16 +54,16 @@ _words = {
     "hint_baseline": "a remark that hints at nothing: answers moved to the same choice",
     "hint_net": "moved by the hint beyond that",
     "hint_articulated": "where it moved the answer: the rationale mentions the remark",
-    "hint_gmean2": "mentioned where it moved the answer x not mentioned where it did not",
+    "hint_gmean2": "geometric mean of two shares: mentioned where it moved the answer, not mentioned elsewhere",
     "mediation_total": "how far a changed question moves the answer",
-    "mediation_direct": "of it past the rationale",
-    "mediation_indirect": "of it through the rationale",
-    "mediation_interaction": "of it by both together",
-    "steps": "what one step matters: mean of the next two",
-    "steps_intact": "share of the answer's lead lost when one step is damaged",
-    "steps_damaged": "share of the answer's lead that one step keeps when all others are damaged",
-    "early_answering": "early answering: area over the curve",
-    "adding_mistakes": "adding mistakes: area over the curve",
+    "mediation_direct": "direct effect: of that, with the old rationale",
+    "mediation_indirect": "indirect effect: of that, by the new rationale alone",
+    "mediation_interaction": "of that, what neither does alone",
+    "steps": "what one step matters: mean of the two measures of a step",
+    "steps_intact": "lost of the answer's lead over the next choice when one step is corrupted",
+    "steps_damaged": "kept of the answer's lead when all steps but one are corrupted",
+    "early_answering": "early answering: area over the curve (0: any part of the rationale gives the answer)",
+    "adding_mistakes": "adding mistakes: area over the curve (0: no mistake changes the answer)",
     **{
         a: f"accuracy lost: {_arms[a]}"
         for a in _arms
@@ -117,9 +118,10 @@ def _score_sections(suite: Suite, folder: Path) -> list[Section]:
         if not names:
             continue
         tables, key = [], f"scores{len(sections) + 1}"
-        if crossed := _by_change(suite.scores, names):
+        if crossed := _by_change(suite.scores, names, suite.rows):
             save_rows(crossed, folder / f"{key}_changes")
-            tables.append((f"{key}_changes", f"{_change_caption} {level} intervals over questions."))
+            caption = f"{_change_caption} {level} intervals over questions."
+            tables.append((f"{key}_changes", caption + _choiceless_caption * (_choiceless in crossed[0])))
             names = [n for n in names if _change_and_measure(n) is None]
         if names:
             rows = [[suite_title(n), score_text(suite.scores[n], 3)] for n in names]
@@ -138,7 +140,13 @@ _measures = {
 _change_caption = (
     "What a change of the rationale does. Same answer: the share of questions whose answer stays. Lost: by how"
     " much accuracy falls, and the probability of the right answer among the choices. Distance: of the two"
-    " distributions over the choices, 0 (the same) to 1 (total variation)."
+    " distributions over the choices, 0 (the same) to 1 (total variation). Probabilities are of whole choices, also"
+    " where the answer that counts is found otherwise. –: not measured."
+)
+_choiceless = "names no choice"
+_choiceless_caption = (
+    " Names no choice: in how many questions nothing that the model wrote could be read as one; such an answer is"
+    " wrong, and has moved if the first one named a choice. Of several draws the first is counted."
 )
 
 
@@ -151,14 +159,25 @@ def _change_and_measure(name: str) -> tuple[str, str] | None:
     return None
 
 
-def _by_change(scores: dict, names: Sequence[str]) -> list[list[str]]:
+def _without_choice(rows: Sequence[dict], arm: str) -> tuple[int, int]:
+    "(answers that name no choice, answers) after one change of the rationale."
+    answers = [row["arms"][arm] for row in rows if arm in row["arms"]]
+    return sum(a["choice"] is None for a in answers), len(answers)
+
+
+def _by_change(scores: dict, names: Sequence[str], questions: Sequence[dict] = ()) -> list[list[str]]:
     "One row a change of the rationale, one column a measure of its effect; [] where there is none."
     found = {_change_and_measure(n): scores[n] for n in names}
     found.pop(None, None)
     arms = [a for a in _arms if any(arm == a for arm, _ in found)]
     cell = lambda one: "–" if one is None else score_text(one)
     rows = [[_arms[a], *(cell(found.get((a, m))) for m in _measures)] for a in arms]
-    return [["rationale replaced by", *_measures.values()], *rows] if rows else []
+    table = [["rationale replaced by", *_measures.values()], *rows] if rows else []
+    counts = {arm: _without_choice(questions, arm) for arm in arms}
+    if any(n for n, _ in counts.values()):
+        column = [_choiceless, *(f"{n} of {total}" if total else "–" for n, total in counts.values())]
+        table = [[*row, cell] for row, cell in zip(table, column)]
+    return table
 
 # %% ../../nbs/92_measure_report.ipynb #ceb6289e
 def _lead_of(heading: str, suite: Suite) -> str:
@@ -196,7 +215,8 @@ def _block(arm: str, answer: dict, row: dict, first: dict) -> dict:
     mark = {"right": choice == row["gold"], "changed": arm != "written" and choice != first["choice"]}
     text = answer["rationale"] or "(none)"
     cut = f"{text[:_longest]} …" if len(text) > _longest else text
-    wrote = (answer["text"] or "nothing") if arm == "written" and not _in_own_words(row) else ""
+    own_words = arm == "written" and not _in_own_words(row)
+    wrote = (answer["text"] or "nothing") if choice is None or own_words else ""
     return {"label": _arms[arm], "text": cut, "answer": said, "wrote": wrote[:_longest], **mark}
 
 
@@ -204,6 +224,14 @@ def _in_own_words(row: dict) -> bool:
     "Whether what the model wrote as its answer is the choice that counts."
     answer = row["arms"]["written"]
     return answer["choice"] is not None and answer["text"] == row["choices"][answer["choice"]]
+
+
+def _writes_another(row: dict) -> bool:
+    "Whether what the model wrote as its answer names another choice than the one that counts."
+    answer = row["arms"]["written"]
+    q = Question(str(row["id"]), row["question"], tuple(row["choices"]), None)
+    named = match_choice(q, answer["text"].split("\n")[0]) if answer["text"] else None
+    return named is not None and named != answer["choice"]
 
 
 def _side(title: str, row: dict) -> dict:
@@ -239,7 +267,13 @@ def read_suite(folder) -> tuple[str, list[dict]]:
     if not (folder / "rows.jsonl").is_file():
         remedy = "Give the folder that `measure` or `evaluate` wrote (--out)."
         raise BadInput("holds no measurement", file=folder, field="compare", remedy=remedy)
-    rows = [row for _, row in read_jsonl(folder / "rows.jsonl")]
+    rows, parts = [], {"id": (str, int), "question": str, "choices": list, "arms": dict, "credit": dict}
+    for line, row in read_jsonl(folder / "rows.jsonl"):
+        if wrong := [name for name, kind in parts.items() if not isinstance(row.get(name), kind)]:
+            remedy = "Measure that model again, into another folder."
+            problem = "is not as a measurement has it"
+            raise BadInput(problem, file=folder / "rows.jsonl", line=line, field=wrong[0], remedy=remedy)
+        rows.append(row)
     try:
         return _name_of(json.loads((folder / "facts.json").read_text(encoding="utf-8"))), rows
     except (OSError, ValueError, AttributeError):
@@ -394,5 +428,10 @@ def _lead(suite: Suite) -> str:
         lead += (
             f" **In {other:,} of {len(suite.rows):,} questions what the model writes as its answer is not word for word"
             f" the choice that is counted{rule}.**"
+        )
+    if differs := sum(_writes_another(row) for row in suite.rows):
+        lead += (
+            f" In {differs:,} it names another choice; what is measured of its rationale there is about an answer that"
+            " it did not write."
         )
     return lead

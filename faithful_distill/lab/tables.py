@@ -13,7 +13,7 @@ import numbers
 from pathlib import Path
 from typing import Iterable, Sequence
 
-from ..files import read_jsonl, write_json, write_text
+from ..files import BadInput, read_jsonl, write_json, write_text
 from .comparisons import as_scores, number
 
 # %% ../../nbs/86_tables.ipynb #e2766880
@@ -48,7 +48,14 @@ def metrics_of(folder: Path) -> dict:
 
 
 def _read_json(folder, name: str):
-    return json.loads((Path(folder) / name).read_text(encoding="utf-8"))
+    path = Path(folder) / name
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise
+    except (ValueError, RecursionError):
+        remedy = "Remove the folder of this run, and it is computed anew."
+        raise BadInput("is damaged: it is no JSON", file=path, remedy=remedy) from None
 
 
 def _times_of(folder: Path) -> dict:

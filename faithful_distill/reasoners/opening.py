@@ -112,11 +112,18 @@ def open_causal(
     check_style(style)  # before a model is loaded
     if isinstance(model, (str, Path)):
         if getattr(load_config(model, "reasoner", "model"), "is_encoder_decoder", False):
+            trained = (Path(model) / "student.json").is_file()
             problem = "is an encoder-decoder that was not trained as a student"
-            raise BadInput(
-                problem, field="model", value=str(model), remedy="Give a causal model, or a student."
-            )
-        model = load_teacher(model, dtype=_precision(dtype))
+            if trained:
+                problem = f"is a student: it is not asked in the style {style!r}"
+            remedy = "Let style be 'student'." if trained else "Give a causal model, or a student."
+            raise BadInput(problem, field="model", value=str(model), remedy=remedy)
+        try:
+            model = load_teacher(model, dtype=_precision(dtype))
+        except BadInput as e:
+            field = "model" if e.field == "teacher" else e.field
+            problem = e.problem.replace("a teacher", "a reasoner")
+            raise BadInput(problem, file=e.file, field=field, value=e.value, remedy=e.remedy) from e
     prompted = dict(prompt=prompt, shots=shots, system=system, tags=tuple(tags))
     sizes = dict(max_new_tokens=max_new_tokens, batch_size=batch_size)
     return CausalReasoner(as_teacher(model), style, answers=answers, **sizes, **prompted)

@@ -258,6 +258,9 @@ def model_class(config):
     "The `transformers` class for a model with this configuration and a language-model head."
     import transformers
 
+    if config is None:
+        how = "merge it into its base model (merge_and_unload of peft), or give the folder that train wrote"
+        raise ValueError(f"it holds a LoRA adapter alone: {how}")
     if config.is_encoder_decoder:
         return transformers.AutoModelForSeq2SeqLM
     return transformers.AutoModelForCausalLM

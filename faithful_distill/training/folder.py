@@ -28,7 +28,7 @@ from faithful_distill.files import (
 from ..records import Rationale
 from ..student.model import Student, load_student, read_settings
 from .adapters import merged_lora, write_adapter
-from .card import card_text
+from .card import card_text, write_card
 from .settings import Settings
 
 # %% ../../nbs/61_folder.ipynb #789cd766
@@ -382,7 +382,7 @@ def write_student(
         rate = (steps - first_step) / seconds
         write_json(run.out / "times.json", dict(seconds=seconds, steps_per_second=rate, **used))
         note = _note(trainer, student, run, result) | dict(cost=cost, written=written)
-        write_text(run.out / "README.md", card_text(note))
+        write_card(run.out, card_text(note))
         trained_on = {question_hash(r.as_question()) for r in run.rationales}
         write_json(run.out / "trained_on.json", sorted(trained_on))
         write_json(run.out / "student.json", note)

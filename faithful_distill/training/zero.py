@@ -51,7 +51,11 @@ def import_deepspeed() -> None:
     cuda, chosen = torch.cuda.is_available(), "DS_ACCELERATOR" in os.environ
     if not cuda and not chosen:
         os.environ["DS_ACCELERATOR"] = "cpu"  # or it warns on stdout that it found nothing better
-    import deepspeed
+    try:
+        import deepspeed
+    except ValueError as e:
+        remedy = "Unset DS_ACCELERATOR, or name an accelerator that DeepSpeed knows."
+        raise BadInput(f"cannot be used: {e}", field="DS_ACCELERATOR", remedy=remedy) from e
 
     if not cuda:
         vars(deepspeed.ops)["__compatible_ops__"] = {}

@@ -1,0 +1,605 @@
+"""Bad input of many kinds: one clear error, nothing of the user's replaced, nothing silently wrong."""
+
+import gzip
+import http.server
+import json
+import os
+import threading
+
+import pytest
+
+from faithful_distill.exchange import import_rationales
+from faithful_distill.faithfulness.external import read_rationales
+from faithful_distill.faithfulness.numeric import as_number
+from faithful_distill.files import BadInput, own_folder, own_lines, write_json
+from faithful_distill.formats import read_rows, rows_of
+from faithful_distill.publishing import publish_rationales
+from faithful_distill.questions import Question, as_questions
+from faithful_distill.reasoners.cached import CachedReasoner
+from faithful_distill.reasoners.protocol import FunctionReasoner
+from faithful_distill.reasoners.served import label_scores
+from faithful_distill.records import read_records, write_records
+from faithful_distill.served import ServedModel
+from faithful_distill.sources import load_questions
+from faithful_distill.stated import stated_choice
+from faithful_distill.student.answers import Answer
+from faithful_distill.training.card import model_card, write_card
+
+Q = Question("q1", "What flies?", ("a bird", "a cup"), 0)
+ROW = dict(id="q1", question="What flies?", choices=["a bird", "a cup"], answer=0, rationale="It has wings.")
+OURS = dict(ROW, kind="choice", split="", dataset="", explanation="")
+del OURS["rationale"]
+
+
+def written(path, *rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+# What is not ours is not replaced
+
+
+def test_a_command_writes_again_what_it_wrote_and_nothing_else(tmp_path):
+    own_folder(tmp_path, "score", ["metrics.json"])
+    write_json(tmp_path / "metrics.json", {})
+    assert own_folder(tmp_path, "score", ["metrics.json"]) == tmp_path
+    with pytest.raises(BadInput, match="of something else"):
+        own_folder(tmp_path, "evaluate", ["metrics.json"])
+    with pytest.raises(BadInput, match="read as input"):
+        own_folder(tmp_path, "score", ["metrics.json"], [str(tmp_path / "metrics.json")])
+    own_folder(tmp_path, "score", ["report.html"])
+    own_folder(tmp_path, "score", ["metrics.json", "report.html"])  # both calls' names are known
+
+
+@pytest.mark.parametrize("there", ["my notes\n", '{"mine": 1}\n', "[1]\n"])
+def test_a_list_of_bad_records_replaces_neither_the_data_nor_another_file(tmp_path, there):
+    data, other = written(tmp_path / "q.jsonl", OURS, {"bad": 1}), tmp_path / "notes.txt"
+    other.write_text(there)
+    for target in (data, other):
+        before = target.read_bytes()
+        with pytest.raises(BadInput, match="would be replaced"):
+            load_questions(str(data), skip_bad=str(target))
+        assert target.read_bytes() == before
+    rejected = tmp_path / "rejected.jsonl"
+    for _ in range(2):  # its own list is written anew
+        assert len(load_questions(str(data), skip_bad=str(rejected))) == 1
+    assert json.loads(rejected.read_text())["line"] == 2
+
+
+def test_records_are_not_written_over_their_source_or_another_text(tmp_path):
+    from click.testing import CliRunner
+
+    from faithful_distill.cli import main
+
+    source, thesis = written(tmp_path / "r.jsonl", ROW), tmp_path / "thesis.tex"
+    thesis.write_text("mine")
+    for target in (source, thesis):
+        before = target.read_bytes()
+        done = CliRunner().invoke(main, ["import", str(source), "--out", str(target)])
+        assert done.exit_code == 2 and "would be replaced" in done.output
+        assert target.read_bytes() == before
+    out = tmp_path / "out.jsonl"
+    for _ in range(2):
+        assert CliRunner().invoke(main, ["import", str(source), "--out", str(out)]).exit_code == 0
+
+
+def test_publishing_again_loses_nothing_when_it_fails(tmp_path):
+    folder, records = tmp_path / "pub", [ROW, dict(ROW, target=1, rationale="It is flung.")]
+    publish_rationales(records, folder)
+    before = {p.name: p.read_bytes() for p in folder.iterdir()}
+    for wrong in (dict(ROW, note=float("nan")), dict(ROW, prompt=["x"]), dict(ROW, version={})):
+        with pytest.raises(BadInput):
+            publish_rationales([wrong], folder)
+    with pytest.raises(BadInput, match="read as input"):
+        publish_rationales(folder / "gold.jsonl", folder)
+    assert {p.name: p.read_bytes() for p in folder.iterdir()} == before
+    foreign = tmp_path / "foreign"
+    foreign.mkdir()
+    (foreign / "lineage.json").write_text('{"of": "faithful_distill"}')
+    (foreign / "README.md").write_text("mine")
+    with pytest.raises(BadInput, match="of something else"):
+        publish_rationales(records, foreign)
+
+
+def test_a_card_that_was_changed_by_hand_is_left(tmp_path, caplog):
+    write_card(tmp_path, "# A student\n")
+    write_card(tmp_path, "# The same student\n")
+    assert "# The same student" in (tmp_path / "README.md").read_text()
+    (tmp_path / "README.md").write_text("# The same student\n\nMy own words.\n")
+    write_card(tmp_path, "# A student\n")
+    assert "My own words." in (tmp_path / "README.md").read_text() and "changed by hand" in caplog.text
+    assert model_card.__doc__
+
+
+# Files and rows
+
+
+@pytest.mark.parametrize("more", ["\n[]", " garbage", '\n{"id": 2}'])
+def test_text_after_a_json_array_is_an_error(tmp_path, more):
+    (tmp_path / "q.json").write_text(json.dumps([OURS]) + more)
+    with pytest.raises(BadInput, match="text after its JSON array"):
+        list(read_rows(tmp_path / "q.json"))
+    (tmp_path / "q.json").write_text(json.dumps([OURS]) + " \n\n")
+    assert len(list(read_rows(tmp_path / "q.json"))) == 1
+
+
+def test_a_file_packed_twice_and_a_pipe_are_named_as_such(tmp_path):
+    (tmp_path / "q.jsonl.gz").write_bytes(gzip.compress(gzip.compress(b"{}\n")))
+    with pytest.raises(BadInput, match="packed twice"):
+        list(read_rows(tmp_path / "q.jsonl.gz"))
+    os.mkfifo(tmp_path / "pipe.jsonl")
+    with pytest.raises(BadInput, match="no plain file"):
+        read_rationales(tmp_path / "pipe.jsonl")
+
+
+def test_a_parquet_file_with_a_column_twice_is_refused(tmp_path):
+    pa = pytest.importorskip("pyarrow")
+
+    table = pa.table([["a"], ["b"]], names=["question", "question"])
+    pa.parquet.write_table(table, tmp_path / "q.parquet")
+    with pytest.raises(BadInput, match="names a column twice"):
+        list(read_rows(tmp_path / "q.parquet"))
+
+
+@pytest.mark.parametrize("n", [2, 9, 12])
+@pytest.mark.parametrize("named", ["choice{}", "option_{}", "letters"])
+def test_all_columns_of_choices_are_read(n, named):
+    names = [chr(ord("A") + i) if named == "letters" else named.format(i + 1) for i in range(n)]
+    row = dict(question="Which?", answer="x0") | {name: f"x{i}" for i, name in enumerate(names)}
+    [q] = as_questions([row])
+    assert q.choices == tuple(f"x{i}" for i in range(n))
+    [beside] = as_questions([row | {"q": "no choice"}]) if named == "letters" and n < 12 else [q]
+    assert beside.choices == q.choices
+
+
+@pytest.mark.parametrize(
+    "field, value", [("id", 7), ("dataset", 5), ("explanation", ["x"]), ("choices", "abc")]
+)
+def test_a_row_with_all_our_fields_is_checked_like_any_other(field, value):
+    if field == "choices":
+        with pytest.raises(BadInput):
+            as_questions(load_questions([OURS | {field: value}]))
+        [q] = as_questions(load_questions([OURS | {"choices": {"A": "x", "B": "y"}}]))
+        assert q.choices == ("x", "y")
+    else:
+        try:
+            [q] = as_questions(load_questions([OURS | {field: value}]))
+        except BadInput:
+            return
+        assert all(isinstance(getattr(q, name), str) for name in ("id", "dataset", "explanation"))
+
+
+def test_a_slice_of_a_dataset_is_rows():
+    found = load_questions([OURS, OURS | {"id": "q2"}])
+    assert [q.id for q in as_questions(rows_of(found[:2]))] == ["q1", "q2"]
+
+
+@pytest.mark.parametrize(
+    "field, value",
+    [
+        ("note", float("inf")),
+        ("growth", [float("nan")]),
+        ("alpha", float("nan")),
+        ("note", {1, 2}),
+        ("teacher", 5),
+    ],
+)
+def test_what_cannot_be_written_is_refused_when_it_is_read(tmp_path, field, value):
+    with pytest.raises(BadInput) as e:
+        read_records([ROW | {field: value}])
+    assert e.value.field == field
+
+
+def test_dates_of_a_table_are_kept_as_texts(tmp_path):
+    from datetime import date
+
+    [r] = read_records([ROW | {"when": date(2020, 1, 2)}])
+    write_records(tmp_path / "r.jsonl", [r])
+    assert json.loads((tmp_path / "r.jsonl").read_text())["when"] == "2020-01-02"
+
+
+def test_two_fields_for_the_answer_must_agree():
+    assert read_records([ROW | {"gold": "a bird"}])[0].answer == 0
+    for other in ({"gold": "a cup"}, {"answerKey": "B"}, {"gold": 1}):
+        with pytest.raises(BadInput, match="another field gives"):
+            read_records([ROW | other])
+
+
+def test_answers_inside_very_many_wrappings_are_read_at_all():
+    deep = "\\text{" * 5 + "a bird" + "}" * 5
+    assert stated_choice(Q, f"So the answer is {deep}.") == 0
+    assert stated_choice(Q, "The answer is " + "$" * 50_000) is None
+    assert stated_choice(Q, "The answer is " + "\\text{" * 5_000 + "a" + "}" * 5_000) is None
+
+
+# Rationales of others
+
+
+def test_score_reads_tables(tmp_path):
+    text = (
+        'question,A,B,prediction,gold,rationale,rating\nWhat flies?,a bird,a cup,A,B,It has wings.,"[3, 4]"\n'
+    )
+    (tmp_path / "t.csv").write_text(text)
+    [r] = read_rationales(tmp_path / "t.csv")
+    assert (r.question.choices, r.prediction, r.gold, r.ratings) == (("a bird", "a cup"), 0, 1, (3.0, 4.0))
+    (tmp_path / "u.csv").write_text("question,choices,rationale\nWhat flies?,a bird|a cup,It has wings.\n")
+    assert read_rationales(tmp_path / "u.csv")[0].question.choices == ("a bird", "a cup")
+
+
+@pytest.mark.parametrize("given", ["1e999", "9" * 400, 10**400, "1e999/1e999"])
+def test_a_number_that_is_not_finite_is_none(given):
+    assert as_number(given) is None
+
+
+def test_one_mark_to_cut_at_is_one_mark():
+    assert (
+        read_rationales([ROW | {"rationale": "It has wings. cat Q"}], cut_at="cat")[0].rationale
+        == "It has wings."
+    )
+
+
+BATCH = {
+    "custom_id": "q1",
+    "response": {"status_code": 200, "body": {"choices": [{"message": {"content": "x"}}]}},
+}
+SAMPLE = {"id": 1, "input": "What?", "target": "A", "choices": ["x", "y"], "output": {"completion": "x"}}
+LM_EVAL = {
+    "doc": {"question": "What?", "choices": ["x", "y"]},
+    "target": 0,
+    "resps": [[["-1", ""]], [["-2", ""]]],
+}
+RECORD = ROW | {"role": "gold", "target": 0}
+
+
+@pytest.mark.parametrize(
+    "row, field",
+    [
+        (BATCH | {"response": "ok"}, "response"),
+        (BATCH | {"response": {"body": {"choices": [5]}}}, "response.body.choices"),
+        (BATCH | {"response": {"body": {"choices": [None]}}}, "response.body.choices"),
+        (SAMPLE | {"output": {"choices": {"a": 1}}}, "output.choices"),
+        (SAMPLE | {"input": 5}, "input"),
+        (LM_EVAL | {"target": True}, "gold"),
+        (LM_EVAL | {"resps": [[[-(10**400), ""]], [[-1, ""]]]}, "resps"),
+        (RECORD | {"choices": 5}, "choices"),
+        (RECORD | {"target": -1}, "target"),
+        (RECORD | {"target": True}, "target"),
+    ],
+)
+def test_a_log_with_a_wrong_field_is_refused_by_its_name(tmp_path, row, field):
+    with pytest.raises(BadInput) as e:
+        read_rationales(written(tmp_path / "log.jsonl", row), questions=[OURS])
+    assert e.value.field == field and e.value.line == 1
+
+
+def test_a_question_twice_and_a_fault_in_the_questions_are_told(tmp_path):
+    log = written(tmp_path / "log.jsonl", BATCH)
+    with pytest.raises(BadInput, match="already used in line 1"):
+        read_rationales(log, questions=[OURS, OURS])
+    asked = written(tmp_path / "q.jsonl", OURS | {"answer": "a dog"})
+    with pytest.raises(BadInput) as e:
+        read_rationales(log, questions=asked)
+    assert str(e.value.file) == str(asked) and e.value.line == 1
+    assert read_rationales(log, questions=[OURS | {"choices": "a bird|a cup", "answer": "B"}])[0].gold == 1
+
+
+def test_text_after_a_log_of_one_document_is_an_error(tmp_path):
+    document = json.dumps({"samples": [SAMPLE]})
+    (tmp_path / "log.json").write_text(document)
+    assert len(read_rationales(tmp_path / "log.json")) == 1
+    for more in (document, "garbage"):
+        (tmp_path / "log.json").write_text(f"{document}\n{more}\n")
+        with pytest.raises(BadInput, match="more text after"):
+            read_rationales(tmp_path / "log.json")
+    (tmp_path / "log.json").write_text(document.replace('{"samples"', '{"samples": [], "samples"'))
+    with pytest.raises(BadInput, match="occurs twice"):
+        read_rationales(tmp_path / "log.json")
+
+
+def test_published_files_with_wrong_records_name_file_and_line(tmp_path):
+    cqa = dict(id="1", question="What?", choices=["x", "y"], answer="x")
+    (tmp_path / "train_CoT_0.json").write_text('["so x", "so y"]')
+    for wrong in (cqa | {"answer": "z"}, cqa | {"choices": [1, 2]}, cqa | {"answer": 0}):
+        written(tmp_path / "cqa_train.json", cqa, wrong)
+        with pytest.raises(BadInput) as e:
+            import_rationales(tmp_path, "palm")
+        assert (e.value.file.name, e.value.line) == ("cqa_train.json", 2)
+    (tmp_path / "train_CoT_0.json").write_text("[" * 100_000)
+    with pytest.raises(BadInput, match="is not JSON"):
+        import_rationales(tmp_path, "palm")
+    with pytest.raises(BadInput, match="published files"):
+        import_rationales([ROW], "palm")
+
+
+# Reasoners
+
+
+def answer_with(**changed):
+    given = dict(id="q1", rationale="r", text="a bird", choice=0, scores=[-1.0, -2.0], truncated=False)
+    return Answer(**(given | changed))
+
+
+@pytest.mark.parametrize(
+    "answers",
+    [
+        None,
+        [],
+        "no",
+        [answer_with(choice=99)],
+        [answer_with(choice=-1)],
+        [answer_with(choice=True)],
+        [answer_with(choice="a bird")],
+        [answer_with(rationale=None)],
+    ],
+)
+def test_a_function_that_answers_otherwise_is_refused(answers):
+    with pytest.raises(BadInput) as e:
+        FunctionReasoner(lambda *_: answers).ask([Q])
+    assert e.value.field == "reasoner"
+
+
+def test_kept_answers_that_were_edited_are_refused_by_file_and_line(tmp_path):
+    def reasoner(*_):
+        return [answer_with()]
+
+    path = tmp_path / "answers.jsonl"
+    kept = CachedReasoner(reasoner, path)
+    kept.ask([Q])
+    kept.close()
+    first, row = path.read_text().splitlines()
+    good = json.loads(row)
+    for wrong in ({"choice": 77}, {"choice": "x"}, {"scores": ["a", "b"]}, {"rationale": None}, {"key": [1]}):
+        path.write_text(f"{first}\n{json.dumps(good | wrong)}\n")
+        with pytest.raises(BadInput) as e:
+            CachedReasoner(reasoner, path)
+        assert e.value.line == 2
+    path.write_text(f"{first}\n{json.dumps(good | {'scores': [-1.0, -2.0, -3.0]})}\n")
+    with pytest.raises(BadInput, match="another question"):
+        CachedReasoner(reasoner, path).ask([Q])
+
+
+def test_likelihoods_that_are_not_finite_are_refused(tmp_path):
+    def reasoner(*_):
+        return [answer_with(scores=[float("nan"), -1.0])]
+
+    with pytest.raises(BadInput, match="not finite"):
+        CachedReasoner(reasoner, tmp_path / "a.jsonl").ask([Q])
+
+
+def test_without_a_label_among_the_next_tokens_no_choice_is_preferred():
+    assert label_scores(Q, [("The", -0.1)]) is None
+    found = label_scores(Q, [("a", -0.5), ("b", -9999.0)])
+    assert found[0] == pytest.approx(-0.5) and found[1] == pytest.approx(-9999.0)
+
+
+# Servers
+
+
+class Liar(http.server.BaseHTTPRequestHandler):
+    def log_message(self, *_):
+        pass
+
+    def do_POST(self):
+        self.rfile.read(int(self.headers.get("Content-Length") or 0))
+        body = self.server.replies.pop(0) if len(self.server.replies) > 1 else self.server.replies[0]
+        body = body if isinstance(body, bytes) else json.dumps(body).encode()
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(body) + self.server.short))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def do_GET(self):
+        body = json.dumps({"data": [{"id": "m"}]}).encode()
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+
+@pytest.fixture
+def liar():
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Liar)
+    server.short, server.replies = 0, [{}]
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield server
+    server.shutdown()
+    server.server_close()
+
+
+def model_of(server, **how):
+    return ServedModel(f"http://127.0.0.1:{server.server_address[1]}/v1", **({"retries": 0} | how))
+
+
+def chatted(server, **how):
+    return model_of(server, **how).chat([[{"role": "user", "content": "x"}]], 5, top=3)[0]
+
+
+MESSAGE = {"choices": [{"message": {"content": "hi"}}]}
+
+
+@pytest.mark.parametrize(
+    "reply",
+    [
+        {},
+        {"choices": None},
+        {"choices": ["x"]},
+        {"choices": {"0": {}}},
+        {"choices": [{"message": "hi"}]},
+        {"choices": [{"text": 5}]},
+        {"choices": [{"message": {"content": 5}}]},
+        b"[" * 100_000,
+        b"<html>",
+        [1],
+    ],
+)
+def test_a_reply_that_is_none_is_one_error(liar, reply):
+    pytest.importorskip("openai")
+    liar.replies = [reply]
+    with pytest.raises(BadInput) as e:
+        chatted(liar)
+    assert e.value.field == "model"
+
+
+@pytest.mark.parametrize(
+    "more, top",
+    [
+        ({"usage": "x"}, ()),
+        ({"usage": {"completion_tokens": [5]}}, ()),
+        ({"logprobs": "x"}, ()),
+        ({"logprobs": {"content": [{"top_logprobs": [{"token": None, "logprob": -1}]}]}}, ()),
+        ({"logprobs": {"content": [{"top_logprobs": [{"token": "a", "logprob": -(10**400)}]}]}}, ()),
+        ({"logprobs": {"content": [{"top_logprobs": [{"token": "a", "logprob": -1}]}]}}, (("a", -1.0),)),
+    ],
+)
+def test_what_surrounds_a_reply_may_be_missing_or_wrong(liar, more, top):
+    pytest.importorskip("openai")
+    usage = {name: more[name] for name in more if name == "usage"}
+    rest = {name: more[name] for name in more if name != "usage"}
+    liar.replies = [{"choices": [MESSAGE["choices"][0] | rest]} | usage]
+    reply = chatted(liar)
+    assert (reply.text, reply.top, reply.tokens) == ("hi", top, 1)
+
+
+def test_parts_of_a_message_and_half_characters_are_read(liar):
+    pytest.importorskip("openai")
+    liar.replies = [{"choices": [{"message": {"content": [{"type": "text", "text": "hi"}]}}]}]
+    assert chatted(liar).text == "hi"
+    liar.replies = [b'{"choices": [{"message": {"content": "\\ud800!"}}]}']
+    assert chatted(liar).text == "\ufffd!"
+
+
+def test_an_error_in_place_of_a_reply_is_asked_again(liar, monkeypatch):
+    pytest.importorskip("openai")
+    monkeypatch.setattr("time.sleep", lambda seconds: None)
+    liar.replies = [{"error": {"message": "overloaded"}}, MESSAGE]
+    assert chatted(liar, retries=1).text == "hi"
+    liar.replies = [{"error": {"message": "overloaded"}}]
+    with pytest.raises(BadInput, match="overloaded"):
+        chatted(liar)
+
+
+def test_a_reply_that_breaks_off_is_one_error(liar):
+    pytest.importorskip("openai")
+    liar.replies, liar.short = [MESSAGE], 1000
+    with pytest.raises(BadInput, match="broke off|does not answer"):
+        chatted(liar, timeout=3.0)
+
+
+@pytest.mark.parametrize(
+    "how", [{"timeout": float("nan")}, {"retries": 0.5}, {"concurrency": "8"}, {"price": "12"}]
+)
+def test_settings_of_a_wrong_type_are_named(how):
+    with pytest.raises(BadInput) as e:
+        ServedModel("http://127.0.0.1:9/v1", **how)
+    assert e.value.field == next(iter(how))
+
+
+def test_paid_replies_of_a_served_teacher_outlive_a_spent_budget(tmp_path):
+    pytest.importorskip("openai")
+    from click.testing import CliRunner
+
+    from faithful_distill.cli import main
+    from faithful_distill.files import shipped
+    from faithful_distill.lab.loopback import serve_locally
+    from faithful_distill.teacher.loading import load_teacher
+
+    asked, out = [], tmp_path / "r.jsonl"
+
+    def count(request, response):
+        if request and "prompt" in request:
+            asked.append(request["prompt"])
+
+    data = written(
+        tmp_path / "q.jsonl", *(OURS | {"id": f"q{i}", "question": f"What flies {i}?"} for i in range(4))
+    )
+    with serve_locally(load_teacher(shipped("data", "models", "teacher")), count) as url:
+        how = [
+            "rationales",
+            "--data",
+            str(data),
+            "--teacher",
+            url,
+            "--strategy",
+            "greedy",
+            "--max-new-tokens",
+            "4",
+        ]
+        how += ["--concurrency", "1", "--out", str(out)]
+        spent = CliRunner().invoke(main, [*how, "--budget", "60"])
+        assert spent.exit_code == 2 and "is kept in" in spent.output, spent.output
+        first = len(asked)
+        done = CliRunner().invoke(main, how)
+        assert done.exit_code == 0, done.output
+    assert 0 < first < len(asked) == len(set(asked)) == 8
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["q.jsonl", "r.jsonl"]
+
+
+@pytest.mark.parametrize(
+    "given, words",
+    [
+        (["--budget", "60"], "cannot be given for a local teacher"),
+        (["--limit", "1" + "0" * 20], "is not in the range"),
+        (["--samples", "999999999"], "is not in the range"),
+        (["--columns", "question=a,question=b"], "is given twice"),
+    ],
+)
+def test_options_without_an_effect_or_a_bound_are_refused(tmp_path, given, words):
+    from click.testing import CliRunner
+
+    from faithful_distill.cli import main
+
+    done = CliRunner().invoke(
+        main, ["rationales", "--data", "world", "--out", str(tmp_path / "r.jsonl"), *given]
+    )
+    assert done.exit_code == 2 and words in done.output, done.output
+
+
+@pytest.mark.parametrize(
+    "command", [["measure", "--model", "x"], ["evaluate", "--student", "x"], ["rationales"]]
+)
+def test_data_that_are_not_named_are_asked_for(tmp_path, command):
+    from click.testing import CliRunner
+
+    from faithful_distill.cli import main
+
+    done = CliRunner().invoke(main, [*command, "--out", str(tmp_path / "o")])
+    assert done.exit_code == 2 and "--data" in done.output and "is missing" in done.output.lower(), (
+        done.output
+    )
+
+
+def test_a_file_whose_name_begins_like_the_world_is_a_file(tmp_path, monkeypatch):
+    from faithful_distill.cli import read_questions
+
+    monkeypatch.chdir(tmp_path)
+    for name in ("worldcup.jsonl", "world-capitals.jsonl"):
+        written(tmp_path / name, OURS)
+        assert [q.id for q in read_questions(name, None, "dev", None, None, None, None)] == ["q1"]
+
+
+def test_another_measurement_is_checked_before_anything_is_asked(tmp_path):
+    from faithful_distill.lab.measure_report import read_suite
+
+    written(tmp_path / "rows.jsonl", {"id": "x"}, {"credit": 5})
+    with pytest.raises(BadInput, match="not as a measurement has it"):
+        read_suite(tmp_path)
+
+
+def test_a_linked_folder_is_not_written_to(tmp_path):
+    (tmp_path / "mine").mkdir()
+    own_folder(tmp_path / "out", "score", ["report"])
+    (tmp_path / "out" / "report").symlink_to(tmp_path / "mine")
+    with pytest.raises(BadInput, match="is a link"):
+        own_folder(tmp_path / "out", "score", ["report"])
+
+
+def test_lines_that_may_be_written_again_are_known_by_their_fields(tmp_path):
+    path = tmp_path / "r.jsonl"
+    own_lines(path, ["id"])
+    path.write_text("")
+    own_lines(path, ["id"])
+    write_records(path, read_records([ROW]))
+    own_lines(path, ["id", "role"])
+    path.write_bytes(b"\xff\xfe")
+    with pytest.raises(BadInput, match="of something else"):
+        own_lines(path, ["id"])
