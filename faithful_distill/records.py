@@ -245,7 +245,8 @@ def _from_row(row: Mapping, question: Question | None) -> Rationale:
             "is missing from a rationale record",
             field=missing[0],
             value=row.get("id"),
-            remedy=f"A record needs question, choices, answer and rationale. {missing_remedy(row, missing[0])}",
+            remedy=f"A record needs question, choices, answer and rationale. {missing_remedy(row, missing[0])}"
+            " Rationales with other names are read by the command import, or import_rationales.",
         )
     if isinstance(named.get("choices"), tuple):
         named["choices"] = list(named["choices"])

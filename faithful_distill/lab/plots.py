@@ -291,8 +291,9 @@ def lines(
             _line(p.axes, p.rows[p.rows[line] == key], x, look[key])
         if log:
             p.axes.set_xscale("log")
-        if log or words:
-            _level_ticks(p.axes, sorted(summary[x].unique()), words)
+        levels = sorted(summary[x].unique())
+        if log or words or len(levels) <= 3:
+            _level_ticks(p.axes, levels, words)
         frame_panel(p, "y", percent, (72 * width - names_width) / p.across - 34)
         if p.first:
             p.axes.set_ylabel(label)

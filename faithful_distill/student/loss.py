@@ -244,7 +244,10 @@ def check_needs(objective: Objective, rationales: Iterable) -> None:
             raise BadInput(problem, field="objective", value=objective.name, remedy=remedy)
 
 
-_wrong = "Write counterfactual ones with `rationalize`, or choose objective='factual' (--objective factual)."
+_wrong = (
+    "Rationales that a teacher writes have them (the command rationales, or rationalize); without them train with"
+    " --method factual (objective='factual')."
+)
 _needed = {
     "gold": ("gold rationales", "Give records with role 'gold'."),
     "counterfactual": ("counterfactual rationales", _wrong),
