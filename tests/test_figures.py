@@ -834,11 +834,12 @@ def test_costs_of_a_table_that_names_no_runs_say_so(tmp_path, monkeypatch):
 
 
 def test_metrics_of_too_few_students_are_not_called_blind(tmp_path, monkeypatch):
-    "REV with three seeds instead of one is judged, LAS with one instead of three is not; by-chance students without a value borrow none from the ends of the scale."
+    "REV of three seeds is judged, LAS and RORA-lite of one are not; by-chance students without a value borrow none from the ends of the scale."
     from faithful_distill.lab.tables import read_table, write_table
 
     table = read_table(shipped("data", "results", "calibration.csv"))
     given = {"rev": ("REV", {0, 1, 2}), "las": ("LAS, in one of its versions,", {0})}
+    given["rora_lite"] = ("RORA-lite", {0})
     changed = table
     for metric, (_, rest) in given.items():
         chosen = changed.metric.str.match(rf"{metric}(_probability)?(_unadjusted|\.unadjusted)?$")
