@@ -800,7 +800,8 @@ def score(
 ):
     r"""The whole suite, as far as it applies, for rationales that any system wrote.
 
-    FILE is JSON lines: question, choices, prediction (index, letter, text, or null), rationale; optional gold, rating, judge, id, model.
+    FILE is JSON lines, CSV or Parquet: question, choices, prediction (index, letter, text, or null), rationale; optional gold,
+    rating, judge, id, model. In a table choices are a|b|c or columns A, B, C, and ratings 4 or [4, 5].
     Also: samples of lm-evaluation-harness, an Inspect log in JSON, OpenAI's batch output, or what `rationales` wrote.
 
     Example:  faithful-distill score rationales.jsonl --out scored --cut-at '\n\nQ:'
