@@ -245,8 +245,8 @@ def check_needs(objective: Objective, rationales: Iterable) -> None:
 
 
 _wrong = (
-    "Rationales that a teacher writes have them (the command rationales, or rationalize); without them train with"
-    " --method factual (objective='factual')."
+    "Rationales that a teacher writes have them (the command rationales, or rationalize); without them choose"
+    " objective='factual' (--objective factual, or --method factual)."
 )
 _needed = {
     "gold": ("gold rationales", "Give records with role 'gold'."),
