@@ -40,7 +40,7 @@ def main():
 
 # %% ../nbs/95_cli.ipynb #d422917b
 AtLeastOne = Annotated[int, click.IntRange(1, 10**9)]
-Some = Annotated[int, click.IntRange(1, 10**4)]
+Some = Annotated[int, click.IntRange(1, 10**4)]  # how often one thing is drawn: samples, draws
 
 
 class _LogLines(logging.Handler):
@@ -725,8 +725,7 @@ def measure(
     """
     from faithful_distill.faithfulness.paraphrases import Paraphrases
     from faithful_distill.faithfulness.suite import check_handed, measure_suite, suite_names
-    from faithful_distill.files import sole_writer
-    from faithful_distill.files import own_folder
+    from faithful_distill.files import own_folder, sole_writer
     from faithful_distill.lab.measure_report import read_scores, read_suite, suite_files, write_suite
     from faithful_distill.lab.world import fact_of
     from faithful_distill.questions import require_answers

@@ -74,17 +74,15 @@ class Pairs(click.ParamType):
         if twice := [k for k in names if names.count(k) > 1]:
             self.fail(f"{twice[0]!r} is given twice", param, ctx)
         if param is not None and param.name == "columns":  # names of columns, also one that is called 1
-            return {k.strip(): self._column(v.strip()) for k, v in pairs}
-        return {k.strip(): self._value(v.strip()) for k, v in pairs}
+            return {k.strip(): self._listed(v.strip(), str) for k, v in pairs}
+        return {k.strip(): self._listed(v.strip(), self._value) for k, v in pairs}
 
-    def _column(self, text: str):
+    def _listed(self, text: str, read):
         if "+" in text.strip("+"):
-            return [part.strip() for part in text.split("+") if part.strip()]
-        return text
+            return [read(part.strip()) for part in text.split("+") if part.strip()]
+        return read(text)
 
     def _value(self, text: str):
-        if "+" in text.strip("+"):
-            return [self._value(part.strip()) for part in text.split("+") if part.strip()]
         plain = {"true": True, "false": False, "none": None}
         if text.lower() in plain:
             return plain[text.lower()]

@@ -21,7 +21,7 @@ from typing import Any
 
 from ..published_files import published, published_rows
 from ..stated import stated_choice
-from ..files import BadInput, check_encodable
+from ..files import BadInput, check_encodable, check_number
 from .logs import log_rows, plain_rows
 from .numeric import OpenQuestion, as_number, same_number, stated_number
 from ..formats import rows_of
@@ -316,8 +316,7 @@ def read_rationales(
         for logs that do not hold them: a file, rows or `Question`s, by id
     """
     cut_at = [cut_at] if isinstance(cut_at, str) else list(cut_at or ())
-    if limit is not None and (isinstance(limit, bool) or not isinstance(limit, int) or limit < 1):
-        raise BadInput("must be a whole number, at least 1", field="limit", value=limit)
+    check_number("limit", limit, 1, none=True)
     if not all(cut_at):
         raise BadInput(
             "is empty, which would cut off every rationale whole",

@@ -454,7 +454,7 @@ def _by_side(claims: Iterable[dict]) -> list[tuple[str, list[dict]]]:
     "(what they would speak against, claims): first those that speak against nothing, under ''; no side is empty."
     sides = {"": []}
     for c in claims:
-        sides.setdefault(c["against"] if speaks_against(c) else "", []).append(c)
+        sides.setdefault(c.get("against", ""), []).append(c)
     return [(side, found) for side, found in sides.items() if found]
 
 # %% ../../nbs/91_report.ipynb #435096e5
