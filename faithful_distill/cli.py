@@ -786,6 +786,7 @@ def score(
     file: str,
     *,
     out: str,
+    columns: dict[str, str | list[str]] | None = None,
     cut_at: tuple[str, ...] = (),
     questions: str | None = None,
     simulator: str | None = None,
@@ -809,6 +810,8 @@ def score(
     ----------
     out
         folder for metrics.json, scores.jsonl and report.html
+    columns
+        what your file calls the fields, such as rationale=explanation,choices=A+B+C,gold=label
     cut_at
         a rationale ends before this text, such as an invented next question: '\n\nQ:'; repeatable
     questions
@@ -852,6 +855,7 @@ def score(
                 train_limit=train_limit,
                 test_limit=test_limit,
                 questions=questions,
+                columns=columns,
                 after=keep,
             )
             known.append(scored)
