@@ -248,6 +248,15 @@ def test_score_takes_columns_of_other_names(tmp_path):
         read_rationales([{"question": "What flies?", "choices": ["a bird", "a cup"], "reasoning": "Wings."}])
 
 
+def test_a_folder_to_import_is_told_its_layout(tmp_path):
+    (tmp_path / "commonsenseqa_train.csv").write_text("")
+    with pytest.raises(BadInput, match="is a folder.*--layout gpt3"):
+        import_rationales(tmp_path)
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(BadInput, match="Name a file in it, or a layout: palm"):
+        import_rationales(str(tmp_path / "empty"))
+
+
 @pytest.mark.parametrize("given", ["1e999", "9" * 400, 10**400, "1e999/1e999"])
 def test_a_number_that_is_not_finite_is_none(given):
     assert as_number(given) is None
