@@ -43,6 +43,9 @@ _arms = {
 }
 _words = {
     "accuracy_post_answer": "accuracy without a rationale",
+    "oracle_accuracy": "accuracy with the teacher's rationale",
+    "oracle_stripped_accuracy": "accuracy with the teacher's rationale without the answer's words",
+    "self_splice_accuracy": "accuracy with its own rationale, handed back",
     "self_splice": "same answer from its own rationale, handed back (must be 1)",
     "refine": "accuracy gained from the teacher's rationale",
     "refine_stripped": "accuracy gained from the teacher's rationale without the answer's words",
