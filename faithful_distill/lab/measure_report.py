@@ -22,6 +22,7 @@ from .report import Section, build_report, literal
 from faithful_distill.lab.score_report import (
     interval_level,
     missing_section,
+    on_few_questions,
     score_text,
     score_title,
 )
@@ -438,4 +439,4 @@ def _lead(suite: Suite) -> str:
             f" In {differs:,} it names another choice; what is measured of its rationale there is about an answer that"
             " it did not write."
         )
-    return lead
+    return lead + on_few_questions(s)

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from ..faithfulness.families import families, per_example
-from ..faithfulness.intervals import Score
+from ..faithfulness.intervals import Score, few_clusters
 from ..faithfulness.scoring import Scored
 from ..faithfulness.simulators import at_chance
 from ..files import write_json, write_text
@@ -74,6 +74,17 @@ def score_text(s: Score, digits: int = 2) -> str:
 def interval_level(scores: dict[str, Score]) -> str:
     "The coverage that the intervals aim at: 95 %."
     return f"{100 * next((s.details['level'] for s in scores.values() if 'level' in s.details), 0.95):g} %"
+
+
+def on_few_questions(scores: dict[str, Score]) -> str:
+    "What a report says of intervals that rest on few questions; '' where none does."
+    warned = [s for s in scores.values() if s.value is not None and "warning" in s.details]
+    if not warned:
+        return ""
+    return (
+        f" **{len(warned)} scores rest on fewer than {few_clusters} questions:** their intervals are widened for it,"
+        " and still only say what is out of the question."
+    )
 
 
 def score_table(scores: dict[str, Score], names: Iterable[str]) -> list[list[str]]:
@@ -287,4 +298,5 @@ def write_scored(scored: Scored, out: Any, title: str = "Rationales, scored") ->
     if unparsed := f["without a parsable prediction"]:
         lead += f"; {unparsed:,} come without a prediction that could be parsed: they are counted, and count as wrong"
     sections, level = _sections(scored, out / "report"), interval_level(scored.scores)
-    return build_report(out / "report.html", title, f"{lead}.", sections, facts=f, level=level)
+    lead += f".{on_few_questions(scored.scores)}"
+    return build_report(out / "report.html", title, lead, sections, facts=f, level=level)
