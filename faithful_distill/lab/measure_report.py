@@ -16,8 +16,9 @@ from ..faithfulness.intervals import paired_difference
 from ..faithfulness.metrics import choice_probability
 from ..faithfulness.suite import Suite
 from ..files import BadInput, read_jsonl, write_json, write_text
+from .claims import corrected, decided, note_on
 from ..questions import Question, match_choice
-from .report import Section, build_report, corrected, decided, literal, note_on
+from .report import Section, build_report, literal
 from faithful_distill.lab.score_report import (
     interval_level,
     missing_section,
