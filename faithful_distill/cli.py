@@ -565,7 +565,7 @@ def evaluate(
     from faithful_distill.faithfulness.simulators import ModelBehaviour, try_las
     from faithful_distill.faithfulness.suite import Suite, suite_facts, suite_rows
     from faithful_distill.files import own_folder, write_json
-    from faithful_distill.lab.measure_report import suite_files, write_suite
+    from faithful_distill.lab.measure_report import suite_files, suite_title, write_suite
     from faithful_distill.lab.world import fact_of
     from faithful_distill.questions import require_answers
     from faithful_distill.reasoners.protocol import as_reasoner
@@ -614,7 +614,8 @@ def evaluate(
         asked_of = (
             f"{Path(data).name}, {split}"  # a file may have several splits, and the card keeps them all
         )
-        measures = {f"{name} ({asked_of})": s.to_dict() for name, s in scores.items()}
+        titled = lambda name: {"title": f"{suite_title(name)} ({asked_of})"}
+        measures = {f"{name} ({asked_of})": s.to_dict() | titled(name) for name, s in scores.items()}
         model_card(student, measures)
     reasoner = as_reasoner(model, batch_size, max_new_tokens)
     suite = Suite(scores, suite_rows(measured), suite_facts(reasoner, measured), measured.left_out)
@@ -786,6 +787,7 @@ def score(
     file: str,
     *,
     out: str,
+    columns: dict[str, str | list[str]] | None = None,
     cut_at: tuple[str, ...] = (),
     questions: str | None = None,
     simulator: str | None = None,
@@ -809,6 +811,8 @@ def score(
     ----------
     out
         folder for metrics.json, scores.jsonl and report.html
+    columns
+        what your file calls the fields, such as rationale=explanation,choices=A+B+C,gold=label
     cut_at
         a rationale ends before this text, such as an invented next question: '\n\nQ:'; repeatable
     questions
@@ -852,6 +856,7 @@ def score(
                 train_limit=train_limit,
                 test_limit=test_limit,
                 questions=questions,
+                columns=columns,
                 after=keep,
             )
             known.append(scored)
