@@ -500,7 +500,7 @@ def publish(
 # %% ../nbs/95_cli.ipynb #5cd108fd
 def named_simulator(name: str | None) -> str | None:
     "What `--simulator` names, checked; None for none. Raises `BadInput`."
-    from faithful_distill.faithfulness.frozen import default_models, model_at_hand, simulators
+    from faithful_distill.faithfulness.simulator_registry import default_models, model_at_hand, simulators
     from faithful_distill.models import check_name
 
     kind, _, model = (name or "").partition(":")
@@ -559,7 +559,7 @@ def evaluate(
         folder for metrics.json, answers.json and report.html
     """
     from faithful_distill.faithfulness.interventions import measure
-    from faithful_distill.faithfulness.frozen import as_simulator, default_simulator
+    from faithful_distill.faithfulness.simulator_registry import as_simulator, default_simulator
     from faithful_distill.faithfulness.paraphrases import Paraphrases, with_paraphrases
     from faithful_distill.faithfulness.readers import new_reader, read_choices
     from faithful_distill.faithfulness.simulators import ModelBehaviour, try_las
@@ -730,7 +730,7 @@ def measure(
     from faithful_distill.lab.measure_report import read_scores, read_suite, suite_files, write_suite
     from faithful_distill.lab.world import fact_of
     from faithful_distill.questions import require_answers
-    from faithful_distill.faithfulness.frozen import as_simulator
+    from faithful_distill.faithfulness.simulator_registry import as_simulator
     from faithful_distill.reasoners.cached import CachedReasoner
     from faithful_distill.reasoners.opening import open_reasoner, reasoner_options
 

@@ -15,9 +15,10 @@ from typing import Any
 import numpy as np
 
 from .external import ExternalRationale, read_rationales
-from .families import Family, ScoringTask, families, none_of, unmet
+from .families import Family, families, none_of
 from .intervals import Score
 from .readers import Reader, fit_reader, new_reader, read_choices
+from .scoring_task import ScoringTask, unmet
 from .simulators import seeds_of, simulator_texts
 from ..files import BadInput
 
@@ -77,8 +78,8 @@ def score_rationales(
     metrics
         names of `families`: las, controls, rev, rora, ratings, judges, interventions; None: all
     simulator
-        a name of `frozen.simulators` (NAME or NAME:MODEL), or a hub name or folder, which is fine-tuned;
-        None: `frozen.default_simulator`
+        a name of `simulator_registry.simulators` (NAME or NAME:MODEL), or a hub name or folder, which is fine-tuned;
+        None: `default_simulator`
     model
         the model that wrote the rationales, a folder or hub name; None: the folder that the records name
     parts
