@@ -22,7 +22,8 @@ from .external import ExternalRationale, surface, without_blanks
 from .intervals import Score, mean_score
 from .protocol import asking
 from .interventions import measure
-from .metrics import accuracy, las_from_credit, rev, same_answer_rate
+from .leakage_adjusted import las_from_credit
+from .metrics import accuracy, rev, same_answer_rate
 from .perturb import shuffle_across, words_of
 from .frozen import as_simulator, default_simulator
 from .readers import Reader, new_reader

@@ -19,7 +19,8 @@ import numpy as np
 
 from .intervals import Score, mean_score
 from .protocol import asking, own_rationales
-from .metrics import las, las_from_credit, rev
+from .leakage_adjusted import las, las_from_credit
+from .metrics import rev
 from .perturb import join_words, words_of
 from .frozen import as_simulator, listed_choices
 from faithful_distill.faithfulness.readers import (
