@@ -778,7 +778,7 @@ def long_questions(words, n=80):
 def test_a_long_question_gives_way_to_the_rationale_and_says_so(caplog):
     from faithful_distill.faithfulness.readers import Reader
     from faithful_distill.faithfulness.simulators import rora_lite, simulate_folds
-    from faithful_distill.faithfulness.readers import scratch_base
+    from faithful_distill.faithfulness.late_interaction import scratch_base
 
     e = long_questions(110)
     base, quick = (
@@ -797,7 +797,7 @@ def test_a_long_question_gives_way_to_the_rationale_and_says_so(caplog):
 def test_both_texts_of_a_pair_keep_as_much_of_the_question_and_short_ones_all_of_it(kind, most):
     from faithful_distill.faithfulness.readers import ChoiceReader, Reader
     from faithful_distill.faithfulness.simulators import fitting, restatement, simulator_texts
-    from faithful_distill.faithfulness.readers import scratch_base
+    from faithful_distill.faithfulness.late_interaction import scratch_base
 
     for words in (5, 45, 300):
         e = long_questions(words, 12)
@@ -1528,7 +1528,7 @@ def test_what_is_done_word_by_word_is_done_in_scripts_without_blanks_too(text, s
 
 def test_what_is_spelled_like_a_control_token_is_replaced_as_text_is():
     from faithful_distill.faithfulness.perturb import TokenPerturber
-    from faithful_distill.faithfulness.readers import scratch_base
+    from faithful_distill.faithfulness.late_interaction import scratch_base
 
     tokenizer = scratch_base(["a robin sings and its pad is soft"], 300).tokenizer
     perturb = TokenPerturber(tokenizer)

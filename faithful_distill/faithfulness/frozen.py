@@ -21,7 +21,8 @@ from typing import Any
 import numpy as np
 from scipy.optimize import minimize
 
-from .readers import Reader, scratch_base
+from .late_interaction import scratch_base
+from .readers import Reader
 from ..files import BadInput, cache_folder, content_key, progress, write_text
 from ..models import load_pretrained
 from ..questions import Question, choice_text, letter
