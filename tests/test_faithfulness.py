@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
-from faithful_distill.faithfulness import calibration, correlation, intervals, metrics
+from faithful_distill.faithfulness import calibration, correlation, intervals, metric_comparison, metrics
 from faithful_distill.faithfulness.leakage_adjusted import las, las_from_credit
 from faithful_distill.files import BadInput
 
@@ -693,7 +693,7 @@ def two_versions(gains, seeds=3, rng=None):
 def test_the_gain_of_a_version_is_the_mean_difference_of_errors_with_an_interval_over_students():
     table = two_versions([0.1, 0.05, 0.2])
     pairs = [(f"flip {k}", f"probability {k}") for k in range(3)]
-    score = calibration.version_gain(table, pairs, "plausible")
+    score = metric_comparison.version_gain(table, pairs, "plausible")
     wide = table.pivot_table(index=["used", "seed"], columns="metric", values="value").reset_index()
 
     def gain(students):
@@ -721,8 +721,8 @@ def test_metrics_measured_on_the_same_students_are_no_repetitions():
     copied = pd.concat([copies[0], *(c[~c.metric.str.startswith("accuracy")] for c in copies[1:])])
     names = ["", *(f" copy {k}" for k in range(9))]
     pairs = [(f"flip 0{name}", f"probability 0{name}") for name in names]
-    one = calibration.version_gain(table, pairs[:1], "plausible")
-    ten = calibration.version_gain(copied, pairs, "plausible")
+    one = metric_comparison.version_gain(table, pairs[:1], "plausible")
+    ten = metric_comparison.version_gain(copied, pairs, "plausible")
     assert (ten.value, ten.low, ten.high) == pytest.approx((one.value, one.low, one.high))
 
 
@@ -730,7 +730,7 @@ def test_metrics_measured_on_the_same_students_are_no_repetitions():
 def test_the_lead_of_a_metric_is_over_the_best_other_by_the_worse_arm(quality):
     table = calibration_table(noisy)
     names = ["tells", "consistent", "fooled"]
-    score = calibration.lead(table, names, ["tells"], quality)
+    score = metric_comparison.lead(table, names, ["tells"], quality)
     scores = calibration.calibrate(table, names).set_index(["metric", "quality", "arm"]).value
     of = {m: [scores[m, quality, arm] for arm in ("plausible", "shuffled")] for m in names}
     worse = {m: min(v) if quality == "in order" else np.nan_to_num(max(v), nan=9.0) for m, v in of.items()}
@@ -740,13 +740,13 @@ def test_the_lead_of_a_metric_is_over_the_best_other_by_the_worse_arm(quality):
         score.value == pytest.approx(sign * (worse["tells"] - worse[best])) and score.details["best"] == best
     )
     assert score.low is None or score.low <= score.value <= score.high
-    back = calibration.lead(table, names, ["fooled", "consistent"], quality)
+    back = metric_comparison.lead(table, names, ["fooled", "consistent"], quality)
     assert back.value == pytest.approx(-score.value)
 
 
 def test_two_metrics_in_perfect_order_are_not_told_apart_for_certain():
     table = calibration_table(lambda arm, f, accuracy, rng: {"one": f, "two": 3 * f})
-    score = calibration.lead(table, ["one", "two"], ["one"], "in order")
+    score = metric_comparison.lead(table, ["one", "two"], ["one"], "in order")
     assert score.value == 0 and score.low < -0.05 and score.high > 0.05 and "exact bound" in score.reason
 
 
