@@ -22,7 +22,7 @@ from faithful_distill.faithfulness.protocol import (
     choice_of,
     register_intervention,
 )
-from .frozen import as_simulator
+from .simulator_registry import as_simulator
 from .readers import Reader, fit_reader, new_reader, read_choices
 from .simulators import folds, seeds_of
 from ..files import stable_seed

@@ -22,7 +22,7 @@ import filelock
 
 
 from ..files import content_key, try_lock, writable_folder
-from .keys import package_folder, package_name
+from .dependencies import package_folder, package_name
 
 # %% ../../nbs/81_kernel.ipynb #494c0688
 _kernel: dict = {}  # in a kernel: environment and module path as they were at its start, and the lock it holds

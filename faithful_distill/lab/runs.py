@@ -20,8 +20,9 @@ from pathlib import Path
 from typing import Iterable, Iterator
 
 from ..files import stable_seed, writable_folder, write_json, write_text, try_lock
+from .dependencies import package_folder
 from .kernel import WarmKernel, peak_memory, sweep, warm_engine
-from .keys import Run, package_folder, planned_run
+from .keys import Run, planned_run
 from .tables import rows_of, tidy, write_table
 
 # %% ../../nbs/82_runs.ipynb #0f2798fd
