@@ -1,8 +1,8 @@
 from .exchange import import_rationales as import_rationales
 from .faithfulness.interventions import measure as measure
+from .faithfulness.leakage_adjusted import las as las
 from .faithfulness.metrics import (
     early_answering_aoc as early_answering_aoc,
-    las as las,
     perturbation_drop as perturbation_drop,
     refinement_gain as refinement_gain,
     swap_consistency as swap_consistency,

@@ -265,9 +265,10 @@ def rationales(
     dry_run
         say, after a short trial, how many tokens it will be and how long it will take, and stop
     """
+    from faithful_distill.connection import is_url
     from faithful_distill.files import shipped, writable_folder
     from faithful_distill.ranks import leave_ranks, shard_from_environment
-    from faithful_distill.served import ServedModel, is_url
+    from faithful_distill.served import ServedModel
     from faithful_distill.teacher.estimate import estimate_rationales
     from faithful_distill.teacher.loading import load_teacher
     from faithful_distill.teacher.rationales import summary

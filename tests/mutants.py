@@ -44,6 +44,7 @@ modules = {
     "contrast": ("teacher/contrast.py", f"{killers} tests/test_decoding.py"),
     "loss": ("student/loss.py", f"{killers} tests/test_student.py"),
     "rows": ("student/rows.py", f"{killers} tests/test_student.py"),
+    "leakage_adjusted": ("faithfulness/leakage_adjusted.py", f"{killers} tests/test_faithfulness.py"),
     "metrics": ("faithfulness/metrics.py", f"{killers} tests/test_faithfulness.py"),
     "simulators": (
         "faithfulness/simulators.py",

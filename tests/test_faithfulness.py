@@ -11,7 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
-from faithful_distill.faithfulness import calibration, correlation, intervals, metrics
+from faithful_distill.faithfulness import calibration, correlation, intervals, metric_comparison, metrics
+from faithful_distill.faithfulness.leakage_adjusted import las, las_from_credit
 from faithful_distill.files import BadInput
 
 few = settings(max_examples=60, deadline=None)
@@ -36,7 +37,7 @@ def las_in_ten_lines(y, xr, x, r):
 @few
 @given(tables)
 def test_las_equals_the_definition_on_random_tables(table):
-    score, (whole, las_0, las_1, n_0, n_1) = metrics.las(*table, min_bin=1, **fast), las_in_ten_lines(*table)
+    score, (whole, las_0, las_1, n_0, n_1) = las(*table, min_bin=1, **fast), las_in_ten_lines(*table)
     assert (score.details["n_0"], score.details["n_1"]) == (n_0, n_1)
     for got, expected in ((score, whole), (score.details["las_0"], las_0), (score.details["las_1"], las_1)):
         assert (
@@ -53,7 +54,7 @@ def test_las_equals_the_definition_on_random_tables(table):
 @pytest.mark.parametrize("leak", [0, 1])
 def test_las_with_a_single_bin_is_none_and_its_parts_are_not(leak):
     y, xr, x = [0] * 30, [0] * 30, [1] * 30
-    score = metrics.las(y, xr, x, [1 - leak] * 30)
+    score = las(y, xr, x, [1 - leak] * 30)
     assert score.value is None and "0 of 30" in score.reason and score.details[f"las_{leak}"].value == 1.0
     assert score.details[f"las_{1 - leak}"].value is None and score.details["acc_xr"] == 1.0
     json.dumps(score.to_dict(), allow_nan=False)
@@ -61,12 +62,12 @@ def test_las_with_a_single_bin_is_none_and_its_parts_are_not(leak):
 
 def test_las_tiny_bin_and_its_threshold():
     y, xr, x, r = [0] * 40, [0] * 40, [1] * 40, [0] * 31 + [1] * 9
-    assert metrics.las(y, xr, x, r).value is None and metrics.las(y, xr, x, r, min_bin=9).value == 1.0
+    assert las(y, xr, x, r).value is None and las(y, xr, x, r, min_bin=9).value == 1.0
 
 
 def test_las_leaves_out_examples_without_a_prediction_and_counts_them():
     y = [0, 1, None, 1, -1]
-    score = metrics.las(y, [0, 1, 0, 0, 0], [0] * 5, [0, 0, 0, 1, 0], min_bin=1, cluster=list("aabbb"))
+    score = las(y, [0, 1, 0, 0, 0], [0] * 5, [0, 0, 0, 1, 0], min_bin=1, cluster=list("aabbb"))
     assert score.n == 3 and score.details["unpredicted"] == 2
     assert score.value == pytest.approx(las_in_ten_lines([0, 1, 1], [0, 1, 0], [0, 0, 0], [0, 0, 1])[0])
 
@@ -81,7 +82,7 @@ def test_las_over_simulators_is_the_mean_of_each():
         ],
     )
     each = [las_in_ten_lines(y, *s)[0] for s in seeds]
-    score = metrics.las(y, *(np.stack([s[j] for s in seeds]) for j in range(3)))
+    score = las(y, *(np.stack([s[j] for s in seeds]) for j in range(3)))
     assert score.value == pytest.approx(np.mean(each)) and score.details["per_seed"] == pytest.approx(each)
     assert score.details["seed_sd"] == pytest.approx(np.std(each, ddof=1))
     assert (
@@ -97,14 +98,14 @@ def test_las_over_simulators_is_the_mean_of_each():
 def test_probability_las_is_flip_las_on_hits():
     rng = np.random.default_rng(5)
     y, xr, x, r = rng.integers(0, 2, (4, 100))
-    assert metrics.las(y, xr, x, r).value == metrics.las_from_credit(y == r, y == xr, y == x).value
+    assert las(y, xr, x, r).value == las_from_credit(y == r, y == xr, y == x).value
 
 
 def test_permuted_label_simulators_give_las_about_zero_with_the_stated_coverage():
     covered = 0
     for seed in range(60):
         y, xr, x, r = np.random.default_rng(seed).integers(0, 4, (4, 400))
-        score = metrics.las(y, xr, x, r, draws=1000)
+        score = las(y, xr, x, r, draws=1000)
         covered += score.low <= 0 <= score.high
     assert covered >= 52  # 95 % of 60 is 57; below 52 has probability 0.6 %
 
@@ -117,7 +118,7 @@ def every_score(y, a, b, c, extra):
     same = np.stack([np.equal(y, a), np.equal(y, b), np.ones(len(y))], 1)
     return {
         "accuracy": metrics.accuracy(y, a, **extra),
-        "las": metrics.las(y, a, b, c, min_bin=1, **extra),
+        "las": las(y, a, b, c, min_bin=1, **extra),
         "perturb": metrics.perturbation_drop(metrics.hits(y, a), metrics.hits(y, [b, c]), **extra),
         "refine": metrics.refinement_gain(metrics.hits(y, a), metrics.hits(y, b), **extra),
         "swap": metrics.swap_consistency(metrics.hits(y, b), gold, **extra),
@@ -279,7 +280,7 @@ def test_many_rows_of_each_kind_with_ten_thousand_draws(n):
     rng = np.random.default_rng(0)
     y, xr, x, r = rng.integers(0, 3, (4, n))
     three_simulators = (np.stack([xr, x, xr]), np.stack([x, r, r]), np.stack([r, xr, x]))
-    score = metrics.las(y, *three_simulators)
+    score = las(y, *three_simulators)
     assert score.high - score.low < 0.05
     prob = rng.random((2, n))
     gain = metrics.refinement_gain(prob[0], prob[1])
@@ -368,7 +369,7 @@ def test_within_question_correlation_ignores_how_easy_the_question_is():
         lambda: metrics.perturbation_drop([0.5, 1.5], [0, 0]),
         lambda: metrics.perturbation_drop([math.nan], [0]),
         lambda: metrics.refinement_gain([1], [1, 0]),
-        lambda: metrics.las([0], [0], [0], [0, 1]),
+        lambda: las([0], [0], [0], [0, 1]),
         lambda: metrics.rev([-math.inf], [0]),
         lambda: metrics.early_answering_aoc([[0, 1]], [2]),
         lambda: metrics.early_answering_aoc([0, 1], [1, 1]),
@@ -398,7 +399,7 @@ def test_unknown_parameters_raise():
     "score",
     [
         metrics.accuracy([], []),
-        metrics.las([], [], [], []),
+        las([], [], [], []),
         metrics.perturbation_drop([], []),
         metrics.refinement_gain([], []),
         metrics.swap_consistency([], []),
@@ -413,7 +414,7 @@ def test_unknown_parameters_raise():
         correlation.rank_correlation([], []),
         correlation.rank_correlation_within([1, 1], [1, 2], [0, 0]),
         correlation.rank_correlation_within([1, 2], [1, 2], [0, 0], min_groups=2),
-        metrics.las([None] * 3, [0] * 3, [0] * 3, [0] * 3),
+        las([None] * 3, [0] * 3, [0] * 3, [0] * 3),
     ],
 )
 def test_undefined_is_none_with_a_reason(score):
@@ -479,8 +480,8 @@ def test_null_checks_of_every_metric():
     logs, steps = rng.normal(size=(n, four)), rng.integers(1, 5, n)
     leaks = rng.integers(0, 2, n)
     nothing = {
-        "las": metrics.las(y, y, y, np.where(leaks, y, (y + 1) % four)),
-        "las probability": metrics.las_from_credit(leaks, p, p),
+        "las": las(y, y, y, np.where(leaks, y, (y + 1) % four)),
+        "las probability": las_from_credit(leaks, p, p),
         "perturb": metrics.perturbation_drop(p, [p, p]),
         "refine": metrics.refinement_gain(p, p),
         "rev": metrics.rev(np.log(p + 0.1), np.log(p + 0.1)),
@@ -494,9 +495,9 @@ def test_null_checks_of_every_metric():
 
     x, told, shuffled = rng.integers(0, four, n), np.where(leaks, y, x_free(y, rng, four)), rng.permutation(y)
     copies, robbed, permuted = (
-        metrics.las(y, y, x, told),
-        metrics.las(y, x, x, shuffled),
-        metrics.las(y, rng.permutation(y), x, rng.permutation(told)),
+        las(y, y, x, told),
+        las(y, x, x, shuffled),
+        las(y, rng.permutation(y), x, rng.permutation(told)),
     )
     assert copies.value > 0.7 and copies.details["acc_xr"] == 1.0 and robbed.value == 0.0
     assert permuted.low <= 0 <= permuted.high and abs(permuted.value) < 0.05
@@ -512,7 +513,7 @@ def test_las_rewards_a_simulator_that_follows_noise_and_the_unadjusted_differenc
     rng, n = np.random.default_rng(2), 20_000
     y, x = rng.integers(0, 4, (2, n))
     r = rng.permutation(y)
-    score = metrics.las(y, np.where(rng.random(n) < 0.5, r, x), x, r)
+    score = las(y, np.where(rng.random(n) < 0.5, r, x), x, r)
     assert (
         score.value == pytest.approx(((0.5 + 0.5 * 0.25 - 0.25) + (0.5 * 0.25 - 0.25)) / 2, abs=0.02)
         and score.low > 0.1
@@ -692,7 +693,7 @@ def two_versions(gains, seeds=3, rng=None):
 def test_the_gain_of_a_version_is_the_mean_difference_of_errors_with_an_interval_over_students():
     table = two_versions([0.1, 0.05, 0.2])
     pairs = [(f"flip {k}", f"probability {k}") for k in range(3)]
-    score = calibration.version_gain(table, pairs, "plausible")
+    score = metric_comparison.version_gain(table, pairs, "plausible")
     wide = table.pivot_table(index=["used", "seed"], columns="metric", values="value").reset_index()
 
     def gain(students):
@@ -720,8 +721,8 @@ def test_metrics_measured_on_the_same_students_are_no_repetitions():
     copied = pd.concat([copies[0], *(c[~c.metric.str.startswith("accuracy")] for c in copies[1:])])
     names = ["", *(f" copy {k}" for k in range(9))]
     pairs = [(f"flip 0{name}", f"probability 0{name}") for name in names]
-    one = calibration.version_gain(table, pairs[:1], "plausible")
-    ten = calibration.version_gain(copied, pairs, "plausible")
+    one = metric_comparison.version_gain(table, pairs[:1], "plausible")
+    ten = metric_comparison.version_gain(copied, pairs, "plausible")
     assert (ten.value, ten.low, ten.high) == pytest.approx((one.value, one.low, one.high))
 
 
@@ -729,7 +730,7 @@ def test_metrics_measured_on_the_same_students_are_no_repetitions():
 def test_the_lead_of_a_metric_is_over_the_best_other_by_the_worse_arm(quality):
     table = calibration_table(noisy)
     names = ["tells", "consistent", "fooled"]
-    score = calibration.lead(table, names, ["tells"], quality)
+    score = metric_comparison.lead(table, names, ["tells"], quality)
     scores = calibration.calibrate(table, names).set_index(["metric", "quality", "arm"]).value
     of = {m: [scores[m, quality, arm] for arm in ("plausible", "shuffled")] for m in names}
     worse = {m: min(v) if quality == "in order" else np.nan_to_num(max(v), nan=9.0) for m, v in of.items()}
@@ -739,13 +740,13 @@ def test_the_lead_of_a_metric_is_over_the_best_other_by_the_worse_arm(quality):
         score.value == pytest.approx(sign * (worse["tells"] - worse[best])) and score.details["best"] == best
     )
     assert score.low is None or score.low <= score.value <= score.high
-    back = calibration.lead(table, names, ["fooled", "consistent"], quality)
+    back = metric_comparison.lead(table, names, ["fooled", "consistent"], quality)
     assert back.value == pytest.approx(-score.value)
 
 
 def test_two_metrics_in_perfect_order_are_not_told_apart_for_certain():
     table = calibration_table(lambda arm, f, accuracy, rng: {"one": f, "two": 3 * f})
-    score = calibration.lead(table, ["one", "two"], ["one"], "in order")
+    score = metric_comparison.lead(table, ["one", "two"], ["one"], "in order")
     assert score.value == 0 and score.low < -0.05 and score.high > 0.05 and "exact bound" in score.reason
 
 
@@ -778,7 +779,7 @@ def test_a_long_question_gives_way_to_the_rationale_and_says_so(caplog):
     from faithful_distill.faithfulness.readers import Reader
     from faithful_distill.faithfulness.evaluators import rora_lite
     from faithful_distill.faithfulness.simulators import simulate_folds
-    from faithful_distill.faithfulness.readers import scratch_base
+    from faithful_distill.faithfulness.late_interaction import scratch_base
 
     e = long_questions(110)
     base, quick = (
@@ -798,7 +799,7 @@ def test_both_texts_of_a_pair_keep_as_much_of_the_question_and_short_ones_all_of
     from faithful_distill.faithfulness.readers import ChoiceReader, Reader
     from faithful_distill.faithfulness.evaluators import restatement
     from faithful_distill.faithfulness.simulators import fitting, simulator_texts
-    from faithful_distill.faithfulness.readers import scratch_base
+    from faithful_distill.faithfulness.late_interaction import scratch_base
 
     for words in (5, 45, 300):
         e = long_questions(words, 12)
@@ -1305,7 +1306,7 @@ def test_simulators_of_las_add_their_spread_and_examples_are_counted_once():
     groups, hard = np.arange(400) // 2, rng.random(400)
     after, before = (hard + rng.random((4, 400))) / 2, rng.random((4, 400))
     leaks = np.tile(np.arange(400) // 2 % 2, (4, 1))  # the same ones for every simulator
-    score = metrics.las_from_credit(leaks, after, before, cluster=groups)
+    score = las_from_credit(leaks, after, before, cluster=groups)
     some = {"unadjusted": leaks[0] >= 0, "las_0": leaks[0] == 0, "las_1": leaks[0] == 1}
     for name, kept in some.items():
         plain = intervals.mean_score((after - before)[:, kept], ends=(-1, 1), cluster=groups[kept])
@@ -1529,7 +1530,7 @@ def test_what_is_done_word_by_word_is_done_in_scripts_without_blanks_too(text, s
 
 def test_what_is_spelled_like_a_control_token_is_replaced_as_text_is():
     from faithful_distill.faithfulness.perturb import TokenPerturber
-    from faithful_distill.faithfulness.readers import scratch_base
+    from faithful_distill.faithfulness.late_interaction import scratch_base
 
     tokenizer = scratch_base(["a robin sings and its pad is soft"], 300).tokenizer
     perturb = TokenPerturber(tokenizer)

@@ -18,7 +18,9 @@ import faithful_distill
 PACKAGE = Path(faithful_distill.__file__).parent
 LAYERS = (  # from the ground up; the wings of one layer do not import each other
     ("files", "caches"),
-    ("formats", "ranks", "models", "served"),
+    ("formats", "ranks", "models", "replies"),
+    ("connection",),
+    ("served",),
     ("questions",),
     ("layouts",),
     ("sources",),

@@ -18,7 +18,8 @@ from faithful_distill.faithfulness.evaluators import measure_rev
 from faithful_distill.faithfulness.families import Rev
 from faithful_distill.faithfulness.interventions import measure
 from faithful_distill.faithfulness.intervals import counted_twice
-from faithful_distill.faithfulness.metrics import _las_overlaps, counterfactual_insertion
+from faithful_distill.faithfulness.leakage_adjusted import _las_overlaps
+from faithful_distill.faithfulness.metrics import counterfactual_insertion
 from faithful_distill.faithfulness.external import read_rationales
 from faithful_distill.faithfulness.readers import ChoiceReader, Reader, fit_reader
 from faithful_distill.faithfulness.scoring_task import ScoringTask

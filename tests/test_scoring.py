@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from faithful_distill.faithfulness.external import read_published, read_rationales, stated_choice, surface
 from faithful_distill.faithfulness.families import Family, families, register
 from faithful_distill.faithfulness.intervals import Score, mean_score
-from faithful_distill.faithfulness.readers import ChoiceReader, Reader, reading_scores, scratch_base
+from faithful_distill.faithfulness.late_interaction import scratch_base
+from faithful_distill.faithfulness.readers import ChoiceReader, Reader, reading_scores
 from faithful_distill.faithfulness.scoring import score_rationales
 from faithful_distill.faithfulness.scoring_task import ScoringTask, _some_groups, find_writer
 from faithful_distill.faithfulness.simulators import ModelBehaviour, cross_fitted

@@ -15,7 +15,8 @@ from faithful_distill.lab.loopback import serve_locally
 from faithful_distill.lab.world import world_questions
 from faithful_distill.reasoners.opening import open_reasoner
 from faithful_distill.reasoners.served import ServedReasoner, label_scores, sample_scores
-from faithful_distill.served import Reply, ServedModel
+from faithful_distill.replies import Reply
+from faithful_distill.served import ServedModel
 from faithful_distill.teacher.loading import load_teacher
 
 

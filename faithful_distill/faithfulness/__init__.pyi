@@ -4,11 +4,11 @@ from .intervals import (
     mean_score as mean_score,
     paired_difference as paired_difference,
 )
+from .leakage_adjusted import las as las
 from .metrics import (
     accuracy as accuracy,
     counterfactual_insertion as counterfactual_insertion,
     early_answering_aoc as early_answering_aoc,
-    las as las,
     perturbation_drop as perturbation_drop,
     refinement_gain as refinement_gain,
     rev as rev,

@@ -19,7 +19,8 @@ from .external import ExternalRationale, surface, without_blanks
 from .intervals import Score, mean_score
 from .protocol import asking
 from .interventions import measure
-from .metrics import accuracy, las_from_credit, rev, same_answer_rate
+from .leakage_adjusted import las_from_credit
+from .metrics import accuracy, rev, same_answer_rate
 from .perturb import words_of
 from .scoring_task import ScoringTask, no_choices, thin_part
 from faithful_distill.faithfulness.simulators import (

@@ -11,8 +11,9 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from ..connection import is_url
 from ..files import BadInput, read_jsonl
-from ..served import ServedModel, is_url
+from ..served import ServedModel
 from .arms import Paraphrased
 
 # %% ../../nbs/74_paraphrases.ipynb #fe972c5d

@@ -20,7 +20,8 @@ from faithful_distill.faithfulness.frozen import (
     LanguageModel,
     LikelihoodReader,
 )
-from .readers import Reader, scratch_base
+from .late_interaction import scratch_base
+from .readers import Reader
 from ..files import BadInput, cache_folder
 
 # %% ../../nbs/76b_simulator_registry.ipynb #7915c5b5

@@ -18,7 +18,7 @@ import numpy as np
 
 from .intervals import Score, mean_score
 from .protocol import asking, own_rationales
-from .metrics import las, las_from_credit
+from .leakage_adjusted import las, las_from_credit
 from .perturb import join_words, words_of
 from .frozen import listed_choices
 from faithful_distill.faithfulness.readers import (

@@ -12,9 +12,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from ..connection import is_url
 from ..files import BadInput
 from .protocol import Reasoner, StudentReasoner, as_reasoner
-from ..served import is_url
 
 # %% ../../nbs/67_opening.ipynb #d0f19372
 class ReasonerKind(NamedTuple):

@@ -10,10 +10,12 @@ from collections.abc import Callable, Sequence
 from types import SimpleNamespace
 from typing import Any
 
+from ..connection import is_url
 from ..files import BadInput, stable_seed
 from ..models import part_special_words
 from ..questions import Question
-from ..served import LogP, Reply, ServedModel, is_url
+from ..replies import LogP, Reply
+from ..served import ServedModel
 from .prompts import chat_request, context
 from .strategy import Strategy
 
