@@ -17,8 +17,9 @@ from dataclasses import dataclass
 from itertools import islice
 from typing import Any, Iterable, Mapping
 
-from .files import BadInput, check_encodable, stable_seed
+from .files import BadInput, check_encodable
 from .formats import rows_of
+from .hashes import stable_seed
 
 # %% ../nbs/02_questions.ipynb #cc8b14be
 fixed_choices = {"boolean": ("yes", "no"), "statement": ("true", "false")}

@@ -17,8 +17,10 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any, Iterable, Mapping, NamedTuple, Sequence
 
-from .files import BadInput, check_encodable, check_json, content_key, own_lines, write_text
+from .files import BadInput, check_encodable, check_json, write_text
 from .formats import read_rows, rows_of
+from .hashes import content_key
+from .ownership import own_lines
 from .questions import Question, missing_remedy, normalized, plain_fields
 
 # %% ../nbs/05_records.ipynb #13671cde

@@ -21,7 +21,9 @@ from urllib.parse import urlsplit, urlunsplit
 
 from pydantic import BaseModel, NonNegativeInt, ValidationError
 
-from .files import BadInput, Journal, check_number, content_key, did_you_mean, progress
+from .files import BadInput, Journal, check_number, did_you_mean
+from .hashes import content_key
+from .progress import progress
 
 # %% ../nbs/09_served.ipynb #dbe7506c
 class Reply(NamedTuple):

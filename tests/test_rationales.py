@@ -16,15 +16,17 @@ from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
 
 from decoding_models import launched
 from faithful_distill.cli import main
-from faithful_distill.files import BadInput, Journal, read_jsonl, shipped, sole_writer
+from faithful_distill.files import BadInput, Journal, shipped
+from faithful_distill.jsonl import read_jsonl
+from faithful_distill.lab.corpus import build_tokenizer
+from faithful_distill.lab.world import judge, world_questions
+from faithful_distill.ownership import sole_writer
 from faithful_distill.records import read_records
 from faithful_distill.teacher.loading import load_teacher
 from faithful_distill.teacher.prompts import block
 from faithful_distill.teacher.rationales import rationalize
 from faithful_distill.teacher.shards import merge_shards, rationalize_in_parts
 from faithful_distill.teacher.strategy import Strategy, argument, as_strategy
-from faithful_distill.lab.corpus import build_tokenizer
-from faithful_distill.lab.world import judge, world_questions
 
 slow = pytest.mark.skipif(
     not os.environ.get("FAITHFUL_DISTILL_SLOW"), reason="takes long; set FAITHFUL_DISTILL_SLOW=1"

@@ -6,7 +6,8 @@ import pytest
 from click.testing import CliRunner
 
 from faithful_distill.cli import main
-from faithful_distill.files import BadInput, read_jsonl, shipped
+from faithful_distill.files import BadInput, shipped
+from faithful_distill.jsonl import read_jsonl
 from faithful_distill.lab.world import world_questions
 from faithful_distill.ranks import shard_path
 from faithful_distill.records import read_records

@@ -22,8 +22,10 @@ import numpy as np
 from scipy.optimize import minimize
 
 from .readers import Reader, scratch_base
-from ..files import BadInput, cache_folder, content_key, progress, write_text
+from ..files import BadInput, cache_folder, write_text
+from ..hashes import content_key
 from ..models import load_pretrained
+from ..progress import progress
 from ..questions import Question, choice_text, letter
 from ..records import answer_sentence
 from ..student.decoding import DecoderBatch, choice_scores

@@ -15,8 +15,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from .numeric import as_number
-from ..files import BadInput, parse_json, text_lines
+from ..files import BadInput
 from ..formats import read_rows, rows_of
+from ..jsonl import parse_json, text_lines
 from ..questions import Question, labels_and_texts, letter, plain_fields
 
 # %% ../../nbs/78_logs.ipynb #10d935f4

@@ -11,9 +11,10 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..files import BadInput, read_jsonl
-from ..served import ServedModel, is_url
 from .arms import Paraphrased
+from ..files import BadInput
+from ..jsonl import read_jsonl
+from ..served import ServedModel, is_url
 
 # %% ../../nbs/74_paraphrases.ipynb #fe972c5d
 def same_text(text: str) -> str:

@@ -22,7 +22,8 @@ from faithful_distill.faithfulness.metrics import (
     same_answer_rate,
     total_variation,
 )
-from ..files import BadInput, stable_seed
+from ..files import BadInput
+from ..hashes import stable_seed
 from ..questions import Question
 from ..reasoners.protocol import abilities, as_reasoner
 from ..records import Rationale, strip_answer

@@ -17,11 +17,11 @@ from typing import Any
 
 import numpy as np
 
+from .frozen import as_simulator, listed_choices
 from .intervals import Score, mean_score
-from .protocol import asking, own_rationales
 from .metrics import las, las_from_credit, rev
 from .perturb import join_words, words_of
-from .frozen import as_simulator, listed_choices
+from .protocol import asking, own_rationales
 from faithful_distill.faithfulness.readers import (
     Reader,
     fit_parts,
@@ -30,7 +30,8 @@ from faithful_distill.faithfulness.readers import (
     read_choices,
     read_parts,
 )
-from ..files import BadInput, stable_seed
+from ..files import BadInput
+from ..hashes import stable_seed
 from ..questions import Question, choice_text, clusters_of, normalized
 from ..records import strip_answer
 from ..sources import questions_from

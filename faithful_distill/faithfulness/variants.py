@@ -13,6 +13,7 @@ from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 
+from .frozen import as_simulator
 from .intervals import Score, as_credits, check_lengths, mean_score
 from .metrics import hits
 from faithful_distill.faithfulness.protocol import (
@@ -22,10 +23,9 @@ from faithful_distill.faithfulness.protocol import (
     choice_of,
     register_intervention,
 )
-from .frozen import as_simulator
 from .readers import Reader, fit_reader, new_reader, read_choices
 from .simulators import folds, seeds_of
-from ..files import stable_seed
+from ..hashes import stable_seed
 from ..questions import Question, choice_text, fixed_choices, letter, normalized
 from ..records import answer_sentence
 

@@ -11,7 +11,8 @@ import random
 from dataclasses import dataclass
 from typing import Iterable, Iterator
 
-from ..files import BadInput, stable_seed
+from ..files import BadInput
+from ..hashes import stable_seed
 from faithful_distill.lab.world import (
     Category,
     Relation,

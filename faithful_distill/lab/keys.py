@@ -23,15 +23,8 @@ from typing import Any, Iterable
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 from pydantic.errors import PydanticUserError
 
-from faithful_distill.files import (
-    BadInput,
-    check_json,
-    content_key,
-    did_you_mean,
-    sha256_file,
-    shipped,
-    tree_hash,
-)
+from ..files import BadInput, check_json, did_you_mean, shipped
+from ..hashes import content_key, sha256_file, tree_hash
 from .parameters import check_choice
 
 # %% ../../nbs/80_keys.ipynb #cc29be0a

@@ -15,8 +15,8 @@ from ..faithfulness.families import families as text_families
 from ..faithfulness.intervals import paired_difference
 from ..faithfulness.metrics import choice_probability
 from ..faithfulness.suite import Suite
-from ..files import BadInput, read_jsonl, write_json, write_text
-from ..questions import Question, match_choice
+from ..files import BadInput, write_json, write_text
+from ..jsonl import read_jsonl
 from .report import Section, build_report, corrected, decided, literal, note_on
 from faithful_distill.lab.score_report import (
     interval_level,
@@ -25,6 +25,7 @@ from faithful_distill.lab.score_report import (
     score_title,
 )
 from .tables import save_rows
+from ..questions import Question, match_choice
 
 # %% ../../nbs/92_measure_report.ipynb #edac8a99
 _arms = {

@@ -9,7 +9,8 @@ __all__ = ['Splits', 'local_copy', 'study_questions']
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from ..files import BadInput, stable_seed
+from ..files import BadInput
+from ..hashes import stable_seed
 from ..questions import Question, as_questions, normalized, without_punctuation
 from ..sources import load_questions, sources
 

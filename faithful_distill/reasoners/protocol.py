@@ -13,7 +13,8 @@ from numbers import Integral
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ..files import BadInput, weights_hash
+from ..files import BadInput
+from ..hashes import weights_hash
 from ..questions import Question, as_questions, choice_text
 from ..records import answer_sentences, strip_answer
 from ..student.answers import Answer, answer

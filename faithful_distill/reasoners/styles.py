@@ -10,7 +10,8 @@ import re
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
-from ..files import BadInput, content_key, did_you_mean
+from ..files import BadInput, did_you_mean
+from ..hashes import content_key
 from ..models import parted, usual_marks
 from ..questions import Question, choice_text, letter
 from ..records import answer_sentence, answer_sentences

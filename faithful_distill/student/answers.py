@@ -11,7 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple, Sequence
 
-from ..files import BadInput, progress
+from ..files import BadInput
+from ..progress import progress
 from ..questions import Question, choice_text, match_choice
 from ..records import Rationale, answer_sentence, answer_sentences, strip_answer
 from ..sources import questions_from

@@ -12,7 +12,8 @@ from dataclasses import dataclass
 from typing import Sequence
 
 from ..caches import shared_tokens
-from ..files import BadInput, stable_seed
+from ..files import BadInput
+from ..hashes import stable_seed
 from ..models import part_special_words
 from ..questions import Question, choice_text, letter
 from ..records import answer_sentence, read_records

@@ -11,8 +11,9 @@ from functools import cache
 from pathlib import Path
 from typing import Sequence
 
-from ..files import BadInput, content_key, shipped
+from ..files import BadInput, shipped
 from ..formats import names_a_file, read_rows
+from ..hashes import content_key
 from ..models import part_special_words
 from faithful_distill.questions import (
     Question,

@@ -18,16 +18,10 @@ from typing import Any, Iterable, Iterator, Sequence
 
 from .. import __version__
 
-from faithful_distill.files import (
-    BadInput,
-    Journal,
-    check_number,
-    check_target,
-    did_you_mean,
-    progress,
-    read_jsonl,
-    sole_writer,
-)
+from ..files import BadInput, Journal, check_number, check_target, did_you_mean
+from ..jsonl import read_jsonl
+from ..ownership import sole_writer
+from ..progress import progress
 from ..questions import Question, letter, require_answers
 from ..ranks import from_first_rank, shard_of
 from faithful_distill.records import (

@@ -10,7 +10,8 @@ from collections import Counter
 from pathlib import Path
 from typing import Iterable
 
-from ..files import BadInput, read_jsonl
+from ..files import BadInput
+from ..jsonl import read_jsonl
 from ..questions import require_answers
 from ..ranks import shard_from_environment, shard_of, shard_path
 from ..records import Rationale, own_records, write_records

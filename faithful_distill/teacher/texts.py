@@ -10,7 +10,8 @@ from collections.abc import Callable, Sequence
 from types import SimpleNamespace
 from typing import Any
 
-from ..files import BadInput, stable_seed
+from ..files import BadInput
+from ..hashes import stable_seed
 from ..models import part_special_words
 from ..questions import Question
 from ..served import LogP, Reply, ServedModel, is_url
