@@ -170,7 +170,7 @@ def read_questions(
         part of a dataset on the hub, where it has several
     """
     from faithful_distill.lab.world import world_questions
-    from faithful_distill.questions import as_questions
+    from faithful_distill.question_rows import as_questions
     from faithful_distill.sources import load_questions
 
     if data is None:
@@ -568,7 +568,7 @@ def evaluate(
     from faithful_distill.lab.measure_report import suite_files, write_suite
     from faithful_distill.lab.world import fact_of
     from faithful_distill.ownership import own_folder
-    from faithful_distill.questions import require_answers
+    from faithful_distill.question_rows import require_answers
     from faithful_distill.reasoners.protocol import as_reasoner
     from faithful_distill.records import read_records
     from faithful_distill.student.model import load_student
@@ -730,7 +730,7 @@ def measure(
     from faithful_distill.lab.measure_report import read_scores, read_suite, suite_files, write_suite
     from faithful_distill.lab.world import fact_of
     from faithful_distill.ownership import own_folder, sole_writer
-    from faithful_distill.questions import require_answers
+    from faithful_distill.question_rows import require_answers
     from faithful_distill.reasoners.cached import CachedReasoner
     from faithful_distill.reasoners.opening import open_reasoner, reasoner_options
 

@@ -21,7 +21,8 @@ from .files import BadInput, check_encodable, check_json, write_text
 from .formats import read_rows, rows_of
 from .hashes import content_key
 from .ownership import own_lines
-from .questions import Question, missing_remedy, normalized, plain_fields
+from .question_rows import missing_remedy, plain_fields
+from .questions import Question, normalized
 
 # %% ../nbs/05_records.ipynb #13671cde
 roles = ("gold", "counterfactual")

@@ -31,7 +31,8 @@ from faithful_distill.layouts import (
     read_svamp,
 )
 from .ownership import own_lines
-from .questions import Question, as_dataset, as_questions, plain_fields
+from .question_rows import as_dataset, as_questions, plain_fields
+from .questions import Question
 
 # %% ../nbs/03_sources.ipynb #7f1df0a1
 @dataclass(frozen=True)

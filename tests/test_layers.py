@@ -21,6 +21,8 @@ LAYERS = (  # from the ground up; the wings of one layer do not import each othe
     ("jsonl", "ownership"),
     ("formats", "ranks", "models", "served"),
     ("questions",),
+    ("answer_rule",),
+    ("question_rows",),
     ("layouts",),
     ("sources",),
     ("records",),

@@ -492,7 +492,7 @@ def test_what_is_in_memory_is_taken_as_it_is(teacher):
     "One question or several, as a dict, a table or a dataset; a model with its tokenizer. Anything else is one line."
     import pandas
 
-    from faithful_distill.questions import as_dataset
+    from faithful_distill.question_rows import as_dataset
 
     questions = world_questions("choice", "test", limit=3)
     call = lambda questions, teacher=teacher: rationalize(teacher, questions, max_new_tokens=4)
@@ -671,9 +671,9 @@ def test_prompt_longer_than_the_context(teacher):
 )
 def test_the_pipeline_on_real_questions(tmp_path, real_data, name, split):
     "A tiny random teacher with a real few-shot prompt over each real dataset, through the command line."
-    from faithful_distill.teacher.prompts import few_shot
-    from faithful_distill.questions import as_questions
+    from faithful_distill.question_rows import as_questions
     from faithful_distill.sources import load_questions
+    from faithful_distill.teacher.prompts import few_shot
 
     questions = as_questions(load_questions(name, split, path=real_data / name, limit=3))
     tokenizer = build_tokenizer(

@@ -19,26 +19,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..published_files import published, published_rows
-from ..stated import stated_choice
-from ..files import BadInput, check_encodable, check_number
+from ..answer_rule import answer_index, choice_of_text
 from .logs import log_rows, plain_rows
 from .numeric import OpenQuestion, as_number, same_number, stated_number
-from ..formats import rows_of
-from faithful_distill.questions import (
-    Question,
-    answer_index,
-    choice_column,
-    choice_columns,
-    choice_list,
-    choice_of_text,
-    letter,
-    match_choice,
-    normalized,
-    question_key,
-)
 from .perturb import unspaced
+from ..files import BadInput, check_encodable, check_number
+from ..formats import rows_of
+from ..published_files import published, published_rows
+from ..question_rows import choice_column, choice_columns, choice_list
+from ..questions import Question, letter, match_choice, normalized, question_key
 from ..records import strip_answer
+from ..stated import stated_choice
 
 # %% ../../nbs/78_external.ipynb #48bdc647
 @dataclass(frozen=True)

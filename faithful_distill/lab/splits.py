@@ -11,7 +11,8 @@ from pathlib import Path
 
 from ..files import BadInput
 from ..hashes import stable_seed
-from ..questions import Question, as_questions, normalized, without_punctuation
+from ..question_rows import as_questions
+from ..questions import Question, normalized, without_punctuation
 from ..sources import load_questions, sources
 
 # %% ../../nbs/17_splits.ipynb #17000006

@@ -16,7 +16,8 @@ from typing import Any
 from ..files import BadInput, Journal
 from ..hashes import content_key
 from ..progress import progress
-from ..questions import Question, as_questions
+from ..question_rows import as_questions
+from ..questions import Question
 from .protocol import Reasoner, WrittenRationale, as_reasoner
 from ..student.answers import Answer
 

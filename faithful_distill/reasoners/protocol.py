@@ -15,7 +15,8 @@ from typing import Any, NamedTuple
 
 from ..files import BadInput
 from ..hashes import weights_hash
-from ..questions import Question, as_questions, choice_text
+from ..question_rows import as_questions
+from ..questions import Question, choice_text
 from ..records import answer_sentences, strip_answer
 from ..student.answers import Answer, answer
 from ..student.rows import plain_ids

@@ -22,7 +22,8 @@ from ..files import BadInput, Journal, check_number, check_target, did_you_mean
 from ..jsonl import read_jsonl
 from ..ownership import sole_writer
 from ..progress import progress
-from ..questions import Question, letter, require_answers
+from ..question_rows import require_answers
+from ..questions import Question, letter
 from ..ranks import from_first_rank, shard_of
 from faithful_distill.records import (
     Rationale,

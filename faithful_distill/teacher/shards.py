@@ -12,7 +12,7 @@ from typing import Iterable
 
 from ..files import BadInput
 from ..jsonl import read_jsonl
-from ..questions import require_answers
+from ..question_rows import require_answers
 from ..ranks import shard_from_environment, shard_of, shard_path
 from ..records import Rationale, own_records, write_records
 from ..sources import questions_from
