@@ -20,7 +20,7 @@ LAYERS = (  # from the ground up; the wings of one layer do not import each othe
     ("files", "hashes", "progress", "caches"),
     ("jsonl", "ownership"),
     ("formats", "ranks", "models", "served"),
-    ("questions",),
+    ("questions", "answer_sentences"),
     ("answer_rule",),
     ("question_rows",),
     ("layouts",),

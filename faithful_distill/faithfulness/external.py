@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from ..answer_rule import answer_index, choice_of_text
+from ..answer_sentences import strip_answer
 from .logs import log_rows, plain_rows
 from .numeric import OpenQuestion, as_number, same_number, stated_number
 from .perturb import unspaced
@@ -28,7 +29,6 @@ from ..formats import rows_of
 from ..published_files import published, published_rows
 from ..question_rows import choice_column, choice_columns, choice_list
 from ..questions import Question, letter, match_choice, normalized, question_key
-from ..records import strip_answer
 from ..stated import stated_choice
 
 # %% ../../nbs/78_external.ipynb #48bdc647

@@ -21,13 +21,13 @@ from typing import Any
 import numpy as np
 from scipy.optimize import minimize
 
+from ..answer_sentences import answer_sentence
 from .readers import Reader, scratch_base
 from ..files import BadInput, cache_folder, write_text
 from ..hashes import content_key
 from ..models import load_pretrained
 from ..progress import progress
 from ..questions import Question, choice_text, letter
-from ..records import answer_sentence
 from ..student.decoding import DecoderBatch, choice_scores
 from ..student.model import Student
 from ..student.rows import batches_by_length, plain_ids, token_pieces

@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 
+from ..answer_sentences import strip_answer
 from .frozen import as_simulator, listed_choices
 from .intervals import Score, mean_score
 from .metrics import las, las_from_credit, rev
@@ -33,7 +34,6 @@ from faithful_distill.faithfulness.readers import (
 from ..files import BadInput
 from ..hashes import stable_seed
 from ..questions import Question, choice_text, clusters_of, normalized
-from ..records import strip_answer
 from ..sources import questions_from
 
 # %% ../../nbs/77_simulators.ipynb #2b511718

@@ -13,6 +13,7 @@ from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 
+from ..answer_sentences import answer_sentence
 from .frozen import as_simulator
 from .intervals import Score, as_credits, check_lengths, mean_score
 from .metrics import hits
@@ -27,7 +28,6 @@ from .readers import Reader, fit_reader, new_reader, read_choices
 from .simulators import folds, seeds_of
 from ..hashes import stable_seed
 from ..questions import Question, choice_text, fixed_choices, letter, normalized
-from ..records import answer_sentence
 
 # %% ../../nbs/77_variants.ipynb #2f19173e
 def choice_variants(q: Question, chosen: int, others: Sequence[Question], seed: int = 0) -> list[Question]:

@@ -18,6 +18,7 @@ from typing import Any, Iterable, Iterator, Sequence
 
 from .. import __version__
 
+from ..answer_sentences import strip_answer
 from ..files import BadInput, Journal, check_number, check_target, did_you_mean
 from ..jsonl import read_jsonl
 from ..ownership import sole_writer
@@ -25,14 +26,7 @@ from ..progress import progress
 from ..question_rows import require_answers
 from ..questions import Question, letter
 from ..ranks import from_first_rank, shard_of
-from faithful_distill.records import (
-    Rationale,
-    own_records,
-    rationale_from_row,
-    roles,
-    strip_answer,
-    write_records,
-)
+from ..records import Rationale, own_records, rationale_from_row, roles, write_records
 from ..sources import questions_from
 from .loading import Teacher, as_teacher
 from .prompts import contrast_ids, few_shot, prompt_hash, styles, worked_turns
