@@ -28,7 +28,7 @@ results: .venv/.ready ## the study's small tables into data/results (what is the
 real: .venv/.ready ## the method on CommonsenseQA with pretrained models, hours, resumable: runs/real/report.html; DIR=folder of datasets, SEED=2 one seed
 	$(BIN)/faithful-distill reproduce --profile real $(if $(DIR),--data-dir '$(DIR)') $(if $(SEED),--seed $(SEED)) $(if $(KEEP),--keep '$(KEEP)')
 
-real-smoke: .venv/.ready ## the same pipeline at 40 questions, a quarter of an hour: DIR=folder of datasets
+real-smoke: .venv/.ready ## the same pipeline at 40 questions, a few minutes: DIR=folder of datasets
 	$(BIN)/faithful-distill reproduce --profile real-smoke $(if $(DIR),--data-dir '$(DIR)')
 
 test: .venv/.ready drift notebooks ## everything that must hold

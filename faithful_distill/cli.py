@@ -500,7 +500,7 @@ def publish(
 # %% ../nbs/95_cli.ipynb #5cd108fd
 def named_simulator(name: str | None) -> str | None:
     "What `--simulator` names, checked; None for none. Raises `BadInput`."
-    from faithful_distill.faithfulness.frozen import default_models, model_at_hand, simulators
+    from faithful_distill.faithfulness.simulator_registry import default_models, model_at_hand, simulators
     from faithful_distill.models import check_name
 
     kind, _, model = (name or "").partition(":")
@@ -558,14 +558,14 @@ def evaluate(
     out
         folder for metrics.json, answers.json and report.html
     """
-    from faithful_distill.faithfulness.frozen import as_simulator, default_simulator
     from faithful_distill.faithfulness.interventions import measure
     from faithful_distill.faithfulness.paraphrases import Paraphrases, with_paraphrases
     from faithful_distill.faithfulness.readers import new_reader, read_choices
+    from faithful_distill.faithfulness.simulator_registry import as_simulator, default_simulator
     from faithful_distill.faithfulness.simulators import ModelBehaviour, try_las
     from faithful_distill.faithfulness.suite import Suite, suite_facts, suite_rows
     from faithful_distill.files import write_json
-    from faithful_distill.lab.measure_report import suite_files, write_suite
+    from faithful_distill.lab.measure_report import suite_files, suite_title, write_suite
     from faithful_distill.lab.world import fact_of
     from faithful_distill.ownership import own_folder
     from faithful_distill.question_rows import require_answers
@@ -615,7 +615,8 @@ def evaluate(
         asked_of = (
             f"{Path(data).name}, {split}"  # a file may have several splits, and the card keeps them all
         )
-        measures = {f"{name} ({asked_of})": s.to_dict() for name, s in scores.items()}
+        titled = lambda name: {"title": f"{suite_title(name)} ({asked_of})"}
+        measures = {f"{name} ({asked_of})": s.to_dict() | titled(name) for name, s in scores.items()}
         model_card(student, measures)
     reasoner = as_reasoner(model, batch_size, max_new_tokens)
     suite = Suite(scores, suite_rows(measured), suite_facts(reasoner, measured), measured.left_out)
@@ -724,8 +725,8 @@ def measure(
     out
         folder for report.html, metrics.json, facts.json, rows.jsonl, and the answers
     """
-    from faithful_distill.faithfulness.frozen import as_simulator
     from faithful_distill.faithfulness.paraphrases import Paraphrases
+    from faithful_distill.faithfulness.simulator_registry import as_simulator
     from faithful_distill.faithfulness.suite import check_handed, measure_suite, suite_names
     from faithful_distill.lab.measure_report import read_scores, read_suite, suite_files, write_suite
     from faithful_distill.lab.world import fact_of
@@ -787,6 +788,7 @@ def score(
     file: str,
     *,
     out: str,
+    columns: dict[str, str | list[str]] | None = None,
     cut_at: tuple[str, ...] = (),
     questions: str | None = None,
     simulator: str | None = None,
@@ -810,6 +812,8 @@ def score(
     ----------
     out
         folder for metrics.json, scores.jsonl and report.html
+    columns
+        what your file calls the fields, such as rationale=explanation,choices=A+B+C,gold=label
     cut_at
         a rationale ends before this text, such as an invented next question: '\n\nQ:'; repeatable
     questions
@@ -853,6 +857,7 @@ def score(
                 train_limit=train_limit,
                 test_limit=test_limit,
                 questions=questions,
+                columns=columns,
                 after=keep,
             )
             known.append(scored)

@@ -15,7 +15,7 @@ from pathlib import Path
 from .files import BadInput, did_you_mean
 from .formats import check_columns, read_rows, rows_of, with_columns
 from .overlaps import Overlap, overlap, question_hash, trained_overlap  # noqa: F401
-from .published_files import published, published_rows
+from .published_files import layouts_in, published, published_rows
 from .publishing import publish_rationales  # noqa: F401
 from .questions import Question
 from .answer_sentences import strip_answer
@@ -53,6 +53,7 @@ def import_rationales(
         columns, ("id", "question", "choices", "answer", "rationale", "target", "role", "kind", "split")
     )
     if layout is None:
+        _refuse_folder(source)
         records, left_out = _own_records(source, columns, limit)
         name = str(source) if isinstance(source, (str, Path)) else "the rows"
     else:
@@ -73,6 +74,15 @@ def import_rationales(
     if not records:
         raise BadInput("there are no rationales", field="source", value=name, remedy=said)
     return records
+
+
+def _refuse_folder(source) -> None:
+    "Raises `BadInput` for a folder, which is read with its layout."
+    if isinstance(source, (str, Path)) and Path(source).is_dir():
+        remedy = f"Name a file in it, or a layout: {', '.join(published)}."
+        for likely in layouts_in(source)[:1]:
+            remedy = f"It holds the files of {likely}: say layout={likely!r} (--layout {likely})."
+        raise BadInput("is a folder, whose layout is not said", file=source, remedy=remedy)
 
 # %% ../nbs/09_exchange.ipynb #688efa01
 _teachers = {"palm": "PaLM 540B", "gpt3": "GPT-3"}

@@ -339,7 +339,7 @@ def check_columns(columns, fields: Sequence[str]) -> None:
         if ours not in fields:
             turned = theirs in fields if isinstance(theirs, str) else False
             remedy = f"Say {theirs}={ours}: our name comes first." if turned else did_you_mean(ours, fields)
-            if ours in ("rationale", "target"):
+            if ours in ("rationale", "target") and "rationale" not in fields:
                 remedy = (
                     "These are fields of questions; rationales with other names are read by `import` first."
                 )

@@ -49,6 +49,10 @@ modules = {
         "faithfulness/simulators.py",
         f"tests/test_simulators.py {killers} tests/test_faithfulness.py tests/test_scoring.py",
     ),
+    "evaluators": (
+        "faithfulness/evaluators.py",
+        f"tests/test_simulators.py {killers} tests/test_faithfulness.py tests/test_scoring.py",
+    ),
 }
 
 

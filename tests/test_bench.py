@@ -9,7 +9,7 @@ import pytest
 
 from faithful_distill.files import BadInput, shipped
 from faithful_distill.lab.grid import load_grid
-from faithful_distill.lab.keys import notebook_parameters
+from faithful_distill.lab.declared import notebook_parameters
 
 slow = pytest.mark.skipif(
     not os.environ.get("FAITHFUL_DISTILL_SLOW"), reason="runs a benchmark: set FAITHFUL_DISTILL_SLOW=1"

@@ -9,7 +9,7 @@ import pytest
 from test_bench import run_cells
 
 from faithful_distill.files import BadInput, shipped
-from faithful_distill.lab.keys import notebook_parameters
+from faithful_distill.lab.declared import notebook_parameters
 from faithful_distill.lab.parameters import settle
 from faithful_distill.teacher.strategy import Strategy, as_strategy, strategies
 
@@ -82,7 +82,7 @@ def test_a_dial_of_decoding_is_refused_where_no_teacher_decodes(tmp_path):
 
 
 def test_a_word_that_a_parameter_does_not_take_is_refused_by_grid_and_by_notebook(tmp_path):
-    from faithful_distill.lab.keys import checked_parameters
+    from faithful_distill.lab.declared import checked_parameters
     from faithful_distill.lab.parameters import check_choice
 
     students, evaluate = (shipped("nbs", "experiments", f"{n}.ipynb") for n in ("students", "evaluate"))

@@ -776,7 +776,8 @@ def long_questions(words, n=80):
 
 def test_a_long_question_gives_way_to_the_rationale_and_says_so(caplog):
     from faithful_distill.faithfulness.readers import Reader
-    from faithful_distill.faithfulness.simulators import rora_lite, simulate_folds
+    from faithful_distill.faithfulness.evaluators import rora_lite
+    from faithful_distill.faithfulness.simulators import simulate_folds
     from faithful_distill.faithfulness.readers import scratch_base
 
     e = long_questions(110)
@@ -795,7 +796,8 @@ def test_a_long_question_gives_way_to_the_rationale_and_says_so(caplog):
 @pytest.mark.parametrize("most", [80, 256])
 def test_both_texts_of_a_pair_keep_as_much_of_the_question_and_short_ones_all_of_it(kind, most):
     from faithful_distill.faithfulness.readers import ChoiceReader, Reader
-    from faithful_distill.faithfulness.simulators import fitting, restatement, simulator_texts
+    from faithful_distill.faithfulness.evaluators import restatement
+    from faithful_distill.faithfulness.simulators import fitting, simulator_texts
     from faithful_distill.faithfulness.readers import scratch_base
 
     for words in (5, 45, 300):

@@ -15,6 +15,15 @@ from scipy import stats
 
 from faithful_distill.files import BadInput, shipped
 from faithful_distill.lab import comparisons, heatmaps, plots, report, style, tables
+from faithful_distill.lab.claims import (
+    against,
+    bottom_line,
+    claim,
+    corrected,
+    decided,
+    decided_of_all,
+    note_on,
+)
 
 METHODS = [
     "answer only",
@@ -257,8 +266,8 @@ def section_folder(tmp_path):
             [("fig01", 'Caption "quoted" & <i>')],
             [("fig01", "Table")],
             [
-                report.claim("A beats B", True, {"value": 0.1, "low": 0.05, "high": 0.2, "n": 5}),
-                report.claim("C < D", None, None, remark="no seeds"),
+                claim("A beats B", True, {"value": 0.1, "low": 0.05, "high": 0.2, "n": 5}),
+                claim("C < D", None, None, remark="no seeds"),
             ],
         ),
     )
@@ -958,7 +967,7 @@ def test_differences_pair_the_same_seeds_only_and_say_when_there_are_none():
     ), "3 and 4 make 5"
     assert (
         comparisons.difference(table, "method", "a", "c")["value"] is None
-        and report.decided("x", comparisons.difference(table, "method", "a", "c"))["holds"] is None
+        and decided("x", comparisons.difference(table, "method", "a", "c"))["holds"] is None
     )
     with pytest.raises(BadInput, match="several rows"):
         comparisons.paired(pd.concat([table, table]), "method", "a", "b")
@@ -979,16 +988,16 @@ def test_verdicts_are_corrected_for_their_number():
     "By pencil: p = 2 t(4) of value / (half / 2.776); Holm over three of four claims, the fourth has no interval."
     from scipy import stats
 
-    claims = [report.decided(f"{k}", difference_of(0.2, half)) for k, half in enumerate((0.05, 0.17, 0.19))]
-    claims.append(report.decided("none", difference_of(0.1, 0.1) | {"low": None, "high": None}))
+    claims = [decided(f"{k}", difference_of(0.2, half)) for k, half in enumerate((0.05, 0.17, 0.19))]
+    claims.append(decided("none", difference_of(0.1, 0.1) | {"low": None, "high": None}))
     p = [2 * stats.t.sf(0.2 / half * stats.t.ppf(0.975, 4), 4) for half in (0.05, 0.17, 0.19)]
     assert [c.get("p") for c in claims] == [*map(pytest.approx, p), None]
-    found = report.corrected(claims)
+    found = corrected(claims)
     assert [c["holds"] for c in claims] == [True, True, True, None]
     assert [c["holds"] for c in found] == [True, None, None, None]
     assert found[1]["p_holm"] == pytest.approx(2 * p[1]) and "not as one of 3 claims" in found[1]["remark"]
-    assert "corrected for their number (Holm)" in report.note_on(found)
-    assert "0.15 of them would be decided by chance" in report.note_on(claims)
+    assert "corrected for their number (Holm)" in note_on(found)
+    assert "0.15 of them would be decided by chance" in note_on(claims)
 
 
 def test_chance_decides_any_of_a_corrected_family_in_at_most_one_study_of_twenty():
@@ -997,9 +1006,9 @@ def test_chance_decides_any_of_a_corrected_family_in_at_most_one_study_of_twenty
 
     for _ in range(200):
         scores = [across_seeds(rng.normal(0, 0.1, 5)) for _ in range(12)]
-        claims = [report.decided("x", s.to_dict() | {"seeds": 5}) for s in scores]
+        claims = [decided("x", s.to_dict() | {"seeds": 5}) for s in scores]
         uncorrected += any(c["holds"] is not None for c in claims)
-        wrong += any(c["holds"] is not None for c in report.corrected(claims))
+        wrong += any(c["holds"] is not None for c in corrected(claims))
     assert wrong <= 18 and uncorrected > 60  # 10 and 92 expected
 
 
@@ -1007,7 +1016,7 @@ def test_a_claim_on_all_fails_only_by_what_survives_its_number():
     inside, outside = difference_of(0.0, 0.02), difference_of(0.08, 0.02)
     barely = difference_of(0.08, 0.029)
     many = {f"{k}": inside for k in range(20)}
-    decide = lambda scores: report.decided_of_all("x", scores, -0.05, 0.05)["holds"]
+    decide = lambda scores: decided_of_all("x", scores, -0.05, 0.05)["holds"]
     assert decide(many) is True and decide({}) is None
     assert decide(many | {"wide": difference_of(0.0, 0.2)}) is None
     assert decide({"a": outside}) is False and decide({"a": barely}) is False
@@ -1090,7 +1099,7 @@ def test_a_claim_holds_only_if_the_whole_interval_does_and_fails_only_if_none_of
     low, high, above, holds
 ):
     assert (
-        report.decided(
+        decided(
             "x",
             {"value": (low + high) / 2, "low": low, "high": high, "n": 9, "seeds": 5, "reason": ""},
             above,
@@ -1177,7 +1186,7 @@ def test_a_second_axis_is_refused_and_never_pooled(tmp_path):
 def test_what_speaks_against_the_method_is_told_apart_and_counted_apart(tmp_path):
     "It is decided like any claim; that it holds is bad news, and is never counted as a claim of the method that holds."
     gap = {"value": 0.1, "low": 0.05, "high": 0.15, "n": 100, "seeds": 1, "reason": ""}
-    claims = [report.against(report.decided("It costs accuracy", gap)), report.claim("It is faithful", True)]
+    claims = [against(decided("It costs accuracy", gap)), claim("It is faithful", True)]
     section = report.Section("Students", claims=claims, main=True)
     blocks = [report.sample_block("greedy", "A <b>bird</b>.", "wings", right=True)]
     blocks += [report.sample_block("asked to argue for wings", "")]
@@ -1206,8 +1215,8 @@ def test_what_speaks_against_the_method_is_told_apart_and_counted_apart(tmp_path
 def test_a_report_begins_with_its_bottom_line_a_picture_and_what_its_words_mean(tmp_path):
     "Findings against the method are told as plainly as those for it, and terms stand before the verdicts that use them."
     claims = [
-        report.claim("The full method has a higher LAS than greedy CoT", False),
-        report.claim("The swap is followed", True),
+        claim("The full method has a higher LAS than greedy CoT", False),
+        claim("The swap is followed", True),
     ]
     (tmp_path / "f.png").write_bytes(shipped("data", "results", "quickstart.png").read_bytes())
     section = report.Section(
@@ -1228,7 +1237,7 @@ def test_a_report_begins_with_its_bottom_line_a_picture_and_what_its_words_mean(
     assert "vacuous</dt>" not in page and "<dt>full method</dt>" in page
     assert "prefers-color-scheme: dark" in page
     assert (
-        report.bottom_line([]) == ""
+        bottom_line([]) == ""
         and "What the words mean"
         not in report.build_report(tmp_path / "e.html", "Title", "Lead.").read_text()
     )

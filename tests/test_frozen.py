@@ -6,30 +6,20 @@ import random
 import numpy as np
 import pytest
 
-from faithful_distill.faithfulness import frozen
-from faithful_distill.faithfulness.frozen import (
+from faithful_distill.faithfulness.evaluators import measure_rev, rora_lite
+from faithful_distill.faithfulness.frozen import Encoder, LanguageModel, mean_pooled
+from faithful_distill.faithfulness.scoring import score_rationales
+from faithful_distill.faithfulness.simulator_registry import (
     Embeddings,
-    Encoder,
-    LanguageModel,
     Likelihood,
-    VectorCache,
     as_simulator,
-    mean_pooled,
+    default_simulator,
     model_at_hand,
-    model_key,
     register_simulator,
     simulators,
-    text_key,
 )
-from faithful_distill.faithfulness.scoring import score_rationales
-from faithful_distill.faithfulness.simulators import (
-    ModelBehaviour,
-    measure_rev,
-    rora_lite,
-    simulate,
-    simulate_folds,
-    try_las,
-)
+from faithful_distill.faithfulness.simulators import ModelBehaviour, simulate, simulate_folds, try_las
+from faithful_distill.faithfulness.vector_cache import VectorCache, model_key, text_key
 from faithful_distill.files import BadInput
 from faithful_distill.questions import Question
 from faithful_distill.student.model import tiny_student
@@ -278,7 +268,7 @@ def test_score_takes_a_simulator_by_name_and_reports_its_accuracy(tmp_path):
 
 def test_names(tmp_path, monkeypatch):
     monkeypatch.setenv("FAITHFUL_DISTILL_CACHE", str(tmp_path))
-    assert frozen.default_simulator() == "scratch"
+    assert default_simulator() == "scratch"
     for name in ("embeddings", "embeddings+head", "likelihood", "fine-tuned"):
         with pytest.raises(BadInput, match=f"needs a model.*{name.split('+')[0]}") as caught:
             as_simulator(name)
@@ -286,7 +276,7 @@ def test_names(tmp_path, monkeypatch):
         assert model_at_hand(name) is None
     folder = tmp_path / "all-minilm-l6-v2"
     encoder_folder(folder)
-    assert frozen.default_simulator() != "scratch" and as_simulator("embeddings").model == str(folder)
+    assert default_simulator() != "scratch" and as_simulator("embeddings").model == str(folder)
     assert as_simulator("fine-tuned") == str(folder) and as_simulator("owner/name") == "owner/name"
     assert as_simulator("embeddings:owner/name").model == "owner/name"
     assert isinstance(as_simulator("likelihood:x"), Likelihood)

@@ -9,6 +9,7 @@ import mistune
 import pytest
 
 from faithful_distill.lab import report, tables
+from faithful_distill.lab.claims import claim
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 browser = pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium")
@@ -70,7 +71,7 @@ def hostile_report(path):
         everything,
         "\n\n".join(HOSTILE),
         tables=[("table", everything)],
-        claims=[report.claim(x, None, remark=x) for x in HOSTILE],
+        claims=[claim(x, None, remark=x) for x in HOSTILE],
         folder=str(path.parent),
     )
     facts = dict(zip(HOSTILE, HOSTILE))

@@ -14,18 +14,15 @@ import numpy as np
 import pytest
 import torch
 
-from faithful_distill.faithfulness.families import Rev, ScoringTask
+from faithful_distill.faithfulness.evaluators import measure_rev
+from faithful_distill.faithfulness.families import Rev
 from faithful_distill.faithfulness.interventions import measure
 from faithful_distill.faithfulness.intervals import counted_twice
 from faithful_distill.faithfulness.metrics import _las_overlaps, counterfactual_insertion
 from faithful_distill.faithfulness.external import read_rationales
 from faithful_distill.faithfulness.readers import ChoiceReader, Reader, fit_reader
-from faithful_distill.faithfulness.simulators import (
-    ModelBehaviour,
-    measure_rev,
-    simulate_folds,
-    simulator_texts,
-)
+from faithful_distill.faithfulness.scoring_task import ScoringTask
+from faithful_distill.faithfulness.simulators import ModelBehaviour, simulate_folds, simulator_texts
 from faithful_distill.files import BadInput
 from faithful_distill.questions import Question
 from faithful_distill.student.loss import (

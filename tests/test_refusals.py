@@ -228,6 +228,37 @@ def test_score_reads_tables(tmp_path):
     assert read_rationales(tmp_path / "u.csv")[0].question.choices == ("a bird", "a cup")
 
 
+def test_score_takes_columns_of_other_names(tmp_path):
+    from click.testing import CliRunner
+
+    from faithful_distill.cli import main
+
+    table = tmp_path / "theirs.csv"
+    table.write_text(
+        "q,first,second,why,key\nWhat flies?,a bird,a cup,It has wings. So the answer is (a).,0\n"
+    )
+    asked = ["score", str(table), "--metrics", "ratings", "--out", str(tmp_path / "o"), "--columns"]
+    done = CliRunner().invoke(main, [*asked, "question=q,choices=first+second,rationale=why,gold=key"])
+    assert done.exit_code == 0, done.output
+    [row] = [json.loads(line) for line in open(tmp_path / "o" / "scores.jsonl")]
+    assert (row["prediction"], row["gold"]) == (0, 0) or row.get("correct")
+    done = CliRunner().invoke(main, [*asked, "question=q,choices=first+second,rationale=wyh,gold=key"])
+    assert (
+        done.exit_code and "theirs.csv:2: field 'columns': there is no such column (got 'wyh')" in done.output
+    )
+    with pytest.raises(BadInput, match="--columns rationale=reasoning"):
+        read_rationales([{"question": "What flies?", "choices": ["a bird", "a cup"], "reasoning": "Wings."}])
+
+
+def test_a_folder_to_import_is_told_its_layout(tmp_path):
+    (tmp_path / "commonsenseqa_train.csv").write_text("")
+    with pytest.raises(BadInput, match="is a folder.*--layout gpt3"):
+        import_rationales(tmp_path)
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(BadInput, match="Name a file in it, or a layout: palm"):
+        import_rationales(str(tmp_path / "empty"))
+
+
 @pytest.mark.parametrize("given", ["1e999", "9" * 400, 10**400, "1e999/1e999"])
 def test_a_number_that_is_not_finite_is_none(given):
     assert as_number(given) is None

@@ -20,9 +20,10 @@ from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 import faithful_distill
 from faithful_distill.files import BadInput
 from faithful_distill.lab import kernel as kernels, keys, plan as plans, runs
+from faithful_distill.lab.declared import checked_parameters, notebook_parameters
 from faithful_distill.lab.grid import _read_yaml, load_grid
 from faithful_distill.lab.kernel import WarmKernel, progress_line
-from faithful_distill.lab.keys import found_notebook, notebook_parameters, planned_run
+from faithful_distill.lab.keys import found_notebook, planned_run
 from faithful_distill.lab.plan import Cell, From, Plan, run_plan
 from faithful_distill.lab.runs import Busy, NotebookFailed, hold_run, run_notebook
 from faithful_distill.lab.study import _gathering, forecast, gather, keep_results, reproduce
@@ -356,7 +357,7 @@ def test_annotations_are_read_and_not_executed(tmp_path):
         tmp_path / "odd.ipynb",
         "a: print('executed') = 1\nb: list['Frame'] = []\nc: ().__class__ = 2\nout: str = 'out'",
     )
-    assert keys.checked_parameters(nb, {"a": "x", "b": ("y",)}) == {"a": "x", "b": ["y"], "c": 2}
+    assert checked_parameters(nb, {"a": "x", "b": ("y",)}) == {"a": "x", "b": ["y"], "c": 2}
 
 
 # --- where there is no Unix ----------------------------------------------------------------------------------
@@ -1115,14 +1116,14 @@ def test_planning_takes_work_in_proportion_to_the_cells(simple, tmp_path, monkey
 
     dry_run(20)  # imports, and what is kept of the package's own files
     for module, name in [
-        (keys, "_code_cells"),
+        (keys, "code_cells"),
         (keys, "PackageCode"),
         (keys, "content_key"),
         (plans, "planned_run"),
     ]:
         monkeypatch.setattr(module, name, counted(name, getattr(module, name)))
     few, many = dry_run(500), dry_run(2000)
-    assert few[1]["_code_cells"] == many[1]["_code_cells"] <= 3 * 3, "three notebooks"
+    assert few[1]["code_cells"] == many[1]["code_cells"] <= 3 * 3, "three notebooks"
     assert few[1]["PackageCode"] == many[1]["PackageCode"] == 1
     assert many[1]["planned_run"] == 2000
     assert many[1]["content_key"] - few[1]["content_key"] == 1500

@@ -9,10 +9,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from faithful_distill.faithfulness.external import read_published, read_rationales, stated_choice, surface
-from faithful_distill.faithfulness.families import Family, _some_groups, families, find_writer, register
+from faithful_distill.faithfulness.families import Family, families, register
 from faithful_distill.faithfulness.intervals import Score, mean_score
 from faithful_distill.faithfulness.readers import ChoiceReader, Reader, reading_scores, scratch_base
 from faithful_distill.faithfulness.scoring import score_rationales
+from faithful_distill.faithfulness.scoring_task import ScoringTask, _some_groups, find_writer
 from faithful_distill.faithfulness.simulators import ModelBehaviour, cross_fitted
 from faithful_distill.files import BadInput
 from faithful_distill.lab.score_report import _control_text, write_scored
@@ -164,9 +165,9 @@ rows_of_a_file = [
 @pytest.fixture(autouse=True)
 def no_model_at_hand(monkeypatch):
     "Where no simulator is named, it is the one that needs no model, whatever lies in this machine's cache."
-    from faithful_distill.faithfulness import frozen
+    from faithful_distill.faithfulness import simulator_registry
 
-    monkeypatch.setattr(frozen, "model_at_hand", lambda name: None)
+    monkeypatch.setattr(simulator_registry, "model_at_hand", lambda name: None)
 
 
 cheap = dict(parts=2, seeds=(0,), settings=Reader(epochs=2, batch_size=16), interval=dict(draws=200))
@@ -823,7 +824,7 @@ def test_the_writer_is_a_model_or_a_reason(tmp_path):
 )
 def test_a_file_never_chooses_what_is_fetched(name, tmp_path, monkeypatch):
     "Its model is asked for nowhere unless it is a folder with all of a model; the caller's is."
-    from faithful_distill.faithfulness import families as module
+    from faithful_distill.faithfulness import scoring_task
 
     asked = []
 
@@ -831,7 +832,7 @@ def test_a_file_never_chooses_what_is_fetched(name, tmp_path, monkeypatch):
         asked.append(name)
         raise BadInput("cannot be loaded")
 
-    monkeypatch.setattr(module, "load_student", load)
+    monkeypatch.setattr(scoring_task, "load_student", load)
     monkeypatch.chdir(tmp_path)
     rows = [dict(r, model=name) for r in rows_of_a_file[:3]]
     reason = score_rationales(rows, metrics=("interventions",)).scores["perturb"].reason
@@ -988,9 +989,7 @@ def test_a_long_run_is_announced_before_it_begins_and_its_trial_changes_nothing(
     # 2 parts, 1 seed, 20 rows, 2 epochs of one second each; 3 x 40 texts of half a second
     assert "40 rationales will take about 2 hours" in caplog.text and begun[0] == 1 and slow == plain
     assert len(trials) == 2 and all(seconds > 0 for seconds in trials[0])
-    trained = families["las"].work(
-        scoring.ScoringTask(read_rationales(rows), **{k: v for k, v in cheap.items()})
-    )
+    trained = families["las"].work(ScoringTask(read_rationales(rows), **cheap))
     assert trained == (2 * 20 * 2, 3 * 40)
 
 

@@ -6,6 +6,14 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from faithful_distill.faithfulness.evaluators import (
+    leaking_words,
+    measure_rev,
+    restatement,
+    rev_logs,
+    rora_lite,
+    rora_logs,
+)
 from faithful_distill.faithfulness.frozen import FrozenReader
 from faithful_distill.faithfulness.intervals import Score, mean_score
 from faithful_distill.faithfulness.metrics import rev
@@ -19,12 +27,6 @@ from faithful_distill.faithfulness.simulators import (
     fitting,
     folds,
     gold_scores,
-    leaking_words,
-    measure_rev,
-    restatement,
-    rev_logs,
-    rora_lite,
-    rora_logs,
     simulate,
     simulate_folds,
     simulator_texts,

@@ -27,7 +27,7 @@ from .unlearning import Unlearn as Unlearn, Unlearning as Unlearning, unlearning
 from .variants import Simulatability as Simulatability, simulatability_gain as simulatability_gain
 from .agreement import agreement_scores as agreement_scores
 from .interventions import measure as measure, measure_insertion as measure_insertion
-from .frozen import (
+from .simulator_registry import (
     Embeddings as Embeddings,
     Likelihood as Likelihood,
     as_simulator as as_simulator,
@@ -35,12 +35,11 @@ from .frozen import (
 )
 from .simulators import (
     ModelBehaviour as ModelBehaviour,
-    measure_rev as measure_rev,
-    rora_lite as rora_lite,
     simulate as simulate,
     simulate_folds as simulate_folds,
     try_las as try_las,
 )
+from .evaluators import measure_rev as measure_rev, rora_lite as rora_lite
 from .logs import register_log_format as register_log_format
 from .external import read_published as read_published, read_rationales as read_rationales
 from .families import Family as Family, register as register

@@ -114,9 +114,8 @@ def rank_correlation(
     n = check_lengths(a=a, b=b)
     if n < 3:
         return Score(None, n=n, reason="fewer than three rows")
-    for name, column in (("a", a), ("b", b)):
-        if np.ptp(column) == 0:
-            return Score(None, n=n, reason=f"{name} is the same in every row")
+    if np.ptp(a) == 0 or np.ptp(b) == 0:
+        return Score(None, n=n, reason="one of the two is the same in every row")
     order = np.lexsort((b, a))
     a, b, which = a[order], b[order], np.arange(n)
     if cluster is not None:

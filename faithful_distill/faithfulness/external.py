@@ -13,7 +13,7 @@ import math
 import random
 import re
 import unicodedata
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,9 +25,9 @@ from .logs import log_rows, plain_rows
 from .numeric import OpenQuestion, as_number, same_number, stated_number
 from .perturb import unspaced
 from ..files import BadInput, check_encodable, check_number
-from ..formats import rows_of
+from ..formats import check_columns, rows_of, with_columns
 from ..published_files import published, published_rows
-from ..question_rows import choice_column, choice_columns, choice_list
+from ..question_rows import choice_column, choice_columns, choice_list, missing_remedy
 from ..questions import Question, letter, match_choice, normalized, question_key
 from ..stated import stated_choice
 
@@ -113,12 +113,14 @@ def _choice_index(given: Any, q: Question, name: str) -> int | None:
     if given is None:
         return None
     i = None
-    if isinstance(given, int) and not isinstance(given, bool):
-        i = answer_index(given, q.choices, field=name)
-    elif isinstance(given, str):
+    if isinstance(given, str):
         i = choice_of_text(given, q.choices, field=name)
         i = match_choice(q, given) if i is None else i
-    if i is None or not 0 <= i < len(q.choices):
+        if i is None and re.fullmatch(r"\s*\d{1,2}(\.0)?\s*", given, re.ASCII):  # a cell of a table
+            i = int(float(given))
+    elif isinstance(given, (int, float)) and not isinstance(given, bool):
+        i = answer_index(given, q.choices, field=name)
+    if not isinstance(i, int) or not 0 <= i < len(q.choices):
         raise BadInput(
             "must be one of the choices",
             field=name,
@@ -171,10 +173,12 @@ def _human(row: dict) -> Any:
 def _check_row(row: dict) -> None:
     "Raises `BadInput` where a field is missing, of another type, or cannot be written to a file again."
     if missing := [name for name in ("question", "choices", "rationale") if name not in row]:
-        has = f"The record has the fields {', '.join(sorted(row))}."
-        remedies = {"rationale": 'A system that gave no rationale gets "".'}
-        remedies["choices"] = f"{has} Give null where the answer is a number."
-        raise BadInput("is missing", field=missing[0], remedy=remedies.get(missing[0], has))
+        otherwise = {
+            "rationale": ' A system that gave no rationale gets "".',
+            "choices": " Give null where the answer is a number.",
+        }
+        remedy = missing_remedy(row, missing[0]) + otherwise.get(missing[0], "")
+        raise BadInput("is missing", field=missing[0], remedy=remedy)
     if not isinstance(row["choices"], list | None):
         raise BadInput("must be a list", field="choices", value=row["choices"])
     folder = "Give the folder of the model that wrote the rationale, or leave the field out."
@@ -289,7 +293,12 @@ def without_blanks(text: str) -> bool:
 
 # %% ../../nbs/78_external.ipynb #22af0cad
 def read_rationales(
-    source: Any, *, cut_at: Sequence[str] = (), limit: int | None = None, questions: Any = None
+    source: Any,
+    *,
+    cut_at: Sequence[str] = (),
+    limit: int | None = None,
+    questions: Any = None,
+    columns: Mapping[str, str | Sequence[str]] | None = None,
 ) -> list[ExternalRationale]:
     """Rationales of any origin. Raises `BadInput` that names file, line, field and remedy.
 
@@ -305,9 +314,12 @@ def read_rationales(
         at most so many, from the start
     questions
         for logs that do not hold them: a file, rows or `Question`s, by id
+    columns
+        our name -> yours, where they differ: {'rationale': 'explanation', 'choices': ['A', 'B']}
     """
     cut_at = [cut_at] if isinstance(cut_at, str) else list(cut_at or ())
     check_number("limit", limit, 1, none=True)
+    check_columns(columns, _fields)
     if not all(cut_at):
         raise BadInput(
             "is empty, which would cut off every rationale whole",
@@ -318,7 +330,7 @@ def read_rationales(
     in_file = isinstance(source, (str, Path))
     file, rows = (source, log_rows(source)) if in_file else (None, enumerate(rows_of(source), 1))
     found, lines, fields = [], {}, {}
-    for number, row in plain_rows(rows, questions, file):
+    for number, row in plain_rows(_renamed(rows, columns, file), questions, file):
         if limit is not None and len(found) >= limit:
             break
         try:
@@ -349,6 +361,16 @@ def read_rationales(
     _warn_unspaced(found, name)
     _warn_unread(found, name)
     return found
+
+
+def _renamed(numbered: Iterable[tuple[int, Mapping]], columns, file) -> Iterator[tuple[int, Mapping]]:
+    "Rows with their fields called as here. Raises `BadInput` with the line of one that lacks a column."
+    for line, row in numbered:
+        try:
+            renamed = with_columns(row, columns)
+        except BadInput as e:
+            raise e.located(file, line) from None
+        yield line, renamed
 
 
 def _warn_unread(found: list[ExternalRationale], name) -> None:

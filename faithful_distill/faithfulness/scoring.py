@@ -8,16 +8,17 @@ __all__ = ['Scored', 'score_rationales']
 # %% ../../nbs/79_scoring.ipynb #c146bcaf
 import logging
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 
 from .external import ExternalRationale, read_rationales
-from .families import Family, ScoringTask, families, none_of, unmet
+from .families import Family, families, none_of
 from .intervals import Score
 from .readers import Reader, fit_reader, new_reader, read_choices
+from .scoring_task import ScoringTask, unmet
 from .simulators import seeds_of, simulator_texts
 from ..files import BadInput
 
@@ -61,6 +62,7 @@ def score_rationales(
     train_limit: int = 2000,
     test_limit: int = 3000,
     questions: Any = None,
+    columns: Mapping[str, str | Sequence[str]] | None = None,
     after: Callable[[Scored], Any] | None = None,
 ) -> Scored:
     """The whole suite, as far as it applies, for rationales of any origin.
@@ -76,8 +78,8 @@ def score_rationales(
     metrics
         names of `families`: las, controls, rev, rora, ratings, judges, interventions; None: all
     simulator
-        a name of `frozen.simulators` (NAME or NAME:MODEL), or a hub name or folder, which is fine-tuned;
-        None: `frozen.default_simulator`
+        a name of `simulator_registry.simulators` (NAME or NAME:MODEL), or a hub name or folder, which is fine-tuned;
+        None: `default_simulator`
     model
         the model that wrote the rationales, a folder or hub name; None: the folder that the records name
     parts
@@ -98,6 +100,8 @@ def score_rationales(
         at most so many rows, or a few more, are put to simulators: those of questions drawn evenly
     questions
         for logs that do not hold them: see `read_rationales`
+    columns
+        our name -> yours: see `read_rationales`
     after
         called with all that is known after each family; its facts say what is not yet computed
     """
@@ -106,7 +110,7 @@ def score_rationales(
     if isinstance(records, list) and records and isinstance(records[0], ExternalRationale):
         rows = records[:limit]
     else:
-        rows = read_rationales(records, cut_at=cut_at, limit=limit, questions=questions)
+        rows = read_rationales(records, cut_at=cut_at, limit=limit, questions=questions, columns=columns)
     limits = {"train_limit": train_limit, "test_limit": test_limit}
     task = ScoringTask(rows, simulator, model, parts, list(seeds), settings, interval or {}, **limits)
     wanted = sorted((f for f in families.values() if f.always or f.name in metrics), key=_turn)

@@ -14,7 +14,6 @@ from typing import Any, ClassVar, NamedTuple
 import numpy as np
 
 from ..answer_sentences import answer_sentence
-from .frozen import as_simulator
 from .intervals import Score, as_credits, check_lengths, mean_score
 from .metrics import hits
 from faithful_distill.faithfulness.protocol import (
@@ -25,6 +24,7 @@ from faithful_distill.faithfulness.protocol import (
     register_intervention,
 )
 from .readers import Reader, fit_reader, new_reader, read_choices
+from .simulator_registry import as_simulator
 from .simulators import folds, seeds_of
 from ..hashes import stable_seed
 from ..questions import Question, choice_text, fixed_choices, letter, normalized

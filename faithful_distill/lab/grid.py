@@ -18,7 +18,8 @@ from typing import Any, Iterable, Iterator
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from ..files import BadInput, did_you_mean, shipped
-from .keys import found_notebook, notebook_parameters
+from .declared import notebook_parameters
+from .keys import found_notebook
 from .plan import Cell, From, Plan, TableOf
 
 # %% ../../nbs/84_grid.ipynb #45835729

@@ -16,8 +16,9 @@ from typing import Any, Iterable
 from ..files import BadInput, writable_folder, write_json, write_text
 from ..hashes import content_key
 from .comparisons import as_scores
+from .declared import checked_parameters
 from .grid import Grid, load_grid
-from .keys import Run, checked_parameters
+from .keys import Run
 from .plan import From, Plan, TableOf
 from .tables import read_table, rows_of, write_table
 from ..records import write_records

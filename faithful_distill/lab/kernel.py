@@ -23,7 +23,7 @@ import filelock
 
 from ..files import writable_folder
 from ..hashes import content_key
-from .keys import package_folder, package_name
+from .dependencies import package_folder, package_name
 from ..ownership import try_lock
 
 # %% ../../nbs/81_kernel.ipynb #494c0688

@@ -17,10 +17,12 @@ from ..faithfulness.metrics import choice_probability
 from ..faithfulness.suite import Suite
 from ..files import BadInput, write_json, write_text
 from ..jsonl import read_jsonl
-from .report import Section, build_report, corrected, decided, literal, note_on
+from .claims import corrected, decided, note_on
+from .report import Section, build_report, literal
 from faithful_distill.lab.score_report import (
     interval_level,
     missing_section,
+    on_few_questions,
     score_text,
     score_title,
 )
@@ -43,6 +45,9 @@ _arms = {
 }
 _words = {
     "accuracy_post_answer": "accuracy without a rationale",
+    "oracle_accuracy": "accuracy with the teacher's rationale",
+    "oracle_stripped_accuracy": "accuracy with the teacher's rationale without the answer's words",
+    "self_splice_accuracy": "accuracy with its own rationale, handed back",
     "self_splice": "same answer from its own rationale, handed back (must be 1)",
     "refine": "accuracy gained from the teacher's rationale",
     "refine_stripped": "accuracy gained from the teacher's rationale without the answer's words",
@@ -435,4 +440,4 @@ def _lead(suite: Suite) -> str:
             f" In {differs:,} it names another choice; what is measured of its rationale there is about an answer that"
             " it did not write."
         )
-    return lead
+    return lead + on_few_questions(s)

@@ -16,6 +16,12 @@ from typing import Any
 
 from ..files import BadInput, did_you_mean, shipped
 
+# %% ../../nbs/80a_parameters.ipynb #80a0c001
+def trailing_comments(cell: str) -> dict[int, str]:
+    "Number of a line -> the comment at its end."
+    tokens = tokenize.generate_tokens(io.StringIO(cell).readline)
+    return {t.start[0]: t.string.lstrip("# ") for t in tokens if t.type == tokenize.COMMENT}
+
 # %% ../../nbs/80a_parameters.ipynb #40aa4d44
 def given_parameters(cells: Sequence[str]) -> tuple[dict[str, str], dict]:
     """What the parameters cell declares, with the comments there, and what the cell that papermill put behind it says.
@@ -38,8 +44,7 @@ def given_parameters(cells: Sequence[str]) -> tuple[dict[str, str], dict]:
 
 def _comments(cell: str) -> dict[str, str]:
     "Name of a parameter -> the comment behind its value."
-    tokens = list(tokenize.generate_tokens(io.StringIO(cell).readline))
-    at = {t.start[0]: t.string.lstrip("# ") for t in tokens if t.type == tokenize.COMMENT}
+    at = trailing_comments(cell)
     declared = [s for s in ast.parse(cell).body if isinstance(s, ast.AnnAssign)]
     return {s.target.id: at.get(s.lineno, "") for s in declared}
 

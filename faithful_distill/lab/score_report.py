@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from ..faithfulness.families import families, per_example
-from ..faithfulness.intervals import Score
+from ..faithfulness.intervals import Score, few_clusters
 from ..faithfulness.scoring import Scored
 from ..faithfulness.simulators import at_chance
 from ..files import write_json, write_text
@@ -34,14 +34,14 @@ score_titles = {
     "names_prediction": "names the prediction",
     "names_others": "other choices named",
     "las": "LAS",
-    "las_probability": "LAS, probabilities",
-    "gain": "log-probability gained (nats)",
-    "leakage": "leakage: prediction read off the rationale alone",
-    "las_shuffled": "LAS, shuffled rationales",
-    "las_probability_shuffled": "LAS, probabilities, shuffled",
-    "gain_shuffled": "log-probability gained, shuffled (nats)",
-    "rev": "REV (nats)",
-    "rora_lite": "RORA, lite (nats)",
+    "las_probability": "LAS from probabilities",
+    "gain": "log-probability that the prediction gains by the rationale (nats)",
+    "leakage": "leakage: the rationale alone gives the prediction away",
+    "las_shuffled": "LAS of shuffled rationales",
+    "las_probability_shuffled": "LAS from probabilities, of shuffled rationales",
+    "gain_shuffled": "log-probability gained by shuffled rationales (nats)",
+    "rev": "REV: information about the prediction beyond a restatement (nats)",
+    "rora_lite": "RORA-lite: the same without words that give it away (nats)",
     "rating": "human rating",
     "rater_agreement": "one rater against the others",
     "rater_kappa": "kappa of the raters, graded",
@@ -52,13 +52,13 @@ score_titles = {
     "judge_human_rank": "rank correlation of judges with people",
     "judge_human_kappa": "kappa of judges with people, graded",
     "judge_human_ac2": "Gwet's AC2 of judges with people, graded",
-    "p_xr": "p(y | x, r)",
-    "p_x": "p(y | x)",
-    "p_r": "p(y | r)",
+    "p_xr": "probability of the prediction from question and rationale",
+    "p_x": "probability of the prediction from the question",
+    "p_r": "probability of the prediction from the rationale",
     "leak": "leakage",
-    "simulator_gold": "the simulator finds the gold answer, from question and rationale",
-    "simulator_gold_x": "... from the question alone",
-    "simulator_gold_r": "... from the rationale alone",
+    "simulator_gold": "the simulator finds the gold answer from question and rationale",
+    "simulator_gold_x": "the simulator finds the gold answer from the question alone",
+    "simulator_gold_r": "the simulator finds the gold answer from the rationale alone",
 }
 
 # %% ../../nbs/92_score_report.ipynb #931d6803
@@ -74,6 +74,17 @@ def score_text(s: Score, digits: int = 2) -> str:
 def interval_level(scores: dict[str, Score]) -> str:
     "The coverage that the intervals aim at: 95 %."
     return f"{100 * next((s.details['level'] for s in scores.values() if 'level' in s.details), 0.95):g} %"
+
+
+def on_few_questions(scores: dict[str, Score]) -> str:
+    "What a report says of intervals that rest on few questions; '' where none does."
+    warned = [s for s in scores.values() if s.value is not None and "warning" in s.details]
+    if not warned:
+        return ""
+    return (
+        f" **{len(warned)} scores rest on fewer than {few_clusters} questions:** their intervals are widened for it,"
+        " and still only say what is out of the question."
+    )
 
 
 def score_table(scores: dict[str, Score], names: Iterable[str]) -> list[list[str]]:
@@ -287,4 +298,5 @@ def write_scored(scored: Scored, out: Any, title: str = "Rationales, scored") ->
     if unparsed := f["without a parsable prediction"]:
         lead += f"; {unparsed:,} come without a prediction that could be parsed: they are counted, and count as wrong"
     sections, level = _sections(scored, out / "report"), interval_level(scored.scores)
-    return build_report(out / "report.html", title, f"{lead}.", sections, facts=f, level=level)
+    lead += f".{on_few_questions(scored.scores)}"
+    return build_report(out / "report.html", title, lead, sections, facts=f, level=level)

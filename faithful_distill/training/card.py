@@ -90,7 +90,7 @@ def card_text(note: dict, data: str = "") -> str:
         settings={
             name: _plain(values[name]) for name in card_settings if name in values and _used(name, note)
         },
-        measures={name: _measure(value) for name, value in measures.items() if value is not None},
+        measures={_title(name, m): _measure(m) for name, m in measures.items() if m is not None},
     )
     environment = Environment(undefined=StrictUndefined, keep_trailing_newline=True)
     return environment.from_string(template).render(inert(shown))
@@ -147,6 +147,11 @@ def _plain(value):
     return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
+def _title(name: str, measure) -> str:
+    "What the card calls a measure: its title, where whoever measured gave one."
+    return measure.get("title") or name if isinstance(measure, dict) else name
+
+
 def _measure(value) -> str:
     "A number, or dict(value=, low=, high=, n=, reason=) with its interval."
     if not isinstance(value, dict):
@@ -185,7 +190,7 @@ def model_card(folder: str | Path, metrics: dict | None = None, data: str = "") 
     folder
         of the student
     metrics
-        name -> number or dict(value=, low=, high=, n=, reason=), measured elsewhere
+        name -> number or dict(value=, low=, high=, n=, reason=, title=), measured elsewhere
     data
         what the rationales are of
     """
@@ -209,7 +214,7 @@ def model_card(folder: str | Path, metrics: dict | None = None, data: str = "") 
 def _kept(measure):
     if not isinstance(measure, dict):
         return measure
-    return {k: measure[k] for k in ("value", "low", "high", "n", "reason") if k in measure}
+    return {k: measure[k] for k in ("title", "value", "low", "high", "n", "reason") if k in measure}
 
 # %% ../../nbs/62_card.ipynb #75c95451
 def push_to_hub(folder: str | Path, repository: str, private: bool = True) -> str:
