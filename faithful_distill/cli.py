@@ -565,7 +565,8 @@ def evaluate(
     from faithful_distill.faithfulness.simulators import ModelBehaviour, try_las
     from faithful_distill.faithfulness.suite import Suite, suite_facts, suite_rows
     from faithful_distill.files import write_json
-    from faithful_distill.lab.measure_report import suite_files, suite_title, write_suite
+    from faithful_distill.lab.measure_report import suite_files, write_suite
+    from faithful_distill.lab.titles import score_title
     from faithful_distill.lab.world import fact_of
     from faithful_distill.ownership import own_folder
     from faithful_distill.question_rows import require_answers
@@ -615,7 +616,7 @@ def evaluate(
         asked_of = (
             f"{Path(data).name}, {split}"  # a file may have several splits, and the card keeps them all
         )
-        titled = lambda name: {"title": f"{suite_title(name)} ({asked_of})"}
+        titled = lambda name: {"title": f"{score_title(name)} ({asked_of})"}
         measures = {f"{name} ({asked_of})": s.to_dict() | titled(name) for name, s in scores.items()}
         model_card(student, measures)
     reasoner = as_reasoner(model, batch_size, max_new_tokens)
@@ -898,12 +899,12 @@ def _asked_of(data: str, split: str) -> str:
 
 def _show_scores(scored) -> None:
     "What was computed, a line each, and what it is called; what was not, a line for each reason."
-    from faithful_distill.lab.measure_report import suite_title
     from faithful_distill.lab.score_report import missing_scores
+    from faithful_distill.lab.titles import score_title
 
     for name, s in scored.scores.items():
         if s.value is not None:
-            title = suite_title(name)
+            title = score_title(name)
             click.echo(f"{name:32s} {str(s):36s}{'' if title == name else title}".rstrip())
     missing, unasked = missing_scores(scored.scores)
     for reason, names in missing.items():

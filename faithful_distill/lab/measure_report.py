@@ -24,74 +24,10 @@ from faithful_distill.lab.score_report import (
     missing_section,
     on_few_questions,
     score_text,
-    score_title,
 )
 from .tables import save_rows
+from .titles import arm_titles, score_title
 from ..questions import Question, match_choice
-
-# %% ../../nbs/92_measure_report.ipynb #edac8a99
-_arms = {
-    "written": "its own rationale",
-    "own": "its own rationale, handed back",
-    "post_answer": "no rationale",
-    "filler": "filler words",
-    "perturb": "tokens replaced",
-    "perturbed": "tokens replaced",
-    "permuted": "words in random order",
-    "shuffled": "another question's rationale",
-    "paraphrased": "paraphrased",
-    "oracle": "the teacher's rationale",
-    "oracle_stripped": "the teacher's, without the answer's words",
-}
-_words = {
-    "accuracy_post_answer": "accuracy without a rationale",
-    "oracle_accuracy": "accuracy with the teacher's rationale",
-    "oracle_stripped_accuracy": "accuracy with the teacher's rationale without the answer's words",
-    "self_splice_accuracy": "accuracy with its own rationale, handed back",
-    "self_splice": "same answer from its own rationale, handed back (must be 1)",
-    "refine": "accuracy gained from the teacher's rationale",
-    "refine_stripped": "accuracy gained from the teacher's rationale without the answer's words",
-    "swap": "answers what a teacher's rationale argues for",
-    "swap_none": "answers what a teacher's rationale argues for",
-    "swap_factual": "answers what a teacher's rationale argues for, under the tag [factual]",
-    "swap_counterfactual": "answers what a teacher's rationale argues for, under the tag [counterfactual]",
-    "swap_shuffled": "answers what another question's teacher rationale argues for",
-    "hint_influenced": "a remark that hints at a wrong choice: answers moved to it",
-    "hint_baseline": "a remark that hints at nothing: answers moved to the same choice",
-    "hint_net": "moved by the hint beyond that",
-    "hint_articulated": "where it moved the answer: the rationale mentions the remark",
-    "hint_gmean2": "geometric mean of two shares: mentioned where it moved the answer, not mentioned elsewhere",
-    "mediation_total": "how far a changed question moves the answer",
-    "mediation_direct": "direct effect: of that, with the old rationale",
-    "mediation_indirect": "indirect effect: of that, by the new rationale alone",
-    "mediation_interaction": "of that, what neither does alone",
-    "steps": "what one step matters: mean of the two measures of a step",
-    "steps_intact": "lost of the answer's lead over the next choice when one step is corrupted",
-    "steps_damaged": "kept of the answer's lead when all steps but one are corrupted",
-    "early_answering": "early answering: area over the curve (0: any part of the rationale gives the answer)",
-    "adding_mistakes": "adding mistakes: area over the curve (0: no mistake changes the answer)",
-    **{
-        a: f"accuracy lost: {_arms[a]}"
-        for a in _arms
-        if a not in ("written", "own", "oracle", "oracle_stripped")
-    },
-}
-_suffixes = {
-    "_probability": ", by probability",
-    "_same": ": same answer",
-    "_shift": ": distance of distributions",
-}
-
-
-def suite_title(name: str) -> str:
-    "What a score is called in the report."
-    if name in _words:
-        return _words[name]
-    for suffix, words in _suffixes.items():
-        stem = name.removesuffix(suffix)
-        if stem != name and stem in _words:
-            return (_arms[stem] if stem in _arms and suffix != "_probability" else _words[stem]) + words
-    return score_title(name)
 
 # %% ../../nbs/92_measure_report.ipynb #2e879e1b
 _headings = {
@@ -130,7 +66,7 @@ def _score_sections(suite: Suite, folder: Path) -> list[Section]:
             tables.append((f"{key}_changes", caption + _choiceless_caption * (_choiceless in crossed[0])))
             names = [n for n in names if _change_and_measure(n) is None]
         if names:
-            rows = [[suite_title(n), score_text(suite.scores[n], 3)] for n in names]
+            rows = [[score_title(n), score_text(suite.scores[n], 3)] for n in names]
             save_rows([["score", f"value [{level} interval]"], *rows], folder / key)
             tables.append((key, f"With {level} intervals over questions."))
         sections.append(Section(heading, _lead_of(heading, suite), [], tables, folder=str(folder)))
@@ -160,7 +96,7 @@ def _change_and_measure(name: str) -> tuple[str, str] | None:
     "The arm that a score is about, and what it measures there; None for any other score."
     for suffix in ("_same", "_probability", "_shift", ""):
         stem = name.removesuffix(suffix)
-        if name.endswith(suffix) and stem in _arms and stem not in ("written", "own"):
+        if name.endswith(suffix) and stem in arm_titles and stem not in ("written", "own"):
             return stem, suffix
     return None
 
@@ -175,9 +111,9 @@ def _by_change(scores: dict, names: Sequence[str], questions: Sequence[dict] = (
     "One row a change of the rationale, one column a measure of its effect; [] where there is none."
     found = {_change_and_measure(n): scores[n] for n in names}
     found.pop(None, None)
-    arms = [a for a in _arms if any(arm == a for arm, _ in found)]
+    arms = [a for a in arm_titles if any(arm == a for arm, _ in found)]
     cell = lambda one: "–" if one is None else score_text(one)
-    rows = [[_arms[a], *(cell(found.get((a, m))) for m in _measures)] for a in arms]
+    rows = [[arm_titles[a], *(cell(found.get((a, m))) for m in _measures)] for a in arms]
     table = [["rationale replaced by", *_measures.values()], *rows] if rows else []
     counts = {arm: _without_choice(questions, arm) for arm in arms}
     if any(n for n, _ in counts.values()):
@@ -223,7 +159,7 @@ def _block(arm: str, answer: dict, row: dict, first: dict) -> dict:
     cut = f"{text[:_longest]} …" if len(text) > _longest else text
     own_words = arm == "written" and not _in_own_words(row)
     wrote = (answer["text"] or "nothing") if choice is None or own_words else ""
-    return {"label": _arms[arm], "text": cut, "answer": said, "wrote": wrote[:_longest], **mark}
+    return {"label": arm_titles[arm], "text": cut, "answer": said, "wrote": wrote[:_longest], **mark}
 
 
 def _in_own_words(row: dict) -> bool:
@@ -241,7 +177,7 @@ def _writes_another(row: dict) -> bool:
 
 
 def _side(title: str, row: dict) -> dict:
-    arms = {arm: a for arm, a in row["arms"].items() if arm in _arms and arm != "own"}
+    arms = {arm: a for arm, a in row["arms"].items() if arm in arm_titles and arm != "own"}
     first = arms["written"]
     return {"title": title, "blocks": [_block(arm, a, row, first) for arm, a in arms.items()]}
 
@@ -305,11 +241,11 @@ def _credit_pairs(rows: Sequence[dict], other: Sequence[dict]) -> dict[str, tupl
     "What is compared -> credit of the one and of the other, of the questions that both have, and their ids."
     beside = {row["id"]: row for row in other}
     both = [(row, beside[row["id"]]) for row in rows if row["id"] in beside]
-    arms = [a for a in _arms if a not in ("written", "own") and any(a in row["credit"] for row in rows)]
+    arms = [a for a in arm_titles if a not in ("written", "own") and any(a in row["credit"] for row in rows)]
     pairs = {"accuracy": [(a["credit"]["written"], b["credit"]["written"], a["id"]) for a, b in both]}
     for arm in arms:
         lost = [(_lost(a, arm), _lost(b, arm), a["id"]) for a, b in both]
-        pairs[f"accuracy lost: {_arms[arm]}"] = [one for one in lost if None not in one]
+        pairs[f"accuracy lost: {arm_titles[arm]}"] = [one for one in lost if None not in one]
     return {what: tuple(map(list, zip(*found))) for what, found in pairs.items() if found}
 
 

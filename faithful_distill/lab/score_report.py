@@ -21,51 +21,9 @@ from .plots import dots
 from .report import Section, build_report, literal
 from .style import save_figure
 from .tables import cell_text, save_rows
-
-# %% ../../nbs/92_score_report.ipynb #18cddfc3
-score_titles = {
-    "accuracy": "accuracy",
-    "unparsable": "answers that could not be parsed",
-    "empty": "empty rationales",
-    "restates_question": "rationales equal to the question",
-    "length": "words per rationale",
-    "question_overlap": "share of words from the question",
-    "vacuousness": "share of words from question or choices",
-    "names_prediction": "names the prediction",
-    "names_others": "other choices named",
-    "las": "LAS",
-    "las_probability": "LAS from probabilities",
-    "gain": "log-probability that the prediction gains by the rationale (nats)",
-    "leakage": "leakage: the rationale alone gives the prediction away",
-    "las_shuffled": "LAS of shuffled rationales",
-    "las_probability_shuffled": "LAS from probabilities, of shuffled rationales",
-    "gain_shuffled": "log-probability gained by shuffled rationales (nats)",
-    "rev": "REV: information about the prediction beyond a restatement (nats)",
-    "rora_lite": "RORA-lite: the same without words that give it away (nats)",
-    "rating": "human rating",
-    "rater_agreement": "one rater against the others",
-    "rater_kappa": "kappa of the raters, graded",
-    "rater_ac2": "Gwet's AC2 of the raters, graded",
-    "judge": "judges' marks",
-    "judge_kappa": "kappa of the judges, graded",
-    "judge_ac2": "Gwet's AC2 of the judges, graded",
-    "judge_human_rank": "rank correlation of judges with people",
-    "judge_human_kappa": "kappa of judges with people, graded",
-    "judge_human_ac2": "Gwet's AC2 of judges with people, graded",
-    "p_xr": "probability of the prediction from question and rationale",
-    "p_x": "probability of the prediction from the question",
-    "p_r": "probability of the prediction from the rationale",
-    "leak": "leakage",
-    "simulator_gold": "the simulator finds the gold answer from question and rationale",
-    "simulator_gold_x": "the simulator finds the gold answer from the question alone",
-    "simulator_gold_r": "the simulator finds the gold answer from the rationale alone",
-}
+from .titles import score_title
 
 # %% ../../nbs/92_score_report.ipynb #931d6803
-def score_title(name: str) -> str:
-    return score_titles.get(name, name.replace("_", " "))
-
-
 def score_text(s: Score, digits: int = 2) -> str:
     "Value and interval of a score, as a table shows it."
     return cell_text(s.to_dict(), digits=digits)
