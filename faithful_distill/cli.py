@@ -170,7 +170,7 @@ def read_questions(
         part of a dataset on the hub, where it has several
     """
     from faithful_distill.lab.world import world_questions
-    from faithful_distill.questions import as_questions
+    from faithful_distill.question_rows import as_questions
     from faithful_distill.sources import load_questions
 
     if data is None:
@@ -560,16 +560,17 @@ def evaluate(
         folder for metrics.json, answers.json and report.html
     """
     from faithful_distill.faithfulness.interventions import measure
-    from faithful_distill.faithfulness.simulator_registry import as_simulator, default_simulator
     from faithful_distill.faithfulness.paraphrases import Paraphrases, with_paraphrases
     from faithful_distill.faithfulness.readers import new_reader, read_choices
+    from faithful_distill.faithfulness.simulator_registry import as_simulator, default_simulator
     from faithful_distill.faithfulness.simulators import ModelBehaviour, try_las
     from faithful_distill.faithfulness.suite import Suite, suite_facts, suite_rows
-    from faithful_distill.files import own_folder, write_json
+    from faithful_distill.files import write_json
     from faithful_distill.lab.measure_report import suite_files, write_suite
     from faithful_distill.lab.titles import score_title
     from faithful_distill.lab.world import fact_of
-    from faithful_distill.questions import require_answers
+    from faithful_distill.ownership import own_folder
+    from faithful_distill.question_rows import require_answers
     from faithful_distill.reasoners.protocol import as_reasoner
     from faithful_distill.records import read_records
     from faithful_distill.student.model import load_student
@@ -727,12 +728,12 @@ def measure(
         folder for report.html, metrics.json, facts.json, rows.jsonl, and the answers
     """
     from faithful_distill.faithfulness.paraphrases import Paraphrases
+    from faithful_distill.faithfulness.simulator_registry import as_simulator
     from faithful_distill.faithfulness.suite import check_handed, measure_suite, suite_names
-    from faithful_distill.files import own_folder, sole_writer
     from faithful_distill.lab.measure_report import read_scores, read_suite, suite_files, write_suite
     from faithful_distill.lab.world import fact_of
-    from faithful_distill.questions import require_answers
-    from faithful_distill.faithfulness.simulator_registry import as_simulator
+    from faithful_distill.ownership import own_folder, sole_writer
+    from faithful_distill.question_rows import require_answers
     from faithful_distill.reasoners.cached import CachedReasoner
     from faithful_distill.reasoners.opening import open_reasoner, reasoner_options
 
@@ -831,9 +832,9 @@ def score(
         at most so many rationales
     """
     from faithful_distill.faithfulness.scoring import score_rationales
-    from faithful_distill.files import own_folder, sole_writer
     from faithful_distill.lab.score_report import score_files, write_numbers, write_scored
     from faithful_distill.models import check_name
+    from faithful_distill.ownership import own_folder, sole_writer
 
     if model is not None:
         check_name(model, "--model")
