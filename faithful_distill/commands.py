@@ -199,7 +199,7 @@ def command_parameters(function, library=(), settings=None, without=()) -> list[
 def _setting_options(settings) -> list[click.Option]:
     "An option for each field; what is not given stays None, so that recipe and library decide."
     made = []
-    for name, field in settings.__pydantic_fields__.items():
+    for name, field in settings.model_fields.items():
         default = field.get_default(call_default_factory=True)
         shown = (
             None
