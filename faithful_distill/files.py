@@ -186,7 +186,9 @@ def check_target(path) -> None:
 
 
 def check_named(path) -> None:
-    "Raises `BadInput` for the empty name."
+    "Raises `BadInput` for the empty name, and for what is no name."
+    if not isinstance(path, (str, os.PathLike)):
+        raise BadInput("is no name of a file or folder", field="path", value=path)
     if not os.fspath(path):
         remedy = "Name a file (is a variable not set?)."
         raise BadInput("cannot be written: the name is empty", file=repr(""), remedy=remedy)

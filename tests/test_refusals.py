@@ -5,9 +5,14 @@ import http.server
 import json
 import os
 import threading
+from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 
+import faithful_distill
+from faithful_distill import rationalize
 from faithful_distill.exchange import import_rationales
 from faithful_distill.faithfulness.external import read_rationales
 from faithful_distill.faithfulness.numeric import as_number
@@ -25,6 +30,7 @@ from faithful_distill.served import ServedModel
 from faithful_distill.sources import load_questions
 from faithful_distill.stated import stated_choice
 from faithful_distill.student.answers import Answer
+from faithful_distill.teacher.generate import contrastive_generate
 from faithful_distill.training.card import model_card, write_card
 
 Q = Question("q1", "What flies?", ("a bird", "a cup"), 0)
@@ -636,3 +642,55 @@ def test_lines_that_may_be_written_again_are_known_by_their_fields(tmp_path):
     path.write_bytes(b"\xff\xfe")
     with pytest.raises(BadInput, match="of something else"):
         own_lines(path, ["id"])
+
+
+@pytest.fixture(scope="module")
+def teacher():
+    from faithful_distill import load_teacher
+
+    return load_teacher(Path(faithful_distill.__file__).parents[1] / "data" / "models" / "teacher")
+
+
+@pytest.mark.parametrize(
+    "given, problem",
+    [
+        (dict(gold_ids=None), "field 'gold_ids': is no list"),
+        (dict(gold_ids="ab"), "field 'gold_ids': is no list"),
+        (dict(gold_ids=[5, 6]), r"field 'gold_ids\[0\]': is no list"),
+        (dict(gold_ids=[[5], ["x"]]), r"field 'gold_ids\[1\]': holds what is no token id \(got 'x'\)"),
+        (dict(gold_ids=[[5.0], [6]]), "no token id"),
+        (dict(gold_ids=[[True], [6]]), "no token id"),
+        (dict(perturbed_ids=[None, [5]]), r"field 'perturbed_ids\[0\]': is no list"),
+        (dict(perturbed_ids=[[[[5]]], [5]]), "no token id"),
+        (dict(token_budget="much"), "field 'token_budget'"),
+    ],
+)
+def test_contexts_that_are_no_token_ids(teacher, given, problem):
+    rows = dict(gold_ids=[[5, 6], [7]], perturbed_ids=[[5], [7]]) | given
+    with pytest.raises(BadInput, match=problem):
+        contrastive_generate(teacher.model, **rows, max_new_tokens=2)
+
+
+def test_tensors_and_arrays_are_contexts(teacher):
+    written = lambda *ids: [g.tokens for g in contrastive_generate(teacher.model, *ids, max_new_tokens=3)]
+    gold, perturbed = [[5, 6], [7, 8]], [[5, 5], [7, 7]]
+    lists = written(gold, perturbed)
+    assert written(torch.tensor(gold), torch.tensor(perturbed)) == lists
+    assert written(np.array(gold), [torch.tensor(p) for p in perturbed]) == lists
+    assert written(iter(gold), iter([[p] for p in perturbed])) == lists
+    with pytest.raises(BadInput, match="field 'model': is no model"):
+        contrastive_generate(teacher, gold)
+
+
+@pytest.mark.parametrize("found", [None, [1.0], "x", [float("nan")] * 4, ["a"] * 4])
+def test_a_selection_gives_a_number_for_each(teacher, found):
+    question = dict(question="What flies?", choices=["a bird", "a cup"], answer=0)
+    how = dict(strategy="sampled", samples=2, select=lambda rationales: found, max_new_tokens=2)
+    with pytest.raises(BadInput, match="field 'select': must"):
+        rationalize(teacher, [question], **how)
+    with pytest.raises(BadInput, match="field 'samples'"):
+        rationalize(teacher, [question], samples="2")
+    with pytest.raises(BadInput, match="is no name of a file"):
+        rationalize(teacher, [question], out=3)
+    with pytest.raises(BadInput, match="must be a list of roles"):
+        rationalize(teacher, [question], roles=[])

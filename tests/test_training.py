@@ -1297,6 +1297,7 @@ def test_the_card_has_the_settings_and_what_evaluate_measured(tmp_path):
     """
     from click.testing import CliRunner
     from faithful_distill.cli import main
+    from faithful_distill.lab.titles import score_title
     from faithful_distill.training.settings import recipe
     from faithful_distill.training.card import model_card
 
@@ -1360,7 +1361,7 @@ def test_the_card_has_the_settings_and_what_evaluate_measured(tmp_path):
     for name, m in measured.items():
         if m["value"] is not None and m["low"] is not None:
             assert (
-                f"| {name} (own.jsonl, dev) | {m['value']:.3f} [{m['low']:.3f}, {m['high']:.3f}], n ="
+                f"| {score_title(name)} (own.jsonl, dev) | {m['value']:.3f} [{m['low']:.3f}, {m['high']:.3f}], n ="
                 f" {m['n']} |" in card
             )
     assert card.startswith(model_card(tmp_path / "student").rstrip("\n")), "then who wrote it"

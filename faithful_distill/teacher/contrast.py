@@ -189,17 +189,40 @@ def ends_in_half_character(tokenizer, generation: Generation) -> bool:
     return tokenizer.decode(last, skip_special_tokens=True).endswith("\ufffd")
 
 # %% ../../nbs/24_contrast.ipynb #a9c73a91
+def _as_list(given, field: str) -> list:
+    "The entries of a list, a tensor or an array. Raises `BadInput` for what is none."
+    if isinstance(given, str) or not isinstance(given, Iterable) or getattr(given, "ndim", 1) == 0:
+        remedy = "Give lists of token ids, as the teacher's tokenizer makes them."
+        raise BadInput("is no list", field=field, value=given, remedy=remedy)
+    return given.tolist() if hasattr(given, "tolist") else list(given)
+
+
+def _as_ids(given, field: str) -> list[int]:
+    "The token ids of one context. Raises `BadInput` for what is no list of whole numbers."
+    ids = _as_list(given, field)
+    for i in ids:
+        if not isinstance(i, int) or isinstance(i, bool):
+            raise BadInput("holds what is no token id", field=field, value=i, remedy="Ids are whole numbers.")
+    return ids
+
+
 def as_contexts(gold_ids, perturbed_ids) -> list[list[list[int]]]:
-    "Of each question its contexts, the gold one first. Raises `BadInput` if the two lists differ in length."
+    """Of each question its contexts, the gold one first.
+
+    Raises `BadInput` if the two lists differ in length, and for what is no list of token ids.
+    """
+    golds = _as_list(gold_ids, "gold_ids")
+    rows = [[_as_ids(gold, f"gold_ids[{i}]")] for i, gold in enumerate(golds)]
     if perturbed_ids is None:
-        return [[list(gold)] for gold in gold_ids]
-    if len(gold_ids) != len(perturbed_ids):
-        problem = f"has {len(perturbed_ids)} rows where gold_ids has {len(gold_ids)}"
+        return rows
+    perturbed = _as_list(perturbed_ids, "perturbed_ids")
+    if len(rows) != len(perturbed):
+        problem = f"has {len(perturbed)} rows where gold_ids has {len(rows)}"
         raise BadInput(problem, field="perturbed_ids", remedy="Give one entry per row.")
-    rows = []
-    for gold, others in zip(gold_ids, perturbed_ids):
-        one = not len(others) or isinstance(others[0], int)  # ids, not lists of ids
-        rows.append([list(gold), *([list(others)] if one else map(list, others))])
+    for i, (row, given) in enumerate(zip(rows, perturbed)):
+        others = _as_list(given, f"perturbed_ids[{i}]")
+        several = bool(others) and isinstance(others[0], Iterable) and getattr(others[0], "ndim", 1) > 0
+        row += [_as_ids(ids, f"perturbed_ids[{i}]") for ids in (others if several else [others])]
     return rows
 
 # %% ../../nbs/24_contrast.ipynb #e65890f6

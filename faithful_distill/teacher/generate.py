@@ -51,11 +51,15 @@ def _check_context(ids: list[int], limit: int | None, vocabulary: int, name: str
 def _rows(model, gold_ids, perturbed_ids, max_new_tokens: int, ids: Sequence | None) -> list[Row]:
     "A `Row` for each gold context, checked, with the number of tokens that it may get."
     check_number("max_new_tokens", max_new_tokens, 1)
-    if ids is not None and len(ids) != len(gold_ids):
-        raise BadInput(f"are {len(ids)} for {len(gold_ids)} rows", field="ids", value=list(ids)[:3])
+    if not hasattr(model, "get_input_embeddings"):
+        remedy = "Give the causal language model itself, such as `load_teacher(folder).model`."
+        raise BadInput("is no model", field="model", value=type(model).__name__, remedy=remedy)
+    contexts_of = as_contexts(gold_ids, perturbed_ids)
+    if ids is not None and len(ids) != len(contexts_of):
+        raise BadInput(f"are {len(ids)} for {len(contexts_of)} rows", field="ids", value=list(ids)[:3])
     limit, vocabulary = context_limit(model), model.get_input_embeddings().weight.shape[0]
     rows = []
-    for i, contexts in enumerate(as_contexts(gold_ids, perturbed_ids)):
+    for i, contexts in enumerate(contexts_of):
         whose = f"[{i}]" + ("" if ids is None else f" of {ids[i]}")
         for name, context in zip(["gold_ids"] + ["perturbed_ids"] * len(contexts), contexts):
             _check_context(context, limit, vocabulary, name + whose)
@@ -208,6 +212,7 @@ def contrastive_generate(
     if engine not in ("auto", "shared", "plain"):
         remedy = "Use 'auto', 'shared' or 'plain'."
         raise BadInput("is not an engine", field="engine", value=engine, remedy=remedy)
+    check_number("token_budget", token_budget, 0, none=True)
     choice = _choice(alpha, beta, temperature, stop, scores, vocabulary)
     rows = _rows(model, gold_ids, perturbed_ids if alpha > 0 or scores else None, max_new_tokens, ids)
     for row in rows if temperature > 0 else ():

@@ -107,8 +107,8 @@ def _decode(teacher: Teacher, jobs: list[Job], strategy: Strategy, shots, finish
 # %% ../../nbs/40_rationales.ipynb #40a00010
 def _check_parts(of: Any, shard: Any) -> None:
     "Raises `BadInput` for roles that are no list of names, and for a shard that is no pair of numbers."
-    if not isinstance(of, (list, tuple)) or not all(isinstance(role, str) for role in of):
-        raise BadInput("must be a list", field="roles", value=of, remedy=f"Such as {list(roles)}.")
+    if not isinstance(of, (list, tuple)) or not of or not all(isinstance(role, str) for role in of):
+        raise BadInput("must be a list of roles", field="roles", value=of, remedy=f"Such as {list(roles)}.")
     pair = isinstance(shard, (list, tuple)) and len(shard) == 2
     if shard is not None and not (pair and all(isinstance(k, int) for k in shard)):
         raise BadInput(

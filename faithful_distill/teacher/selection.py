@@ -8,9 +8,9 @@ __all__ = ['Scorer', 'scorers', 'growth_scores', 'contrast_scores', 'as_scorer',
 # %% ../../nbs/39_selection.ipynb #784cb143
 from dataclasses import replace
 from pathlib import Path
-from typing import Callable, Sequence
+from typing import Callable, Iterable, Sequence
 
-from ..files import BadInput
+from ..files import BadInput, check_number
 from ..records import Rationale
 from .strategy import Strategy
 
@@ -90,8 +90,11 @@ def _scores(candidates, select) -> list[float]:
     known = [r.extra.get("selection", {}) for r in candidates]
     scores = [k.get("score") if k.get("by") == name else None for k in known]
     missing = [i for i, s in enumerate(scores) if s is None]
-    found = list(score([candidates[i] for i in missing])) if missing else []
-    for i, s in zip(missing, found, strict=True):
+    found = score([candidates[i] for i in missing]) if missing else []
+    if not isinstance(found, Iterable) or len(found := list(found)) != len(missing):
+        problem = f"must give a number for each of {len(missing)} rationales"
+        raise BadInput(problem, field="select", value=found)
+    for i, s in zip(missing, found):
         if not isinstance(s, (int, float)) or s != s:
             raise BadInput("must be a number for each rationale", field="select", value=s)
         scores[i] = s
@@ -100,8 +103,7 @@ def _scores(candidates, select) -> list[float]:
 # %% ../../nbs/39_selection.ipynb #12165528
 def for_samples(strategy: Strategy, samples: int, select) -> tuple[Strategy, str | None]:
     "The strategy by which so many samples are drawn, and the name of what selects among them; None for one."
-    if samples < 1:
-        raise BadInput("must be at least 1", field="samples", value=samples)
+    check_number("samples", samples, 1)
     if samples == 1:
         return strategy, None
     by, _ = as_scorer(select)

@@ -11,6 +11,7 @@ import json
 import os
 import random
 import warnings
+from collections import defaultdict
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -58,8 +59,7 @@ def import_deepspeed() -> None:
         raise BadInput(f"cannot be used: {e}", field="DS_ACCELERATOR", remedy=remedy) from e
 
     if not cuda:
-        operators = vars(deepspeed.ops)
-        operators["__compatible_ops__"] = dict.fromkeys(operators["__compatible_ops__"], False)
+        vars(deepspeed.ops)["__compatible_ops__"] = defaultdict(bool)  # none, whichever is asked for
         if not chosen:
             del os.environ["DS_ACCELERATOR"]
 
