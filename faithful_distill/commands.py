@@ -202,7 +202,7 @@ def command_parameters(function, library=(), settings=None, without=()) -> list[
 def _setting_options(settings) -> list[click.Option]:
     "An option for each field; what is not given stays None, so that recipe and library decide."
     made = []
-    for name, field in settings.__pydantic_fields__.items():
+    for name, field in settings.model_fields.items():
         shown = _shown(field.get_default(call_default_factory=True))
         made.append(make_option(name, field.annotation, None, field.description or "", shown))
     return made

@@ -17,7 +17,9 @@ from dataclasses import dataclass
 from typing import Any
 from urllib.parse import urlsplit, urlunsplit
 
-from .files import BadInput, Journal, content_key, did_you_mean, progress
+from .files import BadInput, Journal, did_you_mean
+from .hashes import content_key
+from .progress import progress
 from .replies import NoPromptLogP, counted_tokens, estimated_tokens, is_kept_reply, read_reply
 
 # %% ../nbs/08b_connection.ipynb #050446e3

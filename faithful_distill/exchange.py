@@ -18,7 +18,8 @@ from .overlaps import Overlap, overlap, question_hash, trained_overlap  # noqa: 
 from .published_files import layouts_in, published, published_rows
 from .publishing import publish_rationales  # noqa: F401
 from .questions import Question
-from .records import Rationale, rationale_from_row, strip_answer
+from .answer_sentences import strip_answer
+from .records import Rationale, rationale_from_row
 from .stated import stated_choice
 
 # %% ../nbs/09_exchange.ipynb #8ab76ef2

@@ -16,14 +16,8 @@ from os import PathLike
 from pathlib import Path
 from typing import Any
 
-from faithful_distill.files import (
-    BadInput,
-    check_encodable,
-    did_you_mean,
-    opened,
-    read_jsonl,
-    unique_keys,
-)
+from .files import BadInput, check_encodable, did_you_mean
+from .jsonl import opened, read_jsonl, unique_keys
 
 # %% ../nbs/01_formats.ipynb #9060da04
 def names_a_file(name) -> bool:

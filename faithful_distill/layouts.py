@@ -9,14 +9,10 @@ __all__ = ['read_lettered', 'read_strategyqa', 'read_boolq', 'read_creak', 'read
 import re
 from itertools import permutations
 
+from .answer_rule import answer_index
 from .files import BadInput
-from faithful_distill.questions import (
-    answer_index,
-    fixed_choices,
-    labels_and_texts,
-    optional_text,
-    required,
-)
+from .question_rows import labels_and_texts, optional_text, required
+from .questions import fixed_choices
 
 # %% ../nbs/03_layouts.ipynb #76149468
 def read_lettered(row: dict) -> dict:

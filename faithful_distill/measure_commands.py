@@ -99,10 +99,11 @@ def evaluate(
     from faithful_distill.faithfulness.paraphrases import Paraphrases, with_paraphrases
     from faithful_distill.faithfulness.simulators import ModelBehaviour, try_las
     from faithful_distill.faithfulness.suite import Suite, suite_facts, suite_rows
-    from faithful_distill.files import own_folder, write_json
+    from faithful_distill.files import write_json
     from faithful_distill.lab.measure_report import suite_files, write_suite
     from faithful_distill.lab.world import fact_of
-    from faithful_distill.questions import require_answers
+    from faithful_distill.ownership import own_folder
+    from faithful_distill.question_rows import require_answers
     from faithful_distill.reasoners.protocol import as_reasoner
     from faithful_distill.records import read_records
     from faithful_distill.student.model import load_student
@@ -256,10 +257,10 @@ def measure(
     """
     from faithful_distill.faithfulness.paraphrases import Paraphrases
     from faithful_distill.faithfulness.suite import check_handed, measure_suite, suite_names
-    from faithful_distill.files import own_folder, sole_writer
     from faithful_distill.lab.measure_report import read_scores, read_suite, suite_files, write_suite
     from faithful_distill.lab.world import fact_of
-    from faithful_distill.questions import require_answers
+    from faithful_distill.ownership import own_folder, sole_writer
+    from faithful_distill.question_rows import require_answers
     from faithful_distill.reasoners.cached import CachedReasoner
     from faithful_distill.reasoners.opening import open_reasoner, reasoner_options
 

@@ -15,7 +15,8 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from .files import BadInput, read_jsonl
+from .files import BadInput
+from .jsonl import read_jsonl
 from .layouts import read_nli, read_svamp
 
 # %% ../nbs/05c_published_files.ipynb #a9455f5c

@@ -11,8 +11,10 @@ from dataclasses import fields
 from pathlib import Path
 
 from . import __version__
-from .files import BadInput, own_folder, sha256_file, writable_folder, write_json, write_text
+from .files import BadInput, writable_folder, write_json, write_text
+from .hashes import sha256_file
 from .lineage import question_fields, ways_made, without_question
+from .ownership import own_folder
 from .records import Rationale, read_records, write_records
 
 # %% ../nbs/05d_publishing.ipynb #d06fc02a

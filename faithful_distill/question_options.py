@@ -47,7 +47,7 @@ def read_questions(
     config
         part of a dataset on the hub, where it has several
     """
-    from faithful_distill.questions import as_questions
+    from faithful_distill.question_rows import as_questions
     from faithful_distill.sources import load_questions
 
     if data is None:

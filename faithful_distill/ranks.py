@@ -19,7 +19,8 @@ import threading
 from pathlib import Path
 from typing import Sequence
 
-from .files import BadInput, shows_progress
+from .files import BadInput
+from .progress import shows_progress
 
 # %% ../nbs/06_ranks.ipynb #c45e76cf
 _start = "Start with torchrun or deepspeed, or unset WORLD_SIZE and RANK."

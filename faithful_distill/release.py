@@ -13,17 +13,12 @@ from collections import Counter
 from pathlib import Path
 from typing import Iterable, Sequence
 
-from faithful_distill.files import (
-    BadInput,
-    content_key,
-    did_you_mean,
-    read_jsonl,
-    shipped,
-    write_json,
-    write_text,
-)
+from .files import BadInput, did_you_mean, shipped, write_json, write_text
+from .hashes import content_key
+from .jsonl import read_jsonl
 from .lineage import shared_provenance, without_question
-from .questions import Question, as_questions
+from .question_rows import as_questions
+from .questions import Question
 from .records import Rationale, provenance_fields, rationale_from_row
 
 # %% ../nbs/05a_release.ipynb #05a00006

@@ -99,9 +99,9 @@ def score(
         at most so many rationales
     """
     from faithful_distill.faithfulness.scoring import score_rationales
-    from faithful_distill.files import own_folder, sole_writer
     from faithful_distill.lab.score_report import score_files, write_numbers, write_scored
     from faithful_distill.models import check_name
+    from faithful_distill.ownership import own_folder, sole_writer
 
     if model is not None:
         check_name(model, "--model")

@@ -18,7 +18,7 @@ from os import PathLike
 from pathlib import Path
 from typing import Any
 
-from .files import BadInput, did_you_mean, own_lines, write_text
+from .files import BadInput, did_you_mean, write_text
 from .formats import check_columns, names_a_file, read_rows, rows_of, with_columns
 from faithful_distill.layouts import (
     read_boolq,
@@ -30,7 +30,9 @@ from faithful_distill.layouts import (
     read_strategyqa,
     read_svamp,
 )
-from .questions import Question, as_dataset, as_questions, plain_fields
+from .ownership import own_lines
+from .question_rows import as_dataset, as_questions, plain_fields
+from .questions import Question
 
 # %% ../nbs/03_sources.ipynb #7f1df0a1
 @dataclass(frozen=True)

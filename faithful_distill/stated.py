@@ -8,12 +8,12 @@ __all__ = ['stated_choice']
 # %% ../nbs/05b_stated.ipynb #ad399d37
 import re
 
+from .answer_sentences import AnswerSentence, answer_sentences
 from .questions import Question, letter, match_choice, without_punctuation
-from .records import AnswerSentence, answer_sentences
 
 # %% ../nbs/05b_stated.ipynb #a81f49dc
 def stated_choice(q: Question, text: str) -> int | None:
-    """The choice that a text ends on: see `records.answer_sentences`.
+    """The choice that a text ends on: see `answer_sentences`.
 
     Parameters
     ----------

@@ -840,8 +840,8 @@ def test_both_texts_of_a_pair_keep_as_much_of_the_question_and_short_ones_all_of
 
 
 def test_variants_of_a_question_share_a_fold_and_others_keep_theirs():
-    from faithful_distill.files import stable_seed
     from faithful_distill.faithfulness.simulators import folds
+    from faithful_distill.hashes import stable_seed
     from faithful_distill.questions import Question
 
     make = lambda text: Question(text, text, ("a", "b"), 0)
@@ -958,8 +958,8 @@ def test_rationales_of_the_same_question_under_another_id_are_found():
 @few
 @given(st.lists(st.integers(0, 5), min_size=2, max_size=25), st.integers(0, 3))
 def test_shuffled_rationales_come_from_other_groups_only(groups, seed):
-    from faithful_distill.files import stable_seed
     from faithful_distill.faithfulness.perturb import shuffle_across
+    from faithful_distill.hashes import stable_seed
 
     ids = list(map(str, range(len(groups))))
     given_to = shuffle_across(ids, seed, groups)
@@ -1447,7 +1447,7 @@ def _by_text(questions, rationales, prefix, continue_from=False):
     "A student whose answers depend on the question's text, and on the rationale it is given if there is one."
     from types import SimpleNamespace
 
-    from faithful_distill.files import stable_seed
+    from faithful_distill.hashes import stable_seed
 
     found = []
     for q, text in zip(questions, rationales):

@@ -9,7 +9,9 @@ import time
 
 import pytest
 
-from faithful_distill.files import BadInput, Journal, read_jsonl, sole_writer, writable_folder, write_text
+from faithful_distill.files import BadInput, Journal, writable_folder, write_text
+from faithful_distill.jsonl import read_jsonl
+from faithful_distill.ownership import sole_writer
 
 
 def ask(folder, times):

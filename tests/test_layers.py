@@ -17,11 +17,14 @@ import faithful_distill
 
 PACKAGE = Path(faithful_distill.__file__).parent
 LAYERS = (  # from the ground up; the wings of one layer do not import each other
-    ("files", "caches"),
+    ("files", "hashes", "progress", "caches"),
+    ("jsonl", "ownership"),
     ("formats", "ranks", "models", "replies"),
     ("connection",),
     ("served",),
-    ("questions",),
+    ("questions", "answer_sentences"),
+    ("answer_rule",),
+    ("question_rows",),
     ("layouts",),
     ("sources",),
     ("records",),

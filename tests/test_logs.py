@@ -181,7 +181,7 @@ BAD = [
         [lm_eval() | sample()],
         r":1: .*has the structure of lm-evaluation-harness samples and of Inspect samples",
     ),
-    ([{"text": "hello"}], r":1: field 'question': is missing. The record has the fields text"),
+    ([{"text": "hello"}], r":1: field 'question': is missing. Is it 'text'"),
     ([batch(error={"m": 1})], r"contains no rationale"),
 ]
 

@@ -10,7 +10,8 @@ import torch
 from hypothesis import given, strategies as st
 
 import ranks
-from faithful_distill.files import BadInput, read_jsonl
+from faithful_distill.files import BadInput
+from faithful_distill.jsonl import read_jsonl
 from faithful_distill.records import Rationale
 from faithful_distill.student.answers import answer
 from faithful_distill.student.examples import (

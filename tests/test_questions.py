@@ -6,18 +6,10 @@ from collections import Counter
 
 import pytest
 
+from faithful_distill.answer_rule import answer_index
 from faithful_distill.files import BadInput
-from faithful_distill.questions import (
-    Question,
-    match_choice,
-    answer_index,
-    as_dataset,
-    as_questions,
-    choice_text,
-    normalized,
-    perturbed_index,
-    require_answers,
-)
+from faithful_distill.question_rows import as_dataset, as_questions, require_answers
+from faithful_distill.questions import Question, match_choice, choice_text, normalized, perturbed_index
 from faithful_distill.sources import Source, load_questions, questions_from, register_source, sources
 
 counts = [
@@ -540,7 +532,8 @@ def test_punctuation_and_the_way_of_writing_marks_do_not_count(meant, other):
 
 def test_choices_that_read_like_a_text_are_those_that_normalise_to_it():
     "The shortcut by the first word passes over none; checked against the plain comparison."
-    from faithful_distill.questions import _reading_like, normalized
+    from faithful_distill.answer_rule import _reading_like
+    from faithful_distill.questions import normalized
 
     texts = [
         "3",
@@ -564,7 +557,7 @@ def test_choices_that_read_like_a_text_are_those_that_normalise_to_it():
 
 
 def test_a_dataset_is_the_same_in_however_many_parts_it_is_made(monkeypatch):
-    from faithful_distill import questions as module
+    from faithful_distill import question_rows as module
 
     asked = [
         module.Question(
@@ -741,7 +734,7 @@ def test_a_split_that_nobody_knows_is_refused_unless_the_records_name_it():
 
 
 def test_questions_without_an_answer_are_counted_and_the_first_is_named():
-    from faithful_distill.questions import require_answers
+    from faithful_distill.question_rows import require_answers
 
     row = {"question": "Which is hot?", "choices": ["ice", "fire"]}
     rows = [{**row, "id": str(i), "answer": 1 if i else None} for i in (1, 2, 0)]

@@ -16,15 +16,17 @@ from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
 
 from decoding_models import launched
 from faithful_distill.cli import main
-from faithful_distill.files import BadInput, Journal, read_jsonl, shipped, sole_writer
+from faithful_distill.files import BadInput, Journal, shipped
+from faithful_distill.jsonl import read_jsonl
+from faithful_distill.lab.corpus import build_tokenizer
+from faithful_distill.lab.world import judge, world_questions
+from faithful_distill.ownership import sole_writer
 from faithful_distill.records import read_records
 from faithful_distill.teacher.loading import load_teacher
 from faithful_distill.teacher.prompts import block
 from faithful_distill.teacher.rationales import rationalize
 from faithful_distill.teacher.shards import merge_shards, rationalize_in_parts
 from faithful_distill.teacher.strategy import Strategy, argument, as_strategy
-from faithful_distill.lab.corpus import build_tokenizer
-from faithful_distill.lab.world import judge, world_questions
 
 slow = pytest.mark.skipif(
     not os.environ.get("FAITHFUL_DISTILL_SLOW"), reason="takes long; set FAITHFUL_DISTILL_SLOW=1"
@@ -490,7 +492,7 @@ def test_what_is_in_memory_is_taken_as_it_is(teacher):
     "One question or several, as a dict, a table or a dataset; a model with its tokenizer. Anything else is one line."
     import pandas
 
-    from faithful_distill.questions import as_dataset
+    from faithful_distill.question_rows import as_dataset
 
     questions = world_questions("choice", "test", limit=3)
     call = lambda questions, teacher=teacher: rationalize(teacher, questions, max_new_tokens=4)
@@ -669,9 +671,9 @@ def test_prompt_longer_than_the_context(teacher):
 )
 def test_the_pipeline_on_real_questions(tmp_path, real_data, name, split):
     "A tiny random teacher with a real few-shot prompt over each real dataset, through the command line."
-    from faithful_distill.teacher.prompts import few_shot
-    from faithful_distill.questions import as_questions
+    from faithful_distill.question_rows import as_questions
     from faithful_distill.sources import load_questions
+    from faithful_distill.teacher.prompts import few_shot
 
     questions = as_questions(load_questions(name, split, path=real_data / name, limit=3))
     tokenizer = build_tokenizer(

@@ -11,10 +11,12 @@ import pytest
 from faithful_distill.exchange import import_rationales
 from faithful_distill.faithfulness.external import read_rationales
 from faithful_distill.faithfulness.numeric import as_number
-from faithful_distill.files import BadInput, own_folder, own_lines, write_json
+from faithful_distill.files import BadInput, write_json
 from faithful_distill.formats import read_rows, rows_of
+from faithful_distill.ownership import own_folder, own_lines
 from faithful_distill.publishing import publish_rationales
-from faithful_distill.questions import Question, as_questions
+from faithful_distill.question_rows import as_questions
+from faithful_distill.questions import Question
 from faithful_distill.reasoners.cached import CachedReasoner
 from faithful_distill.reasoners.protocol import FunctionReasoner
 from faithful_distill.reasoners.served import label_scores

@@ -436,7 +436,7 @@ def test_progress_inside_a_notebook_reaches_the_caller(tmp_path, kernel):
     nb = write_notebook(
         tmp_path / "loops.ipynb",
         "out: str = 'out'",
-        "import time\nfrom faithful_distill.files import progress\nfor _ in progress(range(4),"
+        "import time\nfrom faithful_distill.progress import progress\nfor _ in progress(range(4),"
         " desc='throwing'): time.sleep(0.4)",
         METRICS % "1",
     )

@@ -910,7 +910,7 @@ def test_the_command_keeps_what_is_computed_when_a_later_family_breaks_or_the_di
 def test_one_score_at_a_time_in_a_folder(tmp_path):
     from click.testing import CliRunner
     from faithful_distill.cli import main
-    from faithful_distill.files import sole_writer
+    from faithful_distill.ownership import sole_writer
 
     (tmp_path / "out").mkdir()
     asked = ["score", file_of_rows(tmp_path, 2), "--metrics", "ratings", "--out", str(tmp_path / "out")]

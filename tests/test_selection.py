@@ -6,12 +6,14 @@ import pytest
 from click.testing import CliRunner
 
 from faithful_distill.cli import main
-from faithful_distill.files import BadInput, read_jsonl, shipped
+from faithful_distill.files import BadInput, shipped
+from faithful_distill.jsonl import read_jsonl
 from faithful_distill.lab.world import world_questions
 from faithful_distill.ranks import shard_path
 from faithful_distill.records import read_records
 from faithful_distill.teacher.loading import load_teacher
-from faithful_distill.teacher.rationales import journal_path, rationalize
+from faithful_distill.teacher.rationales import rationalize
+from faithful_distill.teacher.resume import journal_path
 from faithful_distill.teacher.shards import merge_shards
 
 questions = world_questions("choice", "test", limit=5) + world_questions("boolean", "test", limit=4)
@@ -54,7 +56,7 @@ def test_the_best_is_kept_and_every_other_candidate_is_beside_it(teacher, whole)
 
 @pytest.mark.parametrize("at", ["a token", "the rejected", "the kept"])
 def test_killed_anywhere_it_ends_in_the_same_bytes(teacher, whole, tmp_path, monkeypatch, at):
-    from faithful_distill.teacher import rationales
+    from faithful_distill.teacher import resume
 
     out, written = tmp_path / "out.jsonl", []
 
@@ -73,14 +75,14 @@ def test_killed_anywhere_it_ends_in_the_same_bytes(teacher, whole, tmp_path, mon
         if at == "a token":
             hook = teacher.model.register_forward_pre_hook(interrupt, with_kwargs=True)
         else:
-            write = rationales.write_records
+            write = resume.write_records
             before = {"the rejected": 0, "the kept": 1}[at]
 
             def counted(path, records):
                 written.append(path)
                 return die() if len(written) > before else write(path, records)
 
-            patched.setattr(rationales, "write_records", counted)
+            patched.setattr(resume, "write_records", counted)
         with pytest.raises(Killed):
             rationalize(teacher, questions, out=out, token_budget=400, **call)
         if at == "a token":

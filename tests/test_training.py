@@ -18,7 +18,8 @@ import pytest
 
 import interrupted
 import ranks
-from faithful_distill.files import BadInput, read_jsonl, write_json
+from faithful_distill.files import BadInput, write_json
+from faithful_distill.jsonl import read_jsonl
 from faithful_distill.training import folder
 from faithful_distill.training.train import train_student
 
@@ -1517,7 +1518,7 @@ def test_a_host_file_without_ssh_trains_the_same_student(tmp_path, command):
 
 def test_another_rank_may_note_its_lock_while_this_one_looks(tmp_path, monkeypatch):
     "The folder is checked by every rank, in no order: a lock's note that is half written is nobody else's file."
-    from faithful_distill import files
+    from faithful_distill.ownership import sole_writer
     from faithful_distill.training import folder
 
     seen, replace = [], os.replace
@@ -1527,8 +1528,8 @@ def test_another_rank_may_note_its_lock_while_this_one_looks(tmp_path, monkeypat
         folder.check_out(tmp_path, None)
         replace(source, target)
 
-    monkeypatch.setattr(files.os, "replace", looked_at)
-    with files.sole_writer(tmp_path, lock=tmp_path / ".rank1.lock"):
+    monkeypatch.setattr(os, "replace", looked_at)
+    with sole_writer(tmp_path, lock=tmp_path / ".rank1.lock"):
         folder.check_out(tmp_path, None)
     assert any(name.startswith("..rank1.lock.holder.") for name in seen[0])
 

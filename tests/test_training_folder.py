@@ -9,7 +9,8 @@ import shutil
 import pytest
 
 import ranks
-from faithful_distill.files import BadInput, sha256_file
+from faithful_distill.files import BadInput
+from faithful_distill.hashes import sha256_file
 from faithful_distill.student.model import load_student
 from faithful_distill.training import checkpoints, folder
 from faithful_distill.training.launch import train_seeds

@@ -46,7 +46,8 @@ from faithful_distill.faithfulness.protocol import (
     no_scores,
     register_intervention,
 )
-from ..files import BadInput, stable_seed
+from ..files import BadInput
+from ..hashes import stable_seed
 from ..questions import normalized
 
 # %% ../../nbs/74_arms.ipynb #5f7593a1

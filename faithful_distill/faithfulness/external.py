@@ -19,27 +19,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..published_files import published, published_rows
-from ..stated import stated_choice
-from ..files import BadInput, check_encodable, check_number
+from ..answer_rule import answer_index, choice_of_text
+from ..answer_sentences import strip_answer
 from .logs import log_rows, plain_rows
 from .numeric import OpenQuestion, as_number, same_number, stated_number
-from ..formats import check_columns, rows_of, with_columns
-from faithful_distill.questions import (
-    Question,
-    answer_index,
-    choice_column,
-    choice_columns,
-    choice_list,
-    choice_of_text,
-    missing_remedy,
-    letter,
-    match_choice,
-    normalized,
-    question_key,
-)
 from .perturb import unspaced
-from ..records import strip_answer
+from ..files import BadInput, check_encodable, check_number
+from ..formats import check_columns, rows_of, with_columns
+from ..published_files import published, published_rows
+from ..question_rows import choice_column, choice_columns, choice_list, missing_remedy
+from ..questions import Question, letter, match_choice, normalized, question_key
+from ..stated import stated_choice
 
 # %% ../../nbs/78_external.ipynb #48bdc647
 @dataclass(frozen=True)

@@ -13,12 +13,12 @@ from typing import Any
 import numpy as np
 from scipy.optimize import minimize
 
+from ..answer_sentences import answer_sentence
 from .readers import Reader
 from .vector_cache import cache_of
 from ..files import BadInput
 from ..models import load_pretrained
 from ..questions import Question, choice_text, letter
-from ..records import answer_sentence
 from ..student.decoding import DecoderBatch, choice_scores
 from ..student.model import Student
 from ..student.rows import batches_by_length, plain_ids, token_pieces

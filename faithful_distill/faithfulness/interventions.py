@@ -38,7 +38,8 @@ from faithful_distill.faithfulness.protocol import (
 from ..overlaps import trained_overlap
 from ..files import BadInput, did_you_mean
 from ..formats import read_rows, rows_of
-from ..questions import Question, clusters_of, require_answers
+from ..question_rows import require_answers
+from ..questions import Question, clusters_of
 from ..reasoners.protocol import as_reasoner, without_answer
 from ..records import Rationale, read_records
 from ..sources import questions_from

@@ -15,9 +15,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from .numeric import as_number
-from ..files import BadInput, parse_json, text_lines
+from ..files import BadInput
 from ..formats import read_rows, rows_of
-from ..questions import Question, labels_and_texts, letter, plain_fields
+from ..jsonl import parse_json, text_lines
+from ..question_rows import labels_and_texts, plain_fields
+from ..questions import Question, letter
 
 # %% ../../nbs/78_logs.ipynb #10d935f4
 @dataclass

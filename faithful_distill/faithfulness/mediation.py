@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
+from ..answer_sentences import strip_answer
 from .hints import cues
 from .intervals import Score, as_credits, check_lengths, mean_score
 from faithful_distill.faithfulness.protocol import (
@@ -23,7 +24,6 @@ from faithful_distill.faithfulness.protocol import (
 )
 from ..files import BadInput
 from ..questions import Question, perturbed_index
-from ..records import strip_answer
 
 # %% ../../nbs/74_mediation.ipynb #43519201
 def mediation_effects(

@@ -11,9 +11,9 @@ import re
 from dataclasses import dataclass
 from typing import Any
 
+from ..answer_sentences import answer_sentences
 from ..files import BadInput, check_encodable
 from ..questions import Question
-from ..records import answer_sentences
 
 # %% ../../nbs/78_numeric.ipynb #c1729131
 @dataclass(frozen=True)

@@ -12,9 +12,10 @@ from pathlib import Path
 from typing import Any
 
 from ..connection import is_url
-from ..files import BadInput, read_jsonl
-from ..served import ServedModel
 from .arms import Paraphrased
+from ..files import BadInput
+from ..jsonl import read_jsonl
+from ..served import ServedModel
 
 # %% ../../nbs/74_paraphrases.ipynb #fe972c5d
 def same_text(text: str) -> str:

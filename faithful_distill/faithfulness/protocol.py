@@ -14,6 +14,7 @@ from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 
+from ..answer_sentences import strip_answer
 from .intervals import Score, mean_score
 from faithful_distill.faithfulness.metrics import (
     choice_probability,
@@ -22,10 +23,11 @@ from faithful_distill.faithfulness.metrics import (
     same_answer_rate,
     total_variation,
 )
-from ..files import BadInput, stable_seed
+from ..files import BadInput
+from ..hashes import stable_seed
 from ..questions import Question
 from ..reasoners.protocol import abilities, as_reasoner
-from ..records import Rationale, strip_answer
+from ..records import Rationale
 
 # %% ../../nbs/73_protocol.ipynb #bfed35a2
 def asking(student: Any, batch_size: int = 64, max_new_tokens: int | None = None) -> Callable:

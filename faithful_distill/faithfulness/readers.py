@@ -15,8 +15,9 @@ from typing import Any
 
 import numpy as np
 
-from ..files import BadInput, progress
+from ..files import BadInput
 from ..models import load_config, load_pretrained
+from ..progress import progress
 from ..questions import Question, choice_text
 from ..student.model import special_affixes
 from ..student.rows import pad_rows, plain_ids

@@ -16,11 +16,12 @@ from typing import Any
 
 import numpy as np
 
+from ..answer_sentences import strip_answer
+from .frozen import listed_choices
 from .intervals import Score, mean_score
-from .protocol import asking, own_rationales
 from .leakage_adjusted import las, las_from_credit
 from .perturb import join_words, words_of
-from .frozen import listed_choices
+from .protocol import asking, own_rationales
 from faithful_distill.faithfulness.readers import (
     Reader,
     fit_parts,
@@ -28,9 +29,9 @@ from faithful_distill.faithfulness.readers import (
     read_parts,
 )
 from .simulator_registry import as_simulator
-from ..files import BadInput, stable_seed
+from ..files import BadInput
+from ..hashes import stable_seed
 from ..questions import Question, clusters_of, normalized
-from ..records import strip_answer
 from ..sources import questions_from
 
 # %% ../../nbs/77_simulators.ipynb #2b511718

@@ -15,7 +15,8 @@ import numpy as np
 from .intervals import Score, check_lengths, mean_score
 from .perturb import join_words, split_steps
 from .protocol import Context, Intervention, no_scores, register_intervention
-from ..files import BadInput, stable_seed
+from ..files import BadInput
+from ..hashes import stable_seed
 
 # %% ../../nbs/74_steps.ipynb #bde6f3c1
 def logit_difference(scores: Sequence, y: int) -> float:

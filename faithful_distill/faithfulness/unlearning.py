@@ -18,7 +18,8 @@ from .intervals import Score, as_credits, check_lengths, mean_score
 from .metrics import choice_probability
 from .perturb import split_steps
 from .protocol import Context, Intervention, choice_of, register_intervention
-from ..files import progress, stable_seed
+from ..hashes import stable_seed
+from ..progress import progress
 from ..questions import Question
 from ..student.answers import answer
 from ..student.loss import learned_logits

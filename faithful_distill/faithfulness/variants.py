@@ -13,6 +13,7 @@ from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 
+from ..answer_sentences import answer_sentence
 from .intervals import Score, as_credits, check_lengths, mean_score
 from .metrics import hits
 from faithful_distill.faithfulness.protocol import (
@@ -22,12 +23,11 @@ from faithful_distill.faithfulness.protocol import (
     choice_of,
     register_intervention,
 )
-from .simulator_registry import as_simulator
 from .readers import Reader, fit_reader, new_reader, read_choices
+from .simulator_registry import as_simulator
 from .simulators import folds, seeds_of
-from ..files import stable_seed
+from ..hashes import stable_seed
 from ..questions import Question, choice_text, fixed_choices, letter, normalized
-from ..records import answer_sentence
 
 # %% ../../nbs/77_variants.ipynb #2f19173e
 def choice_variants(q: Question, chosen: int, others: Sequence[Question], seed: int = 0) -> list[Question]:

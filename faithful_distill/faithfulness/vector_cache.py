@@ -16,7 +16,9 @@ from typing import Any
 
 import numpy as np
 
-from ..files import BadInput, cache_folder, content_key, progress, write_text
+from ..files import BadInput, cache_folder, write_text
+from ..hashes import content_key
+from ..progress import progress
 
 # %% ../../nbs/76_vector_cache.ipynb #0b3e3f21
 def text_key(text: str) -> str:

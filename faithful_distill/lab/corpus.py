@@ -11,7 +11,9 @@ import random
 from dataclasses import dataclass
 from typing import Iterable, Iterator
 
-from ..files import BadInput, stable_seed
+from ..answer_sentences import answer_sentence
+from ..files import BadInput
+from ..hashes import stable_seed
 from faithful_distill.lab.world import (
     Category,
     Relation,
@@ -29,7 +31,6 @@ from faithful_distill.lab.world import (
     world_questions,
 )
 from ..questions import Question, fixed_choices, letter
-from ..records import answer_sentence
 
 # %% ../../nbs/12_corpus.ipynb #8093c9d8
 @dataclass(frozen=True)

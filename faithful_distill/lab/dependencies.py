@@ -14,7 +14,8 @@ from importlib import util
 from pathlib import Path
 from typing import Iterable
 
-from ..files import BadInput, content_key, sha256_file, shipped, tree_hash
+from ..files import BadInput, shipped
+from ..hashes import content_key, sha256_file, tree_hash
 
 # %% ../../nbs/79b_dependencies.ipynb #65bb32cc
 @lru_cache(maxsize=None)

@@ -13,7 +13,8 @@ import shutil
 from pathlib import Path
 from typing import Any, Iterable
 
-from ..files import BadInput, content_key, writable_folder, write_json, write_text
+from ..files import BadInput, writable_folder, write_json, write_text
+from ..hashes import content_key
 from .comparisons import as_scores
 from .declared import checked_parameters
 from .grid import Grid, load_grid

@@ -13,7 +13,8 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any, Callable, Iterable
 
-from ..files import BadInput, content_key, shipped
+from ..files import BadInput, shipped
+from ..hashes import content_key
 from faithful_distill.lab.declared import (
     Parameter,
     Table,

@@ -15,9 +15,9 @@ from ..faithfulness.families import families as text_families
 from ..faithfulness.intervals import paired_difference
 from ..faithfulness.metrics import choice_probability
 from ..faithfulness.suite import Suite
-from ..files import BadInput, read_jsonl, write_json, write_text
+from ..files import BadInput, write_json, write_text
+from ..jsonl import read_jsonl
 from .claims import corrected, decided, note_on
-from ..questions import Question, match_choice
 from .report import Section, build_report, literal
 from faithful_distill.lab.score_report import (
     interval_level,
@@ -27,6 +27,7 @@ from faithful_distill.lab.score_report import (
 )
 from .tables import save_rows
 from .titles import arm_titles, score_title
+from ..questions import Question, match_choice
 
 # %% ../../nbs/92_measure_report.ipynb #2e879e1b
 _headings = {

@@ -18,11 +18,12 @@ from heapq import heappop, heappush
 from pathlib import Path
 from typing import Iterable
 
-from ..files import BadInput, did_you_mean, progress, shows_progress, writable_folder
+from ..files import BadInput, did_you_mean, writable_folder
 from .declared import Table, Upstream
 from .kernel import WarmKernel, progress_line
 from .keys import Run, Snapshot, planned_run
 from .runs import Busy, NotebookFailed, compute_run, hold_run, kernel_home
+from ..progress import progress, shows_progress
 
 # %% ../../nbs/83_plan.ipynb #c7b569cf
 @dataclass(frozen=True)

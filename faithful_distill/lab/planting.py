@@ -11,7 +11,8 @@ from dataclasses import dataclass, replace
 from functools import cache
 from typing import Iterator
 
-from ..files import BadInput, stable_seed
+from ..files import BadInput
+from ..hashes import stable_seed
 from faithful_distill.lab.world import (
     Category,
     asker_cue,

@@ -13,16 +13,10 @@ import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 
-from faithful_distill.files import (
-    BadInput,
-    cache_folder,
-    did_you_mean,
-    sha256_file,
-    sole_writer,
-    writable_folder,
-    write_json,
-)
+from ..files import BadInput, cache_folder, did_you_mean, writable_folder, write_json
+from ..hashes import sha256_file
 from ..models import load_pretrained
+from ..ownership import sole_writer
 
 # %% ../../nbs/16_pretrained.ipynb #c14737de
 @dataclass(frozen=True)

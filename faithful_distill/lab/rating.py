@@ -24,15 +24,10 @@ from markupsafe import Markup
 from ..faithfulness.agreement import agreement_scores
 from ..faithfulness.external import ExternalRationale, read_rationales
 from ..faithfulness.intervals import Score, holm, mean_score, p_value
-from faithful_distill.files import (
-    BadInput,
-    own_folder,
-    read_jsonl,
-    shipped,
-    stable_seed,
-    write_json,
-    write_text,
-)
+from ..files import BadInput, shipped, write_json, write_text
+from ..hashes import stable_seed
+from ..jsonl import read_jsonl
+from ..ownership import own_folder
 
 # %% ../../nbs/92b_rating.ipynb #ff0647ba
 @dataclass(frozen=True)

@@ -9,8 +9,10 @@ __all__ = ['Splits', 'local_copy', 'study_questions']
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from ..files import BadInput, stable_seed
-from ..questions import Question, as_questions, normalized, without_punctuation
+from ..files import BadInput
+from ..hashes import stable_seed
+from ..question_rows import as_questions
+from ..questions import Question, normalized, without_punctuation
 from ..sources import load_questions, sources
 
 # %% ../../nbs/17_splits.ipynb #17000006

@@ -13,7 +13,8 @@ import numbers
 from pathlib import Path
 from typing import Iterable, Sequence
 
-from ..files import BadInput, read_jsonl, write_json, write_text
+from ..files import BadInput, write_json, write_text
+from ..jsonl import read_jsonl
 from .comparisons import as_scores, number
 
 # %% ../../nbs/86_tables.ipynb #e2766880

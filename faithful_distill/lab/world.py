@@ -13,7 +13,8 @@ import re
 from dataclasses import dataclass
 from functools import cache
 
-from ..files import BadInput, shipped, stable_seed
+from ..files import BadInput, shipped
+from ..hashes import stable_seed
 from ..questions import Question, fixed_choices
 
 # %% ../../nbs/10_world.ipynb #fde85bb4

@@ -13,8 +13,11 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
-from ..files import BadInput, Journal, content_key, progress
-from ..questions import Question, as_questions
+from ..files import BadInput, Journal
+from ..hashes import content_key
+from ..progress import progress
+from ..question_rows import as_questions
+from ..questions import Question
 from .protocol import Reasoner, WrittenRationale, as_reasoner
 from ..student.answers import Answer
 

@@ -13,8 +13,9 @@ from typing import Any
 import torch
 
 from ..caches import shared_tokens, token_budget
-from ..files import BadInput, progress
+from ..files import BadInput
 from ..prefix_tree import PrefixTree, Root, refused, windows
+from ..progress import progress
 from ..questions import Question, choice_text, match_choice
 from .protocol import Reasoner, WrittenRationale, unanswered
 from .styles import Style, make_style

@@ -13,9 +13,11 @@ from numbers import Integral
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ..files import BadInput, weights_hash
-from ..questions import Question, as_questions, choice_text
-from ..records import answer_sentences, strip_answer
+from ..answer_sentences import answer_sentences, strip_answer
+from ..files import BadInput
+from ..hashes import weights_hash
+from ..question_rows import as_questions
+from ..questions import Question, choice_text
 from ..student.answers import Answer, answer
 from ..student.rows import plain_ids
 from ..teacher.loading import as_teacher

@@ -10,7 +10,8 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from ..files import BadInput, stable_seed
+from ..files import BadInput
+from ..hashes import stable_seed
 from ..questions import Question, choice_text, letter, match_choice
 from .protocol import Reasoner, WrittenRationale, unanswered
 from .styles import Style, Worked, make_style

@@ -10,10 +10,11 @@ import re
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
-from ..files import BadInput, content_key, did_you_mean
+from ..answer_sentences import answer_sentence, answer_sentences
+from ..files import BadInput, did_you_mean
+from ..hashes import content_key
 from ..models import parted, usual_marks
 from ..questions import Question, choice_text, letter
-from ..records import answer_sentence, answer_sentences
 from ..teacher.prompts import demonstrations
 
 # %% ../../nbs/66_styles.ipynb #db92795e

@@ -11,9 +11,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple, Sequence
 
-from ..files import BadInput, progress
+from ..answer_sentences import answer_sentence, answer_sentences, strip_answer
+from ..files import BadInput
+from ..progress import progress
 from ..questions import Question, choice_text, match_choice
-from ..records import Rationale, answer_sentence, answer_sentences, strip_answer
+from ..records import Rationale
 from ..sources import questions_from
 from faithful_distill.student.decoding import (
     begin,

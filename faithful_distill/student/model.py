@@ -12,10 +12,10 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Iterable, Iterator, Mapping
 
+from ..answer_sentences import answer_sentence
 from ..files import BadInput
 from ..models import check_name, load_pretrained
 from ..questions import letter
-from ..records import answer_sentence
 
 # %% ../../nbs/50_model.ipynb #fb7a13aa
 @dataclass(repr=False)

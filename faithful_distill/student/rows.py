@@ -11,11 +11,13 @@ import random
 from dataclasses import dataclass
 from typing import Sequence
 
+from ..answer_sentences import answer_sentence
 from ..caches import shared_tokens
-from ..files import BadInput, stable_seed
+from ..files import BadInput
+from ..hashes import stable_seed
 from ..models import part_special_words
 from ..questions import Question, choice_text, letter
-from ..records import answer_sentence, read_records
+from ..records import read_records
 from .model import Student, check_tags, tag_of, tags, task_tags
 
 # %% ../../nbs/51_rows.ipynb #fff92e31

@@ -11,7 +11,8 @@ from typing import Any
 
 import torch
 
-from ..files import BadInput, stable_seed
+from ..files import BadInput
+from ..hashes import stable_seed
 from .contrast import Generation, Stop, contrast
 
 # %% ../../nbs/26_choice.ipynb #f2e74ceb

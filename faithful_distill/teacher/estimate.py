@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..files import BadInput
-from ..questions import require_answers
+from ..question_rows import require_answers
 from ..sources import questions_from
 from .loading import as_teacher
 from .rationales import rationalize

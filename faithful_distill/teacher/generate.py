@@ -11,9 +11,10 @@ from typing import Callable, Sequence
 
 import torch
 
-from ..caches import token_budget as default_budget
-from ..files import BadInput, check_number, progress
 from ..attention import Unserved
+from ..caches import token_budget as default_budget
+from ..files import BadInput, check_number
+from ..progress import progress
 from .choice import Choice, Row, row_uniforms
 from .contrast import Generation, as_contexts, as_stop
 from faithful_distill.teacher.engine import (

@@ -10,7 +10,8 @@ from copy import deepcopy
 from typing import Sequence
 
 from ..caches import cache_name
-from ..files import BadInput, progress
+from ..files import BadInput
+from ..progress import progress
 from ..questions import Question
 from ..records import Rationale
 from .loading import Teacher

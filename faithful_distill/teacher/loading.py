@@ -12,7 +12,8 @@ from os import PathLike
 from pathlib import Path
 from typing import Any
 
-from ..files import BadInput, content_key, sha256_file, weights_hash
+from ..files import BadInput
+from ..hashes import content_key, sha256_file, weights_hash
 from ..models import check_name, is_gguf, load_pretrained
 from ..ranks import placement
 

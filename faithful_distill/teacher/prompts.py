@@ -11,17 +11,12 @@ from functools import cache
 from pathlib import Path
 from typing import Sequence
 
-from ..files import BadInput, content_key, shipped
+from ..files import BadInput, shipped
 from ..formats import names_a_file, read_rows
+from ..hashes import content_key
 from ..models import part_special_words
-from faithful_distill.questions import (
-    Question,
-    choice_text,
-    letter,
-    perturbed_index,
-    plain_fields,
-    wrong_indices,
-)
+from ..question_rows import plain_fields
+from ..questions import Question, choice_text, letter, perturbed_index, wrong_indices
 
 # %% ../../nbs/20_prompts.ipynb #9ec52074
 def answer_lead(q: Question) -> str:

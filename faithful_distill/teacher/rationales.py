@@ -6,116 +6,32 @@
 __all__ = ['rationalize']
 
 # %% ../../nbs/40_rationales.ipynb #db0de39a
-import glob
 import inspect
-import math
 import re
-from collections import Counter
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Iterable, Iterator, Sequence
+from typing import Any, Iterable, Sequence
 
 from .. import __version__
 
-from faithful_distill.files import (
-    BadInput,
-    Journal,
-    check_number,
-    check_target,
-    did_you_mean,
-    progress,
-    read_jsonl,
-    sole_writer,
-)
-from ..questions import Question, letter, require_answers
+from ..answer_sentences import strip_answer
+from ..files import BadInput, check_number, check_target, did_you_mean
+from ..ownership import sole_writer
+from ..progress import progress
+from ..question_rows import require_answers
+from ..questions import Question, letter
 from ..ranks import from_first_rank, shard_of
-from faithful_distill.records import (
-    Rationale,
-    own_records,
-    rationale_from_row,
-    roles,
-    strip_answer,
-    write_records,
-)
+from ..records import Rationale, own_records, roles
 from ..sources import questions_from
 from .loading import Teacher, as_teacher
 from .prompts import contrast_ids, few_shot, prompt_hash, styles, worked_turns
+from .resume import Expected, Job, Ledger, jobs_of, journal_path
 from .selection import for_samples, kept_share, rejected_path, select_rationales
-from .strategy import Strategy, argument, as_strategy
+from .strategy import Strategy, as_strategy
 from .texts import TextTeacher, as_text_teacher, check_texts, write_texts
 
-# %% ../../nbs/40_rationales.ipynb #22242959
-@dataclass(frozen=True)
-class Job:
-    """One rationale to be written.
-
-    Parameters
-    ----------
-    question
-        a labelled question
-    role
-        'gold' or 'counterfactual'
-    target
-        index of the answer to argue for
-    others
-        the answers to contrast it with, from `argument`
-    sample
-        number of the sample, where several are drawn
-    """
-
-    question: Question
-    role: str
-    target: int
-    others: tuple[int | str | None, ...]
-    sample: int = 0
-
-    @property
-    def key(self) -> str:
-        return f"{self.question.id}/{self.role}" + (f"/{self.sample}" if self.sample else "")
-
-    def fields(self) -> dict:
-        "The fields of its `Rationale` that are known before it is written."
-        q, perturbed = self.question, tuple(i for i in self.others if isinstance(i, int))
-        if len(perturbed) < 2:
-            perturbed = perturbed[0] if perturbed else None
-        asked = dict(question=q.question, choices=q.choices, answer=q.answer, kind=q.kind)
-        return asked | dict(target=self.target, perturbed=perturbed)
-
-# %% ../../nbs/40_rationales.ipynb #d62431e7
-def _check_parts(of: Any, shard: Any) -> None:
-    "Raises `BadInput` for roles that are no list of names, and for a shard that is no pair of numbers."
-    if not isinstance(of, (list, tuple)) or not all(isinstance(role, str) for role in of):
-        raise BadInput("must be a list", field="roles", value=of, remedy=f"Such as {list(roles)}.")
-    pair = isinstance(shard, (list, tuple)) and len(shard) == 2
-    if shard is not None and not (pair and all(isinstance(k, int) for k in shard)):
-        raise BadInput(
-            "must be a pair (part, of how many)", field="shard", value=shard, remedy="Such as (0, 4)."
-        )
-
-
-def _jobs(
-    questions: Iterable[Question], roles: Sequence[str], perturbation: str, seed: int, samples: int = 1
-) -> list[Job]:
-    "The work for all questions. Raises `BadInput` for two questions of one id."
-    jobs = []
-    for q in questions:
-        for role in dict.fromkeys(roles):
-            target, others = argument(q, role, perturbation, seed)
-            jobs.append(Job(q, role, target, tuple(others)))
-    key, times = Counter(j.key for j in jobs).most_common(1)[0] if jobs else ("", 1)
-    if times > 1:
-        remedy = "Give every question an id of its own."
-        raise BadInput("stands there more than once", field="id", value=key.rpartition("/")[0], remedy=remedy)
-    return [replace(job, sample=k) for job in jobs for k in range(samples)]
-
 # %% ../../nbs/40_rationales.ipynb #e5f80080
-provenance_fields = (
-    *(f.name for f in fields(Strategy)),
-    *("seed", "teacher", "dtype", "prompt", "max_new_tokens", "version"),
-)
-
-
 def _provenance(teacher: Teacher, strategy: Strategy, examples, seed: int, max_new_tokens: int) -> dict:
     "What every rationale of a call says of how it was made."
     made = dict(prompt=prompt_hash(examples), version=__version__)
@@ -188,197 +104,28 @@ def _decode(teacher: Teacher, jobs: list[Job], strategy: Strategy, shots, finish
         **options,
     )
 
-# %% ../../nbs/40_rationales.ipynb #1688d1b8
-_of_a_finished_one = ("id", "role", "rationale", "tokens", "stop", "target", *provenance_fields)
-
-
-def finished_from_row(row: dict, file, line: int) -> Rationale:
-    "A finished `Rationale` from a row that `rationalize` wrote. Raises `BadInput` with file and line for any other."
-    remedy = "Remove the line to have it written again, or write to another file."
-    bad = dict(file=file, line=line, remedy=remedy)
-    for name in _of_a_finished_one:
-        if row.get(name) is None:
-            raise BadInput("is missing from a finished rationale", field=name, **bad)
-    try:
-        r = rationale_from_row(row, file, line)
-    except BadInput as e:
-        e.remedy = e.remedy or remedy
-        raise e.located(file, line) from None
-    if r.stop not in ("stop", "length"):
-        raise BadInput("must be one of stop, length", field="stop", value=r.stop, **bad)
-    if not 0 <= r.tokens <= row["max_new_tokens"]:
+# %% ../../nbs/40_rationales.ipynb #40a00010
+def _check_parts(of: Any, shard: Any) -> None:
+    "Raises `BadInput` for roles that are no list of names, and for a shard that is no pair of numbers."
+    if not isinstance(of, (list, tuple)) or not all(isinstance(role, str) for role in of):
+        raise BadInput("must be a list", field="roles", value=of, remedy=f"Such as {list(roles)}.")
+    pair = isinstance(shard, (list, tuple)) and len(shard) == 2
+    if shard is not None and not (pair and all(isinstance(k, int) for k in shard)):
         raise BadInput(
-            "is not a number of tokens up to max_new_tokens", field="tokens", value=r.tokens, **bad
+            "must be a pair (part, of how many)", field="shard", value=shard, remedy="Such as (0, 4)."
         )
-    if r.growth is not None and not _are_numbers(r.growth, r.tokens):
-        raise BadInput(f"must be {r.tokens} finite numbers", field="growth", value=row["growth"], **bad)
-    return r
 
-
-def _are_numbers(growth, n: int) -> bool:
-    if not isinstance(growth, tuple) or len(growth) != n:
-        return False
-    return all(isinstance(g, (int, float)) and not isinstance(g, bool) and math.isfinite(g) for g in growth)
-
-# %% ../../nbs/40_rationales.ipynb #6baf5894
-@dataclass(frozen=True)
-class _Expected:
-    """What a call will write, to compare with what is already there.
-
-    Parameters
-    ----------
-    jobs
-        by key
-    provenance
-        of every rationale
-    scores
-        whether the growth of each token is kept
-    select
-        by what one of several samples is kept; None: one is drawn
-    """
-
-    jobs: dict[str, Job]
-    provenance: dict
-    scores: bool
-    select: str | None = None
-
-    def read(self, rows: Iterable[tuple[int, dict]], file) -> dict[str, Rationale]:
-        "Numbered rows as `Rationale`s by key. Raises `BadInput` for one that this call would not have written."
-        found = {}
-        for line, row in rows:
-            r = finished_from_row(row, file, line)
-            self.check(r, file, line)
-            scored = self.select and not self.scores and "selection" in r.extra
-            if r.growth is not None or scored or not (self.scores or self.select == "growth"):
-                found[_key(r)] = r
-        return found
-
-    def check(self, r: Rationale, file, line: int) -> None:
-        "Raises `BadInput` for a rationale of another call."
-        by = r.extra.get("selection", {}).get("by", self.select)
-        if by != self.select:
-            remedy = "Write to another file, or remove this one and its rejected candidates."
-            problem = f"was selected otherwise (now {self.select!r})"
-            raise BadInput(problem, file=file, line=line, field="select", value=by, remedy=remedy)
-        _refuse_difference(r, self.provenance, "was made with another setting", file, line)
-        if _key(r) not in self.jobs:
-            raise BadInput(
-                "is not among the questions and roles asked for now, and would be lost",
-                file=file,
-                line=line,
-                field="id",
-                value=_key(r),
-                remedy="Write to another file, or ask for these as well: more may be added.",
-            )
-        asked = self.jobs[_key(r)].fields()
-        _refuse_difference(r, asked, "was written for another question of this id", file, line)
-
-# %% ../../nbs/40_rationales.ipynb #87ead408
-def _key(r: Rationale) -> str:
-    sample = r.extra.get("sample")
-    return f"{r.id}/{r.role}" + (f"/{sample}" if sample else "")
-
-
-def _refuse_difference(r: Rationale, wanted: dict, problem: str, file, line: int) -> None:
-    for name, value in wanted.items():
-        if getattr(r, name) != value:
-            raise BadInput(
-                f"{problem} (now {value!r})",
-                file=file,
-                line=line,
-                field=name,
-                value=getattr(r, name),
-                remedy="Write to another file, or remove this one.",
-            )
-
-# %% ../../nbs/40_rationales.ipynb #c689dbf3
-def journal_path(out) -> Path:
-    "Where finished rationales of `out` go until all are there."
-    return Path(f"{out}.partial")
-
-
-def _other_parts(out) -> Iterator[Path]:
-    "Files and journals that calls with another number of processes have left beside `out`."
-    out = Path(out)
-    base = re.sub(r"\.\d+-of-\d+$", "", out.stem)
-    part = re.compile(rf"{re.escape(base)}(\.\d+-of-\d+)?{re.escape(out.suffix)}(\.partial)?")
-    for path in sorted(out.parent.glob(f"{glob.escape(base)}*")):
-        if part.fullmatch(path.name) and path.name not in (out.name, journal_path(out).name):
-            yield path
-
-# %% ../../nbs/40_rationales.ipynb #fff7b096
-def _from_other_parts(out, expected: _Expected) -> dict[str, Rationale]:
-    "What those have finished of these jobs; what is of other questions, or made otherwise, is passed over."
-    found = {}
-    for path in [p for part in _other_parts(out) for p in (part, rejected_path(part)) if p.is_file()]:
-        for line, row in read_jsonl(path, bad=[]):
-            try:
-                found |= expected.read([(line, row)], path)
-            except BadInput:
-                continue
-    return found
-
-# %% ../../nbs/40_rationales.ipynb #c7a0f20f
-@dataclass
-class _Ledger:
-    """Rationales as they come in.
-
-    Into `done` at once, into the journal `chunk` at a time and whenever the work ends, however it ends.
-    """
-
-    done: dict[str, Rationale] = field(default_factory=dict)
-    journal: Journal | None = None
-    chunk: int = 32
-    fresh: list[Rationale] = field(default_factory=list)
-
-    @classmethod
-    def open(cls, out, expected: _Expected, chunk: int) -> "_Ledger":
-        "With what the file, its journal, or else the parts of another call hold already."
-        rows = list(read_jsonl(out)) if Path(out).is_file() else []
-        done, rejected = expected.read(rows, out), rejected_path(out)
-        if expected.select and rows and rejected.is_file():
-            done = expected.read(read_jsonl(rejected), rejected) | done
-        journal = Journal(journal_path(out), [f.name for f in fields(Rationale)])
-        try:
-            kept = expected.read(enumerate(journal.records, 1), journal.path)
-            if not rows and not kept:
-                done = _from_other_parts(out, expected)
-            journal.append(*(r.to_row() for key, r in done.items() if key not in kept))
-        except BaseException:
-            journal.close()
-            raise
-        return cls(done | kept, journal, chunk)
-
-    def add(self, r: Rationale) -> None:
-        self.done[_key(r)] = r
-        self.fresh.append(r)
-        if len(self.fresh) >= self.chunk:
-            self.write()
-
-    def write(self) -> None:
-        if self.journal and self.fresh:
-            self.journal.append(*(r.to_row() for r in self.fresh))
-        self.fresh = []
-
-    def finish(self, out, rationales: list[Rationale], rejected: list[Rationale]) -> None:
-        "Write the file, in order (before it that of rejected candidates), and remove the journal."
-        if rejected:
-            write_records(rejected_path(out), rejected)
-        write_records(out, rationales)
-        self.journal.close()
-        self.journal.path.unlink()
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, error, *_):
-        failed = True
-        try:
-            self.write()
-            failed = error is not None
-        finally:
-            if failed and self.journal:
-                self.journal.close()
+# %% ../../nbs/40_rationales.ipynb #40a00011
+def _select_for(texts: TextTeacher | None, strategy: Strategy, select):
+    "By what a sample is kept: of a teacher that is known by its texts alone no growth is known."
+    if texts is not None:
+        return "contrast" if strategy.alpha and select == "growth" else select
+    if select == "contrast":
+        remedy = "Use 'growth': the tokens of this teacher are known."
+        raise BadInput(
+            "is for teachers known by their texts alone", field="select", value=select, remedy=remedy
+        )
+    return select
 
 # %% ../../nbs/40_rationales.ipynb #e4198ec9
 def rationalize(
@@ -465,12 +212,7 @@ def rationalize(
     texts = as_text_teacher(teacher)
     if texts is not None:
         check_texts(strategy, samples, style)
-        select = "contrast" if strategy.alpha and select == "growth" else select
-    elif select == "contrast":
-        remedy = "Use 'growth': the tokens of this teacher are known."
-        raise BadInput(
-            "is for teachers known by their texts alone", field="select", value=select, remedy=remedy
-        )
+    select = _select_for(texts, strategy, select)
     strategy, by = for_samples(strategy, samples, select)
     questions = require_answers(questions_from(questions), "a rationale for the gold answer")
     if out is not None:
@@ -485,16 +227,16 @@ def rationalize(
         raise BadInput(f"must be one of {', '.join(styles)}", field="style", value=style)
     examples = (few_shot if style == "worked" else worked_turns)(prompt, shots)
     asked = shard_of(questions, *shard) if shard else questions
-    jobs = _jobs(asked, roles, strategy.perturbation, seed, samples)
+    jobs = jobs_of(asked, roles, strategy.perturbation, seed, samples)
     teacher = texts or as_teacher(teacher)
     provenance = _provenance(teacher, strategy, examples, seed, max_new_tokens)
-    expected = _Expected({job.key: job for job in jobs}, provenance, scores, by)
+    expected = Expected({job.key: job for job in jobs}, provenance, scores, by)
     options = dict(seed=seed, max_new_tokens=max_new_tokens, scores=scores or by == "growth")
     options |= dict(token_budget=token_budget, engine=engine)
 
     writes = out is not None and teacher.leads()
     with sole_writer(out) if writes else nullcontext():
-        ledger = _Ledger.open(out, expected, chunk) if writes else _Ledger()
+        ledger = Ledger.open(out, expected, chunk) if writes else Ledger()
         if teacher.tensor_parallel:
             ledger.done = from_first_rank(ledger.done)
         missing = [job for job in jobs if job.key not in ledger.done]

@@ -10,18 +10,15 @@ from collections import Counter
 from pathlib import Path
 from typing import Iterable
 
-from ..files import BadInput, read_jsonl
-from ..questions import require_answers
+from ..files import BadInput
+from ..jsonl import read_jsonl
+from ..question_rows import require_answers
 from ..ranks import shard_from_environment, shard_of, shard_path
-from ..records import Rationale, own_records, write_records
+from ..records import Rationale, own_records, provenance_fields, write_records
 from ..sources import questions_from
 from .loading import Teacher, as_teacher
-from faithful_distill.teacher.rationales import (
-    finished_from_row,
-    journal_path,
-    provenance_fields,
-    rationalize,
-)
+from .rationales import rationalize
+from .resume import finished_from_row, journal_path
 from .selection import rejected_path
 from .texts import as_text_teacher
 

@@ -11,7 +11,8 @@ from types import SimpleNamespace
 from typing import Any
 
 from ..connection import is_url
-from ..files import BadInput, stable_seed
+from ..files import BadInput
+from ..hashes import stable_seed
 from ..models import part_special_words
 from ..questions import Question
 from ..replies import LogP, Reply

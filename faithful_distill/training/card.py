@@ -10,7 +10,8 @@ import logging
 import re
 from pathlib import Path
 
-from ..files import BadInput, content_key, shipped, write_json, write_text
+from ..files import BadInput, shipped, write_json, write_text
+from ..hashes import content_key
 from ..student.loss import registry
 from ..student.model import read_settings
 

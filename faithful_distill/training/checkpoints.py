@@ -20,7 +20,8 @@ from pathlib import Path
 from transformers import TrainerCallback
 import torch
 
-from ..files import BadInput, content_key, sha256_file, write_json
+from ..files import BadInput, write_json
+from ..hashes import content_key, sha256_file
 from ..ranks import over_ranks, resume_command
 
 # %% ../../nbs/57_checkpoints.ipynb #d5986c30

@@ -15,16 +15,10 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 
+from ..files import BadInput, write_json, write_text
+from ..hashes import content_key, sha256_file, weights_hash
+from ..jsonl import read_jsonl
 from ..overlaps import question_hash
-from faithful_distill.files import (
-    BadInput,
-    content_key,
-    read_jsonl,
-    sha256_file,
-    weights_hash,
-    write_json,
-    write_text,
-)
 from ..records import Rationale
 from ..student.model import Student, load_student, read_settings
 from .adapters import merged_lora, write_adapter

@@ -16,9 +16,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Sequence
 
-from ..files import BadInput, sole_writer, writable_folder
+from ..files import BadInput, writable_folder
 from ..formats import read_rows
 from ..models import check_name
+from ..ownership import sole_writer
 from ..ranks import count_nodes, launched
 from ..records import Rationale, read_records
 from ..student.loss import check_needs, find_objective

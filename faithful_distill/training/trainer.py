@@ -16,7 +16,9 @@ from pathlib import Path
 from transformers import EarlyStoppingCallback, Trainer, TrainerCallback
 import torch
 
-from ..files import BadInput, progress, stable_seed, write_text
+from ..files import BadInput, write_text
+from ..hashes import stable_seed
+from ..progress import progress
 from ..ranks import over_ranks
 from ..records import Rationale
 from faithful_distill.student.examples import (

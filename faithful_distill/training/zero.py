@@ -58,7 +58,8 @@ def import_deepspeed() -> None:
         raise BadInput(f"cannot be used: {e}", field="DS_ACCELERATOR", remedy=remedy) from e
 
     if not cuda:
-        vars(deepspeed.ops)["__compatible_ops__"] = {}
+        operators = vars(deepspeed.ops)
+        operators["__compatible_ops__"] = dict.fromkeys(operators["__compatible_ops__"], False)
         if not chosen:
             del os.environ["DS_ACCELERATOR"]
 
