@@ -83,9 +83,37 @@ def _short(value, width=80):
     return text if len(text) <= width else text[: width - 3] + "..."
 
 # %% ../nbs/00_files.ipynb #017a495d
+_names_elsewhere = {
+    "learning_rate": "lr",
+    "num_train_epochs": "epochs",
+    "num_epochs": "epochs",
+    "per_device_train_batch_size": "batch_size",
+    "train_batch_size": "batch_size",
+    "gradient_accumulation_steps": "accumulation",
+    "gradient_checkpointing": "recompute",
+    "optim": "optimizer",
+    "lr_scheduler_type": "schedule",
+    "warmup_ratio": "warmup",
+    "warmup_steps": "warmup",
+    "max_grad_norm": "clip",
+    "label_smoothing_factor": "label_smoothing",
+    "bf16": "precision",
+    "fp16": "precision",
+    "save_steps": "save_every",
+    "eval_steps": "evaluate_every",
+    "logging_steps": "log_every",
+    "metric_for_best_model": "metric",
+    "early_stopping_patience": "patience",
+    "peft_config": "lora",
+    "max_length": "max_target",
+}  # in transformers and TRL
+
+
 def did_you_mean(name: str, known: Iterable[str]) -> str:
     "A remedy for an unknown name: the nearest known name, or all of them if none is near."
     known = [str(k) for k in known]
+    if (ours := _names_elsewhere.get(str(name))) in known:
+        return f"Did you mean {ours!r}?"
     lower = {k.lower(): k for k in reversed(known)}
     near = difflib.get_close_matches(str(name).lower(), lower, n=1)
     if near:

@@ -161,7 +161,7 @@ def _bad_setting(e: ValidationError, settings: dict) -> BadInput:
         return cause
     name = first["loc"][0]
     if first["type"] == "extra_forbidden":
-        remedy = did_you_mean(_names_elsewhere.get(name, name), Settings.model_fields)
+        remedy = did_you_mean(name, Settings.model_fields)
         return BadInput("is not a setting", field=name, remedy=remedy)
     if first["type"] == "literal_error":
         problem = f"must be one of {first['ctx']['expected']}"
@@ -170,32 +170,6 @@ def _bad_setting(e: ValidationError, settings: dict) -> BadInput:
         problem = f"must {' or '.join(dict.fromkeys(of_field))}"
     meaning = f"{name}: {Settings.model_fields[name].description}."
     return BadInput(problem, field=name, value=settings[name], remedy=meaning)
-
-
-_names_elsewhere = {
-    "learning_rate": "lr",
-    "num_train_epochs": "epochs",
-    "num_epochs": "epochs",
-    "per_device_train_batch_size": "batch_size",
-    "train_batch_size": "batch_size",
-    "gradient_accumulation_steps": "accumulation",
-    "gradient_checkpointing": "recompute",
-    "optim": "optimizer",
-    "lr_scheduler_type": "schedule",
-    "warmup_ratio": "warmup",
-    "warmup_steps": "warmup",
-    "max_grad_norm": "clip",
-    "label_smoothing_factor": "label_smoothing",
-    "bf16": "precision",
-    "fp16": "precision",
-    "save_steps": "save_every",
-    "eval_steps": "evaluate_every",
-    "logging_steps": "log_every",
-    "metric_for_best_model": "metric",
-    "early_stopping_patience": "patience",
-    "peft_config": "lora",
-    "max_length": "max_target",
-}  # in transformers and TRL
 
 # %% ../../nbs/55_settings.ipynb #55000005
 def check_objective(settings: Settings) -> None:
