@@ -1207,7 +1207,7 @@ def test_a_student_without_rationales_has_no_las():
     ],
 )
 def test_a_bad_record_is_one_line_with_its_place(embedded, tmp_path, change, field):
-    from faithful_distill.cli import read_questions
+    from faithful_distill.question_options import read_questions
 
     rows = [record_of(q) for q in read_questions("world", limit=4)]
     rows[2] |= change

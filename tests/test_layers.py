@@ -39,10 +39,14 @@ LAYERS = (  # from the ground up; the wings of one layer do not import each othe
     ("faithfulness",),
     ("lab",),
     ("commands",),
+    ("question_options",),
+    ("data_commands", "teacher_commands", "training_commands", "score_commands", "lab_commands"),
+    ("measure_commands",),
     ("cli",),
     ("__main__",),
 )
 LAYER_OF = {wing: number for number, wings in enumerate(LAYERS) for wing in wings}
+COMMAND_LINE = {wing for wings in LAYERS[LAYER_OF["commands"] :] for wing in wings}
 WITH_TORCH = {"attention", "prefix_tree"}  # what the wings share of reading with a model
 GROUND = {wing for wings in LAYERS[: LAYER_OF["teacher"]] for wing in wings} - WITH_TORCH
 MODEL_LIBRARIES = {
@@ -132,7 +136,7 @@ def laboratory(package: Path) -> list[str]:
     return [
         f"{i.where}: imports {i.target}"
         for i in imports_of(package)
-        if i.inside and wing(i.target) == "lab" and wing(i.module) not in ("lab", "cli")
+        if i.inside and wing(i.target) == "lab" and wing(i.module) not in {"lab", *COMMAND_LINE}
     ]
 
 

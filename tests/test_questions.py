@@ -493,7 +493,7 @@ def test_an_array_that_is_broken_or_cut_off_is_one_line(tmp_path, text):
 
 
 def test_a_local_copy_beside_the_world_is_refused():
-    from faithful_distill.cli import read_questions
+    from faithful_distill.question_options import read_questions
 
     with pytest.raises(BadInput, match="field 'path': cannot be given for the world"):
         read_questions("world", path="somewhere")

@@ -608,7 +608,7 @@ def test_data_that_are_not_named_are_asked_for(tmp_path, command):
 
 
 def test_a_file_whose_name_begins_like_the_world_is_a_file(tmp_path, monkeypatch):
-    from faithful_distill.cli import read_questions
+    from faithful_distill.question_options import read_questions
 
     monkeypatch.chdir(tmp_path)
     for name in ("worldcup.jsonl", "world-capitals.jsonl"):

@@ -741,7 +741,7 @@ def test_interventions_resample_questions_and_their_accuracy_is_of_gold_answers_
 
 def test_results_are_written_before_they_are_said(tmp_path, monkeypatch):
     import click
-    from faithful_distill.cli import score
+    from faithful_distill.score_commands import score
 
     def closed(*_, **__):
         raise BrokenPipeError  # `score ... | head -1`
