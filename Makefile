@@ -4,7 +4,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: quickstart study results real real-smoke test slow mutants notebooks figures drift docs clean help
+.PHONY: quickstart study results real real-smoke test slow lowest mutants notebooks figures drift docs clean help
 
 help:            ## list what can be made
 	@grep -hE '^[a-z-]+: .*##' $(MAKEFILE_LIST) | sed 's/:.*##/:/'
@@ -39,6 +39,13 @@ slow: .venv/.ready ## the tests that `make test` leaves out: kills at random, la
 	$(BIN)/python -m pip install --quiet pip-audit
 	$(BIN)/python tests/audit.py
 
+lowest: ## every test on the lowest versions that settings.ini allows, in an environment of its own: .venv-lowest
+	$(PYTHON) -m venv .venv-lowest
+	.venv-lowest/bin/python -m pip install --quiet uv
+	.venv-lowest/bin/uv pip install --python .venv-lowest/bin/python --resolution lowest-direct .
+	.venv-lowest/bin/uv pip install --python .venv-lowest/bin/python $(shell sed -n 's/^dev_requirements = //p' settings.ini | sed "s/[^ ]*/'&'/g")
+	OMP_NUM_THREADS=1 PYTHONPATH=. .venv-lowest/bin/python -m pytest tests -q -n 2 --dist loadfile
+
 mutants: .venv/.ready ## how many small faults the tests notice, hours: ARGS="--sample 20 contrast loss" tries some of them
 	$(BIN)/python -m pip install --quiet 'cosmic-ray>=8.7,<9'
 	$(BIN)/python tests/mutants.py $(ARGS)
@@ -63,4 +70,4 @@ docs: .venv/.ready ## the site, from the stored notebooks: docs/_build/html/inde
 	$(BIN)/python docs/check_links.py docs/_build/html
 
 clean: ## remove the environment and whatever was computed
-	rm -rf .venv runs data/runs data/cache build *.egg-info docs/_build docs/pages docs/generated docs/project docs/generated_pictures docs/api.md docs/cli.md docs/report.md
+	rm -rf .venv .venv-lowest runs data/runs data/cache build *.egg-info docs/_build docs/pages docs/generated docs/project docs/generated_pictures docs/api.md docs/cli.md docs/report.md

@@ -1,5 +1,6 @@
 """The shared-prefix engine: the slow loop's tokens, each token computed once, and a way out where it cannot serve."""
 
+import inspect
 import json
 import logging
 
@@ -7,6 +8,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
+from torch.distributed.tensor import distribute_tensor
 
 from faithful_distill.files import BadInput
 from faithful_distill import attention
@@ -456,6 +458,10 @@ leave_ranks()
 """
 
 
+@pytest.mark.skipif(
+    "src_data_rank" not in inspect.signature(distribute_tensor).parameters,
+    reason="transformers splits a model with what torch has from 2.7 on",
+)
 def test_tensor_parallel(tmp_path):
     """Two processes, each with half of the heads, write the tokens of one. Over a dataset they share one list
     of jobs, resumed where it stopped, and one file."""
