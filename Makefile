@@ -42,8 +42,9 @@ slow: .venv/.ready ## the tests that `make test` leaves out: kills at random, la
 lowest: ## every test on the lowest versions that settings.ini allows, in an environment of its own: .venv-lowest
 	$(PYTHON) -m venv .venv-lowest
 	.venv-lowest/bin/python -m pip install --quiet uv
-	.venv-lowest/bin/uv pip install --python .venv-lowest/bin/python --resolution lowest-direct .
-	.venv-lowest/bin/uv pip install --python .venv-lowest/bin/python $(shell sed -n 's/^dev_requirements = //p' settings.ini | sed "s/[^ ]*/'&'/g")
+	.venv-lowest/bin/uv pip install --python .venv-lowest/bin/python --resolution lowest-direct '.[served,gguf]'
+	.venv-lowest/bin/uv pip freeze --python .venv-lowest/bin/python | grep -v @ > .venv-lowest/constraints.txt
+	.venv-lowest/bin/uv pip install --constraint .venv-lowest/constraints.txt --python .venv-lowest/bin/python $(shell sed -n 's/^dev_requirements = //p' settings.ini | sed "s/[^ ]*/'&'/g")
 	OMP_NUM_THREADS=1 PYTHONPATH=. .venv-lowest/bin/python -m pytest tests -q -n 2 --dist loadfile
 
 mutants: .venv/.ready ## how many small faults the tests notice, hours: ARGS="--sample 20 contrast loss" tries some of them

@@ -48,7 +48,7 @@ def listed(claims: list[dict]) -> str:
 def study_page(root: Path, pictures: Path) -> str:
     "The page, in Markdown; the pictures are written to the folder `pictures` beside it."
     from faithful_distill.lab.claims import bottom_line
-    from faithful_distill.lab.report import terms_in
+    from faithful_distill.lab.titles import terms_in
 
     pictures.mkdir(parents=True, exist_ok=True)
     found = {name: stored(root / f"nbs/figures/{name}.ipynb") for name in sections(root)}

@@ -114,6 +114,9 @@ def answer_index(answer, choices, kind: str = "choice", labels=None, field: str 
     if not isinstance(answer, str):
         return answer
     found = choice_of_text(answer, choices, kind, labels, field)
+    if found is None and (digits := re.fullmatch(r"\s*(\d{1,2})\.0\s*", answer, re.ASCII)):
+        answer = digits[1]  # 2.0 in a table is the number 2
+        found = choice_of_text(answer, choices, kind, labels, field)
     found = _numbered(answer, choices, labels) if found is None else found
     if found is None:
         raise BadInput(

@@ -247,13 +247,43 @@ def test_score_takes_columns_of_other_names(tmp_path):
     done = CliRunner().invoke(main, [*asked, "question=q,choices=first+second,rationale=why,gold=key"])
     assert done.exit_code == 0, done.output
     [row] = [json.loads(line) for line in open(tmp_path / "o" / "scores.jsonl")]
-    assert (row["prediction"], row["gold"]) == (0, 0) or row.get("correct")
+    assert (row["prediction"], row["gold"]) == (0, 0)
     done = CliRunner().invoke(main, [*asked, "question=q,choices=first+second,rationale=wyh,gold=key"])
     assert (
         done.exit_code and "theirs.csv:2: field 'columns': there is no such column (got 'wyh')" in done.output
     )
     with pytest.raises(BadInput, match="--columns rationale=reasoning"):
         read_rationales([{"question": "What flies?", "choices": ["a bird", "a cup"], "reasoning": "Wings."}])
+
+
+def test_a_row_behind_the_limit_is_not_read():
+    rows = [{"q": "What flies?", "choices": ["a bird", "a cup"], "rationale": "Wings."}, {"other": 1}]
+    assert len(read_rationales(rows, columns={"question": "q"}, limit=1)) == 1
+
+
+@pytest.mark.parametrize("given", [1, 1.0, "1", "1.0"])
+def test_a_number_that_is_another_choice_is_ambiguous(given):
+    row = {"question": "How many?", "choices": ["1", "2", "3"], "rationale": "", "gold": given}
+    with pytest.raises(BadInput, match="is ambiguous"):
+        read_rationales([row])
+    with pytest.raises(BadInput, match="is ambiguous"):
+        as_questions([dict(question="How many?", choices=["1", "2", "3"], answer=given)])
+    assert read_rationales([row | {"choices": ["4", "5", "6"]}])[0].question.answer == 1
+
+
+def test_a_report_says_that_it_rests_on_few_questions(tmp_path):
+    from faithful_distill.faithfulness.suite import measure_suite
+    from faithful_distill.lab.measure_report import write_suite
+
+    page = lambda n: write_suite(measured(n), tmp_path / str(n), "t").read_text(encoding="utf-8")
+    questions = lambda n: [Question(f"q{i}", f"What is {i}?", ("a bird", "a cup"), 0) for i in range(n)]
+    answer = lambda q, text: Answer(q.id, text or "It flies.", q.choices[0], 0, [-0.1, -2.0], False)
+    reasoner = FunctionReasoner(
+        lambda questions, texts, *_: [answer(*pair) for pair in zip(questions, texts)]
+    )
+    measured = lambda n: measure_suite(reasoner, questions(n), metrics=["controls"], interval={"draws": 50})
+    assert "on fewer than 20 independent questions" in page(8)
+    assert "independent questions" not in page(30)
 
 
 def test_a_folder_to_import_is_told_its_layout(tmp_path):
@@ -678,6 +708,7 @@ def test_tensors_and_arrays_are_contexts(teacher):
     assert written(torch.tensor(gold), torch.tensor(perturbed)) == lists
     assert written(np.array(gold), [torch.tensor(p) for p in perturbed]) == lists
     assert written(iter(gold), iter([[p] for p in perturbed])) == lists
+    assert written([list(np.array(g)) for g in gold], [[*torch.tensor(p)] for p in perturbed]) == lists
     with pytest.raises(BadInput, match="field 'model': is no model"):
         contrastive_generate(teacher, gold)
 

@@ -117,7 +117,7 @@ def _choice_index(given: Any, q: Question, name: str) -> int | None:
         i = choice_of_text(given, q.choices, field=name)
         i = match_choice(q, given) if i is None else i
         if i is None and re.fullmatch(r"\s*\d{1,2}(\.0)?\s*", given, re.ASCII):  # a cell of a table
-            i = int(float(given))
+            i = answer_index(given, q.choices, field=name)
     elif isinstance(given, (int, float)) and not isinstance(given, bool):
         i = answer_index(given, q.choices, field=name)
     if not isinstance(i, int) or not 0 <= i < len(q.choices):
@@ -331,8 +331,6 @@ def read_rationales(
     file, rows = (source, log_rows(source)) if in_file else (None, enumerate(rows_of(source), 1))
     found, lines, fields = [], {}, {}
     for number, row in plain_rows(_renamed(rows, columns, file), questions, file):
-        if limit is not None and len(found) >= limit:
-            break
         try:
             row = _from_table(row)
             one = _read_row(row, number, cut_at)
@@ -350,6 +348,8 @@ def read_rationales(
         lines[one.question.id] = number
         found.append(one)
         fields |= dict.fromkeys(map(str, row))
+        if len(found) == limit:
+            break
     if not found:
         raise BadInput("contains no rationale", file=file, remedy="Give one JSON object a line.")
     if unread := [name for name in fields if name not in _fields]:

@@ -35,14 +35,13 @@ def interval_level(scores: dict[str, Score]) -> str:
 
 
 def on_few_questions(scores: dict[str, Score]) -> str:
-    "What a report says of intervals that rest on few questions; '' where none does."
-    warned = [s for s in scores.values() if s.value is not None and "warning" in s.details]
-    if not warned:
+    "What a report says of intervals that rest on few independent questions; '' where none does."
+    few = lambda s: s.n < few_clusters or "warning" in s.details
+    n = sum(s.value is not None and few(s) for s in scores.values())
+    if n == 0:
         return ""
-    return (
-        f" **{len(warned)} scores rest on fewer than {few_clusters} questions:** their intervals are widened for it,"
-        " and still only say what is out of the question."
-    )
+    rest = "One score rests" if n == 1 else f"{n} scores rest"
+    return f" **{rest} on fewer than {few_clusters} independent questions:** ask more of them."
 
 
 def score_table(scores: dict[str, Score], names: Iterable[str]) -> list[list[str]]:

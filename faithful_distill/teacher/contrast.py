@@ -7,6 +7,7 @@ __all__ = ['contrast', 'Stop', 'stop_rule', 'Generation', 'rationale_text', 'end
 
 # %% ../../nbs/24_contrast.ipynb #8dad3ae7
 import math
+import operator
 from dataclasses import dataclass, field
 from typing import Iterable, Sequence
 
@@ -197,13 +198,20 @@ def _as_list(given, field: str) -> list:
     return given.tolist() if hasattr(given, "tolist") else list(given)
 
 
+def _as_id(given, field: str) -> int:
+    "A token id: a whole number of Python's, NumPy's or torch's."
+    try:
+        if not isinstance(given, bool):
+            return operator.index(given)
+    except TypeError:
+        pass
+    raise BadInput("holds what is no token id", field=field, value=given, remedy="Ids are whole numbers.")
+
+
 def _as_ids(given, field: str) -> list[int]:
     "The token ids of one context. Raises `BadInput` for what is no list of whole numbers."
     ids = _as_list(given, field)
-    for i in ids:
-        if not isinstance(i, int) or isinstance(i, bool):
-            raise BadInput("holds what is no token id", field=field, value=i, remedy="Ids are whole numbers.")
-    return ids
+    return ids if all(type(i) is int for i in ids) else [_as_id(i, field) for i in ids]
 
 
 def as_contexts(gold_ids, perturbed_ids) -> list[list[list[int]]]:

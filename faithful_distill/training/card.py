@@ -8,6 +8,7 @@ __all__ = ['write_card', 'model_card', 'push_to_hub']
 # %% ../../nbs/62_card.ipynb #6ca4ecb0
 import logging
 import re
+from collections import Counter
 from pathlib import Path
 
 from ..files import BadInput, shipped, write_json, write_text
@@ -73,6 +74,7 @@ def card_text(note: dict, data: str = "") -> str:
     if isinstance(note.get("deepspeed"), dict):
         values["deepspeed"] = "own configuration"
     measures = {**note["metrics"], **note.get("measured", {})}
+    times = Counter(_title(name, m) for name, m in measures.items())
     shown = dict(
         base=base.name if base.is_absolute() else note["base"],
         steps=note["steps"],
@@ -90,7 +92,11 @@ def card_text(note: dict, data: str = "") -> str:
         settings={
             name: _plain(values[name]) for name in card_settings if name in values and _used(name, note)
         },
-        measures={_title(name, m): _measure(m) for name, m in measures.items() if m is not None},
+        measures={
+            title if times[title := _title(name, m)] == 1 else f"{title}, {name}": _measure(m)
+            for name, m in measures.items()
+            if m is not None
+        },
     )
     environment = Environment(undefined=StrictUndefined, keep_trailing_newline=True)
     return environment.from_string(template).render(inert(shown))
