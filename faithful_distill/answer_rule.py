@@ -32,7 +32,7 @@ def _labelled(answer: str, labels, n: int) -> list[int]:
 # %% ../nbs/02a_answer_rule.ipynb #969fcb90
 def _numbered(answer: str, choices, labels) -> int | None:
     "The index that a text of digits is, where choices have no labels; None where it is none."
-    digits = re.fullmatch(r"\s*(\d{1,2})(?:\.0)?\s*", answer, re.ASCII)
+    digits = re.fullmatch(r"\s*(\d{1,2})\s*", answer, re.ASCII)
     if labels is not None or not digits or int(digits[1]) >= len(choices):
         return None
     return int(digits[1])

@@ -8,6 +8,7 @@ __all__ = ['names_a_file', 'read_rows', 'rows_of', 'with_columns', 'check_column
 # %% ../nbs/01_formats.ipynb #1d52298c
 import csv
 import io
+import itertools
 import json
 import re
 import zlib
@@ -17,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from .files import BadInput, check_encodable, did_you_mean
-from .jsonl import opened, read_jsonl, unique_keys
+from .jsonl import opened, read_jsonl, reading, unique_keys
 
 # %% ../nbs/01_formats.ipynb #9060da04
 def names_a_file(name) -> bool:
@@ -67,7 +68,7 @@ def _csv_rows(path, bad: list | None) -> Iterator[tuple[int, dict]]:
     lines = _text_of(path)
     header = next(lines, "")
     parted = max(",;\t", key=header.count)
-    reader = csv.reader(_chained(header, lines), delimiter=parted, strict=True)
+    reader = csv.reader(itertools.chain([header], lines), delimiter=parted, strict=True)
     names, line = next(_csv_records(reader, path))[1], reader.line_num + 1
     if len(set(names)) < len(names) or "" in names:
         problem = "the header must name each column once"
@@ -101,24 +102,10 @@ def _csv_records(reader, path) -> Iterator[tuple[int, list[str]]]:
             raise BadInput(f"broken CSV: {e}", file=path, line=line, remedy=remedy) from None
 
 
-def _chained(first: str, rest: Iterator[str]) -> Iterator[str]:
-    yield first
-    yield from rest
-
-
 def _text_of(path) -> Iterator[str]:
     "The lines of a text file with their ends, which may stand inside a quoted cell. Raises `BadInput`."
-    try:
-        with opened(path) as raw:
-            yield from io.TextIOWrapper(raw, encoding="utf-8-sig", newline="")
-        return
-    except UnicodeDecodeError as e:
-        problem, remedy = f"is not UTF-8 text: {e.reason}", "Convert the file to UTF-8."
-    except FileNotFoundError:
-        problem, remedy = "there is no such file", "Check the path."
-    except (OSError, EOFError, zlib.error) as e:
-        problem, remedy = f"cannot be read: {e}", "Fetch it again."
-    raise BadInput(problem, file=path, remedy=remedy)
+    with reading(path), opened(path) as raw:
+        yield from io.TextIOWrapper(raw, encoding="utf-8-sig", newline="")
 
 # %% ../nbs/01_formats.ipynb #86e93547
 def _parquet_rows(path) -> Iterator[tuple[int, dict]]:
@@ -143,22 +130,14 @@ def _parquet_rows(path) -> Iterator[tuple[int, dict]]:
 # %% ../nbs/01_formats.ipynb #70d63316
 def _array_rows(path: Path, bad: list | None) -> Iterator[tuple[int, dict]]:
     "Records of a JSON array. Those that are JSON but no record go to `bad` if it is a list."
-    try:
-        with opened(path) as raw:
-            for line, row, problems in _array_items(io.TextIOWrapper(raw, encoding="utf-8-sig"), path):
-                if not problems:
-                    yield line, row
-                elif bad is None:
-                    raise problems[0].located(path, line)
-                else:
-                    bad.append(problems[0].located(path, line))
-    except UnicodeDecodeError as e:
-        problem, remedy = f"is not UTF-8 text: {e.reason}", "Convert the file to UTF-8."
-    except (OSError, EOFError, zlib.error) as e:
-        problem, remedy = f"cannot be read: {e}", "The file was cut off: fetch it again."
-    else:
-        return
-    raise BadInput(problem, file=path, remedy=remedy)
+    with reading(path), opened(path) as raw:
+        for line, row, problems in _array_items(io.TextIOWrapper(raw, encoding="utf-8-sig"), path):
+            if not problems:
+                yield line, row
+            elif bad is None:
+                raise problems[0].located(path, line)
+            else:
+                bad.append(problems[0].located(path, line))
 
 # %% ../nbs/01_formats.ipynb #977c7d37
 _chunk = 1 << 16  # characters

@@ -13,7 +13,7 @@ import re
 import stat
 import zlib
 from collections.abc import Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -55,27 +55,17 @@ def opened(path):
             raise BadInput("is packed twice", file=path, remedy="Unpack it once.")
     return unpacked
 
-# %% ../nbs/00a_jsonl.ipynb #872d8536
-def text_lines(path) -> Iterator[tuple[int, str]]:
-    "The numbered lines of a UTF-8 file, packed with gzip or not. A line ends with LF, CR LF or CR."
-    number, at = 0, 0
+# %% ../nbs/00a_jsonl.ipynb #0a100021
+@contextmanager
+def reading(path):
+    "Within, what goes wrong with the bytes of a file is a `BadInput` that names it."
     try:
-        with opened(path) as file:
-            for raw in file:
-                line = raw.decode("utf-8-sig" if at == 0 else "utf-8")
-                at += len(raw)
-                for part in line.replace("\r\n", "\n").removesuffix("\n").replace("\r", "\n").split("\n"):
-                    number += 1
-                    yield number, part
+        yield
         return
     except BadInput:
         raise
     except UnicodeDecodeError as e:
-        problem, remedy = (
-            f"is not UTF-8 text: {e.reason} at byte {at + e.start}",
-            "Convert the file to UTF-8.",
-        )
-        raise BadInput(problem, file=path, line=number + 1, remedy=remedy) from None
+        problem, remedy = f"is not UTF-8 text: {e.reason}", "Convert the file to UTF-8."
     except (EOFError, zlib.error, gzip.BadGzipFile) as e:
         problem, remedy = f"cannot be unpacked: {e}", "The file was cut off: fetch it again."
     except FileNotFoundError:
@@ -85,6 +75,23 @@ def text_lines(path) -> Iterator[tuple[int, str]]:
     except (OSError, ValueError) as e:
         problem, remedy = f"cannot be read: {getattr(e, 'strerror', None) or e}", "Check the path."
     raise BadInput(problem, file=path, remedy=remedy)
+
+# %% ../nbs/00a_jsonl.ipynb #872d8536
+def text_lines(path) -> Iterator[tuple[int, str]]:
+    "The numbered lines of a UTF-8 file, packed with gzip or not. A line ends with LF, CR LF or CR."
+    number, at = 0, 0
+    with reading(path), opened(path) as file:
+        for raw in file:
+            try:
+                line = raw.decode("utf-8-sig" if at == 0 else "utf-8")
+            except UnicodeDecodeError as e:
+                problem = f"is not UTF-8 text: {e.reason} at byte {at + e.start}"
+                remedy = "Convert the file to UTF-8."
+                raise BadInput(problem, file=path, line=number + 1, remedy=remedy) from None
+            at += len(raw)
+            for part in line.replace("\r\n", "\n").removesuffix("\n").replace("\r", "\n").split("\n"):
+                number += 1
+                yield number, part
 
 # %% ../nbs/00a_jsonl.ipynb #0a10000b
 def unique_keys(pairs: list[tuple[str, Any]]) -> dict:

@@ -111,7 +111,7 @@ def evaluate(
     asked = read_questions(data, path, split, limit, skip_bad, columns, config)
     questions = require_answers(asked, "evaluation")
     if rationales:
-        read_records(rationales, questions=questions)
+        read_records(rationales, questions=questions)  # what is wrong is said before a model is loaded
     folder = own_folder(out, "evaluate", (*suite_files, "answers.json"), (data, path, rationales))
     if paraphrases is not None:
         metrics = with_paraphrases(metrics, Paraphrases(paraphrases, cache=folder / ".paraphrases.jsonl"))

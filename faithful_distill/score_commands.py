@@ -119,9 +119,10 @@ def score(
         with sole_writer(folder, folder / ".score.lock"), shown_log():
             scored = score_rationales(file, **how, after=keep)
             known.append(scored)
+            # written before anything is printed: `score ... | head` ends this process at the second line
             report = write_scored(scored, folder, f"Rationales of {Path(file).name}")
     except Exception:
-        for scored in known[-1:]:
+        for scored in known[-1:]:  # if it cannot be written, it is seen at least
             show_scores(scored)
         raise
     show_scores(scored)

@@ -256,6 +256,20 @@ def test_score_takes_columns_of_other_names(tmp_path):
         read_rationales([{"question": "What flies?", "choices": ["a bird", "a cup"], "reasoning": "Wings."}])
 
 
+@pytest.mark.parametrize("name, text", [("a.jsonl", "{}\n"), ("a.csv", "question\nx\n"), ("a.json", "[{}]")])
+def test_broken_bytes_are_said_in_the_same_words_for_every_format(tmp_path, name, text):
+    packed, other, gone = tmp_path / f"{name}.gz", tmp_path / name, tmp_path / "gone" / name
+    packed.write_bytes(gzip.compress((text * 500 if name != "a.json" else text + " " * 5000).encode())[:-9])
+    other.write_bytes(text.replace("}", '"é": 1}').replace("x", "é").encode("latin-1"))
+    for path, problem in (
+        (packed, "cannot be unpacked: .*The file was cut off"),
+        (other, "is not UTF-8 text: .*Convert the file to UTF-8"),
+        (gone, "there is no such file"),
+    ):
+        with pytest.raises(BadInput, match=problem):
+            list(read_rows(path))
+
+
 def test_a_row_behind_the_limit_is_not_read():
     rows = [{"q": "What flies?", "choices": ["a bird", "a cup"], "rationale": "Wings."}, {"other": 1}]
     assert len(read_rationales(rows, columns={"question": "q"}, limit=1)) == 1

@@ -10,7 +10,6 @@ import re
 
 # %% ../../nbs/90b_titles.ipynb #4f33bfa4
 _of_texts = {
-    "accuracy": "accuracy",
     "unparsable": "answers that could not be parsed",
     "empty": "empty rationales",
     "restates_question": "rationales equal to the question",

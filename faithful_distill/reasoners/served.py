@@ -10,7 +10,7 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from ..files import BadInput
+from ..files import BadInput, check_number
 from ..hashes import stable_seed
 from ..questions import Question, choice_text, letter, match_choice
 from .protocol import Reasoner, WrittenRationale, unanswered
@@ -125,9 +125,8 @@ ways_to_read = {"echo": read_by_echo, "top": read_by_next_token, "samples": read
 
 def _check_options(reads: str, samples: int, answers: str, max_new_tokens: int | None) -> None:
     "Raises `BadInput` for an option that `ServedReasoner` does not have."
-    for name, value in (("samples", samples), ("max_new_tokens", max_new_tokens)):
-        if value is not None and value < 1:
-            raise BadInput("must be at least 1", field=name, value=value)
+    check_number("samples", samples, 1)
+    check_number("max_new_tokens", max_new_tokens, 1, none=True)
     if reads not in ("auto", *ways_to_read):
         raise BadInput(f"must be one of auto, {', '.join(ways_to_read)}", field="reads", value=reads)
     if answers not in ("likely", "summed"):
