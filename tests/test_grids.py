@@ -86,3 +86,10 @@ def test_a_grid_that_means_two_things_or_leads_elsewhere_is_refused(group, field
     with pytest.raises(BadInput, match=said) as error:
         load_grid(grid)
     assert error.value.field == field and error.value.remedy
+
+
+def test_a_seed_that_a_figure_names_must_be_among_those_chosen():
+    "The study's first figure shows an example of seed 1."
+    with pytest.raises(BadInput, match="Add it to the seeds \\(2\\): the grid reads it by name"):
+        load_grid("study", seeds=[2]).plan.cells
+    assert load_grid("study", seeds=[1, 2]).plan.cells

@@ -1272,6 +1272,7 @@ def test_the_command_trains_a_student_that_loads(tmp_path, command):
     done = call()
     assert done.exit_code == 0 and f"{tmp_path / 'out'}: 2 steps, loss " in done.output, done.output
     note = json.loads((tmp_path / "out" / "student.json").read_text())
+    assert str(tmp_path) not in json.dumps(note)  # the same file in every checkout
     assert (note["steps"], note["lr"], note["batch_size"], note["rows"]["factual"]) == (2, 0.01, 4, 5) and [
         row["step"] for row in history(tmp_path / "out")
     ] == [1, 2]

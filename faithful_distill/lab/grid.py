@@ -372,6 +372,10 @@ def _check_axis(axis: str, values: list, axes: dict[str, list], file, where: str
     for value in values:
         if value not in axes[axis]:
             problem, remedy = f"is not on the axis {axis!r}", did_you_mean(value, axes[axis])
+            if axis == "seed":  # the grid names it, and it is not among those chosen
+                remedy = (
+                    f"Add it to the seeds ({', '.join(map(str, axes[axis]))}): the grid reads it by name."
+                )
             raise BadInput(problem, file=file, field=where, value=value, remedy=remedy)
 
 # %% ../../nbs/84_grid.ipynb #5f111f79

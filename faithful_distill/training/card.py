@@ -67,7 +67,7 @@ def card_text(note: dict, data: str = "") -> str:
     from jinja2 import Environment, StrictUndefined
 
     template = shipped("data", "report", "card.md").read_text(encoding="utf-8")
-    base, about = Path(note["base"]), note.get("data", {})
+    about = note.get("data", {})
     values = {**note, **note.get("engine", {})}
     note = note if _has_counterfactual_part(note) else {**note, "objective": "factual"}
     values["objective"] = "answer-only" if note["answer_only"] else note.get("objective", "counterfactual")
@@ -76,7 +76,7 @@ def card_text(note: dict, data: str = "") -> str:
     measures = {**note["metrics"], **note.get("measured", {})}
     times = Counter(_title(name, m) for name, m in measures.items())
     shown = dict(
-        base=base.name if base.is_absolute() else note["base"],
+        base=note["base"],
         steps=note["steps"],
         best_step=note.get("best_step"),
         rows=note["rows"],

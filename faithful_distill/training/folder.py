@@ -394,9 +394,10 @@ def _note(trainer, student, run, result) -> dict:
         "ZeRO stage": zero_stage(trainer.args.deepspeed),
         "processes": trainer.args.world_size,
     }
+    base = Path(student.name)
     return dict(
         run=run.key,
-        base=student.name,
+        base=base.name if base.is_absolute() else student.name,  # the same in every checkout
         encoder_decoder=bool(student.model.config.is_encoder_decoder),
         steps=result.steps,
         best_step=trainer.state.best_global_step or None,
