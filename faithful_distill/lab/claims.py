@@ -20,7 +20,14 @@ verdict_words = {True: "holds", False: "does not hold", None: "inconclusive"}
 
 # %% ../../nbs/88b_claims.ipynb #c5720ce9
 def claim(
-    text: str, holds: bool | None, score: dict | None = None, *, percent: bool = False, remark: str = ""
+    text: str,
+    holds: bool | None,
+    score: dict | None = None,
+    *,
+    percent: bool = False,
+    points: bool = False,
+    bounds: Iterable[float] = (0.0,),
+    remark: str = "",
 ) -> dict:
     """A claim with its verdict and the number behind it: {'text', 'holds', 'number', 'remark'}.
 
@@ -32,8 +39,8 @@ def claim(
         None: inconclusive
     score
         {'value', 'low', 'high', 'n'} that decided it
-    percent
-        print the score in percent
+    percent, points, bounds
+        how the score is printed: see `cell_text`
     remark
         what else there is to know; default: why the score has no value
     """
@@ -41,7 +48,7 @@ def claim(
     return {
         "text": text,
         "holds": None if holds is None else bool(holds),
-        "number": cell_text(missing | score, percent) if score else "",
+        "number": cell_text(missing | score, percent, points=points, bounds=bounds) if score else "",
         "remark": remark or (score or {}).get("reason") or "",
     }
 
@@ -70,18 +77,7 @@ def _by_interval(d: dict, above: float, below: float, unit: str) -> tuple[bool |
     if d["high"] <= above or d["low"] >= below:
         return False, "the interval lies outside of what was claimed"
     bound = above if d["low"] <= above else below
-    return None, f"the interval includes {_points(number(bound, unit != ''), unit)}"
-
-# %% ../../nbs/88b_claims.ipynb #4f1e2a96
-def _points(number: str, unit: str) -> str:
-    "A difference of shares in points instead of percent; in another unit as it is."
-    if unit != "points":
-        return number
-    return re.sub(r"^(−?1) points", r"\1 point", number.replace(" %", " points", 1))
-
-
-def _in_unit(c: dict, unit: str) -> dict:
-    return c | {"number": _points(c["number"], unit)}
+    return None, f"the interval includes {number(bound, unit == '%', points=unit == 'points')}"
 
 # %% ../../nbs/88b_claims.ipynb #c1a1m511
 def _p_value(d: dict, above: float, below: float) -> float:
@@ -107,17 +103,16 @@ def decided(text: str, d: dict, above: float = 0.0, below: float = math.inf, uni
     unit
         how the number is printed: "points" for a difference of shares, "%" for a share, "" as it is
     """
-    percent = unit != ""
     if d["value"] is None:
         return claim(text, None, remark=d["reason"])
+    how = dict(percent=unit == "%", points=unit == "points", bounds=(0.0, above, below))
     if d["low"] is None:
-        c = claim(text, None, d, percent=percent, remark=d.get("reason") or "no interval")
-        return _in_unit(c, unit)
+        return claim(text, None, d, **how, remark=d.get("reason") or "no interval")
     if (d.get("seeds") or 1) > 1:
         d = d | {"reason": ""}  # it is about the interval of one seed
     holds, remark = _by_interval(d, above, below, unit)
     p = _p_value(d, above, below)
-    return _in_unit(claim(text, holds, d, percent=percent, remark=remark), unit) | {"p": p}
+    return claim(text, holds, d, **how, remark=remark) | {"p": p}
 
 # %% ../../nbs/88b_claims.ipynb #e311a789
 def decided_of_all(

@@ -19,7 +19,14 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 from ..files import BadInput, shipped, write_json, write_text
-from .claims import bottom_line, by_side, note_on, verdict, verdict_words
+from faithful_distill.lab.claims import (
+    bottom_line,
+    by_side,
+    corrected,
+    note_on,
+    verdict,
+    verdict_words,
+)
 from .style import css_width, save_figure
 from faithful_distill.lab.tables import (
     origin_line,
@@ -200,7 +207,9 @@ class Draft:
         return Markdown(filename=markdown)
 
     def finish(self, text: str, main: bool = False) -> None:
-        "Writes the section and prints its claims with their verdicts, the note on them and its tables' origins."
+        "Writes the section and prints its claims, corrected for their number, the note on them and its tables' origins."
+        if not any("p_holm" in c for c in self.claims):  # else the page has done it
+            self.claims = corrected(self.claims)
         origins = [origin_line(name, origin) for name, origin in self.origins.items()]
         text, note = "\n\n".join([text, *self.absent, *origins]), note_on(self.claims)
         shown = dict(figures=self.figures, tables=self.tables, claims=self.claims, samples=self.samples)

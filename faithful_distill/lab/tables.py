@@ -15,7 +15,7 @@ from typing import Iterable, Sequence
 
 from ..files import BadInput, write_json, write_text
 from ..jsonl import read_jsonl
-from .comparisons import as_scores, number
+from .comparisons import as_scores, enough_digits, number
 
 # %% ../../nbs/86_tables.ipynb #e2766880
 _score_columns = ("metric", *as_scores)
@@ -279,27 +279,43 @@ def n_text(score) -> str:
     return f"n = {int(score['n'])}" + (f" × {seeds}" if seeds > 1 else "")
 
 # %% ../../nbs/86_tables.ipynb #6c11dc8d
-def cell_text(score, percent: bool = False, digits: int = 2) -> str:
+def cell_text(
+    score, percent: bool = False, digits: int = 2, points: bool = False, bounds: Iterable[float] = (0.0,)
+) -> str:
     """One cell of a table: '62 % [58, 66], n = 360 × 5'; of a score without a value its reason.
 
     Parameters
     ----------
     score
         row of a summary, or a dict with value, low, high, n, reason, seeds; None gives a dash
+    percent, digits, points
+        see `number`
+    bounds
+        of differences in points: an end that is not one of these is not rounded to it
     """
     if score is None:
         return "–"
     if score["value"] is None or score["value"] != score["value"]:
         return f"– ({score['reason']})" if score.get("reason") else "–"
-    text, low, high = number(score["value"], percent, digits), score["low"], score["high"]
-    if low is not None and low == low:
-        low, high = (number(end, percent, digits).replace(" %", "") for end in (low, high))
+    low, high = score["low"], score["high"]
+    known = low is not None and low == low
+    if points and known:
+        digits = enough_digits((low, high), bounds, digits)
+    text = number(score["value"], percent, digits, points)
+    if known:
+        low, high = (number(end, percent or points, digits).replace(" %", "") for end in (low, high))
         text += f" [{low}, {high}]"
     return ", ".join(filter(None, [text, n_text(score)]))
 
 # %% ../../nbs/86_tables.ipynb #253699a6
 def crossed(
-    summary, row: str, column: str | None = None, *, percent: bool | Sequence[str] = False, digits: int = 2
+    summary,
+    row: str,
+    column: str | None = None,
+    *,
+    percent: bool | Sequence[str] = False,
+    points: Sequence[str] = (),
+    digits: int = 2,
 ) -> list[list[str]]:
     """A summary as rows of text, the first row the head.
 
@@ -311,6 +327,8 @@ def crossed(
         columns of the summary that name the rows and the columns; without `column` one column of values
     percent
         whether, or for which columns, values are shown as percentages
+    points
+        names of rows or columns that hold differences of shares, which are shown in percentage points
     """
     heads = list(dict.fromkeys(summary[column])) if column else ["value"]
     names = list(dict.fromkeys(summary[row]))
@@ -321,7 +339,8 @@ def crossed(
         for head in heads:
             found = own[own[column] == head] if column else own
             in_percent = percent if isinstance(percent, bool) else head in percent
-            cells.append(cell_text(found.iloc[0] if len(found) else None, in_percent, digits))
+            score = found.iloc[0] if len(found) else None
+            cells.append(cell_text(score, in_percent, digits, name in points or head in points))
         rows.append([str(name), *cells])
     return rows
 
