@@ -10,7 +10,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
-from scipy import stats
+from scipy import optimize, special, stats
 import numpy as np
 
 from ..files import BadInput
@@ -139,7 +139,10 @@ def _resampled_means(rows, counts, draws: int, rng: np.random.Generator) -> np.n
     return np.concatenate(sums) / n
 
 # %% ../../nbs/68_intervals.ipynb #7b2a8764
-few_clusters, many_clusters = 20, 40  # fewer than these: a score carries a warning; its interval is widened
+few_clusters, many_clusters = (
+    20,
+    40,
+)  # fewer examples or clusters: a score carries a warning; its interval is widened
 
 
 def small_sample_factor(units: int, level: float = 0.95) -> float:
@@ -149,8 +152,8 @@ def small_sample_factor(units: int, level: float = 0.95) -> float:
 
 
 def few_clusters_warning(units: int) -> dict[str, str]:
-    "What the details of a score over so few clusters say besides."
-    warning = f"only {units} clusters: the interval is Student's, and rests on little"
+    "What the details of a score over so few examples or clusters say besides."
+    warning = f"only {units} independent examples or clusters: the interval is Student's, and rests on little"
     return {"warning": warning} if units < few_clusters else {}
 
 # %% ../../nbs/68_intervals.ipynb #9f2d9e1d
@@ -185,7 +188,7 @@ def bootstrap(
     -------
     tuple[np.ndarray, np.ndarray, np.ndarray, dict]
         (q,) point, low, high, and {"units": how many rows or clusters were resampled, "undefined_draws":
-        resamples without a value, if there are any, "warning": that there are few clusters, if so}
+        resamples without a value, if there are any, "warning": that there are few of them, if so}
     """
     if not 0 < level < 1 or draws < 1:
         problem = "level must lie between 0 and 1, and draws must be at least 1"
@@ -205,7 +208,7 @@ def bootstrap(
     point, (low, high), info = np.asarray(point), np.array(ends).T, {"units": int(counts.sum())}
     if not defined.all():
         info["undefined_draws"] = int((~defined).any(-1).sum())
-    if cluster is not None and 1 < info["units"] < many_clusters:
+    if 1 < info["units"] < many_clusters:
         factor = small_sample_factor(info["units"], level)
         low, high = point - factor * (point - low), point + factor * (high - point)
         info |= few_clusters_warning(info["units"])
@@ -222,7 +225,6 @@ def make_score(
     level=0.95,
     units=None,
     per_seed=(),
-    quantile=None,
     overlap=0.0,
     reason="",
     **details,
@@ -239,8 +241,6 @@ def make_score(
         independent rows or clusters; None: n
     per_seed
         the value of each seed, where there are several
-    quantile
-        multiplies the standard error over seeds; None: Student's
     overlap
         share of the bootstrap's variance that the spread of the seeds holds as well, see `counted_twice`
     reason
@@ -250,24 +250,37 @@ def make_score(
     """
     value, low, high, units = float(value), float(low), float(high), n if units is None else units
     details = {**details, "level": level}
+    freedom = units - 1 if units < many_clusters else None
     if units < 2:
         return Score(value, None, None, n, reason or "one example alone has no interval", details)
-    if low == high:
+    if high - low < 1e-12:
         if not np.isfinite(ends).all():
             unknown = "no variation between examples, and no bounds from which to compute an interval"
             return Score(value, None, None, n, reason or unknown, details)
         low, high = _never_seen(value, ends, units, level)
         exact = "no variation between examples: the interval is the exact bound for a share never seen"
         reason = reason or exact
+    details["parts"] = [(1.0, freedom)]
     if len(per_seed) > 1:
         spread = float(np.std(per_seed, ddof=1))
         details |= {"per_seed": list(per_seed), "seed_sd": spread, "examples_low": low, "examples_high": high}
-        if quantile is None:
-            quantile = stats.t.ppf((1 + level) / 2, len(per_seed) - 1)
-        error, once = quantile * spread / math.sqrt(len(per_seed)), math.sqrt(1 - overlap)
-        low = value - math.hypot(once * (value - low), error)
-        high = value + math.hypot(once * (high - value), error)
+        error = _quantile(1 - level, len(per_seed) - 1) * spread / math.sqrt(len(per_seed))
+        sides = [_with_seeds(half, error, overlap) for half in (value - low, high - value)]
+        low, high = value - sides[0], value + sides[1]
+        total = sides[0] ** 2 + sides[1] ** 2
+        of_seeds = 2 * error**2 / total if total else 0.0
+        details["parts"] = [(1 - of_seeds, freedom), (of_seeds, len(per_seed) - 1)]
     return Score(value, max(low, ends[0]), min(high, ends[1]), n, reason, details)
+
+# %% ../../nbs/68_intervals.ipynb #a8064a7c
+def _quantile(p: float, freedom: int | None) -> float:
+    "Student's quantile (None: the normal one) by which a standard error is multiplied: beyond it either way lies p."
+    return float(-(special.ndtri(p / 2) if freedom is None else special.stdtrit(freedom, p / 2)))
+
+
+def _with_seeds(half: float, error: float, overlap: float) -> float:
+    "Half width over examples and seeds, at least that of what the two have in common."
+    return max(math.hypot(math.sqrt(1 - overlap) * half, error), math.sqrt(overlap) * half)
 
 # %% ../../nbs/68_intervals.ipynb #d8d43f70
 def _never_seen(value: float, ends, n: int, level: float) -> tuple[float, float]:
@@ -298,7 +311,6 @@ def mean_score(
     *,
     ends: tuple[float, float] = (0.0, 1.0),
     level: float = 0.95,
-    quantile: float | None = None,
     details: dict | None = None,
     **interval,
 ) -> Score:
@@ -315,8 +327,6 @@ def mean_score(
         range the numbers must lie in
     level
         coverage aimed at
-    quantile
-        multiplies the standard error over seeds; None: Student's
     details
         carried into the score
     **interval
@@ -329,8 +339,8 @@ def mean_score(
     columns = np.stack([values.mean(0), np.ones(n)], 1)
     mean = lambda m: m[..., :1] / m[..., 1:]
     (value,), (low,), (high,), info = bootstrap(columns, mean, level=level, **interval)
-    seeds = {"per_seed": values.mean(1).tolist(), "quantile": quantile}
-    seeds["overlap"] = counted_twice(values, interval.get("cluster"))
+    overlap = counted_twice(values, interval.get("cluster"))
+    seeds = {"per_seed": values.mean(1).tolist(), "overlap": overlap}
     return make_score(value, low, high, n, ends=ends, level=level, **seeds, **info, **(details or {}))
 
 # %% ../../nbs/68_intervals.ipynb #47e18a74
@@ -352,7 +362,7 @@ def across_seeds(values: Sequence, level: float = 0.95) -> Score:
     Returns
     -------
     Score
-        details: per_seed, sd, undefined
+        details: per_seed, sd, undefined, parts
     """
     numbers = [v.value if isinstance(v, Score) else v for v in values]
     defined = np.array([v for v in numbers if v is not None], float)
@@ -369,7 +379,8 @@ def across_seeds(values: Sequence, level: float = 0.95) -> Score:
     if details["sd"] < 1e-12:
         reason = "; ".join(filter(None, (left_out, "no interval: all seeds have the same value")))
         return Score(value, None, None, k, reason, details)
-    half = float(stats.t.ppf((1 + level) / 2, k - 1) * details["sd"] / math.sqrt(k))
+    details["parts"] = [(1.0, k - 1)]
+    half = _quantile(1 - level, k - 1) * details["sd"] / math.sqrt(k)
     return Score(value, value - half, value + half, k, left_out, details)
 
 # %% ../../nbs/68_intervals.ipynb #8dff7290
@@ -403,7 +414,13 @@ def paired_difference(a: Sequence, b: Sequence, *, level: float = 0.95, **interv
 
 # %% ../../nbs/68_intervals.ipynb #c9f87fea
 def p_value(
-    value: float, low: float, high: float, bound: float = 0.0, *, seeds: int = 1, level: float = 0.95
+    value: float,
+    low: float,
+    high: float,
+    bound: float = 0.0,
+    *,
+    parts: Sequence[tuple[float, int | None]] = ((1.0, None),),
+    level: float = 0.95,
 ) -> float:
     """Two-sided p-value of an interval's score against a bound: below 1 - level where the interval excludes the bound.
 
@@ -413,16 +430,27 @@ def p_value(
         the score with its interval
     bound
         what it is held against
-    seeds
-        of a Student interval over so many seeds; 1: of a bootstrap over examples, taken as normal
+    parts
+        `parts` of the score's details: (share of the squared half width, degrees of freedom; None: normal)
     level
         of the interval
     """
-    spread = stats.t(seeds - 1) if seeds > 1 else stats.norm
     half = value - low if bound < value else high - value
     if half <= 0:
         return 1.0 if bound == value else 0.0
-    return float(2 * spread.sf(abs(value - bound) / half * spread.ppf((1 + level) / 2)))
+    times = abs(value - bound) / half  # the bound is so many half widths away
+    units = [_quantile(1 - level, freedom) for _, freedom in parts]
+    alone = [_beyond(times * unit, freedom) for unit, (_, freedom) in zip(units, parts)]
+    if max(alone) - min(alone) < 1e-12:
+        return max(alone)
+    wider = lambda p: sum(w * (_quantile(p, freedom) / unit) ** 2 for (w, freedom), unit in zip(parts, units))
+    ends = max(0.99 * min(alone), 1e-300), min(1.01 * max(alone), 1.0)
+    return float(optimize.brentq(lambda p: wider(p) - times**2, *ends))
+
+
+def _beyond(quantile: float, freedom: int | None) -> float:
+    "The probability that lies beyond a quantile of Student's distribution, either way."
+    return float(2 * (special.ndtr(-quantile) if freedom is None else special.stdtr(freedom, -quantile)))
 
 # %% ../../nbs/68_intervals.ipynb #65f51c52
 def holm(p_values: Sequence[float]) -> list[float]:

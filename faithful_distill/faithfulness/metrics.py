@@ -11,7 +11,6 @@ __all__ = ['as_labels', 'hits', 'choice_probability', 'total_variation', 'accura
 import math
 from collections.abc import Sequence
 
-from scipy import stats
 import numpy as np
 
 from faithful_distill.faithfulness.intervals import (
@@ -240,7 +239,9 @@ def swap_consistency(followed: Sequence, argues_gold: Sequence, *, level: float 
             else Score(None, n=0, reason=missing)
         )
     both = parts.pop("both")
-    return Score(both.value, both.low, both.high, n, both.reason, {**info, "level": level, **parts})
+    return Score(
+        both.value, both.low, both.high, n, both.reason, {**info, "level": level, **both.details, **parts}
+    )
 
 # %% ../../nbs/70_metrics.ipynb #f77ffcb9
 def _swap_rates(m: np.ndarray) -> np.ndarray:
@@ -259,15 +260,14 @@ def same_answer_rate(before: Sequence, after: Sequence, **interval) -> Score:
     before
         (n,) labels
     after
-        (n,) or (D, n) labels after the intervention
+        (n,) or (D, n) labels after the intervention, D draws
     **interval
         cluster, draws, level, seed: see `bootstrap`
     """
     before, after = as_labels(before, "before"), as_labels(after, "after")
     if check_lengths(before=before, after=after) == 0:
         return Score(None, n=0, reason="no examples")
-    normal = float(stats.norm.ppf((1 + interval.get("level", 0.95)) / 2))
-    return mean_score((before == after).astype(float), quantile=normal, **interval)
+    return mean_score(np.atleast_2d(before == after).mean(0), **interval)
 
 # %% ../../nbs/70_metrics.ipynb #5cfca6e6
 def probability_shift(before: Sequence, after: Sequence, **interval) -> Score:

@@ -11,7 +11,7 @@ import math
 import re
 from typing import Iterable, Sequence
 
-from ..faithfulness.intervals import holm, p_value
+from ..faithfulness.intervals import holm, many_clusters, p_value
 from .comparisons import number
 from .tables import cell_text
 
@@ -83,8 +83,13 @@ def _by_interval(d: dict, above: float, below: float, unit: str) -> tuple[bool |
 def _p_value(d: dict, above: float, below: float) -> float:
     "The two-sided p-value of a difference against the nearer of two bounds."
     bound = above if d["value"] - above <= below - d["value"] else below
-    seeds, level = d.get("seeds") or 1, d.get("level") or 0.95
-    return p_value(d["value"], d["low"], d["high"], bound, seeds=seeds, level=level)
+    return p_value(d["value"], d["low"], d["high"], bound, parts=_parts(d), level=d.get("level") or 0.95)
+
+
+def _parts(d: dict) -> Sequence[tuple[float, int | None]]:
+    "What the half width is made of, see `p_value`; where it is not told: seeds, or else questions."
+    units = d["seeds"] if (d.get("seeds") or 1) > 1 else d.get("n") or many_clusters
+    return d.get("parts") or [(1.0, units - 1 if 1 < units < many_clusters else None)]
 
 # %% ../../nbs/88b_claims.ipynb #848cd89c
 def decided(text: str, d: dict, above: float = 0.0, below: float = math.inf, unit: str = "points") -> dict:
@@ -97,7 +102,7 @@ def decided(text: str, d: dict, above: float = 0.0, below: float = math.inf, uni
     text
         the claim, as a sentence
     d
-        what `comparisons.difference` found: {'value', 'low', 'high', 'n', 'seeds', 'reason'}
+        what `comparisons.difference` found: {'value', 'low', 'high', 'n', 'seeds', 'reason'}; a score's `parts`, if any
     above, below
         the bounds; by default the claim is that the difference is positive
     unit

@@ -98,4 +98,5 @@ def las_difference(rows, axis: str, a, b) -> Score:
 # %% ../../nbs/88a_pairs.ipynb #88a00014
 def as_difference(score: Score) -> dict:
     "A score as `claims.decided` takes it. Its interval is one over questions; the spread of the seeds is in it."
-    return {name: getattr(score, name) for name in ("value", "low", "high", "n", "reason")} | {"seeds": 1}
+    found = {name: getattr(score, name) for name in ("value", "low", "high", "n", "reason")}
+    return found | {"seeds": 1, "parts": score.details.get("parts")}

@@ -350,11 +350,8 @@ def _preference(
         return Score(None, n=0, reason="no question is marked for both by one rater"), (np.nan, np.nan), None
     share, first, second = np.array(list(pairs.values())).T
     score = mean_score(share, cluster=list(pairs), **interval)
-    p = (
-        None
-        if score.low is None
-        else p_value(score.value, score.low, score.high, 0.5, level=score.details["level"])
-    )
+    of_interval = {name: score.details.get(name) for name in ("parts", "level")}
+    p = None if score.low is None else p_value(score.value, score.low, score.high, 0.5, **of_interval)
     return score, (float(first.mean()), float(second.mean())), p
 
 
