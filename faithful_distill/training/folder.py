@@ -182,8 +182,7 @@ def claim(out: Path, run: str, more=()) -> None:
     "Note in `out` what this run writes there, before it is written."
     names = (written_here(out) or set(_always)) | set(more)
     note = dict(program="faithful_distill", run=run, written=sorted(names))
-    with open(write_json(out / _marker, note), "rb") as f:
-        os.fsync(f.fileno())
+    write_json(out / _marker, note)
 
 
 def clear(out: Path) -> None:
