@@ -301,6 +301,7 @@ def test_a_journal_that_was_taken_away_is_not_written_to(tmp_path, harm):
         assert journal.records == [{"id": "1"}] and (not path.exists() or not path.read_text())
 
 
+@pytest.mark.skipif(not os.path.exists("/proc/self/fd"), reason="Linux")
 def test_what_was_written_is_on_the_disk_with_its_name(tmp_path, monkeypatch):
     synced, fsync = [], os.fsync
 
