@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 
@@ -263,6 +264,54 @@ def test_opening_a_journal_changes_nothing_and_appending_drops_the_torn_line(tmp
         assert journal.records == [{"id": "1"}] and path.read_text() == '{"id": "1"}\n' + torn
         journal.append({"id": "3"})
     assert path.read_text() == '{"id": "1"}\n{"id": "3"}\n'
+
+
+def append_each(path, name, times):
+    with Journal(path) as journal:
+        for k in range(times):
+            journal.append({"id": f"{name}{k}"})
+
+
+def test_nothing_is_lost_where_several_append_to_one_journal(tmp_path):
+    with Journal(tmp_path / "j") as one, Journal(tmp_path / "j") as other:
+        other.append({"id": "1"}, {"id": "2"})
+        one.append({"id": "3"})
+        other.append({"id": "4"})
+        assert one.records == [{"id": k} for k in "123"] and other.records == [{"id": k} for k in "1234"]
+    assert [row["id"] for _, row in read_jsonl(tmp_path / "j")] == list("1234")
+    context = multiprocessing.get_context("spawn")
+    both = [context.Process(target=append_each, args=(tmp_path / "k", name, 100)) for name in "ab"]
+    for process in both:
+        process.start()
+    for process in both:
+        process.join(60)
+    ids = [row["id"] for _, row in read_jsonl(tmp_path / "k")]
+    assert sorted(ids) == sorted(f"{name}{k}" for name in "ab" for k in range(100))
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["j", "k"], "no lock stays"
+
+
+@pytest.mark.parametrize("harm", [Path.unlink, lambda p: p.write_text(""), lambda p: write_text(p, "")])
+def test_a_journal_that_was_taken_away_is_not_written_to(tmp_path, harm):
+    path = tmp_path / "j"
+    with Journal(path) as journal:
+        journal.append({"id": "1"})
+        harm(path)
+        with pytest.raises(BadInput, match="was removed, replaced or shortened"):
+            journal.append({"id": "2"})
+        assert journal.records == [{"id": "1"}] and (not path.exists() or not path.read_text())
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/fd"), reason="Linux")
+def test_what_was_written_is_on_the_disk_with_its_name(tmp_path, monkeypatch):
+    synced, fsync = [], os.fsync
+
+    def note(handle):
+        synced.append(os.readlink(f"/proc/self/fd/{handle}").split("/")[-1])
+        fsync(handle)
+
+    monkeypatch.setattr(os, "fsync", note)
+    write_text(tmp_path / "a", "text")
+    assert [name.split(".")[1:2] or name for name in synced] == [["a"], tmp_path.name]
 
 
 class Full:

@@ -19,8 +19,9 @@ from faithful_distill.faithfulness.simulator_registry import (
     simulators,
 )
 from faithful_distill.faithfulness.simulators import ModelBehaviour, simulate, simulate_folds, try_las
-from faithful_distill.faithfulness.vector_cache import VectorCache, model_key, text_key
+from faithful_distill.faithfulness.vector_cache import VectorCache, text_key
 from faithful_distill.files import BadInput
+from faithful_distill.hashes import model_identity
 from faithful_distill.questions import Question
 from faithful_distill.student.model import tiny_student
 
@@ -105,7 +106,9 @@ def test_a_text_is_read_once_and_another_text_or_model_is_another_key(tmp_path):
     assert not np.allclose(other(["the lamp", "a chair"]), vectors)
     assert len(list((tmp_path / "cache").iterdir())) == 2
     keys = {
-        model_key(m.model, m.tokenizer, *how) for m in (first, other) for how in (("mean", 40), ("mean", 8))
+        model_identity(m.model, m.tokenizer, *how, n=16)
+        for m in (first, other)
+        for how in (("mean", 40), ("mean", 8))
     }
     assert len(keys) == 4 and folder.name in keys
 

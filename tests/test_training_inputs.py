@@ -6,13 +6,14 @@ import re
 from pathlib import Path
 
 import pytest
-from transformers import T5Config, T5ForConditionalGeneration
+from transformers import AutoTokenizer, T5Config, T5ForConditionalGeneration
 
 import ranks
 from faithful_distill.files import BadInput
+from faithful_distill.hashes import weights_hash
 from faithful_distill.records import read_records
 from faithful_distill.student.answers import answer
-from faithful_distill.student.model import load_student
+from faithful_distill.student.model import Student, load_student, tiny_student
 from faithful_distill.training.folder import run_key, weights_key
 from faithful_distill.training.launch import launch, train_seeds
 from faithful_distill.training.settings import Settings
@@ -32,6 +33,49 @@ def test_equal_numbers_are_the_same_run():
     "However they are written: 3 epochs are 3.0, and a path is its text."
     a, b = Settings(epochs=3, deepspeed=Path("own.json")), Settings(epochs=3.0, deepspeed="own.json")
     assert run_key(a, ranks.rationales(), None, "w") == run_key(b, ranks.rationales(), None, "w")
+
+
+def test_an_edited_deepspeed_file_is_another_run(tmp_path):
+    file, keys = tmp_path / "own.json", set()
+    for stage in (0, 1, 0):
+        file.write_text(json.dumps({"zero_optimization": {"stage": stage}}))
+        keys.add(run_key(Settings(deepspeed=file), ranks.rationales(), None, "w"))
+    assert len(keys) == 2
+
+
+def test_a_model_is_its_weights_its_configuration_and_its_tokenizer(tmp_path):
+    texts = ["fish live in water"]
+    student, key = tiny_student(texts), weights_key(tiny_student(texts))
+    assert weights_key(student) == key
+    for part in (student.model, student.tokenizer):
+        part.save_pretrained(tmp_path / "saved")
+    loaded = Student(
+        T5ForConditionalGeneration.from_pretrained(tmp_path / "saved"),
+        AutoTokenizer.from_pretrained(tmp_path / "saved"),
+    )
+    assert weights_key(loaded) == key, "wherever it came from"
+    student.model.config.dropout_rate += 0.1
+    assert weights_key(student) != key
+    loaded.tokenizer.add_tokens(["whale"])
+    assert weights_key(loaded) != key
+
+
+@pytest.mark.parametrize("name", ["chat_template.jinja", "spiece.model", "added_tokens.json"])
+def test_each_file_that_decides_an_output_is_in_the_key_of_a_folder(tmp_path, name):
+    (tmp_path / "config.json").write_text("{}")
+    before = weights_hash(tmp_path)
+    (tmp_path / name).write_text("a")
+    there = weights_hash(tmp_path)
+    (tmp_path / name).write_text("b")
+    assert len({before, there, weights_hash(tmp_path)}) == 3
+
+
+def test_a_file_of_weights_is_its_bytes(tmp_path):
+    keys = []
+    for content in ("a", "b", "a"):
+        (tmp_path / "m.gguf").write_text(content)
+        keys.append(weights_key(tmp_path / "m.gguf"))
+    assert keys[0] == keys[2] != keys[1]
 
 
 def test_weights_differ_wherever_in_a_file_they_differ(tmp_path):

@@ -8,7 +8,6 @@ __all__ = ['VectorCache']
 # %% ../../nbs/76_vector_cache.ipynb #bb363e47
 import hashlib
 import io
-import json
 import logging
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -17,27 +16,13 @@ from typing import Any
 import numpy as np
 
 from ..files import BadInput, cache_folder, write_text
-from ..hashes import content_key
+from ..hashes import content_key, model_identity
 from ..progress import progress
 
 # %% ../../nbs/76_vector_cache.ipynb #0b3e3f21
 def text_key(text: str) -> str:
     "The key of a text's vector."
     return hashlib.sha256(text.encode()).hexdigest()[:32]
-
-# %% ../../nbs/76_vector_cache.ipynb #3ff2453e
-def model_key(model: Any, tokenizer: Any, *settings) -> str:
-    "The key of a model: of its weights, wherever they came from, its tokenizer, and how it is used."
-    import torch
-
-    digest = hashlib.sha256()
-    for name, t in sorted(model.state_dict().items()):
-        digest.update(f"{name}{tuple(t.shape)}".encode())
-        digest.update(t.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    words = tokenizer.get_vocab() if backend is None else json.loads(backend.to_str())
-    words = {k: v for k, v in words.items() if k not in ("truncation", "padding")}  # set by each call
-    return content_key([digest.hexdigest(), words, *settings], 16)
 
 # %% ../../nbs/76_vector_cache.ipynb #8d5061b1
 def _read_vectors(file: Path) -> dict[str, np.ndarray]:
@@ -110,4 +95,6 @@ def cache_of(kind: str, cache: Any, model, tokenizer, *settings) -> VectorCache:
     """
     if cache is False:
         return VectorCache(None)
-    return VectorCache(Path(cache or cache_folder() / kind) / model_key(model, tokenizer, *settings))
+    return VectorCache(
+        Path(cache or cache_folder() / kind) / model_identity(model, tokenizer, *settings, n=16)
+    )

@@ -21,10 +21,9 @@ from pathlib import Path
 import filelock
 
 
-from ..files import writable_folder
+from ..files import try_lock, writable_folder
 from ..hashes import content_key
 from .dependencies import package_folder, package_name
-from ..ownership import try_lock
 
 # %% ../../nbs/81_kernel.ipynb #494c0688
 _kernel: dict = {}  # in a kernel: environment and module path as they were at its start, and the lock it holds

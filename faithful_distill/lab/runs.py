@@ -19,13 +19,12 @@ from importlib import metadata
 from pathlib import Path
 from typing import Iterable, Iterator
 
-from ..files import writable_folder, write_json, write_text
+from ..files import try_lock, writable_folder, write_json, write_text
 from ..hashes import stable_seed
 from .dependencies import package_folder
 from .kernel import WarmKernel, peak_memory, sweep, warm_engine
 from .keys import Run, planned_run
 from .tables import rows_of, tidy, write_table
-from ..ownership import try_lock
 
 # %% ../../nbs/82_runs.ipynb #0f2798fd
 class Busy(RuntimeError):

@@ -6,14 +6,13 @@
 __all__ = ['Teacher', 'load_teacher', 'as_teacher']
 
 # %% ../../nbs/38_loading.ipynb #38a00003
-import hashlib
 from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
 from typing import Any
 
 from ..files import BadInput
-from ..hashes import content_key, sha256_file, weights_hash
+from ..hashes import model_identity, sha256_file, weights_hash
 from ..models import check_name, is_gguf, load_pretrained
 from ..ranks import placement
 
@@ -90,17 +89,6 @@ def load_teacher(
         name, weights = Path(name_or_dir).resolve().name, sha256_file(name_or_dir)[:12]
     return Teacher(model.eval(), tokenizer, name, weights, tensor_parallel)
 
-# %% ../../nbs/38_loading.ipynb #32262fa8
-def _hash_in_memory(model, tokenizer) -> str:
-    "A hash of all weights and of the tokenizer's words."
-    import torch
-
-    digest = hashlib.sha256(content_key(sorted(tokenizer.get_vocab().items())).encode())
-    for name, weight in sorted(model.state_dict().items()):
-        digest.update(f"{name} {tuple(weight.shape)} {weight.dtype}".encode())
-        digest.update(weight.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
-    return digest.hexdigest()[:12]
-
 # %% ../../nbs/38_loading.ipynb #d150ddcc
 def as_teacher(teacher) -> Teacher:
     """A `Teacher` from a `Teacher`, a hub name or a folder, or (model, tokenizer).
@@ -113,7 +101,7 @@ def as_teacher(teacher) -> Teacher:
         model, tokenizer = teacher
         if callable(tokenizer) and hasattr(tokenizer, "decode"):
             name = Path(getattr(model.config, "_name_or_path", "") or "in-memory").name
-            return Teacher(model.eval(), tokenizer, name, _hash_in_memory(model, tokenizer))
+            return Teacher(model.eval(), tokenizer, name, model_identity(model, tokenizer))
     if not isinstance(teacher, (str, PathLike)):
         remedy = "Give a hub name, a folder, or (model, tokenizer)."
         raise BadInput("is no teacher", field="teacher", value=type(teacher).__name__, remedy=remedy)

@@ -134,7 +134,7 @@ class AtomicCheckpoints(TrainerCallback):
         noted = {name: dict(size=p.stat().st_size, sha256=sha256_file(p)) for name, p in files.items()}
         mark = dict(self.about, step=step, files=noted)
         write_json(checkpoint / "whole.json", mark | dict(seal=seal(mark)))
-        _to_disk(checkpoint / "whole.json", checkpoint, self.folder)
+        _to_disk(self.folder)
 
     def sweep(self, best: str = "") -> None:
         found = checkpoints(self.folder)

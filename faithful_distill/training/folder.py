@@ -16,7 +16,7 @@ from functools import cached_property
 from pathlib import Path
 
 from ..files import BadInput, write_json, write_text
-from ..hashes import content_key, sha256_file, weights_hash
+from ..hashes import content_key, model_identity, sha256_file, weights_hash
 from ..jsonl import read_jsonl
 from ..overlaps import question_hash
 from ..records import Rationale
@@ -43,10 +43,15 @@ def run_key(
         `weights_key` of the student to start from
     """
 
+    from faithful_distill.training.zero import shipped_configurations
+
     def content(rationales):
         return [{name: getattr(r, name) for name in _read_of_a_rationale} for r in rationales]
 
     deciding = settings.model_dump(exclude=_no_part_of_the_key)
+    own = deciding["deepspeed"]
+    if isinstance(own, str) and own not in shipped_configurations() and Path(own).is_file():
+        deciding["deepspeed"] = {"file": sha256_file(own)}
     return content_key([deciding, content(rationales), dev and content(dev), weights])
 
 # %% ../../nbs/61_folder.ipynb #da766208
@@ -78,20 +83,16 @@ class Run:
 def weights_key(student: Student | str | Path) -> str:
     """A hash that tells one set of weights from another.
 
-    Of the tensors of a `Student`, of the files of a folder (`weights_hash`); a hub name stands for itself.
+    `model_identity` of a `Student`, `weights_hash` of a folder, that of its bytes of a file; a hub name stands for
+    itself.
     """
-    digest = hashlib.sha256()
     if isinstance(student, Student):
-        import torch
-
-        for name, tensor in sorted(student.model.state_dict().items()):
-            digest.update(name.encode())
-            digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
-    elif Path(student).is_dir():
+        return model_identity(student.model, student.tokenizer)
+    if Path(student).is_dir():
         return weights_hash(student)
-    else:
-        digest.update(str(student).encode())
-    return digest.hexdigest()[:12]
+    if Path(student).is_file():
+        return sha256_file(student)[:12]
+    return hashlib.sha256(str(student).encode()).hexdigest()[:12]
 
 # %% ../../nbs/61_folder.ipynb #61000002
 _marker = ".faithful_distill"
@@ -182,8 +183,7 @@ def claim(out: Path, run: str, more=()) -> None:
     "Note in `out` what this run writes there, before it is written."
     names = (written_here(out) or set(_always)) | set(more)
     note = dict(program="faithful_distill", run=run, written=sorted(names))
-    with open(write_json(out / _marker, note), "rb") as f:
-        os.fsync(f.fileno())
+    write_json(out / _marker, note)
 
 
 def clear(out: Path) -> None:
