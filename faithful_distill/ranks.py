@@ -10,6 +10,7 @@ __all__ = ['rank_variables', 'shard_from_environment', 'launched', 'shard_of', '
 # %% ../nbs/06_ranks.ipynb #87c7b081
 import collections
 import os
+import re
 import shlex
 import signal
 import socket
@@ -284,6 +285,12 @@ def stop_ranks(process: subprocess.Popen) -> None:
 
 # %% ../nbs/06_ranks.ipynb #484585d9
 def error_line(stderr: str) -> str:
-    "The last line that names a `BadInput`, else the end of what was written."
-    lines = [line for line in stderr.splitlines() if "BadInput" in line]
-    return lines[-1] if lines else stderr[-2000:]
+    """The last line that names a `BadInput`, else the error of the process that failed first, else the end.
+
+    Processes that fail later only say that they lost that one; torchrun says last that one of them failed.
+    """
+    if lines := [line for line in stderr.splitlines() if "BadInput" in line]:
+        return lines[-1]
+    error = r"^(\[rank\d+\]: ?)?(?!torch\.distributed\.elastic)([\w.]+(?:Error|Exception|Interrupt)\b.*)"
+    found = re.findall(error, stderr, flags=re.M)
+    return [rank + line for rank, line in found if rank == found[0][0]][-1] if found else stderr[-2000:]

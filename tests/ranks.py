@@ -134,6 +134,11 @@ def chosen(folder, metric, *callbacks):
     )[1]
 
 
+def adapted(out):
+    "Trains adapters under stage 3, where only rank 0 has the gathered weights."
+    return run(out, 3, 1, lora=dict(r=2, target_modules=["q", "v"]), max_steps=2)[1]
+
+
 if __name__ == "__main__":
     folder = Path(sys.argv[1])
     for kind, stage, accumulation in alike:
@@ -144,5 +149,6 @@ if __name__ == "__main__":
         )
     for metric in ("accuracy", "loss_counterfactual"):
         chosen(folder, metric)
+    adapted(folder / "lora")
     torch.distributed.barrier()
     torch.distributed.destroy_process_group()

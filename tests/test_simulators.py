@@ -1,6 +1,5 @@
 """LAS, REV and RORA-lite on simulators made by hand: what they are shown, and what follows from what they say."""
 
-import inspect
 from dataclasses import replace
 
 import numpy as np
@@ -107,12 +106,13 @@ def test_one_simulator_a_seed_and_three_by_default():
     for seeded, n in ((True, 3), (False, 1)):
         simulator = Simulator(seeded=seeded)
         assert len(simulate(simulator, train, test).read) == n == len(simulator.readers)
-    for function in (simulate, simulate_folds, measure_rev, rora_lite):
-        assert inspect.signature(function).parameters["seeds"].default == (0, 1, 2)
-    assert inspect.signature(simulate_folds).parameters["parts"].default == 3
-    assert inspect.signature(rora_lite).parameters["threshold"].default == 0.1
-    assert inspect.signature(rora_lite).parameters["rounds"].default == 3
-    assert inspect.signature(leaking_words).parameters["threshold"].default == 0.1
+    for n, measured in (
+        (3 * 3, lambda simulator: simulate_folds(simulator, train)),  # parts, seeds
+        (2 * 3, lambda simulator: measure_rev(simulator, train, test, draws=9)),
+        (1 + 2 * 3, lambda simulator: rora_lite(simulator, train, test, draws=9)),  # one that finds no leak
+    ):
+        measured(simulator := Simulator())
+        assert len(simulator.readers) == n
 
 
 def test_examples_without_a_prediction_teach_nothing_and_count_nowhere():
@@ -324,12 +324,14 @@ def test_rev_of_nothing_has_no_value_and_no_details():
 
 
 @pytest.mark.parametrize(
-    "threshold, leaks", [(0.1, [0, 3]), (0.04, [0, 2, 3]), (0.05 - 1e-9, [0, 2, 3]), (0.5, [0]), (2, [])]
+    "threshold, leaks",
+    [(None, [0, 3]), (0.1, [0, 3]), (0.04, [0, 2, 3]), (0.05 - 1e-9, [0, 2, 3]), (0.5, [0]), (2, [])],
 )
 def test_words_leak_whose_loss_lowers_the_answer_by_more_than_the_threshold(threshold, leaks):
     simulator = Simulator(by_words)
     explained = behaviour(["milk is cold warm", "milk"], [0, 1])  # the second is about the other choice
-    assert leaking_words(simulator.reader(), explained, threshold) == [leaks, []]
+    given = {} if threshold is None else dict(threshold=threshold)
+    assert leaking_words(simulator.reader(), explained, **given) == [leaks, []]
     for _, questions, texts in simulator.reads:
         assert not any(q.question in text for q, text in zip(questions, texts))
         assert all(text.startswith("(a) oven (b) fridge") for text in texts)
@@ -367,6 +369,8 @@ def test_detectors_are_trained_anew_on_what_is_left_until_nothing_leaks():
         return [-1.0 if "milk" in words else -2.0 if "fridge-cold" in words else -3.0, -1.0]
 
     both = behaviour(["milk fridge-cold plain", "it is so"], [0, 1])
+    default = rora_lite(Simulator(hidden), both, both, seeds=(0,), draws=9)
+    assert default.details["masked"] == pytest.approx(2 / 6)
     for rounds, words in ((1, 5), (2, 4), (3, 4)):
         simulator = Simulator(hidden)
         _, left = rora_logs(simulator, both, both, (0,), Reader(), 0.1, rounds)

@@ -1,6 +1,7 @@
 "The student against slow and independent ways of doing the same."
 
 import copy
+import math
 import random
 import types
 from dataclasses import replace
@@ -11,6 +12,7 @@ from hypothesis import given, settings, strategies as st
 
 from faithful_distill.files import BadInput, shipped
 from faithful_distill.lab.world import world_questions
+from faithful_distill.progress import progress
 from faithful_distill.questions import Question, match_choice
 from faithful_distill.sources import load_questions
 from faithful_distill.student import answers
@@ -186,11 +188,20 @@ def test_an_objective_is_known_by_its_name_and_refused_without_its_rows():
             check_needs(pairs, [gold, other])
         with pytest.raises(BadInput, match="is registered already"):
             register_objective(Objective("pairs_toy", ("pairs",), max))
+        with pytest.raises(BadInput, match="is registered already"):
+            register_objective(replace(pairs, rows="choice_reads"))
         assert register_objective(pairs) is pairs  # a cell that is run again
     finally:
         del registry["pairs_toy"]
     with pytest.raises(BadInput, match="is not an objective"):
         find_objective("pairs_toy")
+    own, foreign = (
+        find_objective("factual"),
+        types.FunctionType((lambda: 0).__code__, {"__name__": "elsewhere"}),
+    )
+    foreign.__qualname__ = own.compute.__qualname__
+    with pytest.raises(BadInput, match="is registered already"):
+        register_objective(replace(own, compute=foreign))
     with pytest.raises(BadInput, match="must be one of gold, counterfactual, pairs"):
         register_objective(Objective("silver_toy", ("silver",), print))
     assert list(registry)[:2] == ["factual", "counterfactual"]
@@ -262,6 +273,43 @@ def test_own_rationales_are_those_of_generate(student):
             ]
         assert student.tokenizer.decode(ids, skip_special_tokens=True).strip().startswith(text)
     assert any(text for text, _, _ in found)
+
+
+def test_after_an_error_the_model_trains_on_and_no_bar_is_left(monkeypatch):
+    from faithful_distill.student import answers
+
+    student, bars = tiny_student(["is it so ?"]), []
+    student.model.train()
+    torch.nn.init.constant_(student.model.lm_head.weight, math.nan)
+    opened = lambda **about: bars.append(progress(**about)) or bars[0]
+    monkeypatch.setattr(answers, "progress", opened)
+    monkeypatch.setenv("FAITHFUL_DISTILL_PROGRESS", "1")
+    with pytest.raises(BadInput, match="not finite"):
+        answer(student, [Question("1", "Is it ?", ("so", "is"), 0)], ["it is so ."])
+    assert student.model.training and bars[0].disable  # what a closed bar is
+
+
+@pytest.mark.parametrize("kind", ["t5", "llama"])
+def test_another_default_precision_changes_no_answer(kind):
+    student = tiny_student(["what is a cat dog house ? because it is"], kind)
+    asked = [Question("1", "What is it ?", ("a cat", "a dog house"), 0)], ["because it is"]
+    want = answer(student, *asked)
+    torch.set_default_dtype(torch.float64)
+    try:
+        assert answer(student, *asked) == want
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+def test_a_seeded_model_leaves_all_random_states_alone(monkeypatch):
+    "Those of GPUs too, which are not restored: they must not be seeded."
+    from faithful_distill.faithfulness.late_interaction import scratch_base
+
+    monkeypatch.setattr(torch, "manual_seed", lambda _: pytest.fail("GPUs are seeded"))
+    before = torch.get_rng_state()
+    a, b = (tiny_student(["is it ?"], seed=7).model.get_input_embeddings().weight for _ in "ab")
+    scratch_base(["is it ?"] * 9, 300).fresh(3)
+    assert torch.equal(a, b) and torch.equal(torch.get_rng_state(), before)
 
 
 def test_batch_size_and_order_change_nothing(student):

@@ -135,6 +135,16 @@ def test_two_ranks_choose_the_same_best_student(two_ranks, tmp_path, metric):
         assert (a[name] - b[name]).abs().max() < 0.05 * a[name].abs().max()
 
 
+def test_two_ranks_train_adapters_as_one(two_ranks, tmp_path):
+    from safetensors.torch import load_file
+
+    alone = ranks.adapted(tmp_path / "lora").out
+    for file in ("model.safetensors", "adapter/adapter_model.safetensors"):
+        want, got = load_file(alone / file), load_file(two_ranks / "lora" / file)
+        assert want.keys() == got.keys() and not any("lora" in name for name in want if "adapter" not in file)
+        assert max((want[name] - got[name]).abs().max() for name in want) < 2e-4
+
+
 def test_ranks_share_the_optimizer_state_and_stage_3_the_parameters(two_ranks, one_rank):
     held = {
         (stage, rank): json.loads((two_ranks / f"held-t5-{stage}x1-{rank}.json").read_text())
@@ -1227,6 +1237,64 @@ def test_launched_from_here_on_two_processes(tmp_path):
             timeout=200,
             **dict(given, batch_size=3),
         )
+
+
+@pytest.mark.parametrize(
+    "printed, said",
+    [
+        (
+            "[rank0]: ValueError: first\n[rank0]: faithful_distill.files.BadInput: lr is high\n",
+            "BadInput: lr is high",
+        ),
+        (
+            "[rank1]: KeyError: 'a'\n[rank1]: TypeError: no state\n[rank0]: RuntimeError: peer is gone\n",
+            "TypeError: no state",
+        ),
+        ("Traceback:\n  x\nAssertionError\n", "AssertionError"),
+        ("Signal 9 (SIGKILL) received by PID 7\n", "SIGKILL"),
+    ],
+)
+def test_what_failed_on_several_processes_is_named(printed, said):
+    "Not the end of torchrun's summary, which follows it."
+    from faithful_distill.ranks import error_line
+
+    summary = "torch.distributed.elastic.multiprocessing.errors.ChildFailedError: \n" + "=" * 1800
+    assert said in error_line(printed + summary)
+    assert "SIGKILL" in said or len(error_line(printed + summary).splitlines()) == 1
+
+
+def test_launch_returns_what_the_run_noted(tmp_path, monkeypatch):
+    import faithful_distill.training.launch as launching
+
+    base = ranks.base()
+    base.model.save_pretrained(tmp_path / "base")
+    base.tokenizer.save_pretrained(tmp_path / "base")
+
+    def in_this_process(n, call, *_):
+        launching.run_call(call[-1])
+        return 0, ""
+
+    monkeypatch.setattr(launching, "run_ranks", in_this_process)
+    given = dict(out=tmp_path / "out", max_steps=1, batch_size=4)
+    result = launching.launch(2, tmp_path / "base", ranks.records(), **given)
+    times = json.loads((tmp_path / "out" / "times.json").read_text())
+    again = train_student(tmp_path / "base", ranks.records(), **given)
+    assert result.seconds == times["seconds"] > 0 == again.seconds
+    assert result.cost == again.cost and result.cost["processor_seconds"] == times["processor_seconds"]
+
+
+def test_the_environment_is_never_cleared(monkeypatch):
+    "Other threads read it while a session ends; what was changed, added or removed within is as before."
+    from faithful_distill.training.zero import deepspeed_session
+
+    monkeypatch.setenv("KEPT", "1")
+    monkeypatch.setenv("GONE", "1")
+    monkeypatch.setattr(type(os.environ), "clear", lambda _: pytest.fail("all variables are gone"))
+    before = dict(os.environ)
+    with deepspeed_session():
+        os.environ |= dict(KEPT="2", NEW="3")
+        del os.environ["GONE"]
+    assert dict(os.environ) == before
 
 
 @pytest.fixture

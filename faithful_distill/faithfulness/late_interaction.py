@@ -126,7 +126,7 @@ class Scratch:
         import torch
 
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
+            torch.default_generator.manual_seed(seed)
             return _matcher(len(self.tokenizer), self.width, self.longest), self.tokenizer
 
 # %% ../../nbs/76b_late_interaction.ipynb #600208c0

@@ -23,7 +23,7 @@ from ..student.model import special_affixes
 from ..student.rows import pad_rows, plain_ids
 
 # %% ../../nbs/76_readers.ipynb #9f60884e
-@dataclass
+@dataclass(frozen=True)
 class Reader:
     """How a reader is trained.
 
@@ -100,7 +100,7 @@ def _load_checkpoint(base: str, seed: int) -> tuple[Any, Any]:
     if getattr(config, "is_encoder_decoder", False):
         kind, head = AutoModelForSeq2SeqLM, {}
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+        torch.default_generator.manual_seed(seed)
         model, tokenizer = load_pretrained(base, "reader", kind, field="base", dtype="float32", **head)
     if model.config.pad_token_id is None:
         model.config.pad_token_id = _pad_token(tokenizer)
@@ -334,7 +334,7 @@ def fit_reader(
 ) -> ChoiceReader:
     """Train with cross-entropy over the choices; keep the epoch with the best held-out loss.
 
-    Raises `BadInput` for fewer than ten rows.
+    Raises `BadInput` for fewer than ten rows, and if the loss is never finite.
 
     Parameters
     ----------
@@ -386,6 +386,9 @@ def fit_encoded(reader: ChoiceReader, texts, choices, y: Sequence[int]) -> Choic
                 weights = {k: v.detach().clone() for k, v in reader.model.state_dict().items()}
             elif len(reader.history) - 1 - int(np.argmin(reader.history)) >= s.patience:
                 break
+    if weights is None:
+        remedy = "Choose a lower learning rate; if that does not help, the weights of the base are broken."
+        raise BadInput("makes the reader's loss not finite", field="lr", value=reader.lr, remedy=remedy)
     reader.model.load_state_dict(weights)
     return reader
 

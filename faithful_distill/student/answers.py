@@ -275,25 +275,25 @@ def answer(
     sources = encode_sources(student, questions, [prefix] * len(questions))
     answers, was_training = [None] * len(questions), student.model.training
     student.model.eval()
-    bar = progress(total=len(questions), desc="answers", unit="q")
-    with torch.inference_mode():
-        for window, read, split in _windows(student, sources, texts, limit, batch_size):
-            written, unwritten = {}, [i for i in window if texts[i] is None or continue_from]
-            for batch in split(unwritten):
-                given = _at(batch, sources), _at(batch, texts)
-                found = write_rationales(student, read(batch), *given, prefix, limit)
-                written.update(zip(batch, found))
-                bar.update(len(batch))
-            for i, rationale in written.items():
-                texts[i] = rationale.text
-            for batch in split(window):
-                given = _at(batch, sources), _at(batch, texts)
-                found = read_answers(student, _at(batch, questions), read(batch), *given, prefix)
-                for i, a in zip(batch, found):
-                    answers[i] = _as_written(a, written.get(i))
-                bar.update(sum(i not in written for i in batch))
-    bar.close()
-    student.model.train(was_training)
+    try:
+        with torch.inference_mode(), progress(total=len(questions), desc="answers", unit="q") as bar:
+            for window, read, split in _windows(student, sources, texts, limit, batch_size):
+                written, unwritten = {}, [i for i in window if texts[i] is None or continue_from]
+                for batch in split(unwritten):
+                    given = _at(batch, sources), _at(batch, texts)
+                    found = write_rationales(student, read(batch), *given, prefix, limit)
+                    written.update(zip(batch, found))
+                    bar.update(len(batch))
+                for i, rationale in written.items():
+                    texts[i] = rationale.text
+                for batch in split(window):
+                    given = _at(batch, sources), _at(batch, texts)
+                    found = read_answers(student, _at(batch, questions), read(batch), *given, prefix)
+                    for i, a in zip(batch, found):
+                        answers[i] = _as_written(a, written.get(i))
+                    bar.update(sum(i not in written for i in batch))
+    finally:
+        student.model.train(was_training)
     return answers
 
 # %% ../../nbs/53_answers.ipynb #27f1d7bd

@@ -9,7 +9,7 @@ __all__ = []
 from dataclasses import dataclass
 from typing import Any, Callable, Iterator
 
-from ..caches import cache_name, growing_cache, token_budget
+from ..caches import cache_name, growing_cache, input_device, token_budget
 from .loss import forward_at
 from .model import Student
 from .rows import batches_by_length, pad_with_mask
@@ -22,7 +22,7 @@ def read_distinct(student: Student, sources: list[list[int]], batch_size: int = 
     distinct, states_of = list(dict.fromkeys(map(tuple, sources))), {}
     for batch in batches_by_length(list(map(len, distinct)), batch_size):
         some = [distinct[i] for i in batch]
-        ids, mask = pad_with_mask(some, student.pad, device=student.model.device)
+        ids, mask = pad_with_mask(some, student.pad, device=input_device(student.model))
         states = student.model.get_encoder()(input_ids=ids, attention_mask=mask).last_hidden_state
         states_of.update((source, states[i, : len(source)]) for i, source in enumerate(some))
     return states_of
@@ -56,7 +56,7 @@ class DecoderBatch:
         self.cache, self.cache_name = growing_cache(student.is_seq2seq), cache_name(student.model)
         if student.is_seq2seq:
             contexts = [[student.start, *context] for context in contexts]
-        ids, mask = pad_with_mask(contexts, student.pad, left=True, device=student.model.device)
+        ids, mask = pad_with_mask(contexts, student.pad, left=True, device=input_device(student.model))
         self.mask = mask[:, :0]  # of all that is in the cache: nothing yet
         self.logits = self.feed(ids, mask, pick=lambda states: states[:, -1])
 
@@ -214,7 +214,7 @@ def _later_tokens(batch, ids, mask):
     "Of all tokens but the first: log-probability, and is it the likeliest? 0 and True where there is none."
     import torch
 
-    log_p, as_best = torch.zeros(mask.shape, device=mask.device), torch.ones_like(mask)
+    log_p, as_best = torch.zeros_like(mask, dtype=torch.float32), torch.ones_like(mask)
     if mask.shape[1]:
         logits = batch.feed(ids[:, :-1], pick=lambda states: states[mask])
         batch.back(mask.shape[1])

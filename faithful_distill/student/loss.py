@@ -180,10 +180,11 @@ registry: dict[str, Objective] = {}
 def register_objective(objective: Objective) -> Objective:
     """Make an objective known by its name; the same definition, run again, takes its own place.
 
-    Raises `BadInput` if another one has the name or a kind of row is unknown.
+    Raises `BadInput` if another one has the name (its function is another, or its fields are) or a kind of row is
+    unknown.
     """
     known = registry.get(objective.name)
-    if known and known.compute.__qualname__ != objective.compute.__qualname__:
+    if known and _definition(known) != _definition(objective):
         raise BadInput(
             "is registered already",
             field="objective",
@@ -195,6 +196,11 @@ def register_objective(objective: Objective) -> Objective:
             raise BadInput(f"must be one of {', '.join(row_kinds)}", field="needs", value=kind)
     registry[objective.name] = objective
     return objective
+
+
+def _definition(objective: Objective) -> tuple:
+    compute = objective.compute
+    return compute.__module__, compute.__qualname__, objective.needs, objective.uses, objective.rows
 
 # %% ../../nbs/45_loss.ipynb #b1c5d2ad
 def _factual(tokens, weights):

@@ -249,7 +249,7 @@ def tiny_student(
     special = dict(vocab_size=len(tokenizer), pad_token_id=0, eos_token_id=1, bos_token_id=None)
     settings = transformers.AutoConfig.for_model(kind, **special, **_tiny_sizes(kind, width, layers) | config)
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+        torch.default_generator.manual_seed(seed)  # the CPU's alone: a GPU's state is not restored
         model = model_class(settings).from_config(settings)
     return Student(model.eval(), tokenizer, f"tiny-{kind}")
 

@@ -85,8 +85,9 @@ def branches(
     if list(owners) == list(range(len(rows))):  # one perturbed context each
         return rows, _lines(logits, gold), _lines(logits, list(others))
     owner = torch.tensor(owners, device=logits.device)
-    share = torch.tensor([1 / (len(rows[n].contexts) - 1) for n in owners], device=logits.device)
-    mean = torch.zeros(len(rows), logits.shape[1], device=logits.device)
+    alike = dict(dtype=torch.float32, device=logits.device)
+    share = torch.tensor([1 / (len(rows[n].contexts) - 1) for n in owners], **alike)
+    mean = torch.zeros(len(rows), logits.shape[1], **alike)
     mean.index_add_(0, owner, _lines(logits, list(others)) * share[:, None])
     return rows, _lines(logits, gold), mean
 

@@ -362,11 +362,12 @@ def write_student(
     """
     from faithful_distill.training.trainer import training_cost
 
-    state = trainer.accelerator.get_state_dict(trainer.deepspeed)
+    state = trainer.accelerator.get_state_dict(trainer.deepspeed)  # under ZeRO stage 3 None beyond rank 0
     if run.settings.lora is not None:
         if trainer.is_world_process_zero():
             write_adapter(student.model, state, run.out / "adapter")
-        state, student.model = merged_lora(student.model, state), student.model.get_base_model()
+            state = merged_lora(student.model, state)
+        student.model = student.model.get_base_model()
     steps, seconds = trainer.state.global_step, time.time() - started[0]
     used = dict(processor_seconds=time.process_time() - started[1])
     cost = training_cost(trainer.train_dataset.examples, trainer.batches, steps)

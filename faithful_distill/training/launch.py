@@ -11,13 +11,14 @@ import os
 import statistics
 import sys
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 from typing import Sequence
 
 from ..files import BadInput, write_json
 from ..ranks import error_line, leave_ranks, rank_variables, run_ranks
 from ..records import read_records
-from .folder import TrainingResult, checked_out, read_note
+from .folder import TrainingResult, checked_out, finished, read_note
 from .settings import Settings
 from .train import train_student
 
@@ -121,10 +122,7 @@ def launch(
     """
     from faithful_distill.training.trainer import StepBatches
 
-    out, checked = (
-        checked_out(out),
-        Settings(**settings),
-    )  # here, and the division too, rather than by every process
+    out, checked = checked_out(out), Settings(**settings)  # here, and the division too, not by every process
     StepBatches([], checked.batch_size, ranks=ranks, micro_batches=checked.accumulation)
     call = checked.model_dump() | dict(student=str(student), out=str(out), overwrite=overwrite)
     for name, given in (("rationales", rationales), ("dev", dev)):
@@ -137,9 +135,8 @@ def launch(
     if code:
         problem = f"training on {ranks} processes failed:\n{error_line(printed)}"
         raise BadInput(problem, field="ranks", value=ranks)
-    note = read_note(Path(out))
-    times = json.loads((Path(out) / "times.json").read_text(encoding="utf-8"))
-    return TrainingResult(Path(out), note["steps"], note["metrics"], note["rows"], times["seconds"])
+    times = json.loads((out / "times.json").read_text(encoding="utf-8"))
+    return replace(finished(out, read_note(out)["run"]), seconds=times["seconds"])
 
 # %% ../../nbs/63_launch.ipynb #1bee7e8a
 def _environment() -> dict:

@@ -269,7 +269,7 @@ def with_task_tags(student: Student, seed: int) -> None:
         return
     student.tokenizer = copy.deepcopy(student.tokenizer)
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+        torch.default_generator.manual_seed(seed)
         add_tags(student.model, student.tokenizer, task_tags)
     logging.getLogger("faithful_distill").info(
         "the tokenizer of %s was taught the tags %s", student.name, " and ".join(task_tags.values())

@@ -43,8 +43,9 @@ def deepspeed_session():
             _forget_deepspeed(leave_group=together)
             random.setstate(rng[0])
             numpy.random.set_state(rng[1])
-            os.environ.clear()
-            os.environ.update(before)
+            for name in set(os.environ) - set(before):
+                del os.environ[name]
+            os.environ.update(before)  # never cleared: other threads read it
 
 # %% ../../nbs/56_zero.ipynb #014fd920
 def import_deepspeed() -> None:
