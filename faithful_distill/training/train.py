@@ -14,10 +14,11 @@ import time
 import warnings
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Sequence
+from typing import Iterator, Sequence
 
+from ..exchange import as_stated
 from ..files import BadInput, writable_folder
-from ..formats import read_rows
+from ..formats import read_rows, rows_of
 from ..models import check_name
 from ..ownership import sole_writer
 from ..ranks import count_nodes, launched
@@ -44,11 +45,19 @@ from .settings import Settings
 def checked_records(given, name: str = "rationales") -> list[Rationale]:
     """`read_records`, and what can only be seen in all of them together.
 
+    Rows that do not say what they argue for are read as `import_rationales` reads them: by their answer sentence.
     Raises `BadInput` where records of one id are about different questions; says how many are there twice.
     """
-    records = read_records(given, name)
     in_file = isinstance(given, (str, Path))
-    lines = [line for line, _ in read_rows(given)] if in_file else range(1, len(records) + 1)
+    given = list(given) if isinstance(given, Iterator) else given
+    records = read_records(given, name)
+    rows = [given] if isinstance(given, Rationale) else read_rows(given) if in_file else rows_of(given)
+    lines, rows = zip(*rows) if in_file else (range(1, len(records) + 1), rows)
+    told = [r if _says_its_target(row) else as_stated(r, row) for r, row in zip(records, rows)]
+    if other := sum(a.target != b.target for a, b in zip(records, told)):
+        said = f"{name}: {other} of {len(told)} state another answer than theirs: they are counterfactual"
+        logging.getLogger("faithful_distill").warning(said)
+    records = told
     first, seen, twice = {}, {}, []
     for line, r in zip(lines, records):
         before, asked = first.setdefault(r.id, (line, r))
@@ -68,6 +77,11 @@ def checked_records(given, name: str = "rationales") -> list[Rationale]:
         said = f"{name}: {len(twice)} are there twice (lines {a} and {b} first) and count twice in training"
         logging.getLogger("faithful_distill").warning(said)
     return records
+
+
+def _says_its_target(row) -> bool:
+    "Whether a row says itself what it argues for, as all do that this package wrote."
+    return isinstance(row, Rationale) or row.get("role") is not None and row.get("target") is not None
 
 # %% ../../nbs/60_train.ipynb #60000002
 def check_words(student: Student, rationales: list[Rationale], first: bool = True) -> None:
@@ -260,7 +274,7 @@ def prepared(student, settings: Settings) -> Student:
         getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()
     return student
 
-# %% ../../nbs/60_train.ipynb #60000006
+# %% ../../nbs/60_train.ipynb #480647cb
 def with_task_tags(student: Student, seed: int) -> None:
     "Add the tags of both tasks to a student whose tokenizer does not know them, in place."
     import torch
