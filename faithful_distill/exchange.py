@@ -64,6 +64,12 @@ def import_rationales(
         if not isinstance(source, (str, Path)):
             problem, remedy = "is of published files", "Give their folder; rows of your own need no layout."
             raise BadInput(problem, field="layout", value=layout, remedy=remedy)
+        if columns:
+            problem, remedy = (
+                "cannot be given with a layout",
+                "Published files have names of their own: leave it out.",
+            )
+            raise BadInput(problem, field="columns", value=dict(columns), remedy=remedy)
         rows = published_rows(layout, source, split)[:limit]
         records, left_out, name = *_published_records(layout, rows, split), layout
     gold = sum(r.role == "gold" for r in records)

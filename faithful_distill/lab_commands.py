@@ -67,6 +67,9 @@ def reproduce(
     from faithful_distill.lab.study import keep_profile
     from faithful_distill.lab.study import reproduce as run
 
+    if seed and seeds:
+        remedy = "Name the seeds, or say how many."
+        raise BadInput("cannot be given beside --seeds", field="--seed", value=" ".join(seed), remedy=remedy)
     plan_only = dry_run or list
     seeds = _numbers(seed) or seeds
     how = dict(only=[*only] or None, seeds=seeds, workers=workers, runs=runs, data_dir=data_dir, keep=keep)

@@ -60,6 +60,8 @@ class Question:
             raise BadInput(
                 "the question is empty", field="question", value=self.question, remedy="Give a text."
             )
+        if isinstance(self.choices, str):
+            raise BadInput("is one text, not a list of texts", field="choices", value=self.choices)
         object.__setattr__(self, "choices", tuple(self.choices))
         _check_choices(self.kind, self.choices)
         if self.answer is not None:

@@ -15,18 +15,21 @@ from .commands import AtLeastOne, command, inherit, shown_log
 # %% ../nbs/94e_score_commands.ipynb #5cd108fd
 def named_simulator(name: str | None) -> str | None:
     "What `--simulator` names, checked; None for none. Raises `BadInput`."
-    from faithful_distill.faithfulness.simulator_registry import default_models, model_at_hand, simulators
+    from faithful_distill.faithfulness import simulator_registry as registry
     from faithful_distill.models import check_name
 
-    kind, _, model = (name or "").partition(":")
-    if name is None or kind not in simulators:
-        return name if name is None else check_name(name, "--simulator")
+    if name is None:
+        return None
+    registry.check_simulator(name)
+    kind, _, model = name.partition(":")
+    if kind not in registry.simulators:
+        return check_name(name, "--simulator")
     if model:
         check_name(model, "--simulator")
-    elif kind in default_models and model_at_hand(kind) is None:
+    elif kind in registry.default_models and registry.model_at_hand(kind) is None:
         from faithful_distill.lab.pretrained import pretrained
 
-        pretrained(default_models[kind])
+        pretrained(registry.default_models[kind])
     return name
 
 # %% ../nbs/94e_score_commands.ipynb #94e00007

@@ -197,15 +197,19 @@ def _find(data, split: str, path, config: str | None, bad: list | None) -> _Foun
     if path is not None:
         problem, remedy = "is not a dataset that path= can be given for", did_you_mean(name, sources)
         raise BadInput(problem, field="data", value=name, remedy=remedy)
-    if re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", name) and not Path(name).exists() and not names_a_file(name):
+    here = Path(name).exists() or Path(name).is_symlink() or Path(name).parent.is_dir()
+    if re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", name) and not here and not names_a_file(name):
         source = Source(plain_fields, {}, name, config=config or "")
         return _Found(name, enumerate(_hub_rows(name, source, split, None), 1), None, name.split("/")[1])
     if not Path(name).exists():
+        folder = Path(name).parent
+        beside = [str(folder / p.name) for p in folder.iterdir()] if "/" in name and folder.is_dir() else []
+        near = f"{did_you_mean(name, beside)} " if beside else ""
         raise BadInput(
             "is neither a known dataset nor a file",
             field="data",
             value=name,
-            remedy=f"{did_you_mean(name, sources)} Or give a file (.jsonl, .json, .csv, .parquet), or owner/name on the hub.",
+            remedy=f"{near or did_you_mean(name, sources)} Or give a file (.jsonl, .json, .csv, .parquet), or owner/name on the hub.",
         )
     return _Found(
         name, read_rows(Path(name), bad), None, re.split(r"\.(?=json|[ct]sv|parquet)", Path(name).name)[0]

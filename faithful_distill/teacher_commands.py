@@ -27,6 +27,16 @@ def _local_teacher(name: str | None, dtype: str, tensor_parallel: bool, **for_se
     folder = shipped("data", "models", "teacher") if name is None else name
     return load_teacher(folder, dtype=dtype, tensor_parallel=tensor_parallel)
 
+# %% ../nbs/94c_teacher_commands.ipynb #0e236563
+def _refuse_for_server(**for_local) -> None:
+    "Raises `BadInput` where an option for a teacher in memory is given to one behind an address."
+    for option, value in for_local.items():
+        if value:
+            remedy = "Leave it out; it is for a model that is loaded here."
+            raise BadInput(
+                "cannot be given for a teacher behind an address", field=option, value=value, remedy=remedy
+            )
+
 # %% ../nbs/94c_teacher_commands.ipynb #94c00008
 def _replies_file(out: str) -> Path:
     "Where this process keeps the replies of a server until `out` is written."
@@ -144,6 +154,8 @@ def rationales(
         raise BadInput("is needed for these questions", field="--teacher", remedy=remedy)
     replies = None
     if is_url(teacher):
+        for_local = dict(dtype=dtype != "auto" and dtype, tensor_parallel=tensor_parallel, scores=scores)
+        _refuse_for_server(**for_local, token_budget=token_budget)
         replies = _replies_file(out)
         asked = dict(concurrency=concurrency, budget=budget, cache=None if dry_run else replies)
         loaded = ServedTeacher(ServedModel(teacher, served_model, **asked))

@@ -25,6 +25,11 @@ def _chosen_settings(recipe: str | None, method: str, given: dict) -> dict:
     if given.get("objective") is not None:
         remedy = "Give --objective alone: --objective factual is --method factual."
         raise BadInput("conflicts with --objective", field="--method", value=method, remedy=remedy)
+    if given.get("alpha_cf"):
+        remedy = "Leave it out, or train with --method counterfactual."
+        raise BadInput(
+            f"conflicts with --method {method}", field="--alpha-cf", value=given["alpha_cf"], remedy=remedy
+        )
     return settings | dict(alpha_cf=0.0, answer_only=method == "answer-only")
 
 # %% ../nbs/94d_training_commands.ipynb #2f952179

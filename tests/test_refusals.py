@@ -4,6 +4,7 @@ import gzip
 import http.server
 import json
 import os
+import re
 import threading
 from pathlib import Path
 
@@ -307,6 +308,86 @@ def test_a_folder_to_import_is_told_its_layout(tmp_path):
     (tmp_path / "empty").mkdir()
     with pytest.raises(BadInput, match="Name a file in it, or a layout: palm"):
         import_rationales(str(tmp_path / "empty"))
+
+
+@pytest.mark.parametrize(
+    "arguments, said",
+    [
+        (
+            "train --rationales {file} --method factual --alpha-cf 0.9 --out {out}",
+            "--alpha-cf.*--method factual",
+        ),
+        (
+            "import {folder} --layout palm --columns rationale=x --out {out}",
+            "'columns': cannot be given with a layout",
+        ),
+        ("reproduce --profile smoke --seeds 3 --seed 1 --list", "'--seed': cannot be given beside --seeds"),
+        (
+            "measure --data world --limit 2 --model {student} --style student --prompt csqa --out {out}",
+            "'prompt': cannot be given",
+        ),
+        (
+            "measure --data world --limit 2 --model {student} --style student --dtype float16 --out {out}",
+            "'dtype': cannot be given",
+        ),
+        (
+            "measure --data world --limit 2 --model {student} --style student --tags <a>,</a> --out {out}",
+            "'tags': cannot be given",
+        ),
+        (
+            "rationales --data world --limit 2 --shots 3 --out {out}",
+            "'shots': there are no worked examples to show",
+        ),
+        (
+            "rationales --data world --limit 2 --prompt {empty} --out {out}",
+            "'prompt': there are no worked examples",
+        ),
+        (
+            "rationales --data world --teacher http://127.0.0.1:9/v1 --dtype float16 --out {out}",
+            "'dtype': cannot be",
+        ),
+        (
+            "rationales --data world --teacher http://127.0.0.1:9/v1 --scores --out {out}",
+            "'scores': cannot be given",
+        ),
+        (
+            "score {file} --simulator scrach --out {out}",
+            "is no simulator .got 'scrach'.. Did you mean 'scratch'",
+        ),
+        ("score {file} --simulator fine-tuned: --out {out}", "names no model .got 'fine-tuned:'"),
+    ],
+)
+def test_an_option_without_effect_is_refused(arguments, said, tmp_path):
+    from click.testing import CliRunner
+
+    from faithful_distill.cli import main
+    from faithful_distill.files import shipped
+
+    (tmp_path / "empty.jsonl").write_text("")
+    row = dict(
+        question="What flies?", choices=["a bird", "a cup"], prediction=0, answer=0, rationale="Wings."
+    )
+    (tmp_path / "rows.jsonl").write_text(json.dumps(row) + "\n")
+    named = dict(
+        file=tmp_path / "rows.jsonl", empty=tmp_path / "empty.jsonl", folder=tmp_path, out=tmp_path / "o"
+    )
+    named["student"] = shipped("data", "models", "student")
+    done = CliRunner().invoke(main, [word.format(**named) for word in arguments.split()])
+    assert done.exit_code == 2 and re.search(said, done.output), done.output
+
+
+def test_a_path_in_a_folder_that_is_here_is_not_asked_of_the_hub(tmp_path, monkeypatch):
+    from faithful_distill.sources import load_questions
+
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "questions").write_text("")
+    (tmp_path / "in" / "loop").symlink_to("loop")
+    for name, remedy in (("in/questoins", "Did you mean 'in/questions'"), ("in/loop", "Or give a file")):
+        with pytest.raises(BadInput, match=f"is neither a known dataset nor a file.*{remedy}"):
+            load_questions(name)
+    with pytest.raises(BadInput, match="'choices': is one text"):
+        Question("a", "b", "cd", 0)
 
 
 @pytest.mark.parametrize("given", ["1e999", "9" * 400, 10**400, "1e999/1e999"])

@@ -178,6 +178,11 @@ def test_settings_do_not_change():
         ('{"zero_optimization": {"stage": null}}', "ZeRO stage that does not exist"),
         (b"\xff\xfe{}", "not UTF-8"),
         ("{", "broken JSON"),
+        (
+            '{"zero_optimisation": {"stage": 2}}',
+            "deepspeed.zero_optimisation.*Did you mean 'zero_optimization'",
+        ),
+        ('{"bf16": {}, "bf16": {}}', "own.json: field 'bf16': occurs twice"),
     ],
 )
 def test_a_file_that_is_no_deepspeed_configuration_is_refused(tmp_path, written, match):

@@ -6,6 +6,7 @@
 __all__ = ['simulators', 'default_models', 'Embeddings', 'Likelihood', 'register_simulator', 'as_simulator', 'default_simulator']
 
 # %% ../../nbs/76b_simulator_registry.ipynb #58284962
+import difflib
 import os
 from collections.abc import Callable, Iterable
 from functools import cached_property
@@ -22,7 +23,7 @@ from faithful_distill.faithfulness.frozen import (
 )
 from .late_interaction import scratch_base
 from .readers import Reader
-from ..files import BadInput, cache_folder
+from ..files import BadInput, cache_folder, did_you_mean
 
 # %% ../../nbs/76b_simulator_registry.ipynb #7915c5b5
 class Embeddings:
@@ -154,6 +155,20 @@ def _embeddings_with_head(model, texts):
 def _likelihood(model, texts):
     return Likelihood(_model_of("likelihood", model))
 
+# %% ../../nbs/76b_simulator_registry.ipynb #76b00011
+def check_simulator(given: str) -> None:
+    "Raises `BadInput` for a name that is nearly that of a simulator, and for one without the model after its colon."
+    name, colon, model = given.partition(":")
+    if os.path.isdir(given):
+        return
+    if name not in simulators and difflib.get_close_matches(name.lower(), simulators, 1, 0.8):
+        raise BadInput(
+            "is no simulator", field="simulator", value=given, remedy=did_you_mean(name, simulators)
+        )
+    if name in simulators and colon and not model.strip():
+        remedy = f"Name a model after the colon, or leave the colon out: {name}."
+        raise BadInput("names no model", field="simulator", value=given, remedy=remedy)
+
 # %% ../../nbs/76b_simulator_registry.ipynb #57d71383
 def as_simulator(given: Any, texts: Callable[[], Iterable[str]] = lambda: ()) -> Any:
     """A simulator from what names it. Raises `BadInput` for a name whose model is not there.
@@ -167,6 +182,7 @@ def as_simulator(given: Any, texts: Callable[[], Iterable[str]] = lambda: ()) ->
     """
     if not isinstance(given, str):
         return given
+    check_simulator(given)
     name, _, model = given.partition(":")
     if name not in simulators or os.path.isdir(given):
         return given

@@ -54,7 +54,11 @@ def demonstrations(name_or_file: str) -> tuple[tuple[Question, str], ...]:
     Raises `BadInput` that names file and line.
     """
     path = Path(name_or_file) if names_a_file(name_or_file) else _shipped_prompt(name_or_file)
-    return _examples(path, path.stat().st_mtime_ns if path.is_file() else None)
+    found = _examples(path, path.stat().st_mtime_ns if path.is_file() else None)
+    if not found:
+        remedy = "Write some: question, choices, answer and rationale."
+        raise BadInput("there are no worked examples", file=path, field="prompt", remedy=remedy)
+    return found
 
 
 def _shipped_prompt(name: str) -> Path:
@@ -96,6 +100,9 @@ def few_shot(name_or_file: str | None, shots: int | None = None) -> str:
 
 
 def _shown(name_or_file: str | None, shots: int | None) -> tuple[tuple[Question, str], ...]:
+    if shots and not name_or_file:
+        remedy = "Name worked examples with prompt (--prompt), or leave shots out."
+        raise BadInput("there are no worked examples to show", field="shots", value=shots, remedy=remedy)
     if not name_or_file or shots == 0:
         return ()
     found = demonstrations(str(name_or_file))

@@ -7,6 +7,7 @@ __all__ = []
 
 # %% ../../nbs/56_zero.ipynb #2fdfb8a1
 import copy
+import difflib
 import json
 import os
 import random
@@ -17,7 +18,8 @@ from pathlib import Path
 
 import torch
 
-from ..files import BadInput, shipped
+from ..files import BadInput, did_you_mean, shipped
+from ..jsonl import unique_keys
 from ..ranks import free_port, launched
 from .settings import Settings
 
@@ -97,6 +99,12 @@ def zero_stage(config: dict) -> int:
     return int(config.get("zero_optimization", {}).get("stage", 0))
 
 # %% ../../nbs/56_zero.ipynb #161ed0e5
+_keys = """train_batch_size train_micro_batch_size_per_gpu gradient_accumulation_steps gradient_clipping
+    gradient_predivide_factor prescale_gradients optimizer scheduler fp16 bf16 amp torch_autocast data_types
+    communication_data_type zero_optimization zero_allow_untested_optimizer zero_force_ds_cpu_optimizer
+    activation_checkpointing aio flops_profiler wall_clock_breakdown steps_per_print""".split()
+
+
 def deepspeed_config(name: str | Path | dict | None = None) -> dict:
     """A DeepSpeed configuration. Raises `BadInput` for what is none.
 
@@ -116,6 +124,9 @@ def deepspeed_config(name: str | Path | dict | None = None) -> dict:
             remedy=f"Start from one of those in {shipped('data', 'deepspeed')}.",
         )
     config.pop("about", None)
+    for key in [key for key in config if key not in _keys]:
+        if difflib.get_close_matches(str(key).lower(), _keys, 1, 0.85):  # others are for DeepSpeed to know
+            raise BadInput("is not known here", field=f"deepspeed.{key}", remedy=did_you_mean(key, _keys))
     stage = config.get("zero_optimization", {}).get("stage", 0)
     if isinstance(stage, bool) or stage not in (0, 1, 2, 3):
         remedy = "Use 0 (nothing is shared out), 1, 2 or 3."
@@ -134,7 +145,9 @@ def _read_configuration(name):
             remedy=f"Use {', '.join(known)} or a JSON file.",
         )
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=unique_keys)
+    except BadInput as e:
+        raise e.located(path, None) from None
     except json.JSONDecodeError as e:
         raise BadInput(f"broken JSON: {e.msg}", file=path, line=e.lineno, remedy="Mend the file.") from None
     except UnicodeDecodeError as e:
