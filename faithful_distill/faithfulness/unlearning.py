@@ -17,7 +17,13 @@ import numpy as np
 from .intervals import Score, as_credits, check_lengths, mean_score
 from .metrics import choice_probability
 from .perturb import split_steps
-from .protocol import Context, Intervention, choice_of, register_intervention
+from faithful_distill.faithfulness.protocol import (
+    Context,
+    Intervention,
+    choice_of,
+    favoured_of,
+    register_intervention,
+)
 from ..hashes import stable_seed
 from ..progress import progress
 from ..questions import Question
@@ -320,7 +326,8 @@ class _Bench:
             student = self.copy.restore()
             efficacy = unlearn(student, row, rows, s.how)
             after = self._ask(student, asked)
-            p = [choice_probability([before[0].likely], [a.scores])[0] for a in (before[0], after[0])]
+            favoured = favoured_of(before[0])
+            p = [choice_probability([favoured], [a.scores])[0] for a in (before[0], after[0])]
             same = (
                 np.mean([choice_of(a) == label for a, label in zip(after[1:], y[1:])])
                 if controls
