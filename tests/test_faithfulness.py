@@ -1456,6 +1456,35 @@ def test_seeds_that_agree_by_chance_leave_an_interval():
     assert score.high - score.low > 0.15
 
 
+def guesses_of_two_methods(rng, seeds, n, leak=0.5):
+    import pandas as pd
+
+    index = [(m, s, i) for m in "ab" for s in range(seeds) for i in range(n)]
+    rows = pd.DataFrame(index, columns=["method", "seed", "id"])
+    for name, share in (("guess_r", leak), ("guess_xr", 0.6), ("guess_x", 0.4)):
+        rows[name] = (rng.random(len(rows)) < share).astype(float)
+    return rows
+
+
+def test_a_difference_of_las_counts_the_sampling_of_examples_once():
+    from faithful_distill.lab.pairs import las_difference
+
+    score = las_difference(guesses_of_two_methods(np.random.default_rng(2), 4, 300), "method", "a", "b")
+    over_seeds = intervals.across_seeds(score.details["per_seed"])
+    sampling = score.details["examples_high"] - score.details["examples_low"]
+    assert score.high - score.low == pytest.approx(max(over_seeds.high - over_seeds.low, sampling), rel=0.05)
+
+
+def test_a_difference_of_las_is_undefined_where_one_has_no_las():
+    from faithful_distill.lab.pairs import las_difference
+
+    rows = guesses_of_two_methods(np.random.default_rng(3), 2, 60)
+    assert las_difference(rows, "method", "a", "b").value is not None
+    leaking = rows.assign(guess_r=rows.guess_r.where((rows.method == "b") | (rows.id < 4), 1.0))
+    score = las_difference(leaking, "method", "a", "b")
+    assert score.value is None and "at least 10 are needed" in score.reason
+
+
 @pytest.mark.parametrize("seeds, examples, seed_sd", [(3, 60, 0.1), (3, 60, 0.01), (1, 6, 0.0)])
 def test_a_family_of_null_claims_is_decided_wrongly_as_seldom_as_corrected_claims_say(
     seeds, examples, seed_sd
