@@ -1,5 +1,7 @@
 "Reasoners: prompts as models see them, files of weights, planted reasoners at floor and ceiling."
 
+from dataclasses import replace
+
 import pytest
 from gguf_models import byte_tokenizer, template, tiny_llama, write_gguf
 
@@ -223,7 +225,7 @@ def test_a_sample_says_what_was_written_and_what_counts():
     )
     [sample] = samples_of([row], "a model")
     first, *others = sample["sides"][0]["blocks"]
-    assert first["answer"] == "oven (likeliest per token; as a whole 12%)" and first["wrote"] == "(b)"
+    assert first["answer"] == "oven (12%; another is likelier)" and first["wrote"] == "(b)"
     assert not any(block["wrote"] for block in others)
     # what is no change moves nothing: the words in random order are the same words here
     assert sample["summary"] == "wrong; 0 of 1 changes move the answer"
@@ -308,3 +310,26 @@ def test_worked_examples_that_cannot_be_shown_are_refused(prompt, shots):
     with pytest.raises(BadInput, match="field 'shots'"):
         make_style(None, "worked", prompt=prompt, shots=shots)
     make_style(None, "worked", prompt=prompt, shots=0)
+
+
+def test_choice_and_probabilities_are_by_the_same_likelihoods(model):
+    from faithful_distill.faithfulness.metrics import choice_probability
+    from faithful_distill.questions import Question
+    from faithful_distill.reasoners.protocol import ByLikelihood, Reasoner, WrittenRationale
+    from faithful_distill.student.answers import Answer
+
+    class Sums(Reasoner):
+        def write(self, questions, beginnings=None):
+            return [WrittenRationale("it is big, and it is old") for _ in questions]
+
+        def read(self, questions, rationales):
+            return [Answer(q.id, r, "", 0, [-9.0, -15.0], False) for q, r in zip(questions, rationales)]
+
+    asked = [Question("1", "Where?", ("sky", "the large old house by the river"), 1)]
+    for reasoner in (ByLikelihood(Sums()), ByLikelihood(ByLikelihood(Sums()))):
+        [answer] = reasoner.ask(asked)
+        assert answer.choice == 1 and choice_probability([1], [answer.scores])[0] > 0.5
+    questions = world_questions("choice", "dev", limit=12)
+    mixed = [replace(q, choices=(f"the very {q.choices[0]} thing", *q.choices[1:])) for q in questions]
+    for answer in CausalReasoner(model).ask(mixed, ["It is so."] * len(mixed)):
+        assert answer.choice == answer.likely

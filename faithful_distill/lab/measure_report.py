@@ -153,7 +153,7 @@ def _block(arm: str, answer: dict, row: dict, first: dict) -> dict:
     if choice is not None and answer["scores"]:
         p = f"{choice_probability([choice], [answer['scores']])[0]:.0%}"
         best = max(range(len(choices)), key=answer["scores"].__getitem__) == choice
-        said += f" ({p})" if best else f" (likeliest per token; as a whole {p})"
+        said += f" ({p})" if best else f" ({p}; another is likelier)"
     mark = {"right": choice == row["gold"], "changed": arm != "written" and choice != first["choice"]}
     text = answer["rationale"] or "(none)"
     cut = f"{text[:_longest]} …" if len(text) > _longest else text

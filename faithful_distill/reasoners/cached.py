@@ -44,7 +44,7 @@ class CachedReasoner(Reasoner):
 
     def __init__(self, reasoner: Any, path, chunk: int = 64):
         self.reasoner, self.chunk = as_reasoner(reasoner), chunk
-        for name in ("name", "prefix", "tokenizer", "answer_only", "unable"):
+        for name in ("name", "prefix", "tokenizer", "answer_only", "unable", "comparable"):
             setattr(self, name, getattr(self.reasoner, name))
         self.student = getattr(self.reasoner, "student", None)
         self.computed = 0  # answers, in this process

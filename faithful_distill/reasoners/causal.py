@@ -225,6 +225,7 @@ class CausalReasoner(Reasoner):
         self.tokenizer, self.name = self.teacher.tokenizer, self.teacher.name
         self.style = make_style(self.tokenizer, style, **prompt)
         self.max_new_tokens, self.answers = max_new_tokens or self.style.max_new_tokens, answers
+        self.comparable = answers == "likely"
         self.decoder = CausalDecoder(self.teacher.model, self.teacher.end_ids(), batch_size)
         self.limit = context_limit(self.teacher.model) or 1 << 30
 
@@ -233,6 +234,7 @@ class CausalReasoner(Reasoner):
 
     def describe(self):
         made = dict(name=self.name, weights=self.teacher.weights, answers=self.answers)
+        made |= {"scores": "per token"} if self.comparable else {}
         dtype = str(self.teacher.model.dtype).removeprefix("torch.")
         return made | dict(dtype=dtype, max_new_tokens=self.max_new_tokens) | self.style.describe()
 
@@ -272,7 +274,8 @@ class CausalReasoner(Reasoner):
     def _answer(self, q, rationale, scores, greedy, said, asked: "_Asked") -> Answer:
         text = said if greedy is None else choice_text(q, greedy)
         lengths = [len(tail) if self.answers == "likely" else 1 for tail in asked.tails]
-        choice = max(range(len(scores)), key=lambda i: scores[i] / lengths[i])
+        scores = [score / length for score, length in zip(scores, lengths)]
+        choice = max(range(len(scores)), key=scores.__getitem__)
         if self.answers == "said":
             choice = match_choice(q, text) if greedy is None else greedy
         return Answer(q.id, rationale, text, choice, scores, asked.cut)
