@@ -180,7 +180,9 @@ def test_records_of_this_package_can_be_scored():
 
 def test_a_text_of_the_data_is_only_text_in_the_card_of_a_dataset(tmp_path):
     evil = "x\n\n# Buy\n\n<img src=x onerror=alert(1)> [a](https://example.org) | `b"
-    row = dict(question="Which bird swims?", choices=["robin", "penguin"], answer=1, rationale="It hunts fish.")
+    row = dict(
+        question="Which bird swims?", choices=["robin", "penguin"], answer=1, rationale="It hunts fish."
+    )
     cards = []
     for name in ("plain", evil):
         made = [{**row, "id": "1", "role": "gold", "target": 1, "teacher": name}]
