@@ -330,8 +330,7 @@ class Requests:
         except NoPromptLogP:
             raise
         except BadInput as e:
-            remedy = f"{e.remedy} {self._kept()}"
-            raise BadInput(e.problem, field=e.field, value=e.value, remedy=remedy) from e
+            raise e.but(remedy=f"{e.remedy} {self._kept()}") from e
         with self.lock:
             if self.journal is not None and "refused" not in response:
                 self.journal.append({"key": key, "value": value})

@@ -22,6 +22,7 @@ from typing import Any, Iterable
 
 # %% ../nbs/00_files.ipynb #4fe9c89a
 _unset = object()
+_parts = ("problem", "file", "line", "field", "value", "remedy")
 
 # %% ../nbs/00_files.ipynb #c1d26a41
 class BadInput(ValueError):
@@ -59,11 +60,13 @@ class BadInput(ValueError):
         self.field, self.value, self.remedy = field, value, remedy
         super().__init__(self._message())
 
+    def but(self, **other) -> "BadInput":
+        "The same error but for these: problem, file, line, field, value or remedy."
+        return BadInput(**{name: getattr(self, name) for name in _parts} | other)
+
     def located(self, file, line: int | None) -> "BadInput":
         "The same error, found in this line of this file."
-        return BadInput(
-            self.problem, file=file, line=line, field=self.field, value=self.value, remedy=self.remedy
-        )
+        return self.but(file=file, line=line)
 
     def _message(self) -> str:
         parts = [] if self.file is None else [f"{self.file}:"]
