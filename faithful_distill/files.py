@@ -22,6 +22,7 @@ from typing import Any, Iterable
 
 # %% ../nbs/00_files.ipynb #4fe9c89a
 _unset = object()
+_parts = ("problem", "file", "line", "field", "value", "remedy")
 
 # %% ../nbs/00_files.ipynb #c1d26a41
 class BadInput(ValueError):
@@ -59,11 +60,13 @@ class BadInput(ValueError):
         self.field, self.value, self.remedy = field, value, remedy
         super().__init__(self._message())
 
+    def but(self, **other) -> "BadInput":
+        "The same error but for these: problem, file, line, field, value or remedy."
+        return BadInput(**{name: getattr(self, name) for name in _parts} | other)
+
     def located(self, file, line: int | None) -> "BadInput":
         "The same error, found in this line of this file."
-        return BadInput(
-            self.problem, file=file, line=line, field=self.field, value=self.value, remedy=self.remedy
-        )
+        return self.but(file=file, line=line)
 
     def _message(self) -> str:
         parts = [] if self.file is None else [f"{self.file}:"]
@@ -120,6 +123,21 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
         return f"Did you mean {lower[near[0]]!r}?"
     more = f", and {len(known) - 40} more" if len(known) > 40 else ""
     return f"Known: {', '.join(known[:40])}{more}."
+
+# %% ../nbs/00_files.ipynb #ea0166b3
+_markup = {"<": "&lt;", "|": "&#124;", "`": "&#96;", "](": "&#93;("}
+
+
+def inert(value):
+    "`value` with all texts in it, at whatever depth, on one line and without Markdown's or HTML's signs."
+    if isinstance(value, dict):
+        return {inert(k): inert(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [inert(v) for v in value]
+    if not isinstance(value, str):
+        return value
+    printable = "".join(c if c.isprintable() else " " for c in value)
+    return re.sub(r"[<|`]|\]\(", lambda sign: _markup[sign[0]], " ".join(printable.split()))
 
 # %% ../nbs/00_files.ipynb #fb3ad2ef
 lone_surrogate = re.compile("[\ud800-\udfff]")

@@ -299,8 +299,7 @@ def _target_index(named: Mapping) -> int:
     try:
         return _plain(named | {"answer": named["target"]})["answer"]
     except BadInput as e:
-        got = {"value": e.value} if "(got" in str(e) else {}
-        raise BadInput(e.problem, field="target", remedy=e.remedy, **got) from None
+        raise e.but(field="target") from None
 
 # %% ../nbs/05_records.ipynb #5b525670
 def _check_same_question(row: Mapping, question: Question) -> None:
@@ -381,7 +380,7 @@ def _in_memory(rationales, name: str) -> list:
         return [rationales] if isinstance(rationales, Rationale) else rows_of(rationales)
     except BadInput as e:
         remedy = f"{e.remedy} Each needs question, choices, answer and rationale."
-        raise BadInput(e.problem, field=name, value=e.value, remedy=remedy) from None
+        raise e.but(field=name, remedy=remedy) from None
 
 
 def _numbered(row, file, line: int, about: Question | None) -> Rationale:
@@ -391,8 +390,7 @@ def _numbered(row, file, line: int, about: Question | None) -> Rationale:
     try:
         return rationale_from_row(row, question=about)
     except BadInput as e:
-        got = {"value": e.value} if "(got" in str(e) else {}
-        raise BadInput(f"row {line}: {e.problem}", field=e.field, remedy=e.remedy, **got) from None
+        raise e.but(problem=f"row {line}: {e.problem}") from None
 
 # %% ../nbs/05_records.ipynb #986310c7
 def own_records(path, inputs: Iterable = ()) -> None:

@@ -341,10 +341,7 @@ def read_rationales(
                     problem, field="choices", remedy="Score answers that are numbers apart from choices."
                 )
         except BadInput as e:
-            value = {"value": e.value} if "(got" in str(e) else {}
-            raise BadInput(
-                e.problem, file=file, line=number, field=e.field, remedy=e.remedy, **value
-            ) from None
+            raise e.located(file, number) from None
         lines[one.question.id] = number
         found.append(one)
         fields |= dict.fromkeys(map(str, row))
