@@ -44,7 +44,7 @@ def _rationale(
     "What was written, without the sentence in which the teacher states the answer, or a half character."
     q, growth = job.question, generation.growth
     if growth is not None:  # the fourth decimal depends on which rows share the batch
-        growth = tuple(round(g, 3) for g in growth[: len(generation.tokens)])
+        growth = tuple(round(g, 3) for g in growth)
     extra = ({"half_character": True} if half else {}) | ({"sample": job.sample} if job.sample else {})
     extra |= {} if log_p is None else {"log_p": log_p}
     return Rationale(

@@ -13,6 +13,7 @@ import sys
 import time
 import warnings
 from contextlib import contextmanager
+from itertools import islice
 from pathlib import Path
 from typing import Sequence
 
@@ -48,23 +49,26 @@ def checked_records(given, name: str = "rationales") -> list[Rationale]:
     """
     records = read_records(given, name)
     in_file = isinstance(given, (str, Path))
-    lines = [line for line, _ in read_rows(given)] if in_file else range(1, len(records) + 1)
+
+    def line_of(place):
+        return next(islice(read_rows(given), place, None))[0] if in_file else place + 1
+
     first, seen, twice = {}, {}, []
-    for line, r in zip(lines, records):
-        before, asked = first.setdefault(r.id, (line, r))
+    for place, r in enumerate(records):
+        before, asked = first.setdefault(r.id, (place, r))
         if (asked.question, asked.choices, asked.answer) != (r.question, r.choices, r.answer):
             raise BadInput(
-                f"is that of another question, other choices or another answer in line {before}",
+                f"is that of another question, other choices or another answer in line {line_of(before)}",
                 file=given if in_file else None,
-                line=line,
+                line=line_of(place),
                 field="id",
                 value=r.id,
                 remedy="Records of one id are about one question: give each question an id of its own.",
             )
-        again = seen.setdefault((r.id, r.role, r.target, r.rationale), line)
-        twice += [(again, line)] if again != line else []
+        again = seen.setdefault((r.id, r.role, r.target, r.rationale), place)
+        twice += [(again, place)] if again != place else []
     if twice:
-        a, b = twice[0]
+        a, b = map(line_of, twice[0])
         said = f"{name}: {len(twice)} are there twice (lines {a} and {b} first) and count twice in training"
         logging.getLogger("faithful_distill").warning(said)
     return records
