@@ -21,11 +21,12 @@ def _reading_like(text: str, choices) -> list[int]:
 
 # %% ../nbs/02a_answer_rule.ipynb #2a100007
 def _labelled(answer: str, labels, n: int) -> list[int]:
-    "The choice of a label, or of a letter where there are no labels; [] for none."
+    "The choice of a label, or of a letter where there are no labels but numbers; [] for none."
     bare = re.fullmatch(r"\(?(.+?)\)?[.:]?", answer.strip())
     name = bare[1].lower() if bare else ""
-    if labels is not None:
-        return [i for i, label in enumerate(labels) if label.strip().lower() == name]
+    found = [i for i, label in enumerate(labels or ()) if label.strip().lower() == name]
+    if found or not all(label.strip().isdecimal() for label in labels or ()):
+        return found
     i = ord(name) - ord("a") if re.fullmatch("[a-z]", name) else n
     return [i] if i < n else []
 
@@ -106,9 +107,14 @@ def answer_index(answer, choices, kind: str = "choice", labels=None, field: str 
     """
     if isinstance(answer, bool):
         answer = _truth_word(answer, kind, field)
-    if isinstance(answer, int) and 0 <= answer < len(choices):
+    if labels is not None and isinstance(answer, float) and answer.is_integer():
+        answer = int(answer)
+    if isinstance(answer, int):
         others = [*_reading_like(str(answer), choices), *_labelled(str(answer), labels, len(choices))]
-        _refuse_ambiguous(answer, [answer, *others], choices, field)
+        if 0 <= answer < len(choices):
+            _refuse_ambiguous(answer, [answer, *others], choices, field)
+        elif labels is not None:
+            answer = str(answer)
     if isinstance(answer, float) and answer.is_integer():  # a data frame's column of numbers with a gap
         answer = f"{answer:.0f}"
     if not isinstance(answer, str):
@@ -123,6 +129,9 @@ def answer_index(answer, choices, kind: str = "choice", labels=None, field: str 
             "is not among the choices",
             field=field,
             value=answer,
-            remedy=f"Use one of {list(choices)}, its letter, or an index from 0.",
+            remedy=f"Use one of {list(choices)}, "
+            + (
+                "its letter, or an index from 0." if labels is None else f"or its label: {', '.join(labels)}."
+            ),
         )
     return found

@@ -14,7 +14,7 @@ from typing import Any, Iterable, Mapping
 
 from .answer_rule import answer_index
 from .files import BadInput
-from .formats import rows_of
+from .formats import Numbered, numbered, rows_of
 from .questions import Question, check_fixed_choices, fixed_choices
 
 # %% ../nbs/02b_question_rows.ipynb #dee28d58
@@ -35,6 +35,8 @@ def missing_remedy(row: Mapping, field: str) -> str:
             theirs = plain[name]
             return f"Is it {theirs!r}? Say columns={{{field!r}: {theirs!r}}} (--columns {field}={theirs})."
     has = f"The record has the fields {', '.join(sorted(map(str, row)))}."
+    if field == "choices" and (gap := _gap(row)):
+        return f"The column {gap!r} is empty before others of choices: fill it in, or leave the record out."
     if field == "choices":
         has += " Name the columns of the choices: columns={'choices': ['A', 'B']} (--columns choices=A+B)."
     return has
@@ -99,24 +101,46 @@ def choice_column(name: Any) -> re.Match | None:
     return _one_choice.fullmatch(str(name))
 
 
-def choice_columns(row: Mapping) -> list[str]:
-    """Columns that each hold a choice: A, B, C ..., choice1, choice2 ... or option_a, option_b ...
-
-    Empty cells at the end are no choices. [] where there are no such columns.
-    """
+def _rows_of_columns(row: Mapping) -> list[list[str]]:
+    "Columns that may hold choices, empty ones at the end left out: A, B, C ..., choice1, choice2 ..."
     found: dict[str, dict[int, Any]] = {}
     for name in row:
         if match := choice_column(name):
             stem, mark = (match[1] or "").lower(), match[2].lower()
             place = int(mark) if mark.isdigit() else ord(mark) - ord("a") + 1
             found.setdefault(stem + ("1" if mark.isdigit() else "a"), {})[place] = name
-    for stem, cells in found.items():
-        names = [cells[place] for place in _first_places(stem, cells)]
+    listed = [[cells[place] for place in _first_places(stem, cells)] for stem, cells in found.items()]
+    for names in listed:
         while names and row[names[-1]] is None:
             names.pop()
-        if len(names) > 1 and all(row[name] is not None for name in names):
-            return names
-    return []
+    return [names for names in listed if len(names) > 1]
+
+
+def choice_columns(row: Mapping) -> list[str]:
+    """Columns that each hold a choice: A, B, C ..., choice1, choice2 ... or option_a, option_b ...
+
+    Empty cells at the end are no choices. [] where there are no such columns, or one is empty before another.
+    """
+    whole = (names for names in _rows_of_columns(row) if all(row[name] is not None for name in names))
+    return next(whole, [])
+
+
+def _gap(row: Mapping) -> str:
+    "The empty cell before others of choices; '' where there is none."
+    return next((name for names in _rows_of_columns(row) for name in names if row[name] is None), "")
+
+
+def column_choices(row: Mapping, columns: Iterable[str]) -> list[str]:
+    "The cells of columns as choices. Raises `BadInput` for one that is neither a text nor a number."
+    for name in columns:
+        if (
+            isinstance(row[name], bool)
+            or not isinstance(row[name], (str, int, float))
+            or row[name] != row[name]
+        ):
+            raise BadInput("is not a text or a number, as a choice is", field=name, value=row[name])
+    whole = lambda v: isinstance(v, float) and v.is_integer()  # of a data frame's column with a gap
+    return numbered(columns, (f"{v:.0f}" if whole(v) else str(v) for v in map(row.get, columns)))
 
 
 def _first_places(stem: str, cells: Iterable[int]) -> list[int]:
@@ -138,6 +162,8 @@ _like_an_answer = """answer answeridx answerindex answerid answerletter answerte
 def _row_answer(row: dict, choices, kind: str, labels) -> int | None:
     "The answer of a record, whichever of its names it has; they must agree where there are several."
     given = {n: row[n] for n in _answer_names if row.get(n) is not None and (n == "answer" or row[n] != "")}
+    if kind in fixed_choices and not row.get("choices"):
+        _refuse_truth_number(given)
     found = {n: answer_index(value, choices, kind, labels, n) for n, value in given.items()}
     if not found:
         _refuse_unread_answer(row)
@@ -150,6 +176,16 @@ def _row_answer(row: dict, choices, kind: str, labels) -> int | None:
     return next(iter(found.values()), None)
 
 # %% ../nbs/02b_question_rows.ipynb #2b10000e
+def _refuse_truth_number(given: Mapping) -> None:
+    "Raises `BadInput` for a number that answers yes or no: 1 may be the second of the two words, or mean true."
+    for name, value in given.items():
+        if not isinstance(value, bool) and re.fullmatch(r"\s*\d+(\.0)?\s*", str(value)):
+            remedy = "Write true or false, or the word itself."
+            raise BadInput(
+                "is a number, where the choices are two words", field=name, value=value, remedy=remedy
+            )
+
+
 def _refuse_unread_answer(row: dict) -> None:
     if any(name in row for name in _answer_names):
         return  # it says itself that there is none
@@ -164,7 +200,7 @@ def _refuse_unread_answer(row: dict) -> None:
             )
 
 # %% ../nbs/02b_question_rows.ipynb #ca8451a4
-def _kind(row: dict) -> str:
+def kind_of(row: dict) -> str:
     "The kind that a record names; else 'choice', or what its answer says where there are no choices."
     if row.get("kind") is not None:
         return required(row, "kind")
@@ -192,11 +228,17 @@ def _row_choices(row: dict, kind: str) -> tuple[list[str] | None, Any]:
     if kind in fixed_choices and not row.get("choices"):
         return None, list(fixed_choices[kind])
     if row.get("choices") is None and (columns := choice_columns(row)):
-        return None, [str(row[name]) for name in columns]
-    choices = choice_list(required(row, "choices", (list, dict, str)))
+        choices = column_choices(row, columns)
+    else:
+        choices = choice_list(required(row, "choices", (list, dict, str)))
     if isinstance(choices, dict) or choices and all(isinstance(c, dict) for c in choices):
         return labels_and_texts(choices)
-    return None, choices
+    return labels_of(choices), choices
+
+
+def labels_of(choices) -> list[str] | None:
+    "1, 2, 3 ... for choices of columns that are numbered from 1; None for others."
+    return [str(n) for n in range(1, len(choices) + 1)] if isinstance(choices, Numbered) else None
 
 # %% ../nbs/02b_question_rows.ipynb #2b100012
 def plain_fields(row: dict) -> dict:
@@ -213,7 +255,7 @@ def plain_fields(row: dict) -> dict:
     if _is_ours(row):
         return dict(row)
     question = required(row, "question").strip()
-    kind = _kind(row)
+    kind = kind_of(row)
     id = "" if row.get("id") is None else str(required(row, "id", (str, int)))
     labels, choices = _row_choices(row, kind)
     if all(isinstance(c, str) for c in choices):

@@ -16,10 +16,16 @@ from pathlib import Path
 from typing import Any, Iterable, Mapping
 
 from .files import BadInput, check_encodable, check_json, write_text
-from .formats import read_rows, rows_of
+from .formats import Numbered, read_rows, rows_of
 from .hashes import content_key
 from .ownership import own_lines
-from .question_rows import missing_remedy, plain_fields
+from faithful_distill.question_rows import (
+    choice_columns,
+    column_choices,
+    kind_of,
+    missing_remedy,
+    plain_fields,
+)
 from .questions import Question, normalized
 
 # %% ../nbs/05_records.ipynb #13671cde
@@ -237,11 +243,13 @@ def _from_row(row: Mapping, question: Question | None) -> Rationale:
     named |= {
         "answer": row[k] for k in ("answerKey", "gold") if "answer" not in named and row.get(k) is not None
     }
+    columns = [] if "choices" in named else choice_columns(row)
+    named |= {"choices": column_choices(row, columns)} if columns else {}
     if question is not None:
         _check_same_question(named, question)
         named |= {k: getattr(question, k) for k in ("id", "question", "choices", "answer", "kind")}
     missing = [k for k in ("question", "choices", "answer", "rationale") if k not in named]
-    if missing and missing != ["choices"]:
+    if missing and (missing != ["choices"] or kind_of(named) == "choice"):
         raise BadInput(
             "is missing from a rationale record",
             field=missing[0],
@@ -261,7 +269,7 @@ def _from_row(row: Mapping, question: Question | None) -> Rationale:
     )
     target = _target_index(named) if "target" in named else None
     _check_one_answer(row, read)
-    extra = {k: _readable(v) for k, v in row.items() if k not in _known and v is not None}
+    extra = {k: _readable(v) for k, v in row.items() if k not in (*_known, *columns) and v is not None}
     return Rationale(**named | asked | {"target": target, "kind": read["kind"], "extra": extra})
 
 # %% ../nbs/05_records.ipynb #28c13fbb
@@ -287,9 +295,9 @@ def _readable(value: Any) -> Any:
 
 
 def _plain(named: Mapping) -> dict:
-    "The fields of the question; a whole number is the index of the answer, whatever the choices are."
-    index = named["answer"]
-    if isinstance(index, bool) or not isinstance(index, int):
+    "The fields of the question; a whole number is the index of the answer, whatever the listed choices are."
+    index, choices = named["answer"], named.get("choices")
+    if isinstance(index, bool) or not isinstance(index, int) or not choices or isinstance(choices, Numbered):
         return plain_fields(named | {"explanation": None})
     return plain_fields(named | {"explanation": None, "answer": None}) | {"answer": index}
 

@@ -217,6 +217,33 @@ def test_a_format_of_ones_own_joins_the_others(monkeypatch):
 # ---- numbers
 
 
+@pytest.mark.parametrize(
+    "said, number",
+    {
+        "-$5": -5,
+        "$-5": -5,
+        "\u20135": -5,
+        "\u22125 degrees": -5,
+        "minus 5": -5,
+        "$5 m": 5e6,
+        "5 m": 5,
+        "$1.5M": 1.5e6,
+        "$1.5M a year": 1.5e6,
+        "2.5 billion people": 2.5e9,
+        "3 dozen": 36,
+        "x = 6": 6,
+        "5 kids, not pets": 5,
+        **dict.fromkeys(
+            "not 5|- 5|5,5|1 001|\u221a4|3 + 3|2 x 2|12:30|5 and a half|5\u00bd|1.5K|1.5 M|\u22605|> 5|5.5.5|1_000"
+            "|10^6|minus five|5 hundred thousand|1 1/2 cups|5-6 cups".split("|")
+        ),
+    }.items(),
+)
+def test_a_stated_number_is_read_with_sign_and_scale_or_not_at_all(said, number):
+    assert numeric.stated_number(f"So the answer is {said}.") == number
+    assert numeric.stated_number(f"#### {said}") == number
+
+
 @settings(max_examples=60, deadline=None)
 @given(st.floats(-1e6, 1e6).map(lambda v: round(v, 3)))
 def test_a_number_is_read_however_it_is_written(value):

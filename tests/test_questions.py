@@ -725,6 +725,70 @@ def test_columns_may_be_said_as_on_the_command_line(tmp_path):
     assert q.choices == ("snow", "sun")
 
 
+def test_an_empty_cell_before_a_choice_shifts_no_answer(tmp_path):
+    from faithful_distill.exchange import import_rationales
+    from faithful_distill.faithfulness.external import read_rationales
+
+    file = tmp_path / "quiz.csv"
+    file.write_text("q,A,B,C,D,label,why\nWhere is a dog?,,kennel,river,tree,B,It is tame.\n")
+    named = {"question": "q", "choices": "A+B+C+D", "answer": "label"}
+    for read, columns in (
+        (load_questions, named),
+        (import_rationales, named | {"rationale": "why"}),
+        (read_rationales, {"question": "q", "choices": "A+B+C+D", "gold": "label", "rationale": "why"}),
+    ):
+        with pytest.raises(BadInput, match="quiz.csv:2: field 'A': is empty, but 'D' after it is not"):
+            read(file, columns=columns)
+    with pytest.raises(BadInput, match="The column 'A' is empty before others"):
+        load_questions(file, columns={"question": "q", "answer": "label"})
+    file.write_text("question,A,B,C,answer,rationale\nWhere is a dog?,kennel,river,,A,It is tame.\n")
+    [r] = import_rationales(file)
+    assert r.choices == ("kennel", "river") and r.answer == 0 and not r.extra
+
+
+def test_an_answer_is_the_number_of_a_column_that_is_numbered_from_one():
+    from faithful_distill.faithfulness.external import read_rationales
+
+    row = {"sentence": "It was too big.", "option1": "trophy", "option2": "case"}
+    answered = lambda answer, **how: as_questions(load_questions([row | {"answer": answer}], **how))[0].answer
+    listed = {"question": "sentence", "choices": "option1+option2"}
+    for columns in ({"question": "sentence"}, listed):
+        read = [answered(answer, columns=columns) for answer in ("1", "2", "B", "(b)", "case", 2, 2.0)]
+        assert read == [0, 1, 1, 1, 1, 1, 1]
+        for unclear in (1, 1.0, "0", "3"):
+            with pytest.raises(BadInput, match="ambiguous|is not among the choices"):
+                answered(unclear, columns=columns)
+    scored = {
+        "question": "Who?",
+        "choice1": "me",
+        "choice2": "you",
+        "rationale": "",
+        "gold": "2",
+        "prediction": "1",
+    }
+    assert [(r.gold, r.prediction) for r in read_rationales([scored])] == [(1, 0)]
+    labelled = {
+        "question": "Who?",
+        "choices": {"label": ["1", "2", "3"], "text": ["a", "b", "c"]},
+        "answer": 3,
+    }
+    assert as_questions([labelled])[0].answer == 2, "an index out of range is a label"
+    for answer in (1, "1", 0.0):
+        with pytest.raises(BadInput, match="is a number.*Write true or false"):
+            as_questions([{"question": "Can pigs fly?", "kind": "boolean", "answer": answer}])
+
+
+def test_choices_of_a_data_frame_are_written_alike():
+    pandas = pytest.importorskip("pandas")
+    frame = pandas.DataFrame(
+        [dict(question="2+1?", A=1, B=2, C=3, answer="C"), dict(question="1+1?", A=2, B=4, answer="A")]
+    )
+    assert [q.choices for q in as_questions(frame)] == [("1", "2", "3"), ("2", "4")]
+    for wrong in (["x"], True, {"a": 1}, float("nan")):
+        with pytest.raises(BadInput, match="field 'A': row 1: is not a text or a number"):
+            as_questions([dict(question="Who?", A=wrong, B="you", answer=0)])
+
+
 def test_a_split_that_nobody_knows_is_refused_unless_the_records_name_it():
     row = {"question": "Which is hot?", "choices": ["ice", "fire"], "answer": 1}
     with pytest.raises(BadInput, match="field 'split': is no split.*Did you mean 'test'"):

@@ -27,7 +27,14 @@ from .perturb import unspaced
 from ..files import BadInput, check_encodable, check_number
 from ..formats import check_columns, rows_of, with_columns
 from ..published_files import published, published_rows
-from ..question_rows import choice_column, choice_columns, choice_list, missing_remedy
+from faithful_distill.question_rows import (
+    choice_column,
+    choice_columns,
+    choice_list,
+    column_choices,
+    labels_of,
+    missing_remedy,
+)
 from ..questions import Question, letter, match_choice, normalized, question_key
 from ..stated import stated_choice
 
@@ -108,18 +115,18 @@ class ExternalRationale:
         return {name: value for name, value in row.items() if value is not None or name in kept}
 
 # %% ../../nbs/78_external.ipynb #9fab59e7
-def _choice_index(given: Any, q: Question, name: str) -> int | None:
+def _choice_index(given: Any, q: Question, name: str, labels: list[str] | None = None) -> int | None:
     "The choice meant by an index, a letter or a text; None for None. Raises `BadInput` where two could be meant."
     if given is None:
         return None
     i = None
     if isinstance(given, str):
-        i = choice_of_text(given, q.choices, field=name)
+        i = choice_of_text(given, q.choices, labels=labels, field=name)
         i = match_choice(q, given) if i is None else i
         if i is None and re.fullmatch(r"\s*\d{1,2}(\.0)?\s*", given, re.ASCII):  # a cell of a table
-            i = answer_index(given, q.choices, field=name)
+            i = answer_index(given, q.choices, labels=labels, field=name)
     elif isinstance(given, (int, float)) and not isinstance(given, bool):
-        i = answer_index(given, q.choices, field=name)
+        i = answer_index(given, q.choices, labels=labels, field=name)
     if not isinstance(i, int) or not 0 <= i < len(q.choices):
         raise BadInput(
             "must be one of the choices",
@@ -195,7 +202,7 @@ def _from_table(row: dict) -> dict:
     "A row of a table, whose cells are texts: its choices as a list, its ratings as numbers."
     if "choices" not in row and (columns := choice_columns(row)):
         rest = {name: value for name, value in row.items() if not choice_column(name)}
-        row = rest | {"choices": [str(row[name]) for name in columns]}
+        row = rest | {"choices": column_choices(row, columns)}
     if isinstance(row.get("choices"), str):
         row = row | {"choices": choice_list(row["choices"])}
     for name in ("rating", "human", "judge"):
@@ -212,12 +219,12 @@ def _read_row(row: dict, number: int, cut_at: Sequence[str]) -> ExternalRational
     if row["choices"] is None:
         return _read_open_row(row, name, cut_at)
     choices = tuple(c.strip() if isinstance(c, str) else c for c in row["choices"])
-    unknown = Question(name, row["question"].strip(), choices, None)
-    q = Question(name, unknown.question, choices, _choice_index(row.get("gold"), unknown, "gold"))
+    unknown, labels = Question(name, row["question"].strip(), choices, None), labels_of(row["choices"])
+    q = Question(name, unknown.question, choices, _choice_index(row.get("gold"), unknown, "gold", labels))
     whole = (row["rationale"] or "").strip()
     text = _cut(whole, cut_at)
     if "prediction" in row:
-        prediction = _choice_index(row["prediction"], q, "prediction")
+        prediction = _choice_index(row["prediction"], q, "prediction", labels)
     else:
         prediction = stated_choice(q, text)
     marks = _ratings(_human(row)), row.get("model"), text != whole, _judged(row.get("judge"))

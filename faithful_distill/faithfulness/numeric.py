@@ -34,24 +34,48 @@ class OpenQuestion(Question):
             check_encodable(getattr(self, name), name)
 
 # %% ../../nbs/78_numeric.ipynb #8056c676
-_number = r"[-+\u2212]?(?:\d{1,3}(?:,\d{3})+|\d+)?(?:\.\d+)?(?:[eE][-+]?\d+)?"
-_plain = re.compile(rf"\$?\s*({_number})(?:\s*/\s*({_number}))?\s*(?:%|\$)?")
+_scales = dict(hundred=1e2, thousand=1e3, million=1e6, billion=1e9, trillion=1e12, dozen=12)
+_letters = dict(k=1e3, m=1e6, b=1e9, bn=1e9)  # beside a currency sign: 5K alone may be kelvin
+_unsigned = r"(?:\d{1,3}(?:,\d{3})+|\d+)?(?:\.\d+)?(?:[eE][-+]?\d+)?"
+_amount = (
+    r"(?P<sign>(?:[-+]|(?:minus|negative)\s+)(?=[$€£.\d]))?"
+    rf"(?:(?P<money>[$€£]\s*)(?P<inner>[-+](?=[.\d]))?)?(?P<number>{_unsigned})"
+    rf"(?:\s*(?P<scale>{'|'.join(_scales)})\b|(?(money)\s?(?P<letter>k|m|bn?)\b|(?!)))?"
+)
+_plain = re.compile(rf"{_amount}(?:\s*/\s*(?P<below>[-+]?{_unsigned}))?\s*[%$€£]?", re.IGNORECASE)
 
 
 def as_number(given: Any) -> float | None:
-    "The number that is given, or that a text is, with thousands, currency, percent sign or fraction; None for another."
+    """The number that is given, or that a text is; None for another.
+
+    A text may have a sign, thousands, a currency, a percent sign, a fraction, or a scale ('5 million', '$1.5M').
+    """
     if isinstance(given, (int, float)) and not isinstance(given, bool):
         return _finite(given)
     if not isinstance(given, str):
         return None
-    found = _plain.fullmatch(given.strip().strip("$").rstrip(".").strip())
+    found = _plain.fullmatch(_with_minus(given).replace("$$", "$").strip().rstrip(".").strip())
+    return None if found is None else _value(found)
+
+
+def _value(found: re.Match) -> float | None:
+    part = {name: text for name, text in found.groupdict().items() if text}
+    if "sign" in part and "inner" in part:
+        return None
     try:
-        value, below = (None if not part else float(_digits(part)) for part in (found[1], found[2]))
-    except (TypeError, ValueError):
+        value, below = (float(part.get(name, "1").replace(",", "")) for name in ("number", "below"))
+    except ValueError:
         return None
-    if value is None or below == 0:
+    if "number" not in part or below == 0:
         return None
-    return _finite(value if below is None else value / below)
+    scale = _scales.get(part.get("scale", "").lower(), 1) * _letters.get(part.get("letter", "").lower(), 1)
+    negative = part.get("sign", "").lower().startswith(("-", "minus", "negative")) or part.get("inner") == "-"
+    return _finite((-value if negative else value) * scale / below)
+
+
+def _with_minus(text: str) -> str:
+    "The text with each minus sign, or dash right before a number, as '-'."
+    return re.sub(r"\u2212|\u2013(?=[$€£.\d])", "-", text)
 
 
 def _finite(number: int | float) -> float | None:
@@ -61,17 +85,27 @@ def _finite(number: int | float) -> float | None:
         return None
 
 
-def _digits(text: str) -> str:
-    return text.replace(",", "").replace("\u2212", "-")
-
-
 def same_number(a: float, b: float) -> bool:
     "Whether two numbers are one, but for the last digits."
     return math.isclose(a, b, rel_tol=1e-6, abs_tol=1e-9)
 
 # %% ../../nbs/78_numeric.ipynb #50007a16
 _marked = re.compile(r"####\s*([^\n]+)|\\boxed\s*\{([^{}]*)\}")
-_in_words = re.compile(rf"(?<![\w.])\$?({_number})(?!\w)")
+_in_words = re.compile(rf"(?<![\w.,-])(?=\S*\d|minus|negative){_amount}(?!\w|[.,]\d)", re.IGNORECASE)
+_unclear = re.compile(
+    r"(?i:\b(?:not|nor|neither|never)\b|n['’]t\b)[^\d]*\d"  # not 5
+    r"|\d[)%]?\s*[-+*×·÷/^:x]\s*[($€£+-]?\s*[.\d]|\d\s+[.\d]"  # 3 + 3, 12:30, 1 001
+    r"|[√≠<>≤≥±\u2014]\s*[$€£-]?[.\d]|-\s+[$€£.\d]|(?i:\d\s+and\s+an?\b)"  # '- 5' may be a bullet
+    rf"|(?i:\b(?:{'|'.join(_scales)})\s+(?:{'|'.join(_scales)})\b)|(?<![$€£\d.,])[\d.,]+\s?[KMB]\b"
+)
+
+
+def _only_number(text: str) -> float | None:
+    "The number that a sentence names; None where it names several, or says something else of it."
+    found = [_value(m) for m in _in_words.finditer(text) if m["number"]]
+    if not found or _unclear.search(text) or re.search(r"\d", _in_words.sub("", text)):
+        return None
+    return found[0] if len(set(found)) == 1 else None
 
 
 def stated_number(text: str) -> float | None:
@@ -82,7 +116,4 @@ def stated_number(text: str) -> float | None:
         return None
     answer = max([*marked, *said])[1].strip()
     whole = as_number(answer)
-    if whole is not None:
-        return whole
-    found = {as_number(m[1]) for m in _in_words.finditer(answer) if re.search(r"\d", m[1])}
-    return found.pop() if len(found) == 1 else None
+    return _only_number(_with_minus(answer)) if whole is None else whole
