@@ -121,6 +121,21 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
     more = f", and {len(known) - 40} more" if len(known) > 40 else ""
     return f"Known: {', '.join(known[:40])}{more}."
 
+# %% ../nbs/00_files.ipynb #ea0166b3
+_markup = {"<": "&lt;", "|": "&#124;", "`": "&#96;", "](": "&#93;("}
+
+
+def inert(value):
+    "`value` with all texts in it, at whatever depth, on one line and without Markdown's or HTML's signs."
+    if isinstance(value, dict):
+        return {inert(k): inert(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [inert(v) for v in value]
+    if not isinstance(value, str):
+        return value
+    printable = "".join(c if c.isprintable() else " " for c in value)
+    return re.sub(r"[<|`]|\]\(", lambda sign: _markup[sign[0]], " ".join(printable.split()))
+
 # %% ../nbs/00_files.ipynb #fb3ad2ef
 lone_surrogate = re.compile("[\ud800-\udfff]")
 

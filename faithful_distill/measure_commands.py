@@ -6,6 +6,7 @@
 __all__ = ['evaluate', 'measure']
 
 # %% ../nbs/94f_measure_commands.ipynb #94f00004
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Literal
 
@@ -50,6 +51,27 @@ def _update_card(student: str, scores: dict, of: str) -> None:
     for name, s in scores.items():
         measures[f"{name} ({of})"] = s.to_dict() | {"title": f"{score_title(name)} ({of})"}
     model_card(student, measures)
+
+# %% ../nbs/94f_measure_commands.ipynb #b39bbcf6
+@contextmanager
+def _alone(folder: Path, lock: str):
+    "Within, no other process writes to the folder, and the library's log lines are shown."
+    from faithful_distill.ownership import sole_writer
+
+    with sole_writer(folder, folder / lock), shown_log():
+        yield
+
+
+@contextmanager
+def _paraphrases(source: str | None, folder: Path):
+    "Within, the `Paraphrases` of `--paraphrases`, whose server's replies are kept in the folder; None for none."
+    from faithful_distill.faithfulness.paraphrases import Paraphrases
+
+    if source is None:
+        yield None
+    else:
+        with Paraphrases(source, cache=folder / ".paraphrases.jsonl") as paraphrases:
+            yield paraphrases
 
 # %% ../nbs/94f_measure_commands.ipynb #c845544e
 @command("question_options:read_questions", "faithfulness.interventions:measure")
@@ -96,7 +118,7 @@ def evaluate(
         folder for metrics.json, answers.json and report.html
     """
     from faithful_distill.faithfulness.interventions import measure
-    from faithful_distill.faithfulness.paraphrases import Paraphrases, with_paraphrases
+    from faithful_distill.faithfulness.paraphrases import with_paraphrases
     from faithful_distill.faithfulness.simulators import ModelBehaviour, try_las
     from faithful_distill.faithfulness.suite import Suite, suite_facts, suite_rows
     from faithful_distill.files import write_json
@@ -113,28 +135,24 @@ def evaluate(
     if rationales:
         read_records(rationales, questions=questions)  # what is wrong is said before a model is loaded
     folder = own_folder(out, "evaluate", (*suite_files, "answers.json"), (data, path, rationales))
-    if paraphrases is not None:
-        metrics = with_paraphrases(metrics, Paraphrases(paraphrases, cache=folder / ".paraphrases.jsonl"))
-    simulator = _las_simulator(simulator, data, questions)
-    facts = [fact_of(q) for q in questions] if is_world(data) else None
-    model = load_student(student)
-    how = dict(draws=draws, seed=seed, batch_size=batch_size, max_new_tokens=max_new_tokens)
-    with shown_log():
-        measured = measure(
-            model, questions, rationales or (), metrics=metrics, **how, interval={"cluster": facts}
-        )
-    scores, written = dict(measured.scores), measured.arms["written"][0]
-    write_json(folder / "answers.json", measured.rows())
-    write_json(folder / "metrics.json", {name: s.to_dict() for name, s in scores.items()})
-    if simulator is not None:
-        behaviour = ModelBehaviour(questions, [a.rationale for a in written], [a.choice for a in written])
-        with shown_log():
-            scores |= try_las(simulator, behaviour, cluster=facts)
+    with _alone(folder, ".evaluate.lock"), _paraphrases(paraphrases, folder) as others:
+        simulator = _las_simulator(simulator, data, questions)
+        facts = [fact_of(q) for q in questions] if is_world(data) else None
+        model = load_student(student)
+        how = dict(draws=draws, seed=seed, batch_size=batch_size, max_new_tokens=max_new_tokens)
+        how |= dict(metrics=with_paraphrases(metrics, others), interval={"cluster": facts})
+        measured = measure(model, questions, rationales or (), **how)
+        scores, written = dict(measured.scores), measured.arms["written"][0]
+        write_json(folder / "answers.json", measured.rows())
         write_json(folder / "metrics.json", {name: s.to_dict() for name, s in scores.items()})
-    _update_card(student, scores, f"{Path(data).name}, {split}")
-    reasoner = as_reasoner(model, batch_size, max_new_tokens)
-    suite = Suite(scores, suite_rows(measured), suite_facts(reasoner, measured), measured.left_out)
-    report = write_suite(suite, folder, f"{Path(student).name} on {asked_of(data, split)}")
+        if simulator is not None:
+            behaviour = ModelBehaviour(questions, [a.rationale for a in written], [a.choice for a in written])
+            scores |= try_las(simulator, behaviour, cluster=facts)
+            write_json(folder / "metrics.json", {name: s.to_dict() for name, s in scores.items()})
+        _update_card(student, scores, f"{Path(data).name}, {split}")
+        reasoner = as_reasoner(model, batch_size, max_new_tokens)
+        suite = Suite(scores, suite_rows(measured), suite_facts(reasoner, measured), measured.left_out)
+        report = write_suite(suite, folder, f"{Path(student).name} on {asked_of(data, split)}")
     show_scores(suite)
     click.echo(f"Report: {report}")
     if unread := sum(a.choice is None for a in written):
@@ -255,11 +273,10 @@ def measure(
     out
         folder for report.html, metrics.json, facts.json, rows.jsonl, and the answers
     """
-    from faithful_distill.faithfulness.paraphrases import Paraphrases
     from faithful_distill.faithfulness.suite import check_handed, measure_suite, suite_names
     from faithful_distill.lab.measure_report import read_scores, read_suite, suite_files, write_suite
     from faithful_distill.lab.world import fact_of
-    from faithful_distill.ownership import own_folder, sole_writer
+    from faithful_distill.ownership import own_folder
     from faithful_distill.question_rows import require_answers
     from faithful_distill.reasoners.cached import CachedReasoner
     from faithful_distill.reasoners.opening import open_reasoner, reasoner_options
@@ -273,8 +290,6 @@ def measure(
     names = (*suite_files, "answers.jsonl", "requests.jsonl")
     folder = own_folder(out, "measure", names, (data, path, rationales))
     simulator = _simulator_for(simulator, questions)
-    if paraphrases is not None:
-        paraphrases = Paraphrases(paraphrases, cache=folder / ".paraphrases.jsonl")
     given = dict(shots=shots, system=system, max_new_tokens=max_new_tokens, batch_size=batch_size)
     given |= dict(served_model=served_model, tokenizer=tokenizer, reads=reads, samples=samples)
     given |= dict(concurrency=concurrency, budget=budget, price=_price(price), answers=answers)
@@ -283,14 +298,16 @@ def measure(
     known = reasoner_options(model, style)
     given |= {name: value for name, value in usual.items() if name in known}
     facts = [fact_of(q) for q in questions] if is_world(data) else None
-    with sole_writer(folder, folder / ".measure.lock"), shown_log():
-        reasoner = CachedReasoner(open_reasoner(model, style, **given), folder / "answers.jsonl")
-        how = dict(metrics=metrics, draws=draws, seed=seed, simulator=simulator, paraphrases=paraphrases)
-        how["interval"] = {"cluster": facts}
+    how = dict(metrics=metrics, draws=draws, seed=seed, simulator=simulator, interval={"cluster": facts})
+    with (
+        _alone(folder, ".measure.lock"),
+        _paraphrases(paraphrases, folder) as how["paraphrases"],
+        open_reasoner(model, style, **given) as opened,
+        CachedReasoner(opened, folder / "answers.jsonl") as reasoner,
+    ):
         before = read_scores(folder)
         suite = measure_suite(reasoner, questions, rationales or (), **how)
         report = write_suite(suite, folder, f"{Path(model).name} on {asked_of(data, split)}", compare)
-        reasoner.close()
     show_scores(suite)
     known_before = len(reasoner.known) - reasoner.computed
     click.echo(f"{reasoner.computed:,} answers computed, {known_before:,} known before")

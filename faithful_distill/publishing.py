@@ -11,7 +11,7 @@ from dataclasses import fields
 from pathlib import Path
 
 from . import __version__
-from .files import BadInput, writable_folder, write_json, write_text
+from .files import BadInput, inert, writable_folder, write_json, write_text
 from .hashes import sha256_file
 from .lineage import question_fields, ways_made, without_question
 from .ownership import own_folder
@@ -68,7 +68,7 @@ def publish_rationales(
     lineage = _lineage(records, files, dataset, license, questions)
     write_json(folder / "schema.json", _schema(questions))
     write_json(folder / "lineage.json", lineage)
-    write_text(folder / "README.md", _card(" ".join(title.split()), lineage))
+    write_text(folder / "README.md", _card(inert(title), inert(lineage)))
     if push_to:
         _push(folder, push_to, private)
     return folder

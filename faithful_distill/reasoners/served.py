@@ -235,6 +235,9 @@ class ServedReasoner(Reasoner):
             self.model.usage.summary(self.model.price),
         ]
 
+    def close(self):
+        self.model.close()
+
     def write(self, questions, beginnings=None):
         starts = [self.style.begin(text) for text in beginnings or [""] * len(questions)]
         if self.chats:

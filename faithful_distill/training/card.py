@@ -7,11 +7,10 @@ __all__ = ['write_card', 'model_card', 'push_to_hub']
 
 # %% ../../nbs/62_card.ipynb #6ca4ecb0
 import logging
-import re
 from collections import Counter
 from pathlib import Path
 
-from ..files import BadInput, shipped, write_json, write_text
+from ..files import BadInput, inert, shipped, write_json, write_text
 from ..hashes import content_key
 from ..student.loss import registry
 from ..student.model import read_settings
@@ -132,21 +131,6 @@ def _prefix(note) -> str:
     if note.get("objective") == "multitask":
         return "[label]"
     return "" if note["prefixes"] == "none" else "[factual]"
-
-# %% ../../nbs/62_card.ipynb #6e240559
-_markup = {"<": "&lt;", "|": "&#124;", "`": "&#96;", "](": "&#93;("}
-
-
-def inert(value):
-    "`value` with all texts in it, at whatever depth, on one line and without Markdown's or HTML's signs."
-    if isinstance(value, dict):
-        return {inert(k): inert(v) for k, v in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [inert(v) for v in value]
-    if not isinstance(value, str):
-        return value
-    printable = "".join(c if c.isprintable() else " " for c in value)
-    return re.sub(r"[<|`]|\]\(", lambda sign: _markup[sign[0]], " ".join(printable.split()))
 
 # %% ../../nbs/62_card.ipynb #1cdd51a2
 def _plain(value):
