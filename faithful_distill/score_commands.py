@@ -101,15 +101,16 @@ def score(
     from faithful_distill.faithfulness.scoring import score_rationales
     from faithful_distill.lab.score_report import score_files, write_numbers, write_scored
     from faithful_distill.models import check_name
-    from faithful_distill.ownership import own_folder, sole_writer
+    from faithful_distill.ownership import check_folder, own_folder, sole_writer
 
     if model is not None:
         check_name(model, "--model")
     simulator = named_simulator(simulator)
-    folder, known = own_folder(out, "score", score_files, [file]), []
+    folder, known = check_folder(out, "score", score_files, [file]), []
 
     def keep(scored):
         known.append(scored)
+        own_folder(out, "score", ("metrics.json", "scores.jsonl"), [file])
         write_numbers(scored, folder)
 
     how = dict(metrics=metrics, parts=parts, limit=limit, train_limit=train_limit, test_limit=test_limit)
@@ -119,6 +120,7 @@ def score(
         with sole_writer(folder, folder / ".score.lock"), shown_log():
             scored = score_rationales(file, **how, after=keep)
             known.append(scored)
+            own_folder(out, "score", score_files, [file])
             # written before anything is printed: `score ... | head` ends this process at the second line
             report = write_scored(scored, folder, f"Rationales of {Path(file).name}")
     except Exception:

@@ -6,7 +6,7 @@ import pytest
 from gguf_models import byte_tokenizer, template, tiny_llama, write_gguf
 
 from faithful_distill import measure
-from faithful_distill.files import BadInput
+from faithful_distill.files import BadInput, write_json
 from faithful_distill.lab.world import supporting_rationale, world_questions
 from faithful_distill.reasoners.cached import CachedReasoner
 from faithful_distill.reasoners.causal import CausalReasoner
@@ -393,3 +393,56 @@ def test_one_writer_at_a_time_in_a_folder_and_what_was_opened_is_closed(tmp_path
     done = CliRunner().invoke(main, asked)
     assert done.exit_code == 2 and "is broken" in done.output
     assert closed == ([CachedReasoner] if name == "measure" else []) + [Paraphrases]
+
+
+@pytest.mark.parametrize("spoilt", ["steps", "rows", "links"])
+def test_a_card_that_cannot_be_written_costs_no_report(tmp_path, spoilt):
+    import shutil
+
+    from click.testing import CliRunner
+
+    from faithful_distill.cli import main
+    from faithful_distill.files import shipped
+
+    student, kept = tmp_path / "student", tmp_path / "kept"
+    shutil.copytree(shipped("data", "models", "student"), kept)
+    rows = dict(factual=1, counterfactual=1, shortened=0)
+    note = dict(run="r", base="b", steps=1, metrics={}, rows=rows, prefixes="both", answer_only=False)
+    write_json(kept / "student.json", note)
+    student.mkdir()
+    for file in kept.iterdir():
+        (student / file.name).symlink_to(file)
+    if spoilt != "links":
+        (student / "student.json").unlink()
+        note.pop("steps") if spoilt == "steps" else note.update(rows={})
+        write_json(student / "student.json", note)
+    before = {file: file.read_bytes() for file in student.iterdir()}
+    asked = ["--data", "world-choice", "--limit", "2", "--metrics", "filler", "--out", str(tmp_path / "out")]
+    done = CliRunner().invoke(main, ["evaluate", "--student", str(student), *asked])
+    assert done.exit_code == 0 and "accuracy" in done.output and "Report: " in done.output, done.output
+    assert done.output.count("The student's card is left as it was: ") == 1
+    assert (tmp_path / "out" / "report.html").is_file()
+    assert {file: file.read_bytes() for file in student.iterdir()} == before
+
+
+@pytest.mark.parametrize("text", ["{", "5", "[[1]]"])
+def test_a_broken_list_of_training_questions_is_named(tmp_path, text):
+    from faithful_distill.files import shipped
+    from faithful_distill.student.model import Student, load_student
+
+    known = load_student(shipped("data", "models", "student"))
+    (tmp_path / "trained_on.json").write_text(text)
+    with pytest.raises(BadInput, match="trained_on.json: is no list of the questions of a training"):
+        Student(known.model, known.tokenizer, str(tmp_path)).trained_on
+
+
+def test_a_command_that_failed_early_notes_nothing(tmp_path):
+    from click.testing import CliRunner
+
+    from faithful_distill.cli import main
+    from faithful_distill.files import shipped
+
+    student = str(shipped("data", "models", "student"))
+    asked = ["--data", "world-choice", "--limit", "2", "--metrics", "perturbb", "--out", str(tmp_path)]
+    done = CliRunner().invoke(main, ["evaluate", "--student", student, *asked])
+    assert done.exit_code == 2 and not list(tmp_path.iterdir()), done.output

@@ -184,6 +184,8 @@ def model_card(folder: str | Path, metrics: dict | None = None, data: str = "") 
     data
         what the rationales are of
     """
+    from jinja2 import UndefinedError
+
     path = Path(folder) / "student.json"
     note = read_settings(folder)
     for name in ("base", "steps", "metrics", "rows", "prefixes", "answer_only"):
@@ -194,7 +196,11 @@ def model_card(folder: str | Path, metrics: dict | None = None, data: str = "") 
             )
     measured = note.get("measured", {}) | {name: _kept(m) for name, m in (metrics or {}).items()}
     note["measured"] = dict(sorted(measured.items()))
-    text = card_text(note, data)
+    try:
+        text = card_text(note, data)
+    except (UndefinedError, KeyError, TypeError, ValueError, AttributeError) as e:
+        problem = f"does not say what a card says of a trained student: {' '.join(str(e).split())}"
+        raise BadInput(problem, file=path, remedy="Restore the file, or train again.") from None
     if metrics:
         write_json(path, note)
     write_card(folder, text)
