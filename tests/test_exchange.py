@@ -160,6 +160,16 @@ def test_a_published_folder_is_what_the_hub_library_reads(tmp_path):
         publish_rationales(records, tmp_path / "e", license="free: for\nall")
 
 
+def test_published_without_questions_no_field_repeats_one(tmp_path):
+    row = dict(id="1", question="Who swims?", choices=["penguin", "camel"], answer=0, rationale="It hunts fish.")
+    extra = dict(answerKey="A", gold="penguin", options=["penguin", "camel"], question_stem="Who swims?", explanation="x")
+    folder = publish_rationales([row | extra], tmp_path / "d", questions=False)
+    [published] = [json.loads(line) for line in open(folder / "gold.jsonl")]
+    assert published.keys() == {"id", "rationale", "role", "split", "target"}
+    with pytest.raises(BadInput, match="is that of another question.*in line 1"):
+        publish_rationales([row, row | {"question": "Who walks?"}], tmp_path / "two")
+
+
 def test_overlap_by_text_and_by_id():
     records = import_rationales(own)
     asked = [

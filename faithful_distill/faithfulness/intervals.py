@@ -139,10 +139,7 @@ def _resampled_means(rows, counts, draws: int, rng: np.random.Generator) -> np.n
     return np.concatenate(sums) / n
 
 # %% ../../nbs/68_intervals.ipynb #7b2a8764
-few_clusters, many_clusters = (
-    20,
-    40,
-)  # fewer examples or clusters: a score carries a warning; its interval is widened
+few_clusters, many_clusters = 20, 40  # below these a score carries a warning, and its interval is widened
 
 
 def small_sample_factor(units: int, level: float = 0.95) -> float:
