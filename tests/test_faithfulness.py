@@ -1637,3 +1637,17 @@ def test_adding_mistakes_counts_steps_in_which_nothing_can_be_replaced():
 def test_las_without_a_least_size_is_undefined_where_a_part_is_empty():
     score = las([0] * 12, [0] * 12, [0] * 12, [0] * 12, min_bin=0, draws=20)
     assert score.value is None and "at least 1 are needed" in score.reason
+
+
+def test_shares_of_ordered_pairs_of_few_students_are_widened_and_say_so():
+    rng, levels = np.random.default_rng(4), np.repeat([0.0, 0.5, 1.0], 4)
+    score = calibration.adjacent_concordance((levels + rng.normal(0, 1, 12)).tolist(), levels.tolist())
+    many = calibration.adjacent_concordance(rng.normal(size=48).tolist(), np.repeat(levels, 4).tolist())
+    assert "only 12" in score.details["warning"] and "warning" not in many.details
+    weights = calibration.student_weights([(f, 0) for f in levels], 2000, 0)
+    pairs = calibration.adjacent_pairs(
+        levels + np.random.default_rng(4).normal(0, 1, 12), list(levels), [0] * 12
+    )
+    drawn = sum(np.einsum("di,ij,dj->d", weights[:, a], c, weights[:, b]) for _, a, b, c in pairs) / 32
+    low = score.value - intervals.small_sample_factor(12) * (score.value - np.quantile(drawn, 0.025))
+    assert score.low == pytest.approx(max(0, low))

@@ -153,6 +153,14 @@ def few_clusters_warning(units: int) -> dict[str, str]:
     warning = f"only {units} independent examples or clusters: the interval is Student's, and rests on little"
     return {"warning": warning} if units < few_clusters else {}
 
+
+def widened(point, low, high, units: int, level: float) -> tuple:
+    "Ends of a bootstrap's interval, as wide as Student's where there are few units, and what details say besides."
+    if not 1 < units < many_clusters:
+        return low, high, {}
+    factor = small_sample_factor(units, level)
+    return point - factor * (point - low), point + factor * (high - point), few_clusters_warning(units)
+
 # %% ../../nbs/68_intervals.ipynb #9f2d9e1d
 def bootstrap(
     columns: np.ndarray,
@@ -205,11 +213,8 @@ def bootstrap(
     point, (low, high), info = np.asarray(point), np.array(ends).T, {"units": int(counts.sum())}
     if not defined.all():
         info["undefined_draws"] = int((~defined).any(-1).sum())
-    if 1 < info["units"] < many_clusters:
-        factor = small_sample_factor(info["units"], level)
-        low, high = point - factor * (point - low), point + factor * (high - point)
-        info |= few_clusters_warning(info["units"])
-    return point, low, high, info
+    low, high, warning = widened(point, low, high, info["units"], level)
+    return point, low, high, info | warning
 
 # %% ../../nbs/68_intervals.ipynb #82449591
 def make_score(
