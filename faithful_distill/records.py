@@ -329,7 +329,7 @@ def _field(row, name: str):
 
 
 class _Known:
-    "Questions by id; and by their text and choices, for rationales that call the same question otherwise."
+    "Questions by id; and by text and choices in this order (an index names one), for rationales with ids of their own."
 
     def __init__(self, questions: Iterable[Question]):
         self.by_id = {q.id: q for q in questions}

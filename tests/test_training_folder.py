@@ -332,3 +332,21 @@ def test_what_another_command_wrote_is_no_hindrance_unless_it_would_be_replaced(
     (tmp_path / "README.md").write_text("card")
     with pytest.raises(BadInput, match="did not write there: README.md"):
         folder.check_out(tmp_path, None)
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/fd"), reason="Linux")
+def test_a_students_weights_are_on_the_disk_when_they_are_written(tmp_path, monkeypatch):
+    from faithful_distill.student.model import tiny_student
+    from faithful_distill.training.folder import write_model
+
+    synced, fsync = [], os.fsync
+
+    def note(handle):
+        synced.append(os.path.basename(os.readlink(f"/proc/self/fd/{handle}")))
+        fsync(handle)
+
+    monkeypatch.setattr(os, "fsync", note)
+    student, out = tiny_student(["fish live in water"]), tmp_path / "out"
+    out.mkdir()
+    written = write_model(student, dict(student.model.state_dict()), out)
+    assert "model.safetensors" in written and synced == [*written, "out"]

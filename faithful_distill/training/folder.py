@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 
-from ..files import BadInput, write_json, write_text
+from ..files import BadInput, to_disk, write_json, write_text
 from ..hashes import content_key, model_identity, sha256_file, weights_hash
 from ..jsonl import read_jsonl
 from ..overlaps import question_hash
@@ -338,7 +338,9 @@ def write_model(student: Student, state: dict, out: Path) -> dict[str, str]:
     if "train" in claimed_names(out):
         claim(out, written)
     for name in written:
+        to_disk(hidden / name)
         os.replace(hidden / name, out / name)
+    to_disk(out)  # before the checkpoints are removed
     hidden.rmdir()
     return written
 
