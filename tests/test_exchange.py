@@ -161,8 +161,16 @@ def test_a_published_folder_is_what_the_hub_library_reads(tmp_path):
 
 
 def test_published_without_questions_no_field_repeats_one(tmp_path):
-    row = dict(id="1", question="Who swims?", choices=["penguin", "camel"], answer=0, rationale="It hunts fish.")
-    extra = dict(answerKey="A", gold="penguin", options=["penguin", "camel"], question_stem="Who swims?", explanation="x")
+    row = dict(
+        id="1", question="Who swims?", choices=["penguin", "camel"], answer=0, rationale="It hunts fish."
+    )
+    extra = dict(
+        answerKey="A",
+        gold="penguin",
+        options=["penguin", "camel"],
+        question_stem="Who swims?",
+        explanation="x",
+    )
     folder = publish_rationales([row | extra], tmp_path / "d", questions=False)
     [published] = [json.loads(line) for line in open(folder / "gold.jsonl")]
     assert published.keys() == {"id", "rationale", "role", "split", "target"}
