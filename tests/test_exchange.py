@@ -58,6 +58,7 @@ def test_a_student_learns_from_four_fields_alone_and_knows_what_it_was_trained_o
         {w for row in own for w in f"{row['question']} {row['rationale']} {' '.join(row['choices'])}".split()}
     )
     rows = [{k: row[k] for k in ("question", "choices", "answer", "rationale")} for row in own]
+    rows[1]["answer"] = 1  # the choice that its rationale states
     student = tiny_student(words)
     out = train_student(student, rows, out=tmp_path / "student", alpha_cf=0.0, max_steps=1, batch_size=2).out
     trained = load_student(out)
@@ -69,6 +70,21 @@ def test_a_student_learns_from_four_fields_alone_and_knows_what_it_was_trained_o
         assert "trained on" not in caplog.text
         measure(trained, [*questions, new], metrics=["controls"])
     assert "2 of 3 questions are among those that were trained on" in caplog.text
+
+
+def test_rows_to_train_on_are_read_as_import_reads_them(tmp_path, caplog):
+    from faithful_distill.training.train import checked_records
+
+    row = dict(question="Where is a dog?", choices=["kennel", "river"], answer="kennel")
+    rows = [row | {"rationale": f"It is wet. So the answer is {c}."} for c in row["choices"]]
+    read = lambda given: [(r.rationale, r.target, r.role) for r in checked_records(given)]
+    wanted = [("It is wet.", 0, "gold"), ("It is wet.", 1, "counterfactual")]
+    file = tmp_path / "rows.jsonl"
+    file.write_text("".join(f"{json.dumps(r)}\n" for r in rows))
+    assert read(rows) == wanted and "1 of 2 state another answer than theirs" in caplog.text
+    assert read(file) == read(iter(rows)) == read(import_rationales(rows)) == wanted
+    said = dict(rows[1], role="gold", target=0)  # it says itself what it argues for
+    assert read([said]) == [("It is wet. So the answer is river.", 0, "gold")]
 
 
 def test_wrong_names_are_named_with_the_remedy():

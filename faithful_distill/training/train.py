@@ -13,12 +13,12 @@ import sys
 import time
 import warnings
 from contextlib import contextmanager
-from itertools import islice
 from pathlib import Path
-from typing import Sequence
+from typing import Iterator, Sequence
 
+from ..exchange import as_stated
 from ..files import BadInput, writable_folder
-from ..formats import read_rows
+from ..formats import read_rows, rows_of
 from ..models import check_name
 from ..ownership import sole_writer
 from ..ranks import count_nodes, launched
@@ -45,22 +45,27 @@ from .settings import Settings
 def checked_records(given, name: str = "rationales") -> list[Rationale]:
     """`read_records`, and what can only be seen in all of them together.
 
+    Rows that do not say what they argue for are read as `import_rationales` reads them: by their answer sentence.
     Raises `BadInput` where records of one id are about different questions; says how many are there twice.
     """
-    records = read_records(given, name)
     in_file = isinstance(given, (str, Path))
-
-    def line_of(place):
-        return next(islice(read_rows(given), place, None))[0] if in_file else place + 1
-
+    given = list(given) if isinstance(given, Iterator) else given
+    records = read_records(given, name)
+    rows = [given] if isinstance(given, Rationale) else read_rows(given) if in_file else rows_of(given)
+    lines, rows = zip(*rows) if in_file else (range(1, len(records) + 1), rows)
+    told = [r if _says_its_target(row) else as_stated(r, row) for r, row in zip(records, rows)]
+    if other := sum(a.target != b.target for a, b in zip(records, told)):
+        said = f"{name}: {other} of {len(told)} state another answer than theirs: they are counterfactual"
+        logging.getLogger("faithful_distill").warning(said)
+    records = told
     first, seen, twice = {}, {}, []
     for place, r in enumerate(records):
         before, asked = first.setdefault(r.id, (place, r))
         if (asked.question, asked.choices, asked.answer) != (r.question, r.choices, r.answer):
             raise BadInput(
-                f"is that of another question, other choices or another answer in line {line_of(before)}",
+                f"is that of another question, other choices or another answer in line {lines[before]}",
                 file=given if in_file else None,
-                line=line_of(place),
+                line=lines[place],
                 field="id",
                 value=r.id,
                 remedy="Records of one id are about one question: give each question an id of its own.",
@@ -68,10 +73,15 @@ def checked_records(given, name: str = "rationales") -> list[Rationale]:
         again = seen.setdefault((r.id, r.role, r.target, r.rationale), place)
         twice += [(again, place)] if again != place else []
     if twice:
-        a, b = map(line_of, twice[0])
+        a, b = (lines[place] for place in twice[0])
         said = f"{name}: {len(twice)} are there twice (lines {a} and {b} first) and count twice in training"
         logging.getLogger("faithful_distill").warning(said)
     return records
+
+
+def _says_its_target(row) -> bool:
+    "Whether a row says itself what it argues for, as all do that this package wrote."
+    return isinstance(row, Rationale) or row.get("role") is not None and row.get("target") is not None
 
 # %% ../../nbs/60_train.ipynb #60000002
 def check_words(student: Student, rationales: list[Rationale], first: bool = True) -> None:
@@ -264,7 +274,7 @@ def prepared(student, settings: Settings) -> Student:
         getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()
     return student
 
-# %% ../../nbs/60_train.ipynb #60000006
+# %% ../../nbs/60_train.ipynb #480647cb
 def with_task_tags(student: Student, seed: int) -> None:
     "Add the tags of both tasks to a student whose tokenizer does not know them, in place."
     import torch
