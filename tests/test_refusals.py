@@ -18,7 +18,7 @@ from faithful_distill.faithfulness.external import read_rationales
 from faithful_distill.faithfulness.numeric import as_number
 from faithful_distill.files import BadInput, write_json
 from faithful_distill.formats import read_rows, rows_of
-from faithful_distill.ownership import own_folder, own_lines
+from faithful_distill.ownership import own_folder, own_lines, write_card
 from faithful_distill.publishing import publish_rationales
 from faithful_distill.question_rows import as_questions
 from faithful_distill.questions import Question
@@ -31,7 +31,7 @@ from faithful_distill.sources import load_questions
 from faithful_distill.stated import stated_choice
 from faithful_distill.student.answers import Answer
 from faithful_distill.teacher.generate import contrastive_generate
-from faithful_distill.training.card import model_card, write_card
+from faithful_distill.training.card import model_card
 
 Q = Question("q1", "What flies?", ("a bird", "a cup"), 0)
 ROW = dict(id="q1", question="What flies?", choices=["a bird", "a cup"], answer=0, rationale="It has wings.")
