@@ -112,22 +112,26 @@ def note_names(folder: Path, by: str, names: Iterable[str]) -> None:
 def own_lines(path, names: Iterable[str], inputs: Iterable = ()) -> None:
     """Raises `BadInput` unless a file of JSON lines may be written: nothing is there, or such a file of this package.
 
-    It is one if its first row has all the fields `names`, and it must be none of the `inputs`.
+    It is one if each row has all the fields `names` (the last one may be torn), and it must be none of the `inputs`.
     """
     check_target(path)
     refuse_inputs(path, inputs)
     try:
         with open(path, encoding="utf-8") as f:
-            first = f.readline()
+            own = all(_is_row(line, set(names), first=n == 0) for n, line in enumerate(f))
     except FileNotFoundError:
         return
     except (OSError, UnicodeDecodeError):
-        first = "?"
-    with suppress(ValueError):
-        row = json.loads(first or "null")
-        if not first or isinstance(row, dict) and set(names) <= set(row):
-            return
-    raise _of_something_else(path, "Name a new file.")
+        own = False
+    if not own:
+        raise _of_something_else(path, "Name a new file.")
+
+
+def _is_row(line: str, names: set, first: bool) -> bool:
+    with suppress(ValueError, RecursionError):
+        row = json.loads(line)
+        return isinstance(row, dict) and names <= set(row)
+    return not first and not line.endswith("\n") and line.startswith("{")
 
 # %% ../nbs/00b_ownership.ipynb #0b100011
 def write_card(folder: str | Path, text: str) -> None:

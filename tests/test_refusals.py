@@ -739,3 +739,22 @@ def test_a_selection_gives_a_number_for_each(teacher, found):
         rationalize(teacher, [question], out=3)
     with pytest.raises(BadInput, match="must be a list of roles"):
         rationalize(teacher, [question], roles=[])
+
+
+def test_an_import_replaces_no_other_rationales(tmp_path):
+    from click.testing import CliRunner
+
+    from faithful_distill.cli import main
+
+    source = written(tmp_path / "source.jsonl", ROW)
+    asked = ["import", str(source), "--out", str(tmp_path / "out.jsonl")]
+    for _ in range(2):  # the same once more is no loss
+        assert CliRunner().invoke(main, asked).exit_code == 0
+    computed = write_records(tmp_path / "out.jsonl", read_records([ROW | {"id": "q2"}])).read_bytes()
+    done = CliRunner().invoke(main, asked)
+    assert done.exit_code == 2 and "holds other rationales, which would be replaced" in done.output
+    assert (tmp_path / "out.jsonl").read_bytes() == computed
+    with open(tmp_path / "out.jsonl", "a") as f:
+        f.write("and my notes\n")
+    done = CliRunner().invoke(main, asked)
+    assert done.exit_code == 2 and "is of something else" in done.output
