@@ -758,3 +758,37 @@ def test_an_import_replaces_no_other_rationales(tmp_path):
         f.write("and my notes\n")
     done = CliRunner().invoke(main, asked)
     assert done.exit_code == 2 and "is of something else" in done.output
+
+
+@pytest.mark.parametrize(
+    "given, problem",
+    [
+        (dict(parts="3"), r"field 'parts': must be a whole number, at least 2 \(got '3'\)"),
+        (dict(parts=1), "field 'parts': must be a whole number, at least 2"),
+        (dict(cut_at=[5]), "field 'cut_at': is no list of texts"),
+        (dict(cut_at=5), "field 'cut_at': is no list of texts"),
+        (dict(train_limit=None), "field 'train_limit': must be a whole number"),
+        (dict(seeds=range(10**9)), "field 'seeds': must be a list of 1 to 10,000 seeds"),
+        (dict(seeds=[]), "field 'seeds': must be a list of 1 to 10,000 seeds"),
+        (dict(seeds=[0.5]), "field 'seeds': must be a whole number"),
+    ],
+)
+def test_a_call_of_the_suite_is_checked_first(given, problem):
+    from faithful_distill.faithfulness.scoring import score_rationales
+
+    with pytest.raises(BadInput, match=problem):
+        score_rationales([ROW], **given)
+
+
+def test_no_memory_is_filled_with_seeds(tmp_path):
+    from click.testing import CliRunner
+
+    from faithful_distill.cli import main
+    from faithful_distill.training.launch import train_seeds
+
+    for seeds in (10**9, range(10**9), [], [1, 1], 1.5):
+        with pytest.raises(BadInput, match="field 'seeds': must be 1 to 10,000 different seeds"):
+            train_seeds("student", [ROW], out=tmp_path, seeds=seeds)
+    for asked in (["train", "--rationales", "r", "--seeds"], ["score", "r", "--simulators"]):
+        done = CliRunner().invoke(main, [*asked, str(10**9), "--out", str(tmp_path)])
+        assert done.exit_code == 2 and "is not in the range 1<=x<=10000" in done.output
