@@ -10,7 +10,7 @@ from pathlib import Path
 
 import click
 
-from .commands import AtLeastOne, command, inherit, shown_log
+from .commands import AtLeastOne, Some, command, inherit, shown_log
 
 # %% ../nbs/94e_score_commands.ipynb #5cd108fd
 def named_simulator(name: str | None) -> str | None:
@@ -64,7 +64,7 @@ def score(
     model: str | None = None,
     metrics: list[str] = inherit,
     parts=inherit,
-    simulators: AtLeastOne = 3,
+    simulators: Some = 3,
     train_limit=inherit,
     test_limit=inherit,
     limit: AtLeastOne | None = None,

@@ -226,3 +226,18 @@ def test_a_text_of_the_data_is_only_text_in_the_card_of_a_dataset(tmp_path):
     plain, card = cards
     for sign in ("\n", "|", "<", "](", "`"):
         assert card.count(sign) == plain.count(sign), sign
+
+
+def test_a_card_that_was_changed_by_hand_is_published_as_it_is(tmp_path, caplog):
+    from faithful_distill.ownership import sole_writer
+
+    records = import_rationales(own)
+    folder = publish_rationales(records, tmp_path / "d", title="One")
+    publish_rationales(records, folder, title="Two")
+    card = (folder / "README.md").read_text().replace("# Two", "# Mine")
+    (folder / "README.md").write_text(card)
+    publish_rationales(records, folder, title="Three")
+    assert (folder / "README.md").read_text() == card and "changed by hand" in caplog.text
+    with sole_writer(folder, folder / ".publish.lock"):
+        with pytest.raises(BadInput, match="is being written by another process"):
+            publish_rationales(records, folder)
