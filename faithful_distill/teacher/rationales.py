@@ -189,7 +189,7 @@ def rationalize(
     chunk
         rationales between two writes to the disk
     scores
-        keep the plausibility growth of each token
+        keep the plausibility growth of each token (0 where nothing is contrasted)
     samples
         draw so many of each question and role (at temperature 1, if none is given), and keep one; the others go to a
         file beside `out` (rationales.rejected.jsonl)
