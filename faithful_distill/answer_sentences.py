@@ -13,7 +13,7 @@ from typing import NamedTuple
 # %% ../nbs/04_answer_sentences.ipynb #04a00006
 answer_sentence = "So the answer is"
 _opening = re.compile(
-    r"(?:\b(?:so|thus|hence|therefore|and so|which means)\b,?\s+|^\s*|(?<=[.!?;:\"')])\s*)"
+    r"(?:\b(?:so|thus|hence|therefore|and so|which means)\b,?\s+|\b(?:wait|no|actually|hmm|sorry)\b,\s+|^\s*|(?<=[.!?;:\"')])\s*)"
     r"(?:(?:the|my|our|this)\s+(?:correct |right |best |final |only )?answer\s+is\b\s*:?\s*"
     r"|(?:the|this)\s+statement\s+is\b\s*:?\s*(?=(?:true|false|correct|incorrect|right|wrong)\b)"
     r"|(?:[*_#]+\s*)?(?:(?:the|my)\s+)?(?:(?:correct|right|best|final)\s+)?answer\s*[*_]*:[*_]*\s*)",

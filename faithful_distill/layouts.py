@@ -6,6 +6,7 @@
 __all__ = ['read_lettered', 'read_strategyqa', 'read_boolq', 'read_creak', 'read_piqa', 'read_nli', 'read_ecqa', 'read_svamp']
 
 # %% ../nbs/03_layouts.ipynb #f64e1182
+import math
 import re
 from itertools import permutations
 
@@ -137,10 +138,14 @@ def read_ecqa(row: dict) -> dict:
 def read_svamp(row: dict) -> dict:
     "A word problem of SVAMP, its answer among numbers that its text gives by other operations."
     body, asked = required(row, "Body").strip(), required(row, "Question").strip()
-    try:
-        answer = float(required(row, "Answer", (str, int, float)))
-    except ValueError:
-        raise BadInput("is not a number", field="Answer", value=row["Answer"]) from None
+    given = str(required(row, "Answer", (str, int, float))).strip()
+    answer = (
+        float(given)
+        if re.fullmatch(r"[-+]?(\d+\.?\d*|\.\d+)(e[-+]?\d+)?", given, re.ASCII | re.I)
+        else math.nan
+    )
+    if not math.isfinite(answer):
+        raise BadInput("is not a number", field="Answer", value=row["Answer"])
     text = f"{body}{'' if body.endswith(('.', '?', '!')) else '.'} {asked}"
     choices = [f"{n:.10g}" for n in sorted([answer, *_other_results(text, answer)])]
     return dict(
@@ -162,5 +167,5 @@ def _other_results(text: str, answer: float, n: int = 4) -> list[float]:
         for f in (float.__add__, float.__sub__, float.__mul__)
     ]
     near = [answer + 1, answer + 10, answer * 2 + 3, answer + 5]
-    found = dict.fromkeys(f"{v:.10g}" for v in [*results, *numbers, *near] if v >= 0)
+    found = dict.fromkeys(f"{v:.10g}" for v in [*results, *numbers, *near] if 0 <= v < math.inf)
     return [float(v) for v in found if v != f"{answer:.10g}"][:n]

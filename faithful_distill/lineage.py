@@ -8,16 +8,21 @@ __all__ = ['question_fields', 'without_question', 'shared_provenance', 'ways_mad
 # %% ../nbs/05a_lineage.ipynb #af64e413
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import fields
 
 from .records import Rationale, provenance_fields
 
 # %% ../nbs/05a_lineage.ipynb #3204f254
 question_fields = ("question", "choices", "answer", "kind")
+_own_fields = {f.name for f in fields(Rationale)} - {*question_fields, "extra"}
 
 
 def without_question(row: Mapping) -> dict:
-    "A row of a rationale without what it repeats of its question; the id stays."
-    return {name: value for name, value in row.items() if name not in question_fields}
+    """A row of a rationale without what it repeats of its question; the id stays.
+
+    Fields that `Rationale` does not know go too: they may repeat the question, or its answer.
+    """
+    return {name: value for name, value in row.items() if name in _own_fields}
 
 # %% ../nbs/05a_lineage.ipynb #c391afc2
 def shared_provenance(records: Sequence[Rationale]) -> dict:

@@ -15,7 +15,7 @@ from .files import BadInput, inert, writable_folder, write_json
 from .hashes import sha256_file
 from .lineage import question_fields, ways_made, without_question
 from .ownership import own_folder, sole_writer, write_card
-from .records import Rationale, read_records, write_records
+from .records import Rationale, check_one_question, read_records, write_records
 
 # %% ../nbs/05d_publishing.ipynb #d06fc02a
 def publish_rationales(
@@ -31,8 +31,8 @@ def publish_rationales(
 ) -> Path:
     """Write rationales as a dataset folder with card, schema and lineage; upload it if asked.
 
-    Raises `BadInput` for a folder that holds what this function did not write. A README.md that was changed by hand
-    is left as it is.
+    Raises `BadInput` for a folder that holds what this function did not write, and for two questions of one id. A
+    README.md that was changed by hand is left as it is.
 
     Parameters
     ----------
@@ -47,7 +47,7 @@ def publish_rationales(
     license
         of the rationales, such as 'cc-by-4.0'; '': the card says that none is given
     questions
-        False: leave out the questions' text, choices and answers; ids stay
+        False: leave out the questions' text, choices and answers, and fields of one's own; ids stay
     push_to
         name on the Hugging Face hub, 'me/rationales'; needs a login of yours
     private
@@ -57,6 +57,7 @@ def publish_rationales(
         remedy = "Use the hub's short name, such as cc-by-4.0 or apache-2.0."
         raise BadInput("is no licence's name", field="license", value=license, remedy=remedy)
     records = read_records(rationales)
+    check_one_question(records)
     with sole_writer(folder, Path(folder) / ".publish.lock"):
         folder = _own_folder(folder, rationales)
         files = {}

@@ -6,6 +6,7 @@
 __all__ = ['roles', 'Rationale', 'rationale_from_row', 'read_records', 'own_records', 'write_records']
 
 # %% ../nbs/05_records.ipynb #ae11a92c
+import itertools
 import json
 from contextlib import suppress
 from dataclasses import dataclass, field, fields, replace
@@ -399,6 +400,22 @@ def _numbered(row, file, line: int, about: Question | None) -> Rationale:
         return rationale_from_row(row, question=about)
     except BadInput as e:
         raise e.but(problem=f"row {line}: {e.problem}") from None
+
+# %% ../nbs/05_records.ipynb #986310c8
+def check_one_question(records: Iterable[Rationale], lines: Iterable[int] | None = None, file=None) -> None:
+    "Raises `BadInput` where records of one id are about different questions; `lines`: where they stand, None: 1, 2 ..."
+    first = {}
+    for line, r in zip(itertools.count(1) if lines is None else lines, records):
+        before, asked = first.setdefault(r.id, (line, r))
+        if (asked.question, asked.choices, asked.answer) != (r.question, r.choices, r.answer):
+            raise BadInput(
+                f"is that of another question, other choices or another answer in line {before}",
+                file=file,
+                line=line,
+                field="id",
+                value=r.id,
+                remedy="Records of one id are about one question: give each question an id of its own.",
+            )
 
 # %% ../nbs/05_records.ipynb #986310c7
 def own_records(path, inputs: Iterable = ()) -> None:

@@ -87,6 +87,15 @@ def test_rows_to_train_on_are_read_as_import_reads_them(tmp_path, caplog):
     assert read([said]) == [("It is wet. So the answer is river.", 0, "gold")]
 
 
+def test_an_answer_that_is_corrected_is_not_the_one_that_counts():
+    from faithful_distill.stated import stated_choice
+
+    q = Question("q", "Where?", ("river", "tree"), None)
+    for correction in ("Wait", "wait, no", "Actually", "No", "Hmm"):
+        text = f"It swims. The answer is river. {correction}, the answer is tree."
+        assert stated_choice(q, text) == 1, text
+
+
 def test_wrong_names_are_named_with_the_remedy():
     for change, problem in (
         ({"explanation": "why"}, "row 1: field 'rationale'|columns={'rationale': 'explanation'}"),

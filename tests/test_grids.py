@@ -69,6 +69,22 @@ def test_what_is_kept_of_the_study_is_what_its_figures_read_by_default():
         ("{notebook: ../simple.ipynb}", "g.notebook", "leads out of its folder"),
         ("{notebook: sub/../simple.ipynb}", "g.notebook", "leads out of its folder"),
         ("{notebook: simple.ipynb, for: {n: [1, 2], size: {large: {n: 3}}}}", "g.for.size", "axis 'n' does"),
+        (
+            '{notebook: simple.ipynb, for: {n: [1, 2]}, skip: [{n: "1"}]}',
+            "g.skip.n",
+            "is not on the axis 'n'",
+        ),
+        (
+            "{notebook: simple.ipynb, for: {n: [1, 2]}, skip: [{n: [1, 2]}]}",
+            "g.skip.n",
+            "is not on the axis 'n'",
+        ),
+        (
+            "{notebook: simple.ipynb, for: {n: [8, 9]}, skip: [{n: 010}]}",
+            "g.skip.n",
+            "is not on the axis 'n'",
+        ),
+        ("{notebook: simple.ipynb, seeds: 1:30}", "seeds", "should be a number of seeds"),
         ("{notebook: simple.ipynb, for: {a: {x: {n: 1}}, b: {y: {n: 1}}}}", "g.for.b", "axis 'a' does"),
         ("{notebook: simple.ipynb, for: {a: {x: {seed: 1}}}}", "g.for.seed", "axis 'a' does"),
     ],

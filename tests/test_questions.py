@@ -677,6 +677,14 @@ layouts = {
 layouts["ecqa"]["q_op2"] = "you"
 
 
+@pytest.mark.parametrize("answer", ["nan", "1_000", "inf", 10**400, "1e999", float("nan"), "five"])
+def test_an_answer_of_svamp_is_a_finite_number(answer):
+    with pytest.raises(BadInput, match="field 'Answer': is not a number"):
+        sources["svamp"].read(layouts["svamp"] | {"Answer": answer})
+    [q] = as_questions(load_questions([layouts["svamp"] | {"Body": f"Ann has {'9' * 400} cows"}]))
+    assert "inf" not in q.choices and q.choices[q.answer] == "11"
+
+
 @pytest.mark.parametrize("name", layouts)
 def test_layouts_of_the_hub(tmp_path, name):
     "By name from a folder as `datasets` reads one, and from a table without a name."

@@ -31,12 +31,14 @@ def _yaml_loader():
         pass
 
     tag, old = "tag:yaml.org,2002:", yaml.SafeLoader.yaml_implicit_resolvers
-    changed = {f"{tag}{kind}" for kind in ("bool", "float", "timestamp")}
+    changed = {f"{tag}{kind}" for kind in ("bool", "int", "float", "timestamp")}
     Loader.yaml_implicit_resolvers = {
         first: [r for r in resolvers if r[0] not in changed] for first, resolvers in old.items()
     }
     number = re.compile(r"^[-+]?(\d+\.\d*|\.\d+|\d+(?=[eE]))([eE][-+]?\d+)?$")
     Loader.add_implicit_resolver(f"{tag}bool", re.compile(r"^(true|false)$"), list("tf"))
+    whole = re.compile(r"^[-+]?(0|[1-9][\d_]*|0x[\da-fA-F]+|0b[01]+)$")
+    Loader.add_implicit_resolver(f"{tag}int", whole, list("-+0123456789"))
     Loader.add_implicit_resolver(f"{tag}float", number, list("-+.0123456789"))
     Loader.add_constructor(f"{tag}map", _mapping)
     return Loader
@@ -199,7 +201,10 @@ def _listed_seeds(seeds, file) -> list[int]:
             problem = "should be from 0 to 2^32 - 1"
             raise BadInput(problem, file=file, field="seeds", value=out_of_range[0])
         return list(seeds)
-    raise BadInput("should be a number of seeds or a list of them", file=file, field="seeds", value=seeds)
+    remedy = "Such as 3, or [0, 1, 2]."
+    raise BadInput(
+        "should be a number of seeds or a list of them", file=file, field="seeds", value=seeds, remedy=remedy
+    )
 
 
 def _seeds(own, grids, asked: int | list | None, file) -> list[int]:
@@ -257,11 +262,20 @@ def _points(spec: GroupSpec, seeds: list[int] | None, file, where: str) -> Itera
     for axis in [a for rule in skip for a in rule if a not in axes]:
         remedy = did_you_mean(axis, axes)
         raise BadInput("is not known here", file=file, field=f"{where}.skip.{axis}", remedy=remedy)
+    _check_skipped(skip, {axis: [label for label, _ in values] for axis, values in axes.items()}, file, where)
     for point in itertools.product(*axes.values()):
         labels = {axis: label for axis, (label, _) in zip(axes, point)}
         if any(all(labels[a] == v for a, v in rule.items()) for rule in skip):
             continue
         yield labels, {k: v for _, params in point for k, v in params.items()}
+
+
+def _check_skipped(skip: list[dict], axes: dict[str, list], file, where: str) -> None:
+    "Raises `BadInput` for a value to be skipped that is not on its axis; of seeds fewer may be run than it names."
+    for axis, value in [pair for rule in skip for pair in rule.items()]:
+        if value not in axes[axis] and not (axis == "seed" and type(value) is int):
+            problem, remedy = f"is not on the axis {axis!r}", f"It has {', '.join(map(repr, axes[axis]))}."
+            raise BadInput(problem, file=file, field=f"{where}.skip.{axis}", value=value, remedy=remedy)
 
 
 def _check_number(n: int, of_what: str, most: int, file, where: str | None) -> None:

@@ -176,6 +176,11 @@ def _writes_another(row: dict) -> bool:
     return named is not None and named != answer["choice"]
 
 
+def _asked(row: dict) -> tuple:
+    "What makes two rows one question: not the id alone, which may be made from the name of a file."
+    return row["id"], row["question"], tuple(row["choices"]), row.get("gold")
+
+
 def _side(title: str, row: dict) -> dict:
     arms = {arm: a for arm, a in row["arms"].items() if arm in arm_titles and arm != "own"}
     first = arms["written"]
@@ -186,14 +191,14 @@ def samples_of(
     rows: Sequence[dict], name: str, other: Sequence[dict] = (), other_name: str = "", n: int = 12
 ) -> list:
     "At most `n` questions, spread evenly, as the report's page shows them; beside those of another model."
-    beside = {row["id"]: row for row in other}
-    known = [row for row in rows if not beside or row["id"] in beside]
+    beside = {_asked(row): row for row in other}
+    known = [row for row in rows if _asked(row) in beside] or rows
     chosen = [known[k * len(known) // n] for k in range(n)] if len(known) > n else known
     samples = []
     for row in chosen:
         sides = [_side(name, row)]
-        if row["id"] in beside:
-            sides.append(_side(other_name, beside[row["id"]]))
+        if _asked(row) in beside:
+            sides.append(_side(other_name, beside[_asked(row)]))
         first, *others = sides[0]["blocks"]
         changes = [block for block in others if block["text"] != first["text"]]
         moved = sum(block["changed"] for block in changes)
@@ -239,8 +244,8 @@ def _name_of(facts: dict) -> str:
 # %% ../../nbs/92_measure_report.ipynb #09368026
 def _credit_pairs(rows: Sequence[dict], other: Sequence[dict]) -> dict[str, tuple[list, list, list]]:
     "What is compared -> credit of the one and of the other, of the questions that both have, and their ids."
-    beside = {row["id"]: row for row in other}
-    both = [(row, beside[row["id"]]) for row in rows if row["id"] in beside]
+    beside = {_asked(row): row for row in other}
+    both = [(row, beside[_asked(row)]) for row in rows if _asked(row) in beside]
     arms = [a for a in arm_titles if a not in ("written", "own") and any(a in row["credit"] for row in rows)]
     pairs = {"accuracy": [(a["credit"]["written"], b["credit"]["written"], a["id"]) for a, b in both]}
     for arm in arms:
@@ -279,14 +284,20 @@ def compare_rows(
 # %% ../../nbs/92_measure_report.ipynb #a5dedd1c
 def _comparison(suite: Suite, names: tuple[str, str], other: Sequence[dict]) -> Section:
     claims = compare_rows(suite.rows, other, names)
-    ids = {row["id"] for row in suite.rows}
-    both = sum(row["id"] in ids for row in other)
+    ids, asked = ({of(row) for row in other} for of in (lambda row: row["id"], _asked))
+    both = sum(_asked(row) in asked for row in suite.rows)
+    unlike = sum(row["id"] in ids for row in suite.rows) - both
     heading = f"Beside {names[1]}"
+    left_out = (
+        f" {unlike:,} have the id of one with another text, choices or answer there, and are left out."
+        if unlike
+        else ""
+    )
     if not claims:
-        return Section(heading, "No question is in both measurements.")
+        return Section(heading, f"No question is in both measurements.{left_out}")
     return Section(
         heading,
-        f"Paired over the {both:,} questions that both were asked.",
+        f"Paired over the {both:,} questions that both were asked.{left_out}",
         claims=claims,
         note=note_on(claims),
     )

@@ -22,7 +22,7 @@ from ..formats import read_rows, rows_of
 from ..models import check_name
 from ..ownership import sole_writer
 from ..ranks import count_nodes, launched
-from ..records import Rationale, read_records
+from ..records import Rationale, check_one_question, read_records
 from ..student.loss import check_needs, find_objective
 from ..student.model import Student, add_tags, expresses, load_student, task_tags
 from ..student.rows import check_choices, unknown_tokens
@@ -58,22 +58,13 @@ def checked_records(given, name: str = "rationales") -> list[Rationale]:
         said = f"{name}: {other} of {len(told)} state another answer than theirs: they are counterfactual"
         logging.getLogger("faithful_distill").warning(said)
     records = told
-    first, seen, twice = {}, {}, []
-    for place, r in enumerate(records):
-        before, asked = first.setdefault(r.id, (place, r))
-        if (asked.question, asked.choices, asked.answer) != (r.question, r.choices, r.answer):
-            raise BadInput(
-                f"is that of another question, other choices or another answer in line {lines[before]}",
-                file=given if in_file else None,
-                line=lines[place],
-                field="id",
-                value=r.id,
-                remedy="Records of one id are about one question: give each question an id of its own.",
-            )
-        again = seen.setdefault((r.id, r.role, r.target, r.rationale), place)
-        twice += [(again, place)] if again != place else []
+    check_one_question(records, lines, given if in_file else None)
+    seen, twice = {}, []
+    for line, r in zip(lines, records):
+        again = seen.setdefault((r.id, r.role, r.target, r.rationale), line)
+        twice += [(again, line)] if again != line else []
     if twice:
-        a, b = (lines[place] for place in twice[0])
+        a, b = twice[0]
         said = f"{name}: {len(twice)} are there twice (lines {a} and {b} first) and count twice in training"
         logging.getLogger("faithful_distill").warning(said)
     return records
