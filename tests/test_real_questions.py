@@ -194,6 +194,19 @@ def test_released_rationales_come_back_and_hold_no_text_of_a_question(tmp_path):
     assert b"secret kept" not in __import__("gzip").decompress(file.read_bytes()) + card.read_bytes()
     with pytest.raises(BadInput, match="two rationales of one role"):
         write_release("twice", records * 2, tmp_path, dataset="csqa")
+    for name in ("../x", "a/b", "", "a b"):
+        with pytest.raises(BadInput, match="field 'name': must be letters"):
+            write_release(name, records, tmp_path, dataset="csqa")
+    (tmp_path / "mine.json").write_text("[1]")
+    with pytest.raises(BadInput, match="mine.json: is no card of released rationales"):
+        write_release("mine", records, tmp_path, dataset="csqa")
+    (tmp_path / "own.jsonl.gz").write_text("mine")
+    with pytest.raises(BadInput, match="own.json: would be replaced"):
+        write_release("own", records, tmp_path, dataset="csqa")
+    write_release("secret", records, tmp_path, dataset="csqa")
+    (tmp_path / "secret.json").write_text("[1]")
+    with pytest.raises(BadInput, match="secret.json: is no card"):
+        released(tmp_path)
 
 
 @pytest.mark.parametrize("name", ["csqa-greedy", "csqa-contrastive-wrong"])

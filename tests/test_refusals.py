@@ -431,7 +431,8 @@ def test_kept_answers_that_were_edited_are_refused_by_file_and_line(tmp_path):
     kept.close()
     first, row = path.read_text().splitlines()
     good = json.loads(row)
-    for wrong in ({"choice": 77}, {"choice": "x"}, {"scores": ["a", "b"]}, {"rationale": None}, {"key": [1]}):
+    bad = [{"choice": 77}, {"choice": "x"}, {"scores": ["a", "b"]}, {"rationale": None}, {"key": [1]}]
+    for wrong in (*bad, {"problem": 3}, {"text": None}, {"truncated": "no"}):
         path.write_text(f"{first}\n{json.dumps(good | wrong)}\n")
         with pytest.raises(BadInput) as e:
             CachedReasoner(reasoner, path)
@@ -792,3 +793,41 @@ def test_no_memory_is_filled_with_seeds(tmp_path):
     for asked in (["train", "--rationales", "r", "--seeds"], ["score", "r", "--simulators"]):
         done = CliRunner().invoke(main, [*asked, str(10**9), "--out", str(tmp_path)])
         assert done.exit_code == 2 and "is not in the range 1<=x<=10000" in done.output
+
+
+def test_a_worked_example_has_a_text_as_its_rationale(tmp_path):
+    from faithful_distill.teacher.prompts import few_shot
+
+    for rationale in (5, ["It has wings."], {"a": 1}, True):
+        file = written(tmp_path / "shots.jsonl", ROW, ROW | {"rationale": rationale})
+        with pytest.raises(BadInput, match="shots.jsonl:2: field 'rationale': must be a text"):
+            few_shot(str(file))
+        file.unlink()
+
+
+def test_a_measurement_to_compare_with_is_checked_through(tmp_path):
+    from faithful_distill.lab.measure_report import read_suite
+
+    arm = dict(rationale="It has wings.", text="a bird", choice=0, scores=[-1.0, -2.0])
+    good = dict(id="q", question="What flies?", choices=["a bird", "a cup"], gold=0)
+    good |= dict(arms={"written": arm}, credit={"written": 1.0, "filler": None})
+    written(tmp_path / "rows.jsonl", good)
+    assert read_suite(tmp_path)[1] == [good]
+    for field, wrong in [
+        ("credit", {}),
+        ("credit", {"written": "a"}),
+        ("credit", {"written": 1.0, "filler": [1]}),
+        ("gold", 2),
+        ("gold", "a"),
+        ("choices", [1, 2]),
+        ("arms", {}),
+        ("arms", {"written": 3}),
+        ("arms", {"written": {k: v for k, v in arm.items() if k != "choice"}}),
+        ("arms", {"written": arm | {"choice": 2}}),
+        ("arms", {"written": arm | {"choice": "a"}}),
+        ("arms", {"written": arm | {"scores": [-1.0]}}),
+        ("arms", {"written": arm | {"text": 5}}),
+    ]:
+        written(tmp_path / "rows.jsonl", good | {field: wrong})
+        with pytest.raises(BadInput, match=f"rows.jsonl:1: field '{field}': is not as a measurement has it"):
+            read_suite(tmp_path)

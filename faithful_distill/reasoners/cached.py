@@ -161,7 +161,8 @@ def _check_kept(row: dict, path, line: int) -> None:
     "Raises `BadInput` for a row that is no answer as it is kept here."
     scores, choice = row.get("scores"), row.get("choice")
     good = isinstance(row["key"], str) and all(name in row for name in _fields)
-    good = good and isinstance(row["rationale"], str) and isinstance(choice, int | None)
+    good = good and all(isinstance(row[name], str) for name in ("rationale", "text", "problem"))
+    good = good and isinstance(choice, int | None) and isinstance(row["truncated"], bool)
     numbers = scores if isinstance(scores, list) else ()
     good = good and (scores is None or isinstance(scores, list))
     good = good and all(isinstance(s, (int, float)) and math.isfinite(s) for s in numbers)

@@ -79,6 +79,8 @@ def _example(row: dict, path: Path, line: int) -> tuple[Question, str]:
         if value is None:
             remedy = "A worked example needs both answer and rationale."
             raise BadInput("is missing", file=path, line=line, field=field, remedy=remedy)
+    if not isinstance(row["rationale"], str):
+        raise BadInput("must be a text", file=path, line=line, field="rationale", value=row["rationale"])
     return q, row["rationale"].strip()
 
 # %% ../../nbs/20_prompts.ipynb #87deb2e8
