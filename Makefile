@@ -37,7 +37,7 @@ test: .venv/.ready drift notebooks ## everything that must hold
 slow: .venv/.ready ## the tests that `make test` leaves out: kills at random, launchers, long comparisons
 	FAITHFUL_DISTILL_SLOW=1 $(BIN)/python -m pytest tests -q
 	$(BIN)/python -m pip install --quiet pip-audit
-	$(BIN)/python tests/audit.py
+	$(BIN)/python tests/audit.py || test $$? -eq 77  # 77: its service cannot be reached
 
 lowest: ## every test on the lowest versions that settings.ini allows, in an environment of its own: .venv-lowest
 	$(PYTHON) -m venv .venv-lowest

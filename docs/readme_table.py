@@ -10,7 +10,8 @@ root = Path(__file__).resolve().parents[1]
 cells = {
     "nbs/figures/fig02_students.ipynb": "of_last",
     "nbs/figures/fig05_swap.ipynb": "in after_prefix}",
-    "nbs/figures/claims.ipynb": "bottom_line(draft",
+    "nbs/figures/claims.ipynb": "sides.append",
+    "nbs/figures/fig13_calibration.ipynb": "in_short = ",
     "nbs/figures/fig14_real.ipynb": '"readme.md"',
 }
 

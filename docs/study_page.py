@@ -9,7 +9,7 @@ from pathlib import Path
 
 import yaml
 
-verdict_line = re.compile(r"^(holds|does not hold|inconclusive) +(\(against [^)]+\) )?(.+)$")
+verdict_line = re.compile(r"^(holds|does not hold|inconclusive) +(?:\(against ([^)]+)\) )?(.+)$")
 origin_line = re.compile(r"^`\S+` (?:was|comes|is) .*$")
 holds = {"holds": True, "does not hold": False, "inconclusive": None}
 
@@ -28,7 +28,7 @@ def stored(notebook: Path) -> dict:
     lines = [line for o in outputs for line in "".join(o.get("text", [])).splitlines()]
     pictures = [o["data"]["image/png"] for o in outputs if "image/png" in o.get("data", {})]
     claims = [
-        {"holds": holds[m[1]], "against": bool(m[2]), "text": m[3], "word": m[1]}
+        {"holds": holds[m[1]], "against": m[2] or "", "text": m[3], "word": m[1]}
         for m in filter(None, map(verdict_line.match, lines))
     ]
     return {
@@ -47,14 +47,14 @@ def listed(claims: list[dict]) -> str:
 
 def study_page(root: Path, pictures: Path) -> str:
     "The page, in Markdown; the pictures are written to the folder `pictures` beside it."
-    from faithful_distill.lab.claims import bottom_line
+    from faithful_distill.lab.claims import bottom_line, by_side
     from faithful_distill.lab.titles import terms_in
 
     pictures.mkdir(parents=True, exist_ok=True)
     found = {name: stored(root / f"nbs/figures/{name}.ipynb") for name in sections(root)}
     claims = found["claims"]["claims"]
     short = [
-        {**c, "text": c["text"].split(": ")[0] if "loss alone" not in c["text"] else c["text"]}
+        {**c, "text": ": ".join(c["text"].split(": ")[: 2 if "loss alone" in c["text"] else 1])}
         for c in claims
     ]
     words = terms_in(" ".join(c["text"] for f in found.values() for c in f["claims"]))
@@ -67,9 +67,9 @@ def study_page(root: Path, pictures: Path) -> str:
             file = pictures / f"{name}_{k}.png"
             file.write_bytes(png)
             parts.append(f"![{f['title']}, picture {k}](generated_pictures/{file.name})\n")
-        for side, heading in ((False, ""), (True, "**What would speak against the method:**\n")):
-            some = [c for c in f["claims"] if c["against"] is side]
-            parts += [heading, listed(some)] if some else []
+        for side, some in by_side(f["claims"]):
+            heading = f"**What would speak against {side}:**\n" if side else ""
+            parts += [heading, listed(some)]
         parts += ["", *(f"{line}\n" for line in f["origins"])]
         if not f["pictures"] and not f["claims"]:
             parts.append("No results of it are stored with this version.\n")

@@ -6,10 +6,12 @@
 __all__ = ['Unserved']
 
 # %% ../nbs/09_attention.ipynb #e87aace8
+import weakref
 from collections.abc import Callable
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from functools import cache, partial
+from typing import Any
 
 import torch
 
@@ -407,23 +409,42 @@ def distance(logits: torch.Tensor, truth: torch.Tensor) -> float:
 
 # %% ../nbs/09_attention.ipynb #6f910462
 @torch.inference_mode()
-def reason_to_refuse(model, trial: Callable[[], float]) -> str:
-    """Why such passes do not serve `model`, '' if they do.
+def reason_to_refuse(model, trial: Callable[[], float], *about) -> str:
+    """Why such passes do not serve `model`, '' if they do. Tried once on each device and in each precision.
 
     Parameters
     ----------
     trial
         the largest `distance` of its logits from plain passes; what it raises is a reason, but for memory
+    *about
+        what is tried
     """
+    weight = model.get_input_embeddings().weight
+    verdicts, key = _verdicts.setdefault(model, {}), (*about, weight.dtype, weight.device)
+    if key not in verdicts:
+        verdicts[key] = _reason(trial, exact=weight.dtype == torch.float32)
+    return verdicts[key]
+
+
+_verdicts: Any = weakref.WeakKeyDictionary()
+
+
+def _reason(trial, exact: bool) -> str:
     try:
         apart = trial()
-    except torch.OutOfMemoryError:
-        raise
     except Unserved as reason:
         return str(reason)
     except Exception as error:
+        if out_of_memory(error):
+            raise
         return f"{type(error).__name__}: {error}"
-    exact = model.get_input_embeddings().weight.dtype == torch.float32
     if apart < (1e-3 if exact else 0.1):
         return ""
     return f"its logits come out different from a plain forward pass, by {apart:.2g} standard deviations"
+
+
+def out_of_memory(error: Exception) -> bool:
+    "Whether an error says that the memory of a device or of the computer is full."
+    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
+        return True
+    return "not enough memory" in str(error) or "can't allocate memory" in str(error)

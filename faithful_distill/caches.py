@@ -14,8 +14,8 @@ def input_device(model):
     import torch
 
     embedding = model.get_input_embeddings()
-    device = embedding.weight.device
-    return torch.device(embedding._hf_hook.execution_device) if device.type == "meta" else device
+    device, hook = embedding.weight.device, getattr(embedding, "_hf_hook", None)
+    return torch.device(hook.execution_device) if device.type == "meta" and hook else device
 
 # %% ../nbs/07_caches.ipynb #bbae9f37
 def forward_arguments(model) -> set[str]:

@@ -61,7 +61,7 @@ class Words(Text):
 
 # %% ../nbs/94_commands.ipynb #2cf1f6fe
 class Pairs(click.ParamType):
-    "name=value,name=value: numbers, true, false and none are read as such; a+b is a list."
+    "name=value,name=value as texts, which the settings read; of columns a+b is a list."
 
     name = "name=value,..."
 
@@ -69,32 +69,19 @@ class Pairs(click.ParamType):
         if isinstance(value, dict):
             return value
         pairs = [part.split("=", 1) for part in value.split(",")]
+        of_columns = param is not None and param.name == "columns"
         if any(len(p) != 2 for p in pairs):
-            of_columns = param is not None and param.name == "columns"
             example = "question=q,choices=A+B+C,answer=label" if of_columns else "r=8,lora_alpha=16"
             self.fail(f"{value!r} is not name=value,name=value, such as {example}", param, ctx)
         names = [k.strip() for k, _ in pairs]
         if twice := [k for k in names if names.count(k) > 1]:
             self.fail(f"{twice[0]!r} is given twice", param, ctx)
-        if param is not None and param.name == "columns":  # names of columns, also one that is called 1
-            return {k.strip(): self._listed(v.strip(), str) for k, v in pairs}
-        return {k.strip(): self._listed(v.strip(), self._value) for k, v in pairs}
+        return {k.strip(): _listed(v.strip()) if of_columns else v.strip() for k, v in pairs}
 
-    def _listed(self, text: str, read):
-        if "+" in text.strip("+"):
-            return [read(part.strip()) for part in text.split("+") if part.strip()]
-        return read(text)
 
-    def _value(self, text: str):
-        plain = {"true": True, "false": False, "none": None}
-        if text.lower() in plain:
-            return plain[text.lower()]
-        for number in (int, float):
-            try:
-                return number(text)
-            except ValueError:
-                pass
-        return text
+def _listed(text: str) -> str | list[str]:
+    several = "+" in text.strip("+")
+    return [part.strip() for part in text.split("+") if part.strip()] if several else text
 
 # %% ../nbs/94_commands.ipynb #e8ca03f7
 def _without_none(annotation) -> list:

@@ -12,8 +12,8 @@ import re
 import threading
 import time
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
+from queue import SimpleQueue
 from typing import Any
 from urllib.parse import urlsplit, urlunsplit
 
@@ -237,8 +237,10 @@ class Usage:
 
     def count(self, body: dict, response: dict, retries: int) -> None:
         "One more request."
-        read, written = counted_tokens(response)
         self.requests, self.retries = self.requests + 1, self.retries + retries
+        if "refused" in response:
+            return  # the model read nothing
+        read, written = counted_tokens(response)
         asked = str(body.get("prompt") or body.get("messages"))
         self.prompt_tokens += estimated_tokens(asked) if read is None else read
         said = str(response.get("choices") or "")
@@ -254,6 +256,36 @@ def _kept_values(journal: Journal, cache) -> dict[str, Any]:
             raise BadInput(problem, file=cache, line=line, value=row, remedy=remedy)
         known[row["key"]] = row["value"]
     return known
+
+# %% ../nbs/08b_connection.ipynb #e9cc514a
+def at_once(n: int, call: Callable, items: list[tuple], after: Callable[[], Any]) -> None:
+    "Calls `call(*item)` for each item, `n` at a time, and `after()` for each that is done; raises the first error."
+    waiting, stop, done = iter(items), threading.Event(), SimpleQueue()
+
+    def work():
+        for item in waiting:
+            if stop.is_set():
+                return
+            try:
+                done.put(call(*item))
+            except BaseException as e:
+                stop.set()
+                done.put(e)
+
+    threads = [threading.Thread(target=work, daemon=True) for _ in range(min(n, len(items)))]
+    for thread in threads:
+        thread.start()
+    try:
+        for _ in items:
+            if isinstance(error := done.get(), BaseException):
+                raise error
+            after()
+    except Exception:
+        for thread in threads:
+            thread.join()
+        raise
+    finally:
+        stop.set()
 
 # %% ../nbs/08b_connection.ipynb #a1fbe2b4
 class Requests:
@@ -280,15 +312,8 @@ class Requests:
         missing = {k: (b, t) for k, b, t in zip(keys, bodies, takes) if k not in self.known}
         self.usage.cached += len(set(keys) - missing.keys())
         with progress(total=len(missing), desc="requests", unit="request") as bar:
-            with ThreadPoolExecutor(self.concurrency) as pool:
-                sent = [pool.submit(self._one, k, kind, b, t) for k, (b, t) in missing.items()]
-                try:
-                    for done in as_completed(sent):
-                        done.result()
-                        bar.update()
-                except BaseException:
-                    pool.shutdown(cancel_futures=True)
-                    raise
+            one_by_one = [(k, kind, b, t) for k, (b, t) in missing.items()]
+            at_once(self.concurrency, self._one, one_by_one, bar.update)
         return [self.known[key] for key in keys]
 
     def _one(self, key: str, kind: str, body: dict, take: Callable[[dict], Any]) -> None:
@@ -305,8 +330,7 @@ class Requests:
         except NoPromptLogP:
             raise
         except BadInput as e:
-            remedy = f"{e.remedy} {self._kept()}"
-            raise BadInput(e.problem, field=e.field, value=e.value, remedy=remedy) from e
+            raise e.but(remedy=f"{e.remedy} {self._kept()}") from e
         with self.lock:
             if self.journal is not None and "refused" not in response:
                 self.journal.append({"key": key, "value": value})

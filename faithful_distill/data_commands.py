@@ -6,9 +6,13 @@
 __all__ = ['import_', 'publish']
 
 # %% ../nbs/94b_data_commands.ipynb #94b00004
+import json
+from pathlib import Path
+
 import click
 
 from .commands import AtLeastOne, command, inherit, shown_log
+from .files import BadInput
 
 # %% ../nbs/94b_data_commands.ipynb #fd62f5d7
 @command("exchange:import_rationales")
@@ -38,7 +42,18 @@ def import_(
     own_records(out, [source])
     with shown_log():
         records = import_rationales(source, layout, split, columns=columns, limit=limit)
+    _check_same(out, records)
     click.echo(f"{write_records(out, records)}: {len(records)} rationales")
+
+
+def _check_same(out: str, records) -> None:
+    "Raises `BadInput` where other rationales are there already: a teacher may have written them for hours."
+    from faithful_distill.jsonl import read_jsonl
+
+    there = [row for _, row in read_jsonl(out)] if Path(out).exists() else []
+    if there and there != json.loads(json.dumps([r.to_row() for r in records])):
+        remedy = "Name a new file, or remove this one."
+        raise BadInput("holds other rationales, which would be replaced", file=out, remedy=remedy)
 
 # %% ../nbs/94b_data_commands.ipynb #747e644b
 @command("publishing:publish_rationales")

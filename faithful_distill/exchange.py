@@ -133,8 +133,7 @@ def _own_records(source, columns, limit: int | None) -> tuple[list[Rationale], C
         except BadInput as e:
             if in_file:
                 raise e.located(source, line) from None
-            got = {"value": e.value} if "(got" in str(e) else {}
-            raise BadInput(f"row {line}: {e.problem}", field=e.field, remedy=e.remedy, **got) from None
+            raise e.but(problem=f"row {line}: {e.problem}") from None
     return records, Counter()
 
 

@@ -73,7 +73,7 @@ def model_identity(model, tokenizer, *settings, n: int = 12) -> str:
         digest.update(f"{name} {tuple(t.shape)} {t.dtype}".encode())
         digest.update(t.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
     configs = [getattr(model, name, None) for name in ("config", "generation_config")]
-    said = [_deciding(json.loads(c.to_json_string(use_diff=False))) for c in configs if c is not None]
+    said = [_deciding(json.loads(c.to_json_string())) for c in configs if c is not None]
     backend = getattr(tokenizer, "backend_tokenizer", None)
     words = tokenizer.get_vocab() if backend is None else json.loads(backend.to_str())
     words = {k: v for k, v in words.items() if k not in ("truncation", "padding")}  # set by each call

@@ -6,6 +6,7 @@
 __all__ = ['usual_tags', 'evaluate', 'measure']
 
 # %% ../nbs/94f_measure_commands.ipynb #94f00004
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Literal
 
@@ -40,7 +41,7 @@ def _las_simulator(name: str | None, data: str, questions):
 
 # %% ../nbs/94f_measure_commands.ipynb #94f0000a
 def _update_card(student: str, scores: dict, of: str) -> None:
-    "Adds scores to the card of a student that `train` wrote."
+    "Adds scores to the card of a student that `train` wrote; one that cannot be written is a line of warning."
     from faithful_distill.lab.titles import score_title
     from faithful_distill.training.card import model_card
 
@@ -49,7 +50,33 @@ def _update_card(student: str, scores: dict, of: str) -> None:
     measures = {}
     for name, s in scores.items():
         measures[f"{name} ({of})"] = s.to_dict() | {"title": f"{score_title(name)} ({of})"}
-    model_card(student, measures)
+    try:
+        model_card(student, measures)
+    except BadInput as e:
+        click.echo(f"The student's card is left as it was: {e}", err=True)
+
+# %% ../nbs/94f_measure_commands.ipynb #b39bbcf6
+@contextmanager
+def _alone(folder: Path, lock: str):
+    "Within, no other process writes to the folder, and the library's log lines are shown."
+    from faithful_distill.ownership import sole_writer
+
+    with sole_writer(folder, folder / lock), shown_log():
+        yield
+
+
+@contextmanager
+def _paraphrases(source: str | None, folder: Path, by: str):
+    "Within, the `Paraphrases` of `--paraphrases`, whose server's replies are kept in the folder; None for none."
+    from faithful_distill.faithfulness.paraphrases import Paraphrases
+    from faithful_distill.ownership import own_folder
+
+    if source is None:
+        yield None
+    else:
+        own_folder(folder, by, [".paraphrases.jsonl"])
+        with Paraphrases(source, cache=folder / ".paraphrases.jsonl") as paraphrases:
+            yield paraphrases
 
 # %% ../nbs/94f_measure_commands.ipynb #c845544e
 @command("question_options:read_questions", "faithfulness.interventions:measure")
@@ -96,13 +123,13 @@ def evaluate(
         folder for metrics.json, answers.json and report.html
     """
     from faithful_distill.faithfulness.interventions import measure
-    from faithful_distill.faithfulness.paraphrases import Paraphrases, with_paraphrases
+    from faithful_distill.faithfulness.paraphrases import with_paraphrases
     from faithful_distill.faithfulness.simulators import ModelBehaviour, try_las
     from faithful_distill.faithfulness.suite import Suite, suite_facts, suite_rows
     from faithful_distill.files import write_json
     from faithful_distill.lab.measure_report import suite_files, write_suite
     from faithful_distill.lab.world import fact_of
-    from faithful_distill.ownership import own_folder
+    from faithful_distill.ownership import check_folder, own_folder
     from faithful_distill.question_rows import require_answers
     from faithful_distill.reasoners.protocol import as_reasoner
     from faithful_distill.records import read_records
@@ -112,31 +139,29 @@ def evaluate(
     questions = require_answers(asked, "evaluation")
     if rationales:
         read_records(rationales, questions=questions)  # what is wrong is said before a model is loaded
-    folder = own_folder(out, "evaluate", (*suite_files, "answers.json"), (data, path, rationales))
-    if paraphrases is not None:
-        metrics = with_paraphrases(metrics, Paraphrases(paraphrases, cache=folder / ".paraphrases.jsonl"))
-    simulator = _las_simulator(simulator, data, questions)
-    facts = [fact_of(q) for q in questions] if is_world(data) else None
-    model = load_student(student)
-    how = dict(draws=draws, seed=seed, batch_size=batch_size, max_new_tokens=max_new_tokens)
-    with shown_log():
-        measured = measure(
-            model, questions, rationales or (), metrics=metrics, **how, interval={"cluster": facts}
-        )
-    scores, written = dict(measured.scores), measured.arms["written"][0]
-    write_json(folder / "answers.json", measured.rows())
-    write_json(folder / "metrics.json", {name: s.to_dict() for name, s in scores.items()})
-    if simulator is not None:
-        behaviour = ModelBehaviour(questions, [a.rationale for a in written], [a.choice for a in written])
-        with shown_log():
-            scores |= try_las(simulator, behaviour, cluster=facts)
+    folder = check_folder(out, "evaluate", (*suite_files, "answers.json"), (data, path, rationales))
+    with _alone(folder, ".evaluate.lock"), _paraphrases(paraphrases, folder, "evaluate") as others:
+        simulator = _las_simulator(simulator, data, questions)
+        facts = [fact_of(q) for q in questions] if is_world(data) else None
+        model = load_student(student)
+        how = dict(draws=draws, seed=seed, batch_size=batch_size, max_new_tokens=max_new_tokens)
+        how |= dict(metrics=with_paraphrases(metrics, others), interval={"cluster": facts})
+        measured = measure(model, questions, rationales or (), **how)
+        scores, written = dict(measured.scores), measured.arms["written"][0]
+        own_folder(folder, "evaluate", ("answers.json", "metrics.json"))
+        write_json(folder / "answers.json", measured.rows())
         write_json(folder / "metrics.json", {name: s.to_dict() for name, s in scores.items()})
-    _update_card(student, scores, f"{Path(data).name}, {split}")
-    reasoner = as_reasoner(model, batch_size, max_new_tokens)
-    suite = Suite(scores, suite_rows(measured), suite_facts(reasoner, measured), measured.left_out)
-    report = write_suite(suite, folder, f"{Path(student).name} on {asked_of(data, split)}")
-    show_scores(suite)
-    click.echo(f"Report: {report}")
+        if simulator is not None:
+            behaviour = ModelBehaviour(questions, [a.rationale for a in written], [a.choice for a in written])
+            scores |= try_las(simulator, behaviour, cluster=facts)
+            write_json(folder / "metrics.json", {name: s.to_dict() for name, s in scores.items()})
+        reasoner = as_reasoner(model, batch_size, max_new_tokens)
+        suite = Suite(scores, suite_rows(measured), suite_facts(reasoner, measured), measured.left_out)
+        own_folder(folder, "evaluate", suite_files)
+        report = write_suite(suite, folder, f"{Path(student).name} on {asked_of(data, split)}")
+        show_scores(suite)
+        click.echo(f"Report: {report}")
+        _update_card(student, scores, f"{Path(data).name}, {split}")
     if unread := sum(a.choice is None for a in written):
         click.echo(f"{unread} of {len(written)} answers name no choice; they count as wrong")
 
@@ -258,11 +283,10 @@ def measure(
     out
         folder for report.html, metrics.json, facts.json, rows.jsonl, and the answers
     """
-    from faithful_distill.faithfulness.paraphrases import Paraphrases
     from faithful_distill.faithfulness.suite import check_handed, measure_suite, suite_names
     from faithful_distill.lab.measure_report import read_scores, read_suite, suite_files, write_suite
     from faithful_distill.lab.world import fact_of
-    from faithful_distill.ownership import own_folder, sole_writer
+    from faithful_distill.ownership import check_folder, own_folder
     from faithful_distill.question_rows import require_answers
     from faithful_distill.reasoners.cached import CachedReasoner
     from faithful_distill.reasoners.opening import open_reasoner, reasoner_options
@@ -273,11 +297,9 @@ def measure(
         read_suite(compare)
     asked = read_questions(data, path, split, limit, skip_bad, columns, config)
     questions = require_answers(asked, "measuring")
-    names = (*suite_files, "answers.jsonl", "requests.jsonl")
-    folder = own_folder(out, "measure", names, (data, path, rationales))
+    names = ("answers.jsonl", "requests.jsonl")
+    folder = check_folder(out, "measure", (*suite_files, *names), (data, path, rationales))
     simulator = _simulator_for(simulator, questions)
-    if paraphrases is not None:
-        paraphrases = Paraphrases(paraphrases, cache=folder / ".paraphrases.jsonl")
     given = dict(shots=shots, system=system, max_new_tokens=max_new_tokens, batch_size=batch_size)
     given |= dict(served_model=served_model, tokenizer=tokenizer, reads=reads, samples=samples)
     given |= dict(concurrency=concurrency, budget=budget, price=_price(price), answers=answers)
@@ -287,14 +309,17 @@ def measure(
     asked_for = dict(prompt=prompt not in (None, "none"), tags=(*tags,) != usual_tags, dtype=dtype != "auto")
     given |= {name: value for name, value in usual.items() if name in known or asked_for.get(name)}
     facts = [fact_of(q) for q in questions] if is_world(data) else None
-    with sole_writer(folder, folder / ".measure.lock"), shown_log():
-        reasoner = CachedReasoner(open_reasoner(model, style, **given), folder / "answers.jsonl")
-        how = dict(metrics=metrics, draws=draws, seed=seed, simulator=simulator, paraphrases=paraphrases)
-        how["interval"] = {"cluster": facts}
+    how = dict(metrics=metrics, draws=draws, seed=seed, simulator=simulator, interval={"cluster": facts})
+    with (
+        _alone(folder, ".measure.lock"),
+        _paraphrases(paraphrases, folder, "measure") as how["paraphrases"],
+        open_reasoner(model, style, **given) as opened,
+        CachedReasoner(opened, own_folder(folder, "measure", names) / "answers.jsonl") as reasoner,
+    ):
         before = read_scores(folder)
         suite = measure_suite(reasoner, questions, rationales or (), **how)
+        own_folder(folder, "measure", suite_files)
         report = write_suite(suite, folder, f"{Path(model).name} on {asked_of(data, split)}", compare)
-        reasoner.close()
     show_scores(suite)
     known_before = len(reasoner.known) - reasoner.computed
     click.echo(f"{reasoner.computed:,} answers computed, {known_before:,} known before")

@@ -9,9 +9,7 @@ __all__ = []
 import difflib
 import os
 import re
-import time
 from contextlib import contextmanager
-from functools import cache
 from inspect import isclass
 from pathlib import Path
 from collections.abc import Iterable
@@ -88,35 +86,16 @@ def check_dtype(dtype, field: str = "dtype"):
         raise BadInput(problem, field=field, value=dtype)
     return found
 
-# %% ../nbs/08_models.ipynb #b8cde48e
-@cache
-def slow_on_cpu(dtype) -> bool:
-    "Does a product of matrices take longer in this precision than in float32, on one core?"
-    import torch
-
-    def seconds(precision):
-        x, weight = torch.ones(64, 512, dtype=precision), torch.ones(512, 512, dtype=precision)
-        return min(_seconds(lambda: torch.nn.functional.linear(x, weight)) for _ in range(8))
-
-    return seconds(dtype) > seconds(torch.float32)
-
-
-def _seconds(run) -> float:
-    start = time.thread_time()
-    run()
-    return time.thread_time() - start
-
 # %% ../nbs/08_models.ipynb #ef6baf2f
-def fast_dtype(dtype, config):
-    "'auto' on a CPU: float32, if weights are stored in a precision that is slower here; else as given."
+def chosen_dtype(dtype, quantised: bool = False):
+    "What 'auto' is on this machine: see above. Anything else as given."
     import torch
 
-    stored = getattr(config, "dtype", None)
-    if isinstance(stored, str):
-        stored = getattr(torch, stored, None)
-    if dtype != "auto" or torch.cuda.is_available() or stored not in (torch.bfloat16, torch.float16):
+    if dtype != "auto":
         return dtype
-    return torch.float32 if slow_on_cpu(stored) else dtype
+    if not torch.cuda.is_available():
+        return torch.float32
+    return torch.bfloat16 if quantised else dtype
 
 # %% ../nbs/08_models.ipynb #08a0000d
 def _damaged_file(folder: str) -> str | None:
@@ -301,7 +280,7 @@ def load_pretrained(
     field
         what errors call the name; None: `what`
     dtype
-        see `check_dtype`; 'auto': as it is stored, or float32 on a CPU that is slow in that precision or of a GGUF file
+        see `check_dtype`; 'auto': float32 on a CPU; on a GPU as it is stored, of a GGUF file bfloat16
     new_head
         a head may be missing from the checkpoint and is made anew
     **options
@@ -312,14 +291,13 @@ def load_pretrained(
     from transformers import AutoTokenizer
 
     where, file = source_of(name)
-    dtype = _gguf_dtype(dtype) if file else dtype
     bad = dict(name=name, what=what, field=field, remedy=_remedy(what, name))
     with _refusing("tokenizer", **bad):
         tokenizer = AutoTokenizer.from_pretrained(where, trust_remote_code=False, **file)
     with _refusing("config.json or its weights", **bad):
         safe = dict(use_safetensors=True, trust_remote_code=False, output_loading_info=True)
         kind = model_class if isclass(model_class) else model_class(config)
-        kept = fast_dtype(dtype, config)
+        kept = chosen_dtype(dtype, quantised=bool(file))
         model, loaded = kind.from_pretrained(where, dtype=kept, **safe, **file, **options)
         model = _without_quantisation(model)
     with _refusing("tokenizer", **bad):
@@ -327,12 +305,3 @@ def load_pretrained(
     if wrong:
         raise BadInput(wrong, field=field, value=name, remedy=_remedy(what, name))
     return model, tokenizer
-
-
-def _gguf_dtype(dtype):
-    "The precision for weights that were quantised and have none of their own."
-    import torch
-
-    if dtype != "auto":
-        return dtype
-    return torch.bfloat16 if torch.cuda.is_available() else torch.float32

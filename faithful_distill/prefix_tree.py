@@ -6,7 +6,6 @@
 __all__ = ['Root', 'PrefixTree', 'windows', 'refused']
 
 # %% ../nbs/09_prefix_tree.ipynb #0d188421
-import weakref
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -375,21 +374,15 @@ def windows(
     return found
 
 # %% ../nbs/09_prefix_tree.ipynb #b8197885
-_verdicts: Any = weakref.WeakKeyDictionary()
-
-
 def refused(model, longest: int = 64) -> str:
-    """Why trees do not serve `model`, '' if they do. Tried once.
+    """Why trees do not serve `model`, '' if they do. Tried once on each device and in each precision.
 
     Parameters
     ----------
     longest
         tokens that any row may come to
     """
-    verdicts = _verdicts.setdefault(model, {})
-    if longest not in verdicts:
-        verdicts[longest] = reason_to_refuse(model, lambda: _trial_distance(model, max(64, longest)))
-    return verdicts[longest]
+    return reason_to_refuse(model, lambda: _trial_distance(model, max(64, longest)), "tree", longest)
 
 # %% ../nbs/09_prefix_tree.ipynb #7b5a8516
 class _Watched(PrefixTree):

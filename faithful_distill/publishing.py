@@ -11,10 +11,10 @@ from dataclasses import fields
 from pathlib import Path
 
 from . import __version__
-from .files import BadInput, writable_folder, write_json, write_text
+from .files import BadInput, inert, writable_folder, write_json
 from .hashes import sha256_file
 from .lineage import question_fields, ways_made, without_question
-from .ownership import own_folder
+from .ownership import own_folder, sole_writer, write_card
 from .records import Rationale, check_one_question, read_records, write_records
 
 # %% ../nbs/05d_publishing.ipynb #d06fc02a
@@ -31,7 +31,8 @@ def publish_rationales(
 ) -> Path:
     """Write rationales as a dataset folder with card, schema and lineage; upload it if asked.
 
-    Raises `BadInput` for a folder that holds what this function did not write, and for two questions of one id.
+    Raises `BadInput` for a folder that holds what this function did not write, and for two questions of one id. A
+    README.md that was changed by hand is left as it is.
 
     Parameters
     ----------
@@ -57,21 +58,20 @@ def publish_rationales(
         raise BadInput("is no licence's name", field="license", value=license, remedy=remedy)
     records = read_records(rationales)
     check_one_question(records)
-    parts = {role: [r for r in records if r.role == role] for role in ("gold", "counterfactual")}
-    folder = _own_folder(folder, rationales)
-    files = {}
-    for role, some in parts.items():
-        if some:
-            rows = [_published_row(r, questions) for r in some]
-            files[role] = write_records(folder / f"{role}.jsonl", rows)
-        else:
-            (folder / f"{role}.jsonl").unlink(missing_ok=True)
-    lineage = _lineage(records, files, dataset, license, questions)
-    write_json(folder / "schema.json", _schema(questions))
-    write_json(folder / "lineage.json", lineage)
-    write_text(folder / "README.md", _card(" ".join(title.split()), lineage))
-    if push_to:
-        _push(folder, push_to, private)
+    with sole_writer(folder, Path(folder) / ".publish.lock"):
+        folder = _own_folder(folder, rationales)
+        files = {}
+        for role in ("gold", "counterfactual"):
+            if rows := [_published_row(r, questions) for r in records if r.role == role]:
+                files[role] = write_records(folder / f"{role}.jsonl", rows)
+            else:
+                (folder / f"{role}.jsonl").unlink(missing_ok=True)
+        lineage = _lineage(records, files, dataset, license, questions)
+        write_json(folder / "schema.json", _schema(questions))
+        write_json(folder / "lineage.json", lineage)
+        write_card(folder, _card(inert(title), inert(lineage)))
+        if push_to:
+            _push(folder, push_to, private)
     return folder
 
 

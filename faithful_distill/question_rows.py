@@ -328,8 +328,7 @@ def _question_from(row, number: int) -> Question:
         fields = plain_fields(plain)
         return Question(**fields | kept | {"id": fields["id"] or f"{number}"})
     except BadInput as e:
-        got = {"value": e.value} if "(got" in str(e) else {}
-        raise BadInput(f"row {number}: {e.problem}", field=e.field, remedy=e.remedy, **got) from None
+        raise e.but(problem=f"row {number}: {e.problem}") from None
 
 # %% ../nbs/02b_question_rows.ipynb #6f3a147e
 def require_answers(questions: Iterable[Question], purpose: str = "scoring") -> list[Question]:

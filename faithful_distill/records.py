@@ -308,8 +308,7 @@ def _target_index(named: Mapping) -> int:
     try:
         return _plain(named | {"answer": named["target"]})["answer"]
     except BadInput as e:
-        got = {"value": e.value} if "(got" in str(e) else {}
-        raise BadInput(e.problem, field="target", remedy=e.remedy, **got) from None
+        raise e.but(field="target") from None
 
 # %% ../nbs/05_records.ipynb #5b525670
 def _check_same_question(row: Mapping, question: Question) -> None:
@@ -331,7 +330,7 @@ def _field(row, name: str):
 
 
 class _Known:
-    "Questions by id; and by their text and choices, for rationales that call the same question otherwise."
+    "Questions by id; and by text and choices in this order (an index names one), for rationales with ids of their own."
 
     def __init__(self, questions: Iterable[Question]):
         self.by_id = {q.id: q for q in questions}
@@ -390,7 +389,7 @@ def _in_memory(rationales, name: str) -> list:
         return [rationales] if isinstance(rationales, Rationale) else rows_of(rationales)
     except BadInput as e:
         remedy = f"{e.remedy} Each needs question, choices, answer and rationale."
-        raise BadInput(e.problem, field=name, value=e.value, remedy=remedy) from None
+        raise e.but(field=name, remedy=remedy) from None
 
 
 def _numbered(row, file, line: int, about: Question | None) -> Rationale:
@@ -400,8 +399,7 @@ def _numbered(row, file, line: int, about: Question | None) -> Rationale:
     try:
         return rationale_from_row(row, question=about)
     except BadInput as e:
-        got = {"value": e.value} if "(got" in str(e) else {}
-        raise BadInput(f"row {line}: {e.problem}", field=e.field, remedy=e.remedy, **got) from None
+        raise e.but(problem=f"row {line}: {e.problem}") from None
 
 # %% ../nbs/05_records.ipynb #986310c8
 def check_one_question(records: Iterable[Rationale], lines: Iterable[int] | None = None, file=None) -> None:

@@ -9,6 +9,7 @@ __all__ = ['write_release', 'released', 'load_rationales']
 import gzip
 import io
 import json
+import re
 from collections import Counter
 from pathlib import Path
 from typing import Iterable, Sequence
@@ -36,6 +37,16 @@ def _row(r: Rationale, shared: dict) -> dict:
     row = {name: value for name, value in without_question(r.to_row()).items() if name in own}
     row = {name: value for name, value in row.items() if name == "rationale" or value not in (None, "")}
     return row | {"asked": asked(r.as_question())}
+
+# %% ../nbs/05a_release.ipynb #05a00017
+def _card(path: Path) -> dict:
+    try:
+        card = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        card = None
+    if not isinstance(card, dict) or not {"name", "dataset", "made with"} <= set(card):
+        raise BadInput("is no card of released rationales", file=path, remedy="Restore it, or move it away.")
+    return card
 
 # %% ../nbs/05a_release.ipynb #05a00007
 def write_release(
@@ -66,7 +77,9 @@ def write_release(
     about
         a sentence on what they are
     """
-    records = list(records)
+    if not re.fullmatch(r"[\w-][\w.-]*", str(name)):
+        raise BadInput("must be letters, digits, -, _ and .", field="name", value=name)
+    records, folder = list(records), Path(folder)
     if not records:
         raise BadInput("there are no rationales to release", field="records", value=name)
     (id, role), times = Counter((r.id, r.role) for r in records).most_common(1)[0]
@@ -86,11 +99,13 @@ def write_release(
         "made with": shared,
     }
     card |= {"counts": dict(sorted(counts.items())), "empty": sum(not r.rationale for r in records)}
-    folder = Path(folder)
-    return [
-        write_text(folder / f"{name}.jsonl.gz", packed.getvalue()),
-        write_json(folder / f"{name}.json", card),
-    ]
+    file, noted = folder / f"{name}.jsonl.gz", folder / f"{name}.json"
+    there = _card(noted) if noted.exists() else {}
+    if there.get("name") != name and (file.exists() or noted.exists()):
+        remedy = "Name another folder, or release under another name."
+        raise BadInput("would be replaced, and is no card of this release", file=noted, remedy=remedy)
+    write_json(noted, card)  # first: it says whose the other is
+    return [write_text(file, packed.getvalue()), noted]
 
 # %% ../nbs/05a_release.ipynb #05a00010
 def released(folder=None) -> dict[str, dict]:
@@ -103,7 +118,7 @@ def released(folder=None) -> dict[str, dict]:
     """
     folder = shipped("data", "rationales") if folder is None else Path(folder)
     cards = (path for path in sorted(folder.glob("*.json")) if path.with_suffix(".jsonl.gz").is_file())
-    return {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in cards}
+    return {path.stem: _card(path) for path in cards}
 
 # %% ../nbs/05a_release.ipynb #05a00011
 def load_rationales(name: str, questions: Iterable, folder=None) -> list[Rationale]:

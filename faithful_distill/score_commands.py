@@ -10,7 +10,7 @@ from pathlib import Path
 
 import click
 
-from .commands import AtLeastOne, command, inherit, shown_log
+from .commands import AtLeastOne, Some, command, inherit, shown_log
 
 # %% ../nbs/94e_score_commands.ipynb #5cd108fd
 def named_simulator(name: str | None) -> str | None:
@@ -67,7 +67,7 @@ def score(
     model: str | None = None,
     metrics: list[str] = inherit,
     parts=inherit,
-    simulators: AtLeastOne = 3,
+    simulators: Some = 3,
     train_limit=inherit,
     test_limit=inherit,
     limit: AtLeastOne | None = None,
@@ -104,15 +104,16 @@ def score(
     from faithful_distill.faithfulness.scoring import score_rationales
     from faithful_distill.lab.score_report import score_files, write_numbers, write_scored
     from faithful_distill.models import check_name
-    from faithful_distill.ownership import own_folder, sole_writer
+    from faithful_distill.ownership import check_folder, own_folder, sole_writer
 
     if model is not None:
         check_name(model, "--model")
     simulator = named_simulator(simulator)
-    folder, known = own_folder(out, "score", score_files, [file]), []
+    folder, known = check_folder(out, "score", score_files, [file]), []
 
     def keep(scored):
         known.append(scored)
+        own_folder(out, "score", ("metrics.json", "scores.jsonl"), [file])
         write_numbers(scored, folder)
 
     how = dict(metrics=metrics, parts=parts, limit=limit, train_limit=train_limit, test_limit=test_limit)
@@ -122,6 +123,7 @@ def score(
         with sole_writer(folder, folder / ".score.lock"), shown_log():
             scored = score_rationales(file, **how, after=keep)
             known.append(scored)
+            own_folder(out, "score", score_files, [file])
             # written before anything is printed: `score ... | head` ends this process at the second line
             report = write_scored(scored, folder, f"Rationales of {Path(file).name}")
     except Exception:

@@ -7,12 +7,14 @@ __all__ = ['ServedModel']
 
 # %% ../nbs/09_served.ipynb #3b17f07a
 import os
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from urllib.parse import urlsplit
 
 from .connection import Connection, Requests, Usage
 from .files import BadInput, check_number
+from .hashes import stable_seed
 from .replies import LogP, NoPromptLogP, Reply, echoed_log_p, reply_from
 
 # %% ../nbs/09_served.ipynb #7f0f3440
@@ -26,6 +28,18 @@ def request_body(
     if stop:
         body["stop"] = list(stop)
     return body if seed is None else body | {"seed": seed % (1 << 31)}
+
+# %% ../nbs/09_served.ipynb #3404e128
+def seeds_for(asked: Sequence, seeds: Sequence[int] | None, temperature: float) -> Sequence[int | None]:
+    "The given seeds; for samples without any, one that says how often the same was asked before. None for no samples."
+    if seeds is not None or not temperature:
+        return [None] * len(asked) if seeds is None else seeds
+    before: Counter = Counter()
+    drawn = []
+    for text in map(repr, asked):
+        drawn.append(stable_seed(before[text], "sample"))
+        before[text] += 1
+    return drawn
 
 # %% ../nbs/09_served.ipynb #b062e8ae
 @dataclass(frozen=True)
@@ -139,6 +153,12 @@ class ServedModel:
         "Closes the cache and all connections."
         self.requests.close()
 
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.close()
+
     def complete(
         self,
         prompts: Sequence[str],
@@ -162,13 +182,12 @@ class ServedModel:
         stop
             texts before which it stops, at most four
         seeds
-            of each, for samples
+            of each, for samples; None: those of a text that is asked several times differ
         top
             so many of the likeliest first tokens are told
         """
         how = {"logprobs": top} if top else {}
-        seeds = [None] * len(prompts) if seeds is None else seeds
-        asked = zip(prompts, seeds, strict=True)
+        asked = zip(prompts, seeds_for(prompts, seeds, temperature), strict=True)
         bodies = [
             request_body(seed, max_tokens, temperature, stop) | {"prompt": p} | how for p, seed in asked
         ]
@@ -185,8 +204,7 @@ class ServedModel:
     ) -> list[Reply]:
         "How the model replies to each conversation, a list of {'role', 'content'}; parameters as for `complete`."
         how = {"logprobs": True, "top_logprobs": top} if top else {}
-        seeds = [None] * len(conversations) if seeds is None else seeds
-        asked = zip(conversations, seeds, strict=True)
+        asked = zip(conversations, seeds_for(conversations, seeds, temperature), strict=True)
         bodies = [request_body(seed, max_tokens, temperature) | {"messages": c} | how for c, seed in asked]
         return _as_replies(self.requests.ask("chat", bodies, [_AsReply()] * len(bodies)), self.name)
 

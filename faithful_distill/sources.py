@@ -304,7 +304,7 @@ def _own_fields(row) -> dict:
         if not like:
             raise
         remedy = f"This looks like a known dataset: load it as {like} with path= (--path)."
-        raise BadInput(e.problem, field=e.field, value=e.value, remedy=remedy) from None
+        raise e.but(remedy=remedy) from None
 
 # %% ../nbs/03_sources.ipynb #1f1368f3
 def _can_read(read: Callable, row) -> bool:
@@ -489,8 +489,7 @@ def _question(fields: dict, line: int, lines: dict[str, int]) -> Question:
 def _located(e: Exception, where, line: int) -> BadInput:
     "An error in a record, with the file and line of the record."
     if isinstance(e, BadInput) and where is None:
-        got = {"value": e.value} if "(got" in str(e) else {}
-        return BadInput(f"row {line}: {e.problem}", field=e.field, remedy=e.remedy, **got)
+        return e.but(problem=f"row {line}: {e.problem}")
     if isinstance(e, BadInput):
         return e.located(where, line)
     problem = f"cannot be read as a question: {type(e).__name__}: {e}"

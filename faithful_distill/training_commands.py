@@ -10,7 +10,7 @@ from typing import Literal
 
 import click
 
-from .commands import AtLeastOne, command, shown_log
+from .commands import Some, command, shown_log
 from .files import BadInput
 
 # %% ../nbs/94d_training_commands.ipynb #94d00006
@@ -43,7 +43,7 @@ def train(
     out: str,
     recipe: str | None = None,
     method: Literal["counterfactual", "factual", "answer-only"] = "counterfactual",
-    seeds: AtLeastOne | None = None,
+    seeds: Some | None = None,
     overwrite: bool = False,
     push_to_hub: str | None = None,
     dry_run: bool = False,

@@ -92,6 +92,15 @@ def test_scores(teacher, engine):
         for a, b in zip(ours, slow):
             assert a.tokens == b.tokens and a.growth == pytest.approx(b.growth, abs=1e-3)
             assert a.growth == pytest.approx([x - y for x, y in zip(a.logp, a.logp_perturbed)], abs=1e-6)
+    stop = ours[0].tokens[2]  # its own scores are those of no token of a rationale
+    for perturbed in (wrong, None):
+        given = dict(max_new_tokens=6, scores=True, stop=stop)
+        ours = contrastive_generate(teacher, gold, perturbed, engine=engine, **given)
+        slow = reference_generate(teacher, gold, perturbed, **given)
+        for a, b in zip(ours, slow, strict=True):
+            assert (a.tokens, a.stop) == (b.tokens, b.stop) and a.growth == pytest.approx(b.growth, abs=1e-3)
+            assert len(a.tokens) == len(a.growth) == len(a.logp) == len(a.logp_perturbed)
+            assert perturbed or a.growth == [0.0] * len(a.tokens) and a.logp == a.logp_perturbed
     same = contrastive_generate(teacher, gold, gold, max_new_tokens=6, scores=True, engine=engine)
     assert tokens(same) == tokens(reference_generate(teacher, gold, max_new_tokens=6)), (
         "without a difference the contrast is greedy decoding"

@@ -262,6 +262,24 @@ def test_the_trial_catches_a_wrong_attention(monkeypatch):
     assert refused(tiny("llama")) == ""
 
 
+def test_a_verdict_is_of_a_precision_and_no_verdict_is_made_without_memory(monkeypatch):
+    model = tiny("llama")
+    full = ["not enough memory: you tried to allocate 9 bytes"]
+    right = attention.partial_attention
+
+    def once_full(*given):
+        if full:
+            raise RuntimeError(full.pop())
+        return right(*given)
+
+    monkeypatch.setattr(attention, "partial_attention", once_full)
+    with pytest.raises(RuntimeError, match="not enough memory"):
+        refused(model)
+    assert refused(model) == ""
+    monkeypatch.setattr(attention, "partial_attention", lambda q, k, v, b, s: right(q, k, v, None, s))
+    assert refused(model) == "" and "different from a plain forward pass" in refused(model.double())
+
+
 def test_out_of_memory_halves_the_budget(caplog, monkeypatch):
     model, done = models["llama"], []
     expected = reference_generate(model, gold, wrong, max_new_tokens=6)

@@ -219,3 +219,34 @@ def test_records_of_this_package_can_be_scored():
     gold, counterfactual = read_rationales([r.to_row() for r in import_rationales(own)])
     assert (gold.prediction, gold.question.answer) == (0, 0)
     assert (counterfactual.prediction, counterfactual.question.answer) == (1, 0)
+
+
+def test_a_text_of_the_data_is_only_text_in_the_card_of_a_dataset(tmp_path):
+    evil = "x\n\n# Buy\n\n<img src=x onerror=alert(1)> [a](https://example.org) | `b"
+    row = dict(
+        question="Which bird swims?", choices=["robin", "penguin"], answer=1, rationale="It hunts fish."
+    )
+    cards = []
+    for name in ("plain", evil):
+        made = [{**row, "id": "1", "role": "gold", "target": 1, "teacher": name}]
+        folder = publish_rationales(made, tmp_path / name[:1], title=name, dataset=name)
+        cards.append((folder / "README.md").read_text())
+        assert json.loads((folder / "lineage.json").read_text())["made"][0]["teacher"] == name
+    plain, card = cards
+    for sign in ("\n", "|", "<", "](", "`"):
+        assert card.count(sign) == plain.count(sign), sign
+
+
+def test_a_card_that_was_changed_by_hand_is_published_as_it_is(tmp_path, caplog):
+    from faithful_distill.ownership import sole_writer
+
+    records = import_rationales(own)
+    folder = publish_rationales(records, tmp_path / "d", title="One")
+    publish_rationales(records, folder, title="Two")
+    card = (folder / "README.md").read_text().replace("# Two", "# Mine")
+    (folder / "README.md").write_text(card)
+    publish_rationales(records, folder, title="Three")
+    assert (folder / "README.md").read_text() == card and "changed by hand" in caplog.text
+    with sole_writer(folder, folder / ".publish.lock"):
+        with pytest.raises(BadInput, match="is being written by another process"):
+            publish_rationales(records, folder)

@@ -1456,6 +1456,35 @@ def test_seeds_that_agree_by_chance_leave_an_interval():
     assert score.high - score.low > 0.15
 
 
+def guesses_of_two_methods(rng, seeds, n, leak=0.5):
+    import pandas as pd
+
+    index = [(m, s, i) for m in "ab" for s in range(seeds) for i in range(n)]
+    rows = pd.DataFrame(index, columns=["method", "seed", "id"])
+    for name, share in (("guess_r", leak), ("guess_xr", 0.6), ("guess_x", 0.4)):
+        rows[name] = (rng.random(len(rows)) < share).astype(float)
+    return rows
+
+
+def test_a_difference_of_las_counts_the_sampling_of_examples_once():
+    from faithful_distill.lab.pairs import las_difference
+
+    score = las_difference(guesses_of_two_methods(np.random.default_rng(2), 4, 300), "method", "a", "b")
+    over_seeds = intervals.across_seeds(score.details["per_seed"])
+    sampling = score.details["examples_high"] - score.details["examples_low"]
+    assert score.high - score.low == pytest.approx(max(over_seeds.high - over_seeds.low, sampling), rel=0.05)
+
+
+def test_a_difference_of_las_is_undefined_where_one_has_no_las():
+    from faithful_distill.lab.pairs import las_difference
+
+    rows = guesses_of_two_methods(np.random.default_rng(3), 2, 60)
+    assert las_difference(rows, "method", "a", "b").value is not None
+    leaking = rows.assign(guess_r=rows.guess_r.where((rows.method == "b") | (rows.id < 4), 1.0))
+    score = las_difference(leaking, "method", "a", "b")
+    assert score.value is None and "at least 10 are needed" in score.reason
+
+
 @pytest.mark.parametrize("seeds, examples, seed_sd", [(3, 60, 0.1), (3, 60, 0.01), (1, 6, 0.0)])
 def test_a_family_of_null_claims_is_decided_wrongly_as_seldom_as_corrected_claims_say(
     seeds, examples, seed_sd
@@ -1542,7 +1571,7 @@ def test_evaluate_resamples_facts_of_the_world(embedded, tmp_path, monkeypatch):
     ],
 )  # fmt: skip
 def test_what_is_done_word_by_word_is_done_in_scripts_without_blanks_too(text, steps, phrase):
-    from faithful_distill.faithfulness import arms, perturb
+    from faithful_distill.faithfulness import perturb
 
     plain = text.replace(" ", "")
     assert perturb.split_steps(text) == steps and perturb.join_words(steps) == text
@@ -1552,7 +1581,7 @@ def test_what_is_done_word_by_word_is_done_in_scripts_without_blanks_too(text, s
     assert moved != text and sorted(moved.replace(" ", "")) == sorted(plain)
     assert perturb.filler(text).split() == ["..."] * len(words)
     assert text not in (placed := perturb.insert_word(text, "very", 1)) and "very" in placed.split()
-    assert phrase not in perturb.strip_words(text, phrase) and arms._mentions(text, phrase)
+    assert phrase not in perturb.strip_words(text, phrase) and perturb.mentions(text, phrase)
     replaced = perturb.TokenPerturber(None, [text])(text, 0.5, 1)
     assert replaced != text and len(perturb.words_of(replaced)) == len(words)
 
@@ -1566,3 +1595,59 @@ def test_what_is_spelled_like_a_control_token_is_replaced_as_text_is():
     assert perturb("a robin <pad> sings", 0, 1) == "a robin <pad> sings"
     for seed in range(20):
         assert "<pad>" not in perturb("a robin <pad> sings", 1, seed)
+
+
+@pytest.mark.parametrize("form", ["NFC", "NFD"])
+def test_a_phrase_is_found_with_its_letters_composed_or_not(form):
+    import unicodedata
+
+    from faithful_distill.faithfulness import perturb
+
+    text, phrase = (unicodedata.normalize(form, t) for t in ("un café noir, des cafés", "café"))
+    for other in ("café", phrase):
+        assert perturb.mentions(text, other) and "caf" not in perturb.strip_words(text, other)
+
+
+def test_a_text_of_one_token_is_damaged_too_and_unknown_words_stay():
+    from faithful_distill.faithfulness import perturb
+
+    of_words = perturb.TokenPerturber(None, ["see lamp yes", "see chair yes"])
+    assert (
+        all(of_words("lamp", 0.5, seed) != "lamp" for seed in range(5)) and of_words("lamp", 0, 1) == "lamp"
+    )
+    assert of_words("unheard", 0.5, 1) == "unheard"
+    assert [w for w in of_words("see unheard of", 1, 1).split()][1:] == ["unheard", "of"]
+
+
+def test_adding_mistakes_counts_steps_in_which_nothing_can_be_replaced():
+    from faithful_distill.faithfulness.arms import AddingMistakes
+    from faithful_distill.faithfulness.interventions import measure
+    from faithful_distill.questions import Question
+    from faithful_distill.reasoners.protocol import Scripted
+
+    asked = [Question(f"q{i}", f"which thing number {i}?", ("lamp", "chair"), i % 2) for i in range(6)]
+    student = Scripted(True, lambda q: f"see {q.choices[q.answer]}, yes")
+    mistakes = AddingMistakes(step="word", rho=0.5)
+    found = measure(student, asked, metrics=[mistakes], interval=dict(draws=50)).scores["adding_mistakes"]
+    assert found.details["undamaged"] == 0
+    none = measure(student, asked, metrics=[AddingMistakes(step="word", rho=0.0)], interval=dict(draws=50))
+    assert none.scores["adding_mistakes"].details["undamaged"] == 18
+
+
+def test_las_without_a_least_size_is_undefined_where_a_part_is_empty():
+    score = las([0] * 12, [0] * 12, [0] * 12, [0] * 12, min_bin=0, draws=20)
+    assert score.value is None and "at least 1 are needed" in score.reason
+
+
+def test_shares_of_ordered_pairs_of_few_students_are_widened_and_say_so():
+    rng, levels = np.random.default_rng(4), np.repeat([0.0, 0.5, 1.0], 4)
+    score = calibration.adjacent_concordance((levels + rng.normal(0, 1, 12)).tolist(), levels.tolist())
+    many = calibration.adjacent_concordance(rng.normal(size=48).tolist(), np.repeat(levels, 4).tolist())
+    assert "only 12" in score.details["warning"] and "warning" not in many.details
+    weights = calibration.student_weights([(f, 0) for f in levels], 2000, 0)
+    pairs = calibration.adjacent_pairs(
+        levels + np.random.default_rng(4).normal(0, 1, 12), list(levels), [0] * 12
+    )
+    drawn = sum(np.einsum("di,ij,dj->d", weights[:, a], c, weights[:, b]) for _, a, b, c in pairs) / 32
+    low = score.value - intervals.small_sample_factor(12) * (score.value - np.quantile(drawn, 0.025))
+    assert score.low == pytest.approx(max(0, low))

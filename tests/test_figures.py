@@ -817,8 +817,8 @@ def test_costs_count_a_shared_run_once_and_name_their_groups(tmp_path, monkeypat
         ],
     )
     assert [r[:3] for r in table] == [
-        ["student (training)", "90.0 [−291.2, 471.2], n = 2", "3.0"],
-        ["curve_student", "300.0, n = 1", "5.0"],
+        ["student (training)", "90.0, 2 runs", "3.0"],
+        ["curve_student", "300.0, 1 run", "5.0"],
         ["all of these", "160.0 [−150.3, 470.3], n = 3", "8.0"],
     ]
     caption = dict(map(tuple, section.tables))["fig12_cost"]
@@ -861,9 +861,8 @@ def test_metrics_of_too_few_students_are_not_called_blind(tmp_path, monkeypatch)
         1
     ].split("\n")[0]
     for name, rest in given.values():
-        [verdict] = [
-            c for c in section.claims if c["text"] == f"{name} tells f where idle rationales are plausible"
-        ]
+        text = f"{name} orders the planted levels where idle rationales are plausible"
+        [verdict] = [c for c in section.claims if c["text"] == text]
         too_few = "too few students to tell" in verdict["remark"]
         assert too_few == (name.split(",")[0] in few) == (len(rest) == 1)
         versions = re.findall(r"(\d\.\d\d) \[(\d\.\d\d), (\d\.\d\d)\]", verdict["remark"].split("too few")[0])

@@ -451,3 +451,12 @@ def test_a_file_packed_with_gzip_is_read(tmp_path):
     path.write_bytes(gzip.compress(b'{"a": 1}\n{"a": 2}\nbroken\n'))
     bad = []
     assert list(read_jsonl(path, bad)) == [(1, {"a": 1}), (2, {"a": 2})] and bad[0].line == 3
+
+
+def test_an_error_but_for_a_part_keeps_the_others():
+    for value in ({"value": 3}, {"value": "(got none)"}, {}):
+        error = BadInput("is odd", field="a", remedy="Mend it.", **value)
+        assert str(error.but()) == str(error) and str(error.but(field="b")) == str(error).replace(
+            "'a'", "'b'"
+        )
+        assert str(error.located("f", 2)) == f"f:2: {error}"

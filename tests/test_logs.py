@@ -328,6 +328,22 @@ def test_marks_of_judges_are_kept_apart_from_peoples():
     assert none["judge"].reason == "no judge's marks are given"
 
 
+def test_marks_of_judges_are_paired_by_name_and_their_scale_is_not_taken_from_the_marks():
+    marks = [{"a": i % 3, "b": min(i % 3 + 1, 3)} for i in range(30)]
+    mixed = [dict(reversed(m.items())) if i % 2 else m for i, m in enumerate(marks)]
+    kappa = [
+        score_rationales(
+            [judged(i, judge=m, rating=3) for i, m in enumerate(given)],
+            metrics=["judges", "ratings"],
+            interval=dict(draws=100),
+        ).scores
+        for given in (marks, mixed)
+    ]
+    assert kappa[0]["judge_kappa"].value == kappa[1]["judge_kappa"].value
+    rating = kappa[0]["rating"]
+    assert (rating.value, rating.low) == (3.0, None) and "no bounds" in rating.reason
+
+
 @pytest.mark.parametrize(
     "marks, says",
     [

@@ -191,8 +191,7 @@ def test_an_unset_variable_is_no_embedded_model(tmp_path, monkeypatch, call):
     assert done.exit_code == 2 and "is empty" in done.output, done.output
 
 
-@pytest.mark.parametrize("slow", [True, False])
-def test_a_half_precision_checkpoint_is_loaded_in_what_is_fast_here(tmp_path, monkeypatch, slow):
+def test_a_half_precision_checkpoint_is_loaded_in_what_is_fast_here(tmp_path, monkeypatch):
     "Only where the precision was left open, and only on a CPU."
     import torch
     from faithful_distill import models
@@ -200,10 +199,23 @@ def test_a_half_precision_checkpoint_is_loaded_in_what_is_fast_here(tmp_path, mo
     teacher = load_teacher(shipped("data", "models", "teacher"))
     teacher.model.to(torch.bfloat16).save_pretrained(tmp_path)
     teacher.tokenizer.save_pretrained(tmp_path)
-    monkeypatch.setattr(models, "slow_on_cpu", lambda dtype: slow)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert load_teacher(tmp_path).model.dtype == (torch.float32 if slow else torch.bfloat16)
+    assert load_teacher(tmp_path).model.dtype == torch.float32
     assert load_teacher(tmp_path, dtype="bfloat16").model.dtype == torch.bfloat16
     assert teacher.provenance()["dtype"] == "bfloat16"
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    assert models.fast_dtype("auto", teacher.model.config) == "auto"
+    assert models.chosen_dtype("auto") == "auto"
+    assert models.chosen_dtype("auto", quantised=True) == torch.bfloat16
+
+
+def test_a_wheel_writes_nothing_outside_the_folder_of_its_model(tmp_path):
+    import importlib
+    import zipfile
+
+    unpack = importlib.import_module("faithful_distill.lab.pretrained")._unpack
+    with zipfile.ZipFile(tmp_path / "toy.whl", "w") as z:
+        z.writestr("toy/model/config.json", "{}")
+        z.writestr("toy/model/../../../evil.txt", "evil")
+    with pytest.raises(BadInput, match="would be written outside its folder"):
+        unpack(tmp_path / "toy.whl", "toy/model", tmp_path / "a" / "out")
+    assert not list(tmp_path.rglob("evil.txt"))

@@ -20,7 +20,7 @@ from faithful_distill.faithfulness.intervals import counted_twice
 from faithful_distill.faithfulness.leakage_adjusted import _las_overlaps
 from faithful_distill.faithfulness.metrics import counterfactual_insertion
 from faithful_distill.faithfulness.external import read_rationales
-from faithful_distill.faithfulness.readers import ChoiceReader, Reader, fit_reader
+from faithful_distill.faithfulness.readers import ChoiceReader, Reader, fit_reader, read_choices
 from faithful_distill.faithfulness.scoring_task import ScoringTask
 from faithful_distill.faithfulness.simulators import ModelBehaviour, simulate_folds, simulator_texts
 from faithful_distill.files import BadInput
@@ -396,6 +396,10 @@ def test_a_reader_whose_loss_is_not_finite_is_refused_and_its_settings_cannot_ch
     texts = [simulator_texts(q, r)[:1] for q, r in zip(explained.questions, explained.rationales)]
     with pytest.raises(BadInput, match=r"field 'lr': .* not finite .got inf.. Choose a lower"):
         fit_reader(reader, explained.questions, texts, explained.predictions)
+    with pytest.raises(BadInput, match="field 'y': are 9 for 10 questions"):
+        fit_reader(reader, explained.questions, texts, explained.predictions[1:])
+    with pytest.raises(BadInput, match="field 'texts': are 9 for 10 questions"):
+        read_choices(reader, explained.questions, explained.rationales[1:])
     with pytest.raises(FrozenInstanceError):  # one default serves all readers
         Reader().epochs = 1
 

@@ -2,7 +2,10 @@
 
 import ast
 import importlib.util
+import os
 import re
+import subprocess
+import sys
 from configparser import ConfigParser
 from importlib import import_module
 from pathlib import Path
@@ -161,3 +164,20 @@ def test_the_sites_report_says_what_the_figures_say(tmp_path):
     assert named == {p.name for p in (tmp_path / "pictures").iterdir()} and len(named) > 10
     for table in ("study_evaluation.csv", "study_rationales.csv"):
         assert f"`{table}` was made by version" in page
+
+
+@pytest.mark.parametrize(
+    ("found", "said", "code", "exits"),
+    [
+        ("", "Connection refused", 1, 77),
+        ("torch 2.6.0 CVE-1", "Connection pool is full, discarding", 1, 1),
+        ("", "No known vulnerabilities found", 0, 0),
+        ("", "No module named cyclonedx", 1, 1),
+    ],
+)
+def test_an_audit_passes_over_an_unreachable_service_and_nothing_else(tmp_path, found, said, code, exits):
+    stub = f"import sys; print({found!r}); print({said!r}, file=sys.stderr); sys.exit({code})"
+    (tmp_path / "pip_audit.py").write_text(stub)
+    audit = Path(__file__).with_name("audit.py")
+    done = subprocess.run([sys.executable, audit], env=os.environ | {"PYTHONPATH": str(tmp_path)})
+    assert done.returncode == exits

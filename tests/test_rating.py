@@ -144,6 +144,19 @@ def test_a_preference_is_between_rationales_to_one_question(tmp_path):
     assert agreed["supports"]["ac2"].value == 1.0
 
 
+def test_a_question_is_one_whatever_the_order_of_its_choices(tmp_path):
+    turned = [
+        r | dict(choices=r["choices"][::-1], question=r["question"].upper().replace("QUOTES", "quotes"))
+        for r in rows("b", 6)
+    ]
+    rating.write_rating_form({"A": rows("a", 6), "B": turned}, tmp_path)
+    known = json.loads((tmp_path / "key.json").read_text())
+    marks = rating.read_marks([saved(tmp_path, known, "x", lambda of: 1)], tmp_path / "key.json")
+    assert {
+        p.share.n for p in rating.preferences({"supports": marks["supports"]}, tmp_path / "key.json")
+    } == {6}
+
+
 def test_only_questions_of_all_methods_are_asked_and_codes_tell_nothing(tmp_path):
     items, key = rating.blind_items({"A": rows("a", 8), "B": rows("b", 5)}, seed=3)
     assert len(items) == 10 and {of["method"] for of in key.values()} == {"A", "B"}

@@ -1,5 +1,6 @@
 "The road of the profile `real`, with models of no knowledge at all: what is asked, kept, left out and written."
 
+import copy
 import json
 import os
 from dataclasses import replace
@@ -89,6 +90,7 @@ def tiny(tmp_path_factory):
 
 def test_growth_reads_what_a_plain_forward_pass_reads(tiny):
     import torch
+    from accelerate import cpu_offload
 
     teacher = tiny[1]
     asked = [Question(f"q{i}", f"Where is thing {i} ?", CHOICES, i % 5) for i in range(5)]
@@ -101,6 +103,11 @@ def test_growth_reads_what_a_plain_forward_pass_reads(tiny):
             log_p = teacher.model(torch.tensor([ids])).logits[0].log_softmax(-1)
         slow = [log_p[k - 1, ids[k]].item() for k in range(len(begin), len(ids))]
         assert found == (pytest.approx(sum(slow) / len(slow), abs=1e-4) if slow else None)
+    with pytest.raises(BadInput, match="field 'rationales': are 4 for 5 questions"):
+        stated_log_p(teacher, asked, [q.answer for q in asked], texts[1:])
+    away = replace(teacher, model=cpu_offload(copy.deepcopy(teacher.model), torch.device("cpu")))
+    assert away.model.device.type == "meta"
+    assert stated_log_p(away, asked, [q.answer for q in asked], texts) == pytest.approx(fast, abs=1e-5)
 
 
 def test_a_conversation_is_asked_between_turn_markers_and_data_are_no_markers(tiny):
@@ -187,6 +194,19 @@ def test_released_rationales_come_back_and_hold_no_text_of_a_question(tmp_path):
     assert b"secret kept" not in __import__("gzip").decompress(file.read_bytes()) + card.read_bytes()
     with pytest.raises(BadInput, match="two rationales of one role"):
         write_release("twice", records * 2, tmp_path, dataset="csqa")
+    for name in ("../x", "a/b", "", "a b"):
+        with pytest.raises(BadInput, match="field 'name': must be letters"):
+            write_release(name, records, tmp_path, dataset="csqa")
+    (tmp_path / "mine.json").write_text("[1]")
+    with pytest.raises(BadInput, match="mine.json: is no card of released rationales"):
+        write_release("mine", records, tmp_path, dataset="csqa")
+    (tmp_path / "own.jsonl.gz").write_text("mine")
+    with pytest.raises(BadInput, match="own.json: would be replaced"):
+        write_release("own", records, tmp_path, dataset="csqa")
+    write_release("secret", records, tmp_path, dataset="csqa")
+    (tmp_path / "secret.json").write_text("[1]")
+    with pytest.raises(BadInput, match="secret.json: is no card"):
+        released(tmp_path)
 
 
 @pytest.mark.parametrize("name", ["csqa-greedy", "csqa-contrastive-wrong"])

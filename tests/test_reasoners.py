@@ -1,10 +1,12 @@
 "Reasoners: prompts as models see them, files of weights, planted reasoners at floor and ceiling."
 
+from dataclasses import replace
+
 import pytest
 from gguf_models import byte_tokenizer, template, tiny_llama, write_gguf
 
 from faithful_distill import measure
-from faithful_distill.files import BadInput
+from faithful_distill.files import BadInput, write_json
 from faithful_distill.lab.world import supporting_rationale, world_questions
 from faithful_distill.reasoners.cached import CachedReasoner
 from faithful_distill.reasoners.causal import CausalReasoner
@@ -223,7 +225,7 @@ def test_a_sample_says_what_was_written_and_what_counts():
     )
     [sample] = samples_of([row], "a model")
     first, *others = sample["sides"][0]["blocks"]
-    assert first["answer"] == "oven (likeliest per token; as a whole 12%)" and first["wrote"] == "(b)"
+    assert first["answer"] == "oven (12%; another is likelier)" and first["wrote"] == "(b)"
     assert not any(block["wrote"] for block in others)
     # what is no change moves nothing: the words in random order are the same words here
     assert sample["summary"] == "wrong; 0 of 1 changes move the answer"
@@ -308,3 +310,139 @@ def test_worked_examples_that_cannot_be_shown_are_refused(prompt, shots):
     with pytest.raises(BadInput, match="field 'shots'"):
         make_style(None, "worked", prompt=prompt, shots=shots)
     make_style(None, "worked", prompt=prompt, shots=0)
+
+
+def test_choice_and_probabilities_are_by_the_same_likelihoods(model):
+    from faithful_distill.faithfulness.metrics import choice_probability
+    from faithful_distill.questions import Question
+    from faithful_distill.reasoners.protocol import ByLikelihood, Reasoner, WrittenRationale
+    from faithful_distill.student.answers import Answer
+
+    class Sums(Reasoner):
+        def write(self, questions, beginnings=None):
+            return [WrittenRationale("it is big, and it is old") for _ in questions]
+
+        def read(self, questions, rationales):
+            return [Answer(q.id, r, "", 0, [-9.0, -15.0], False) for q, r in zip(questions, rationales)]
+
+    asked = [Question("1", "Where?", ("sky", "the large old house by the river"), 1)]
+    for reasoner in (ByLikelihood(Sums()), ByLikelihood(ByLikelihood(Sums()))):
+        [answer] = reasoner.ask(asked)
+        assert answer.choice == 1 and choice_probability([1], [answer.scores])[0] > 0.5
+    questions = world_questions("choice", "dev", limit=12)
+    mixed = [replace(q, choices=(f"the very {q.choices[0]} thing", *q.choices[1:])) for q in questions]
+    for answer in CausalReasoner(model).ask(mixed, ["It is so."] * len(mixed)):
+        assert answer.choice == answer.likely
+
+
+def test_answers_belong_to_a_model_however_its_folder_is_spelt(tmp_path, monkeypatch):
+    import shutil
+
+    from faithful_distill.files import shipped
+    from faithful_distill.student.model import load_student
+
+    shutil.copytree(shipped("data", "models", "student"), tmp_path / "stu")
+    monkeypatch.chdir(tmp_path)
+    questions = world_questions("choice", "dev", limit=1)
+    spelt = lambda name, **how: CachedReasoner(open_reasoner(load_student(name), **how), "answers.jsonl")
+    with spelt("stu", max_new_tokens=3) as cached:
+        answers = cached.ask(questions)
+    (tmp_path / "stu").rename(tmp_path / "moved")
+    for name in ("moved", "./moved", tmp_path / "moved"):
+        with spelt(name, max_new_tokens=3) as cached:
+            assert cached.ask(questions) == answers and not cached.computed
+    with pytest.raises(BadInput, match="asked otherwise"):
+        spelt("moved", max_new_tokens=4)
+    changed = load_student("moved")
+    changed.model.lm_head.weight.data += 1
+    with pytest.raises(BadInput, match="asked otherwise: .*weights"):
+        CachedReasoner(open_reasoner(changed, max_new_tokens=3), "answers.jsonl")
+
+
+@pytest.mark.parametrize("name", ["evaluate", "measure"])
+def test_one_writer_at_a_time_in_a_folder_and_what_was_opened_is_closed(tmp_path, monkeypatch, name):
+    from click.testing import CliRunner
+
+    from faithful_distill.cli import main
+    from faithful_distill.faithfulness import interventions, suite
+    from faithful_distill.faithfulness.paraphrases import Paraphrases
+    from faithful_distill.files import shipped
+    from faithful_distill.ownership import sole_writer
+
+    out, closed = tmp_path / "out", []
+    out.mkdir()
+    (tmp_path / "p.jsonl").write_text('{"rationale": "a", "paraphrase": "b"}\n')
+    asked = [
+        name,
+        "--student" if name == "evaluate" else "--model",
+        str(shipped("data", "models", "student")),
+    ]
+    asked += ["--data", "world-choice", "--limit", "2", "--metrics", "controls", "--out", str(out)]
+    asked += ["--paraphrases", str(tmp_path / "p.jsonl"), *(["--style", "student"] * (name == "measure"))]
+    with sole_writer(out, out / f".{name}.lock"):
+        done = CliRunner().invoke(main, asked)
+        assert done.exit_code == 2 and "is being written by another process" in done.output
+    for kind in (Paraphrases, CachedReasoner):
+        monkeypatch.setattr(kind, "close", lambda self, kind=kind: closed.append(kind))
+
+    def fails(*_, **__):
+        raise BadInput("is broken")
+
+    monkeypatch.setattr(interventions, "measure", fails)
+    monkeypatch.setattr(suite, "measure_suite", fails)
+    done = CliRunner().invoke(main, asked)
+    assert done.exit_code == 2 and "is broken" in done.output
+    assert closed == ([CachedReasoner] if name == "measure" else []) + [Paraphrases]
+
+
+@pytest.mark.parametrize("spoilt", ["steps", "rows", "links"])
+def test_a_card_that_cannot_be_written_costs_no_report(tmp_path, spoilt):
+    import shutil
+
+    from click.testing import CliRunner
+
+    from faithful_distill.cli import main
+    from faithful_distill.files import shipped
+
+    student, kept = tmp_path / "student", tmp_path / "kept"
+    shutil.copytree(shipped("data", "models", "student"), kept)
+    rows = dict(factual=1, counterfactual=1, shortened=0)
+    note = dict(run="r", base="b", steps=1, metrics={}, rows=rows, prefixes="both", answer_only=False)
+    write_json(kept / "student.json", note)
+    student.mkdir()
+    for file in kept.iterdir():
+        (student / file.name).symlink_to(file)
+    if spoilt != "links":
+        (student / "student.json").unlink()
+        note.pop("steps") if spoilt == "steps" else note.update(rows={})
+        write_json(student / "student.json", note)
+    before = {file: file.read_bytes() for file in student.iterdir()}
+    asked = ["--data", "world-choice", "--limit", "2", "--metrics", "filler", "--out", str(tmp_path / "out")]
+    done = CliRunner().invoke(main, ["evaluate", "--student", str(student), *asked])
+    assert done.exit_code == 0 and "accuracy" in done.output and "Report: " in done.output, done.output
+    assert done.output.count("The student's card is left as it was: ") == 1
+    assert (tmp_path / "out" / "report.html").is_file()
+    assert {file: file.read_bytes() for file in student.iterdir()} == before
+
+
+@pytest.mark.parametrize("text", ["{", "5", "[[1]]"])
+def test_a_broken_list_of_training_questions_is_named(tmp_path, text):
+    from faithful_distill.files import shipped
+    from faithful_distill.student.model import Student, load_student
+
+    known = load_student(shipped("data", "models", "student"))
+    (tmp_path / "trained_on.json").write_text(text)
+    with pytest.raises(BadInput, match="trained_on.json: is no list of the questions of a training"):
+        Student(known.model, known.tokenizer, str(tmp_path)).trained_on
+
+
+def test_a_command_that_failed_early_notes_nothing(tmp_path):
+    from click.testing import CliRunner
+
+    from faithful_distill.cli import main
+    from faithful_distill.files import shipped
+
+    student = str(shipped("data", "models", "student"))
+    asked = ["--data", "world-choice", "--limit", "2", "--metrics", "perturbb", "--out", str(tmp_path)]
+    done = CliRunner().invoke(main, ["evaluate", "--student", student, *asked])
+    assert done.exit_code == 2 and not list(tmp_path.iterdir()), done.output

@@ -310,6 +310,28 @@ def test_a_student_is_measured_by_name_and_nothing_is_nan():
     json.dumps(found.to_dict(), allow_nan=False)
 
 
+def test_unlearning_without_other_questions_has_no_specificity():
+    scores = unlearning.unlearning_scores([[1, 0]], [[0.5, 0.1]], [[0.9, 0.5]], [[np.nan, np.nan]], **fast)
+    for name in ("unlearning_net", "unlearning_specificity"):
+        assert scores[name].value is None and scores[name].reason == "no other question was asked"
+    assert scores["unlearning"].value == 0.5
+
+
+def test_labels_of_hints_must_be_indices():
+    with pytest.raises(BadInput, match="choice indices"):
+        hints.hint_scores([0.9, 0], [1.9, 1], [1, 1], [0, 0], **fast)
+
+
+def test_an_answer_of_a_step_profile_is_the_choice():
+    def ask(questions, rationales, prefix, continue_from=False):
+        texts = ["It is big, and it is old." if r is None else r for r in rationales]
+        scores = [[-3.0, -7.0 if "old" in t else -9.0, -20.0] for t in texts]
+        return [answer_of(1, t, s) for t, s in zip(texts, scores)]  # the choice is not the highest score
+
+    found = measure(ask, questions, metrics=["steps"], prefix="none", interval=fast)
+    assert found.scores["steps"].value > 0
+
+
 # ---- counterfactual simulatability
 
 
@@ -662,3 +684,14 @@ def test_the_guide_names_metrics_and_scores_that_there_are():
         assert one.metric in interventions or one.metric in families.families, one
         assert one.score in known, one
     assert len({one.question for one in guide.metric_guide}) == len(guide.metric_guide)
+
+
+def test_variants_of_one_question_leave_a_reason_and_the_other_scores():
+    from faithful_distill.reasoners.protocol import Scripted
+
+    asked = [Question(f"q{i}", "which thing?", colours, i % 3) for i in range(20)]
+    asked[19] = Question("q19", "which thing, then?", colours, 1)
+    student = Scripted(True, lambda q: f"it is the {q.choices[0]}")
+    scores = measure(student, asked, metrics=["simulatability"], interval=fast).scores
+    assert scores["simulatability"].value is None and scores["simulatability"].reason
+    assert scores["accuracy"].value is not None

@@ -19,7 +19,7 @@ from faithful_distill.faithfulness.external import read_rationales
 from faithful_distill.faithfulness.numeric import as_number
 from faithful_distill.files import BadInput, write_json
 from faithful_distill.formats import read_rows, rows_of
-from faithful_distill.ownership import own_folder, own_lines
+from faithful_distill.ownership import own_folder, own_lines, write_card
 from faithful_distill.publishing import publish_rationales
 from faithful_distill.question_rows import as_questions
 from faithful_distill.questions import Question
@@ -32,7 +32,7 @@ from faithful_distill.sources import load_questions
 from faithful_distill.stated import stated_choice
 from faithful_distill.student.answers import Answer
 from faithful_distill.teacher.generate import contrastive_generate
-from faithful_distill.training.card import model_card, write_card
+from faithful_distill.training.card import model_card
 
 Q = Question("q1", "What flies?", ("a bird", "a cup"), 0)
 ROW = dict(id="q1", question="What flies?", choices=["a bird", "a cup"], answer=0, rationale="It has wings.")
@@ -512,7 +512,8 @@ def test_kept_answers_that_were_edited_are_refused_by_file_and_line(tmp_path):
     kept.close()
     first, row = path.read_text().splitlines()
     good = json.loads(row)
-    for wrong in ({"choice": 77}, {"choice": "x"}, {"scores": ["a", "b"]}, {"rationale": None}, {"key": [1]}):
+    bad = [{"choice": 77}, {"choice": "x"}, {"scores": ["a", "b"]}, {"rationale": None}, {"key": [1]}]
+    for wrong in (*bad, {"problem": 3}, {"text": None}, {"truncated": "no"}):
         path.write_text(f"{first}\n{json.dumps(good | wrong)}\n")
         with pytest.raises(BadInput) as e:
             CachedReasoner(reasoner, path)
@@ -820,3 +821,94 @@ def test_a_selection_gives_a_number_for_each(teacher, found):
         rationalize(teacher, [question], out=3)
     with pytest.raises(BadInput, match="must be a list of roles"):
         rationalize(teacher, [question], roles=[])
+
+
+def test_an_import_replaces_no_other_rationales(tmp_path):
+    from click.testing import CliRunner
+
+    from faithful_distill.cli import main
+
+    source = written(tmp_path / "source.jsonl", ROW)
+    asked = ["import", str(source), "--out", str(tmp_path / "out.jsonl")]
+    for _ in range(2):  # the same once more is no loss
+        assert CliRunner().invoke(main, asked).exit_code == 0
+    computed = write_records(tmp_path / "out.jsonl", read_records([ROW | {"id": "q2"}])).read_bytes()
+    done = CliRunner().invoke(main, asked)
+    assert done.exit_code == 2 and "holds other rationales, which would be replaced" in done.output
+    assert (tmp_path / "out.jsonl").read_bytes() == computed
+    with open(tmp_path / "out.jsonl", "a") as f:
+        f.write("and my notes\n")
+    done = CliRunner().invoke(main, asked)
+    assert done.exit_code == 2 and "is of something else" in done.output
+
+
+@pytest.mark.parametrize(
+    "given, problem",
+    [
+        (dict(parts="3"), r"field 'parts': must be a whole number, at least 2 \(got '3'\)"),
+        (dict(parts=1), "field 'parts': must be a whole number, at least 2"),
+        (dict(cut_at=[5]), "field 'cut_at': is no list of texts"),
+        (dict(cut_at=5), "field 'cut_at': is no list of texts"),
+        (dict(train_limit=None), "field 'train_limit': must be a whole number"),
+        (dict(seeds=range(10**9)), "field 'seeds': must be a list of 1 to 10,000 seeds"),
+        (dict(seeds=[]), "field 'seeds': must be a list of 1 to 10,000 seeds"),
+        (dict(seeds=[0.5]), "field 'seeds': must be a whole number"),
+    ],
+)
+def test_a_call_of_the_suite_is_checked_first(given, problem):
+    from faithful_distill.faithfulness.scoring import score_rationales
+
+    with pytest.raises(BadInput, match=problem):
+        score_rationales([ROW], **given)
+
+
+def test_no_memory_is_filled_with_seeds(tmp_path):
+    from click.testing import CliRunner
+
+    from faithful_distill.cli import main
+    from faithful_distill.training.launch import train_seeds
+
+    for seeds in (10**9, range(10**9), [], [1, 1], 1.5):
+        with pytest.raises(BadInput, match="field 'seeds': must be 1 to 10,000 different seeds"):
+            train_seeds("student", [ROW], out=tmp_path, seeds=seeds)
+    for asked in (["train", "--rationales", "r", "--seeds"], ["score", "r", "--simulators"]):
+        done = CliRunner().invoke(main, [*asked, str(10**9), "--out", str(tmp_path)])
+        assert done.exit_code == 2 and "is not in the range 1<=x<=10000" in done.output
+
+
+def test_a_worked_example_has_a_text_as_its_rationale(tmp_path):
+    from faithful_distill.teacher.prompts import few_shot
+
+    for rationale in (5, ["It has wings."], {"a": 1}, True):
+        file = written(tmp_path / "shots.jsonl", ROW, ROW | {"rationale": rationale})
+        with pytest.raises(BadInput, match="shots.jsonl:2: field 'rationale': must be a text"):
+            few_shot(str(file))
+        file.unlink()
+
+
+def test_a_measurement_to_compare_with_is_checked_through(tmp_path):
+    from faithful_distill.lab.measure_report import read_suite
+
+    arm = dict(rationale="It has wings.", text="a bird", choice=0, scores=[-1.0, -2.0])
+    good = dict(id="q", question="What flies?", choices=["a bird", "a cup"], gold=0)
+    good |= dict(arms={"written": arm}, credit={"written": 1.0, "filler": None})
+    written(tmp_path / "rows.jsonl", good)
+    assert read_suite(tmp_path)[1] == [good]
+    for field, wrong in [
+        ("credit", {}),
+        ("credit", {"written": "a"}),
+        ("credit", {"written": 1.0, "filler": [1]}),
+        ("gold", 2),
+        ("gold", "a"),
+        ("choices", [1, 2]),
+        ("arms", {}),
+        ("arms", {"written": 3}),
+        ("arms", {"written": {k: v for k, v in arm.items() if k != "choice"}}),
+        ("arms", {"written": arm | {"choice": 2}}),
+        ("arms", {"written": arm | {"choice": "a"}}),
+        ("arms", {"written": arm | {"scores": [-1.0]}}),
+        ("arms", {"written": arm | {"text": 5}}),
+    ]:
+        written(tmp_path / "rows.jsonl", good | {field: wrong})
+        with pytest.raises(BadInput, match=f"rows.jsonl:1: field '{field}': is not as a measurement has it"):
+            read_suite(tmp_path)

@@ -1515,3 +1515,88 @@ def test_a_forecast_needs_a_worker(simple, tmp_path):
     (tmp_path / "g.yaml").write_text(ONE)
     with pytest.raises(BadInput, match="workers"):
         forecast(load_grid(tmp_path / "g.yaml"), tmp_path / "runs", workers=0)
+
+
+TOY = "seeds: 1\ngroups:\n  a: {notebook: simple.ipynb}\nfigures:\n  fig: {notebook: draw.ipynb, params: {results: {table: a}}}\n"
+
+
+@pytest.fixture
+def toy(simple, tmp_path):
+    "A grid with a figure whose run leaves a picture; and the folder of its runs."
+    write_notebook(
+        tmp_path / "draw.ipynb",
+        "results: str = ''\nout: str = 'out'",
+        "from pathlib import Path\nPath(out, 'fig.png').write_bytes(b'drawn')",
+    )
+    (tmp_path / "toy.yaml").write_text(TOY)
+    return tmp_path / "toy.yaml", tmp_path / "runs"
+
+
+def test_gathering_leaves_what_is_the_users(toy):
+    grid, runs = toy
+    folder = reproduce(grid, runs=runs, workers=1).folder
+    assert (folder / "figures" / "fig.png").read_bytes() == b"drawn"
+    for name in ("notes.txt", "figures/mine.png"):
+        (folder / name).write_text("mine")
+    grid.write_text(TOY.split("figures")[0])  # its figure comes no longer
+    assert reproduce(grid, runs=runs, workers=1).ok
+    assert not (folder / "figures" / "fig.png").exists()
+    (folder / "figures" / "fig.png").write_text("mine")
+    grid.write_text(TOY)
+    with pytest.raises(BadInput, match="fig.png: is not of this package, and would be replaced"):
+        reproduce(grid, runs=runs, workers=1)
+    for name in ("notes.txt", "figures/mine.png", "figures/fig.png"):
+        assert (folder / name).read_text() == "mine"
+    (folder / "figures" / "fig.png").unlink()
+    assert reproduce(grid, runs=runs, workers=1).ok and (folder / "figures" / "fig.png").exists()
+
+
+def test_a_linked_folder_of_results_is_followed(toy, tmp_path):
+    grid, runs = toy
+    runs.mkdir()
+    (tmp_path / "elsewhere").mkdir()
+    (runs / "toy").symlink_to(tmp_path / "elsewhere")
+    for _ in range(2):
+        assert reproduce(grid, runs=runs, workers=1).ok
+    assert (runs / "toy").is_symlink() and (tmp_path / "elsewhere" / "figures" / "fig.png").is_file()
+    (runs / "toy" / ".grid").write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(BadInput, match="does not say which grid"):
+        reproduce(grid, runs=runs, workers=1)
+
+
+def test_kept_tables_replace_no_other_file_and_damaged_ones_are_named(toy, tmp_path):
+    from faithful_distill.lab.study import keep_profile
+
+    (grid, runs), kept = toy, tmp_path / "kept"
+    kept.mkdir()
+    (kept / "toy_a.csv").write_text("mine")
+    with pytest.raises(BadInput, match="toy_a.csv: would be replaced, and is no kept result"):
+        reproduce(grid, runs=runs, workers=1, keep=kept)
+    assert not runs.exists() and (kept / "toy_a.csv").read_text() == "mine"
+    (kept / "toy_a.csv").unlink()
+    done = reproduce(grid, runs=runs, workers=1)
+    for _ in range(2):
+        keep_profile(grid, kept, runs)
+    for wrong in (b"", b"\xff\xfe", b"group,metric,value,low,high,n\na,x,inf,,,1\n", b"group,value\na,1\n"):
+        (kept / "toy_a.csv").write_bytes(wrong)
+        with pytest.raises(BadInput, match="toy_a.csv: "):
+            reproduce(grid, runs=tmp_path / "again", workers=1, keep=kept)
+    (kept / "origin.json").write_text("[1]")
+    with pytest.raises(BadInput, match="origin.json: is damaged"):
+        reproduce(grid, runs=tmp_path / "again", workers=1, keep=kept)
+    run = next(o.folder for o in done.outcomes if o.cell.startswith("a"))
+    for wrong in ('{"x": NaN}', "5", None):
+        (run / "metrics.json").unlink(missing_ok=True)
+        if wrong:
+            (run / "metrics.json").write_text(wrong)
+        with pytest.raises(BadInput, match="metrics.json: .*computed anew"):
+            gather(load_grid(grid), runs)
+
+
+@pytest.mark.parametrize("text", [b"\xff\xfe", b'[null, 1]\n["a", "text"]\n["a", null]\n5\n', None])
+def test_damaged_times_are_no_times(tmp_path, text):
+    from faithful_distill.lab.plan import last_seconds
+
+    path = tmp_path / ".seconds.jsonl"
+    path.mkdir() if text is None else path.write_bytes(text + b'\n["b", 2.5]\n')
+    assert last_seconds(tmp_path) == ({} if text is None else {"b": 2.5})

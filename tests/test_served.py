@@ -2,6 +2,9 @@
 
 import json
 import math
+import os
+import signal
+import threading
 
 import pytest
 
@@ -265,3 +268,48 @@ def test_a_refused_request_is_sent_again_by_a_later_call(teacher, tmp_path):
         assert [r.problem for r in model.complete(asked, 2)] == ["", ""]
         assert (model.usage.requests, model.usage.cached) == (1, 1)
         model.close()
+
+
+def test_samples_without_seeds_differ_and_repeat(teacher, tmp_path):
+    kept = []
+    with serve_locally(teacher) as url:
+        for again in (False, True):
+            with ServedModel(url, cache=tmp_path / "c.jsonl") as model:
+                replies = [model.complete(["Q: What"] * 5, 6, temperature=1.0)]
+                replies += [model.chat([[{"role": "user", "content": "Hi"}]] * 5, 6, temperature=1.0)]
+                assert [len({r.text for r in some}) > 1 for some in replies] == [True, True]
+                assert model.usage.requests == (0 if again else 10)
+                kept.append(replies)
+            assert model.requests.journal.file.closed
+    assert kept[0] == kept[1]
+
+
+def test_a_refused_request_costs_nothing(teacher):
+    with serve_locally(teacher, lambda *_: (400, {"message": "too long"})) as url:
+        model = ServedModel(url, budget=10)
+        replies = [model.complete([f"{i} {'x' * 4000}"], 2)[0] for i in range(2)]
+    assert [r.problem for r in replies] == ["too long"] * 2
+    assert model.usage.tokens == 0 and model.usage.requests == 2
+
+
+def test_an_interrupt_waits_for_no_request_and_what_still_comes_is_kept(teacher, tmp_path):
+    reached, goes_on = threading.Event(), threading.Event()
+
+    def slow(asked, response):
+        reached.set()
+        goes_on.wait(60)
+
+    def interrupt():
+        reached.wait(60)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    with serve_locally(teacher, slow) as url:
+        model = ServedModel(url, cache=tmp_path / "c.jsonl", concurrency=1)
+        threading.Thread(target=interrupt).start()
+        with pytest.raises(KeyboardInterrupt):
+            model.complete(["Q: Who", "Q: What"], 2)
+        assert not goes_on.is_set() and not model.requests.known
+        goes_on.set()
+        assert model.complete(["Q: Who"], 2)[0].text
+        model.close()
+    assert model.usage.requests <= 2

@@ -301,6 +301,16 @@ def test_another_default_precision_changes_no_answer(kind):
         torch.set_default_dtype(torch.float32)
 
 
+def test_weights_that_live_elsewhere_answer_alike(student):
+    from accelerate import cpu_offload
+
+    want, away = answer(student, questions, reasons), replace(student, model=copy.deepcopy(student.model))
+    cpu_offload(away.model, execution_device=torch.device("cpu"))
+    assert away.model.device.type == "meta"
+    for a, b in zip(answer(away, questions, reasons), want, strict=True):
+        assert a.scores == pytest.approx(b.scores, abs=1e-4) and a.choice == b.choice
+
+
 def test_a_seeded_model_leaves_all_random_states_alone(monkeypatch):
     "Those of GPUs too, which are not restored: they must not be seeded."
     from faithful_distill.faithfulness.late_interaction import scratch_base

@@ -11,6 +11,7 @@ import pytest
 import ranks
 from faithful_distill.files import BadInput
 from faithful_distill.hashes import sha256_file
+from faithful_distill.ownership import check_folder, own_folder
 from faithful_distill.student.model import load_student
 from faithful_distill.training import checkpoints, folder
 from faithful_distill.training.launch import train_seeds
@@ -41,7 +42,6 @@ def base(tmp_path):
         ["checkpoints/checkpoint-5/notes.txt"],
         ["src/main.py"],
         [".git/HEAD"],
-        [".faithful_distill"],
     ],
 )
 def test_a_folder_that_is_not_a_run_is_left_alone(tmp_path, names, overwrite):
@@ -276,3 +276,77 @@ def test_the_code_on_a_card_runs_and_says_what_the_student_says(tmp_path, monkey
         assert (
             found["tokenizer"].decode(found["written"][0], skip_special_tokens=True).startswith(own.rationale)
         )
+
+
+def test_a_run_and_an_evaluation_share_a_folder_in_any_order(tmp_path):
+    out, of_evaluate = tmp_path / "out", ["metrics.json", "report.html"]
+
+    def evaluated():
+        own_folder(out, "evaluate", of_evaluate)
+        for name in of_evaluate:
+            (out / name).write_text("scores")
+
+    def stop(_):
+        raise KeyboardInterrupt
+
+    how = dict(max_steps=3, save_every=1)
+    with pytest.raises(KeyboardInterrupt):
+        train(out, callbacks=[at_step(2, stop)], **how)
+    evaluated()
+    assert train(out, **how).steps == 3
+    evaluated()
+    assert train(out, **how).seconds == 0.0
+    evaluated()
+    train(out, overwrite=True, **how)
+    assert {(out / name).read_text() for name in of_evaluate} == {"scores"}
+    evaluated()
+
+
+def test_a_command_that_failed_before_it_wrote_has_no_claim(tmp_path):
+    check_folder(tmp_path, "evaluate", ["metrics.json"])
+    assert not list(tmp_path.iterdir())
+    (tmp_path / "metrics.json").write_text("mine")
+    with pytest.raises(BadInput, match="of something else"):
+        own_folder(tmp_path, "evaluate", ["metrics.json"])
+    own_folder(tmp_path, "evaluate", ["report.html"])
+    own_folder(tmp_path, "evaluate", ["rows.jsonl"])  # report.html was never written
+    (tmp_path / "report.html").write_text("mine")
+    with pytest.raises(BadInput, match="of something else"):
+        own_folder(tmp_path, "evaluate", ["report.html"])
+
+
+@pytest.mark.parametrize("note", ["mine", "[1]", '{"a": 1}', '{"a": [1]}'])
+def test_a_note_that_is_not_ours_is_left_alone(tmp_path, note):
+    (tmp_path / ".faithful_distill").write_text(note)
+    for call in (lambda: train(tmp_path, max_steps=1), lambda: own_folder(tmp_path, "score", ["a"])):
+        with pytest.raises(BadInput, match="is no list of what this package wrote"):
+            call()
+    assert contents(tmp_path) == {".faithful_distill": note.encode()}
+
+
+def test_what_another_command_wrote_is_no_hindrance_unless_it_would_be_replaced(tmp_path):
+    own_folder(tmp_path, "evaluate", ["metrics.json"])
+    (tmp_path / "metrics.json").write_text("scores")
+    folder.check_out(tmp_path, None)
+    own_folder(tmp_path, "publish", ["README.md"])
+    (tmp_path / "README.md").write_text("card")
+    with pytest.raises(BadInput, match="did not write there: README.md"):
+        folder.check_out(tmp_path, None)
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/fd"), reason="Linux")
+def test_a_students_weights_are_on_the_disk_when_they_are_written(tmp_path, monkeypatch):
+    from faithful_distill.student.model import tiny_student
+    from faithful_distill.training.folder import write_model
+
+    synced, fsync = [], os.fsync
+
+    def note(handle):
+        synced.append(os.path.basename(os.readlink(f"/proc/self/fd/{handle}")))
+        fsync(handle)
+
+    monkeypatch.setattr(os, "fsync", note)
+    student, out = tiny_student(["fish live in water"]), tmp_path / "out"
+    out.mkdir()
+    written = write_model(student, dict(student.model.state_dict()), out)
+    assert "model.safetensors" in written and synced == [*written, "out"]

@@ -29,7 +29,7 @@ from faithful_distill.faithfulness.perturb import (
     insert_word,
     join_words,
     permute_words,
-    phrase_pattern,
+    mentions,
     shuffle_across,
     split_steps,
     strip_words,
@@ -308,7 +308,10 @@ def _settled(own, columns, lengths: list[int], probability: bool, interval: dict
 @register_intervention
 @dataclass(frozen=True)
 class AddingMistakes(EarlyAnswering):
-    "The first k steps and a step with a fraction `rho` of its tokens replaced; the student writes the rest."
+    """The first k steps and a step with a fraction `rho` of its tokens replaced; the student writes the rest.
+
+    Details of its scores: undamaged, steps in which there was nothing to replace.
+    """
 
     name: ClassVar[str] = "mistakes"
     needs: ClassVar[tuple[str, ...]] = ("continue",)
@@ -323,6 +326,14 @@ class AddingMistakes(EarlyAnswering):
         seed = stable_seed(context.seed, context.questions[i].id, "mistake", k)
         mistake = context.perturb(steps[k], self.rho, seed)
         return Request(i, join_words([*steps[:k], mistake]), context.prefix, continue_from=True)
+
+    def score(self, context, answers):
+        steps = self._steps(context)
+        whole = ((i, join_words(s[: k + 1])) for i, s in enumerate(steps) for k in range(len(s)))
+        mistaken = (self._cut(context, i, s, k).rationale for i, s in enumerate(steps) for k in range(len(s)))
+        undamaged = sum(text == mistake for (_, text), mistake in zip(whole, mistaken))
+        scores = super().score(context, answers)
+        return {name: replace(s, details=s.details | {"undamaged": undamaged}) for name, s in scores.items()}
 
 # %% ../../nbs/74_arms.ipynb #99201f8a
 @dataclass(frozen=True)
@@ -363,7 +374,7 @@ class Insertion(Intervention):
         tried, after = self._tried(context), answers["insertion"][0]
         before = [context.written[i] for i, _ in tried]
         flipped = [choice_of(a) != choice_of(b) for a, b in zip(before, after)]
-        mentioned = [_mentions(a.rationale, word) for (_, word), a in zip(tried, after)]
+        mentioned = [mentions(a.rationale, word) for (_, word), a in zip(tried, after)]
         over = context.over(i for i, _ in tried)
         correlation = Score(None, n=0, reason=no_scores)
         if all(a.scores is not None for a in (*context.written, *after)):
@@ -371,7 +382,3 @@ class Insertion(Intervention):
             correlation = insertion_correlation(shift, mentioned, **over)
         flips = counterfactual_insertion(flipped, mentioned, **over)
         return {"insertion": flips, "insertion_correlation": correlation}
-
-# %% ../../nbs/74_arms.ipynb #697ea244
-def _mentions(text: str, word: str) -> bool:
-    return bool(phrase_pattern(word).search(text))

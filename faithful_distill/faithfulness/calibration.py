@@ -13,7 +13,7 @@ from itertools import combinations
 import numpy as np
 
 from .correlation import rank_correlation
-from .intervals import Score, bootstrap, make_score
+from .intervals import Score, bootstrap, make_score, widened
 from ..files import BadInput
 
 # %% ../../nbs/72_calibration.ipynb #9d9ef963
@@ -115,7 +115,8 @@ def _concordance(values, planted, within, neighbours: bool, draws: int, level: f
     details = {"pairs": count, "undefined": undefined}
     details["by_step"] = {step: float(np.concatenate(parts).mean()) for step, parts in steps.items()}
     value = sum(credit.sum() for *_, credit in pairs) / count
-    return make_score(value, low, high, n, ends=(0, 1), level=level, **details)
+    low, high, warning = widened(value, low, high, n, level)
+    return make_score(value, low, high, n, ends=(0, 1), level=level, **details, **warning)
 
 # %% ../../nbs/72_calibration.ipynb #40756d80
 def _without_undefined(values: Sequence, *columns: Sequence) -> list[np.ndarray]:
@@ -162,7 +163,7 @@ def calibration_rmse(values: Sequence, planted: Sequence, *, level: float = 0.95
     details["slope"] = slope
     if slope.low <= 0 <= slope.high:
         return Score(None, n=n, reason="does not move with the planted level", details=details)
-    return Score(float(point[0]), float(low[0]), float(high[0]), n, "", details | info)
+    return Score(float(point[0]), max(0.0, float(low[0])), float(high[0]), n, "", details | info)
 
 # %% ../../nbs/72_calibration.ipynb #d6fc73e2
 def _two_slopes(m: np.ndarray) -> np.ndarray:

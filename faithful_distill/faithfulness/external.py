@@ -324,7 +324,10 @@ def read_rationales(
     columns
         our name -> yours, where they differ: {'rationale': 'explanation', 'choices': ['A', 'B']}
     """
-    cut_at = [cut_at] if isinstance(cut_at, str) else list(cut_at or ())
+    cut_at = [cut_at] if isinstance(cut_at, str) else cut_at or ()
+    if not isinstance(cut_at, (list, tuple)) or not all(isinstance(mark, str) for mark in cut_at):
+        remedy = "Give the texts that a rationale ends before."
+        raise BadInput("is no list of texts", field="cut_at", value=cut_at, remedy=remedy)
     check_number("limit", limit, 1, none=True)
     check_columns(columns, _fields)
     if not all(cut_at):
@@ -348,10 +351,7 @@ def read_rationales(
                     problem, field="choices", remedy="Score answers that are numbers apart from choices."
                 )
         except BadInput as e:
-            value = {"value": e.value} if "(got" in str(e) else {}
-            raise BadInput(
-                e.problem, file=file, line=number, field=e.field, remedy=e.remedy, **value
-            ) from None
+            raise e.located(file, number) from None
         lines[one.question.id] = number
         found.append(one)
         fields |= dict.fromkeys(map(str, row))

@@ -305,6 +305,9 @@ def beyond_chance(name: str, marks: Sequence[Sequence[float]], why: str, over: d
     return dict(zip(names, (found["kappa"], found["ac2"])))
 
 # %% ../../nbs/79_families.ipynb #c912701c
+_any_scale = (-np.inf, np.inf)  # the ends of a scale are not told by the marks that were given
+
+
 @register
 class Ratings(Family):
     "People's ratings, and how every number per row goes with them."
@@ -319,9 +322,8 @@ class Ratings(Family):
     def compute(self, task):
         given = {i: b.ratings for i, b in enumerate(task.rows) if b.ratings}
         mean = {i: float(np.mean(r)) for i, r in given.items()}
-        ends = min(map(min, given.values())), max(map(max, given.values()))
         details = {"unrated": len(task.rows) - len(given)}
-        rating = mean_score(list(mean.values()), ends=ends, details=details, **task.over(mean))
+        rating = mean_score(list(mean.values()), ends=_any_scale, details=details, **task.over(mean))
         scores = {"rating": rating} | none_of(["rater_agreement"], "no rationale has several ratings")
         if several := [i for i, r in given.items() if len(r) > 1]:
             one, others = [given[i][0] for i in several], [float(np.mean(given[i][1:])) for i in several]
@@ -343,11 +345,12 @@ class Judges(Family):
     def compute(self, task):
         rows = {i: [mark for _, mark in b.judged] for i, b in enumerate(task.rows) if b.judged}
         mean = {i: float(np.mean(marks)) for i, marks in rows.items()}
-        ends = min(map(min, rows.values())), max(map(max, rows.values()))
-        details = {"judges": sorted({name for b in task.rows for name, _ in b.judged})}
-        scores = {"judge": mean_score(list(mean.values()), ends=ends, details=details, **task.over(mean))}
-        several = [i for i in rows if len(rows[i]) > 1]
-        marks, nobody = [rows[i] for i in several], "no rationale has several judges"
+        judges = sorted({name for b in task.rows for name, _ in b.judged})
+        how = {"ends": _any_scale, "details": {"judges": judges}}
+        scores = {"judge": mean_score(list(mean.values()), **how, **task.over(mean))}
+        several, nobody = [i for i in rows if len(rows[i]) > 1], "no rationale has several judges"
+        given = [dict(task.rows[i].judged) for i in several]
+        marks = [[of.get(name) for name in judges] for of in given]
         scores |= beyond_chance("judge", marks, nobody, task.over(several))
         return scores | self._against_people(task, rows), {"judge": task.column(list(mean), mean.values())}
 

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 from scipy.optimize import minimize
+from scipy.special import log_softmax
 
 from ..answer_sentences import answer_sentence
 from .readers import Reader
@@ -103,11 +104,6 @@ def listed_choices(q: Question) -> str:
 
 def _without_choices(q: Question, text: str) -> str:
     return text.removeprefix(listed_choices(q)).strip()
-
-
-def log_softmax(scores: np.ndarray) -> np.ndarray:
-    shifted = scores - scores.max()
-    return shifted - np.log(np.exp(shifted).sum())
 
 # %% ../../nbs/76a_frozen.ipynb #3bda03c1
 class FrozenReader:

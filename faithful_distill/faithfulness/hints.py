@@ -6,7 +6,6 @@
 __all__ = ['cues', 'Cue', 'hint_scores', 'Hint']
 
 # %% ../../nbs/74_hints.ipynb #c0d4f9eb
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import ClassVar
@@ -21,6 +20,8 @@ from faithful_distill.faithfulness.intervals import (
     make_score,
     mean_score,
 )
+from .metrics import as_labels
+from .perturb import mentions
 from faithful_distill.faithfulness.protocol import (
     Context,
     Intervention,
@@ -67,10 +68,7 @@ class Cue:
 
     def mentioned(self, rationale: str) -> bool:
         "Whether a rationale mentions the cue, by its marks."
-        found = (
-            re.search(rf"(?<!\w){re.escape(mark)}(?!\w)", rationale, re.IGNORECASE) for mark in self.marks
-        )
-        return any(found)
+        return any(mentions(rationale, mark) for mark in self.marks)
 
 # %% ../../nbs/74_hints.ipynb #755faeaa
 cues = (
@@ -176,9 +174,7 @@ def hint_scores(
         hint_influenced, hint_baseline, hint_net, hint_articulated, hint_gmean2 (details: tpr, tnr)
     """
     columns = {"plain": plain, "cued": cued, "hinted": hinted, "neutral": neutral}
-    labels = {
-        k: np.array([-1 if y is None else y for y in v], int) for k, v in columns.items() if v is not None
-    }
+    labels = {k: as_labels(v, k) for k, v in columns.items() if v is not None}
     said = _overridden(as_credits(said, "said"), judged)
     check_lengths(said=said, **labels)
     kept = labels["plain"] != labels["hinted"]

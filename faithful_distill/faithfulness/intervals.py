@@ -139,10 +139,7 @@ def _resampled_means(rows, counts, draws: int, rng: np.random.Generator) -> np.n
     return np.concatenate(sums) / n
 
 # %% ../../nbs/68_intervals.ipynb #7b2a8764
-few_clusters, many_clusters = (
-    20,
-    40,
-)  # fewer examples or clusters: a score carries a warning; its interval is widened
+few_clusters, many_clusters = 20, 40  # below these a score carries a warning, and its interval is widened
 
 
 def small_sample_factor(units: int, level: float = 0.95) -> float:
@@ -155,6 +152,14 @@ def few_clusters_warning(units: int) -> dict[str, str]:
     "What the details of a score over so few examples or clusters say besides."
     warning = f"only {units} independent examples or clusters: the interval is Student's, and rests on little"
     return {"warning": warning} if units < few_clusters else {}
+
+
+def widened(point, low, high, units: int, level: float) -> tuple:
+    "Ends of a bootstrap's interval, as wide as Student's where there are few units, and what details say besides."
+    if not 1 < units < many_clusters:
+        return low, high, {}
+    factor = small_sample_factor(units, level)
+    return point - factor * (point - low), point + factor * (high - point), few_clusters_warning(units)
 
 # %% ../../nbs/68_intervals.ipynb #9f2d9e1d
 def bootstrap(
@@ -208,11 +213,8 @@ def bootstrap(
     point, (low, high), info = np.asarray(point), np.array(ends).T, {"units": int(counts.sum())}
     if not defined.all():
         info["undefined_draws"] = int((~defined).any(-1).sum())
-    if 1 < info["units"] < many_clusters:
-        factor = small_sample_factor(info["units"], level)
-        low, high = point - factor * (point - low), point + factor * (high - point)
-        info |= few_clusters_warning(info["units"])
-    return point, low, high, info
+    low, high, warning = widened(point, low, high, info["units"], level)
+    return point, low, high, info | warning
 
 # %% ../../nbs/68_intervals.ipynb #82449591
 def make_score(

@@ -204,7 +204,8 @@ def measure(
         for swap
     metrics
         some of perturb, refine, swap, controls, early, mistakes, or others that are registered; or
-        `Intervention`s
+        `Intervention`s. The rationale handed back and withheld are asked always, the other control arms only with
+        'controls', as by default: without them an effect is no evidence that the rationale's content is used
     prefix
         the tag the student answers under; default: as it was trained
     draws

@@ -118,7 +118,7 @@ def las_from_credit(
     credit_x
         (n,) or (S, n) credit for y, given the input alone
     min_bin
-        fewer examples than this in a bin make LAS None
+        fewer examples than this in a bin make LAS None, as does an empty one
     level
         coverage aimed at
     details
@@ -138,7 +138,7 @@ def las_from_credit(
     n_1 = k.sum(1).astype(int)
     each = _simulators(columns, n - n_1, n_1)
     overlaps = _las_overlaps(of_each, interval.get("cluster"))
-    return _las_score(found, each, overlaps, n, min_bin, level, details or {})
+    return _las_score(found, each, overlaps, n, max(1, min_bin), level, details or {})
 
 # %% ../../nbs/70a_leakage_adjusted.ipynb #558e659e
 def las(

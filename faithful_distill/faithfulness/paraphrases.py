@@ -82,14 +82,26 @@ class Paraphrases:
     ):
         self.name = getattr(source, "__name__", str(source))
         self._each: Callable[[Sequence[str]], Iterable[str | None]]
+        self._served: ServedModel | None = None
         if callable(source):
             self._each = lambda texts: [source(text) for text in texts]
         elif is_url(source):
-            served = ServedModel(str(source), model, cache=cache)
+            served = self._served = ServedModel(str(source), model, cache=cache)
             self._each = lambda texts: served_paraphrases(served, texts)
         else:
             known = read_paraphrases(source)
             self._each = lambda texts: [known.get(same_text(text)) for text in texts]
+
+    def close(self) -> None:
+        "Closes the connection to the server, where there is one."
+        if self._served is not None:
+            self._served.close()
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.close()
 
     def all(self, texts: Sequence[str]) -> list[str | None]:
         "Of several rationales, each asked for once."

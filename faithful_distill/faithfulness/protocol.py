@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['Answers', 'interventions', 'no_scores', 'asking', 'Request', 'HandedRationale', 'Context', 'Intervention',
-           'register_intervention', 'choice_of', 'credit_of', 'both_versions', 'cost_of', 'effect_scores',
-           'change_scores']
+           'register_intervention', 'choice_of', 'favoured_of', 'credit_of', 'both_versions', 'cost_of',
+           'effect_scores', 'change_scores']
 
 # %% ../../nbs/73_protocol.ipynb #19b4e45f
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -323,6 +323,12 @@ no_scores = "the student gives no scores of the choices"
 def choice_of(answer: Any) -> int:
     "The index of the choice; -1 where the answer is unparsable."
     return -1 if answer.choice is None else int(answer.choice)
+
+
+def favoured_of(answer: Any) -> int:
+    "The index of the choice; of the likeliest by its scores where the answer is unparsable."
+    choice = choice_of(answer)
+    return choice if choice >= 0 else int(np.argmax(answer.scores))
 
 # %% ../../nbs/73_protocol.ipynb #9d3db33f
 def credit_of(y: Sequence[int], column: Sequence[Any], probability: bool = False) -> np.ndarray:

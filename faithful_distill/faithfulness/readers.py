@@ -20,7 +20,7 @@ from ..models import load_config, load_pretrained
 from ..progress import progress
 from ..questions import Question, choice_text
 from ..student.model import special_affixes
-from ..student.rows import pad_rows, plain_ids
+from ..student.rows import pad_with_mask, plain_ids, width_multiple
 
 # %% ../../nbs/76_readers.ipynb #9f60884e
 @dataclass(frozen=True)
@@ -163,10 +163,8 @@ def new_reader(base: Any, seed: int = 0, settings: Reader = Reader()) -> Any:
 # %% ../../nbs/76_readers.ipynb #f202c7fb
 def _padded(reader: ChoiceReader, rows: Sequence[list], filler=None):
     "Rows as one tensor, and its mask of ones; a GPU likes widths in eights, a CPU pays for every column."
-    multiple = 1 if str(reader.device) == "cpu" else 8
     filler = reader.pad if filler is None else filler
-    ones = [[1] * len(row) for row in rows]
-    return tuple(pad_rows(r, f, multiple).to(reader.device) for r, f in ((rows, filler), (ones, 0)))
+    return pad_with_mask(rows, filler, multiple=width_multiple(reader.device), device=reader.device)
 
 # %% ../../nbs/76_readers.ipynb #f19ffa60
 def reading_scores(reader: ChoiceReader, texts: list[list[int]], choices: list[list[list[int]]]):
@@ -246,9 +244,17 @@ def read_choices(
     list[np.ndarray]
         log-probability (nats) of each choice of each question
     """
+    _check_one_each(questions, texts=texts)
     if hasattr(reader, "read"):  # a frozen one
         return reader.read(questions, texts)
     return read_encoded(reader, reader.texts(texts), reader.choices(questions))
+
+
+def _check_one_each(questions, **lists) -> None:
+    for name, given in lists.items():
+        if len(given) != len(questions):
+            problem = f"are {len(given)} for {len(questions)} questions"
+            raise BadInput(problem, field=name, remedy="Give one for each question.")
 
 # %% ../../nbs/76_readers.ipynb #51af98e5
 def read_parts(
@@ -348,6 +354,7 @@ def fit_reader(
     ChoiceReader
         the same reader; `history` holds the held-out loss per epoch
     """
+    _check_one_each(questions, alternatives=alternatives, y=y)
     if hasattr(reader, "fit"):  # a frozen one
         return reader.fit(questions, alternatives, y)
     flat = iter(reader.texts([t for row in alternatives for t in row]))

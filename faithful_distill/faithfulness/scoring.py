@@ -20,7 +20,7 @@ from .intervals import Score
 from .readers import Reader, fit_reader, new_reader, read_choices
 from .scoring_task import ScoringTask, unmet
 from .simulators import seeds_of, simulator_texts
-from ..files import BadInput
+from ..files import BadInput, check_number
 
 # %% ../../nbs/79_scoring.ipynb #4ca6d36a
 @dataclass
@@ -150,11 +150,14 @@ def _scores_of(family: Family, task: ScoringTask, reason: str, n: int) -> dict[s
 
 # %% ../../nbs/79_scoring.ipynb #baa8265d
 def _check_call(metrics: Sequence[str], parts: int, seeds: Sequence[int], train: int, test: int) -> None:
-    if not isinstance(seeds, Sequence):
-        raise BadInput(
-            "must be a list of seeds", field="seeds", value=seeds, remedy="Give range(3), or [0, 1, 2]."
-        )
+    if isinstance(seeds, str) or not isinstance(seeds, Sequence) or not 1 <= len(seeds) <= 10_000:
+        remedy = "Give range(3), or [0, 1, 2]."
+        raise BadInput("must be a list of 1 to 10,000 seeds", field="seeds", value=seeds, remedy=remedy)
+    for seed in seeds:
+        check_number("seeds", seed, 0)
+    check_number("parts", parts, 2)
     for name, value, least in (("train_limit", train, 20), ("test_limit", test, 30)):
+        check_number(name, value)
         if value < least:
             remedy = "Leave it out, or raise it."
             raise BadInput(f"must be {least} rows or more", field=name, value=value, remedy=remedy)
@@ -165,12 +168,6 @@ def _check_call(metrics: Sequence[str], parts: int, seeds: Sequence[int], train:
             field="metrics",
             value=sorted(unknown)[0],
             remedy="Separate several by commas.",
-        )
-    if parts < 2 or not len(seeds):
-        raise BadInput(
-            "cross-fitting takes two parts or more, and one seed or more",
-            field="parts, seeds",
-            value=(parts, list(seeds)),
         )
 
 # %% ../../nbs/79_scoring.ipynb #fbeb6ede

@@ -296,7 +296,8 @@ def simulate(
     seeds
         one simulator each; one alone where the seed makes no difference
     permute_labels
-        train on permuted predictions: the null check; simulators that learn nothing are asked for permuted ones
+        train on permuted predictions: the null check, of which `las_probability` must be about 0 (the flip version
+        only of readers trained as a whole); simulators that learn nothing are asked for permuted ones
     """
     base = as_simulator(base, lambda: [*texts_of(train), *texts_of(test)])
     train, read, histories = train.predicted(), [], []

@@ -14,7 +14,13 @@ import numpy as np
 
 from .intervals import Score, check_lengths, mean_score
 from .perturb import join_words, split_steps
-from .protocol import Context, Intervention, no_scores, register_intervention
+from faithful_distill.faithfulness.protocol import (
+    Context,
+    Intervention,
+    favoured_of,
+    no_scores,
+    register_intervention,
+)
 from ..files import BadInput
 from ..hashes import stable_seed
 
@@ -145,7 +151,7 @@ class StepProfile(Intervention):
         rows = [i for i in range(len(context.own)) if scored(i)]
         if not rows:
             return dict.fromkeys(self.score_names, Score(None, n=0, reason=no_scores))
-        y = [int(np.argmax(answers["step_own"][0][i].scores)) for i in rows]
+        y = [favoured_of(answers["step_own"][0][i]) for i in rows]
         own, intact, damaged, none = (_differences(answers[arm], rows, y) for arm in arms)
         lengths = [len(steps) for steps, _ in self._pairs(context)]
         at_most = dict(least=self.least, **context.over(rows))

@@ -17,7 +17,13 @@ import numpy as np
 from .intervals import Score, as_credits, check_lengths, mean_score
 from .metrics import choice_probability
 from .perturb import split_steps
-from .protocol import Context, Intervention, choice_of, register_intervention
+from faithful_distill.faithfulness.protocol import (
+    Context,
+    Intervention,
+    choice_of,
+    favoured_of,
+    register_intervention,
+)
 from ..hashes import stable_seed
 from ..progress import progress
 from ..questions import Question
@@ -57,7 +63,7 @@ def unlearning_scores(
     efficacy
         (n, K) by which share the step became less likely, at most 1
     kept
-        (n, K) share of other questions whose answers stayed
+        (n, K) share of other questions whose answers stayed; NaN where none was asked
     least
         steps of less efficacy are left out and counted
     **interval
@@ -82,14 +88,16 @@ def unlearning_scores(
         found = dict.fromkeys(unlearning_names, Score(None, n=0, reason=reason, details=details))
         return found | {"unlearning_efficacy": of_all}
     mean = lambda values, ends: _mean_over_steps(values, good, interval, ends, details)
+    asked, alone = good & np.isfinite(table["kept"]), Score(None, n=0, reason="no other question was asked")
+    of_asked = lambda values, ends: _mean_over_steps(values, asked, interval, ends, details)
     any_moved = np.where(good, table["changed"], 0).max(1, keepdims=True)
     return {
         "unlearning": mean(as_zero(table["changed"], good), (0, 1)),
         "unlearning_probability": mean(table["shift"], (-1, 1)),
         "unlearning_any": mean(np.broadcast_to(any_moved, good.shape), (0, 1)),
-        "unlearning_net": mean(table["changed"] - (1 - table["kept"]), (-1, 1)),
+        "unlearning_net": of_asked(table["changed"] - (1 - table["kept"]), (-1, 1)) if asked.any() else alone,
         "unlearning_efficacy": of_all,
-        "unlearning_specificity": mean(table["kept"], (0, 1)),
+        "unlearning_specificity": of_asked(table["kept"], (0, 1)) if asked.any() else alone,
     }
 
 # %% ../../nbs/77_unlearning.ipynb #7aafd498
@@ -320,7 +328,8 @@ class _Bench:
             student = self.copy.restore()
             efficacy = unlearn(student, row, rows, s.how)
             after = self._ask(student, asked)
-            p = [choice_probability([before[0].likely], [a.scores])[0] for a in (before[0], after[0])]
+            favoured = favoured_of(before[0])
+            p = [choice_probability([favoured], [a.scores])[0] for a in (before[0], after[0])]
             same = (
                 np.mean([choice_of(a) == label for a, label in zip(after[1:], y[1:])])
                 if controls

@@ -26,6 +26,7 @@ from faithful_distill.faithfulness.protocol import (
 from .readers import Reader, fit_reader, new_reader, read_choices
 from .simulator_registry import as_simulator
 from .simulators import folds, seeds_of
+from ..files import BadInput
 from ..hashes import stable_seed
 from ..questions import Question, choice_text, fixed_choices, letter, normalized
 
@@ -233,7 +234,10 @@ class Simulatability(Intervention):
         if not cases or self.simulator is None and len(cases) < self.least:
             reason = f"{len(cases)} variants with an answer are too few"
             return {"simulatability": Score(None, n=len(cases), reason=reason)}
-        with_r, without_r = (self.simulator or trained_simulator)(cases)
+        try:
+            with_r, without_r = (self.simulator or trained_simulator)(cases)
+        except BadInput as e:  # such as most variants being of one question
+            return {"simulatability": Score(None, n=len(cases), reason=str(e).rstrip("."))}
         y, changed = [c.on_variant for c in cases], [c.changed for c in cases]
         gain = simulatability_gain(y, with_r, without_r, changed=changed, **context.over(rows))
         unparsable = len(asked) - len(cases)

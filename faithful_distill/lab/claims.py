@@ -89,7 +89,8 @@ def _p_value(d: dict, above: float, below: float) -> float:
 def _parts(d: dict) -> Sequence[tuple[float, int | None]]:
     "What the half width is made of, see `p_value`; where it is not told: seeds, or else questions."
     units = d["seeds"] if (d.get("seeds") or 1) > 1 else d.get("n") or many_clusters
-    return d.get("parts") or [(1.0, units - 1 if 1 < units < many_clusters else None)]
+    told = d.get("parts") or (d.get("details") or {}).get("parts")
+    return told or [(1.0, units - 1 if 1 < units < many_clusters else None)]
 
 # %% ../../nbs/88b_claims.ipynb #848cd89c
 def decided(text: str, d: dict, above: float = 0.0, below: float = math.inf, unit: str = "points") -> dict:

@@ -286,13 +286,15 @@ def came_out(d: dict) -> str:
     return f"{points(value, digits)} {'higher' if low > 0 else 'lower'} [{near}, {far}]"
 
 # %% ../../nbs/88_comparisons.ipynb #9b7e710a
-def repetitions(summary, marks: str = "lines") -> str:
+def repetitions(summary, marks: str = "lines", same_questions: bool = False) -> str:
     """What means and intervals of a summary are over, for its caption.
 
     Parameters
     ----------
     marks
         what shows the intervals
+    same_questions
+        all seeds answered one test set: what the intervals say is about its questions
     """
     defined = summary[summary["value"].notna()]
     if len(defined) == 0:
@@ -306,4 +308,7 @@ def repetitions(summary, marks: str = "lines") -> str:
             " would come out"
         )
     runs = f"{seeds[-1]} seeds" if len(seeds) == 1 else f"{seeds[0]} to {seeds[-1]} seeds"
-    return f"means of {runs}; {marks} are 95 % t intervals over seeds{asked and f', {asked} questions each'}"
+    which = ", the same for all seeds" if same_questions else " each"
+    return (
+        f"means of {runs}; {marks} are 95 % t intervals over seeds{asked and f', {asked} questions{which}'}"
+    )

@@ -20,7 +20,7 @@ from .declared import checked_parameters
 from .grid import Grid, load_grid
 from .keys import Run
 from .plan import From, Plan, TableOf
-from .tables import read_table, rows_of, write_table
+from .tables import read_metrics, read_table, rows_of, write_table
 from ..records import write_records
 
 # %% ../../nbs/92a_kept.ipynb #92a00006
@@ -85,7 +85,7 @@ def done_cells(grid_name: str, folder) -> dict[str, str]:
     file = _done_file(grid_name, folder)
     try:
         found = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
-    except ValueError:
+    except (OSError, ValueError, RecursionError):
         found = None
     if not isinstance(found, dict) or not all(isinstance(v, str) for v in found.values()):
         remedy = "Restore it, or remove it: then all is computed again."
@@ -168,7 +168,8 @@ class Kept:
         "A kept table; None where it is not there."
         file = self.folder / f"{self.grid.name}_{name}.csv"
         if name not in self._read:
-            self._read[name] = read_table(file) if file.is_file() else None
+            read = read_table if name.endswith("_rows") else read_metrics
+            self._read[name] = read(file) if file.is_file() else None
         return self._read[name]
 
     def _rows_of(self, cell: str, tables: dict[str, list[str]], ending: str = ""):

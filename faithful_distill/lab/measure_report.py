@@ -7,6 +7,7 @@ __all__ = ['suite_files', 'read_suite', 'read_scores', 'compare_rows', 'write_su
 
 # %% ../../nbs/92_measure_report.ipynb #87cb69d3
 import json
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -153,7 +154,7 @@ def _block(arm: str, answer: dict, row: dict, first: dict) -> dict:
     if choice is not None and answer["scores"]:
         p = f"{choice_probability([choice], [answer['scores']])[0]:.0%}"
         best = max(range(len(choices)), key=answer["scores"].__getitem__) == choice
-        said += f" ({p})" if best else f" (likeliest per token; as a whole {p})"
+        said += f" ({p})" if best else f" ({p}; another is likelier)"
     mark = {"right": choice == row["gold"], "changed": arm != "written" and choice != first["choice"]}
     text = answer["rationale"] or "(none)"
     cut = f"{text[:_longest]} …" if len(text) > _longest else text
@@ -216,7 +217,8 @@ def read_suite(folder) -> tuple[str, list[dict]]:
         raise BadInput("holds no measurement", file=folder, field="compare", remedy=remedy)
     rows, parts = [], {"id": (str, int), "question": str, "choices": list, "arms": dict, "credit": dict}
     for line, row in read_jsonl(folder / "rows.jsonl"):
-        if wrong := [name for name, kind in parts.items() if not isinstance(row.get(name), kind)]:
+        wrong = [name for name, kind in parts.items() if not isinstance(row.get(name), kind)]
+        if wrong := wrong or [name for name, fits in _deeper.items() if not fits(row)]:
             remedy = "Measure that model again, into another folder."
             problem = "is not as a measurement has it"
             raise BadInput(problem, file=folder / "rows.jsonl", line=line, field=wrong[0], remedy=remedy)
@@ -225,6 +227,34 @@ def read_suite(folder) -> tuple[str, list[dict]]:
         return _name_of(json.loads((folder / "facts.json").read_text(encoding="utf-8"))), rows
     except (OSError, ValueError, AttributeError):
         return folder.name, rows
+
+
+def _is_answer(answer, n: int) -> bool:
+    "Whether an arm holds an answer as a report shows it, to a question of `n` choices."
+    if not isinstance(answer, dict) or not {"rationale", "text", "choice", "scores"} <= set(answer):
+        return False
+    choice, scores = answer["choice"], answer["scores"]
+    texts = all(isinstance(answer[name], str | None) for name in ("rationale", "text"))
+    known = choice is None or _is_number(choice, int) and 0 <= choice < n
+    numbers = scores is None or isinstance(scores, list) and len(scores) == n and all(map(_is_number, scores))
+    return texts and known and numbers
+
+
+def _is_number(value, kind=(int, float)) -> bool:
+    return isinstance(value, kind) and not isinstance(value, bool) and math.isfinite(value)
+
+
+_deeper = {
+    "choices": lambda row: all(isinstance(choice, str) for choice in row["choices"]),
+    "gold": lambda row: _is_number(row.get("gold"), int) and 0 <= row["gold"] < len(row["choices"]),
+    "arms": lambda row: (
+        "written" in row["arms"] and all(_is_answer(a, len(row["choices"])) for a in row["arms"].values())
+    ),
+    "credit": lambda row: (
+        _is_number(row["credit"].get("written"))
+        and all(one is None or _is_number(one) for one in row["credit"].values())
+    ),
+}
 
 
 def read_scores(folder) -> set[str]:

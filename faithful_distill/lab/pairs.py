@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from ..faithfulness.intervals import Score, bootstrap, make_score, mean_score
+from ..faithfulness.intervals import Score, bootstrap, counted_twice, make_score, mean_score
 
 # %% ../../nbs/88a_pairs.ipynb #88a00006
 def _side(rows, axis: str, name, columns: Sequence[str]):
@@ -57,14 +57,22 @@ def _las_sums(side) -> np.ndarray:
 
 
 def _las_of(means: np.ndarray) -> np.ndarray:
-    "(...) LAS from (..., 4) means of `_las_sums`; of one part alone where the other is empty."
+    "(...) LAS from (..., 4) means of `_las_sums`; NaN where one part is empty."
     with np.errstate(invalid="ignore", divide="ignore"):
-        parts = np.stack([means[..., 1] / means[..., 0], means[..., 3] / means[..., 2]], -1)
-    return np.nanmean(parts, -1)
+        return (means[..., 1] / means[..., 0] + means[..., 3] / means[..., 2]) / 2
+
+
+def _las_influence(sums: np.ndarray) -> np.ndarray:
+    "(n, ...) what each question does to LAS, to first order, from (n, ..., 4) sums."
+    leaks, gained, others, gained_there = np.moveaxis(sums, -1, 0)
+    of_part = lambda n, gain: (gain - n * gain.mean(0) / n.mean(0)) / n.mean(0)
+    return (of_part(leaks, gained) + of_part(others, gained_there)) / 2
 
 # %% ../../nbs/88a_pairs.ipynb #88a00011
-def las_difference(rows, axis: str, a, b) -> Score:
+def las_difference(rows, axis: str, a, b, min_bin: int = 10) -> Score:
     """LAS[axis = a] - LAS[axis = b] of a simulator's guesses; resampled are the questions.
+
+    None where one of the two has no LAS: fewer than `min_bin` rationales of a seed that leak the answer, or that do not.
 
     Parameters
     ----------
@@ -83,17 +91,23 @@ def las_difference(rows, axis: str, a, b) -> Score:
         return _nothing(a, b, ["guesses"])
     sums = [s[s.seed.isin(seeds)].groupby(["id", "seed"])[list("abcd")].sum().unstack("seed") for s in sides]
     both = sums[0].join(sums[1], how="outer", lsuffix="_a", rsuffix="_b").fillna(0.0)
-    cube = both.to_numpy(float).reshape(len(both), 2, 4, len(seeds))
+    in_parts = lambda flat: np.moveaxis(flat.reshape(*flat.shape[:-1], 2, 4, len(seeds)), -2, -1)
+    flat = both.to_numpy(float)
+    cube = in_parts(flat)  # (questions, methods, seeds, 4)
+    if (least := int(cube.sum(0)[..., [0, 2]].min())) < min_bin:
+        reason = f"{least} rationales of a seed in a part of LAS; at least {min_bin} are needed in each"
+        return Score(None, n=len(both), reason=reason)
 
     def differences(means):
-        las = _las_of(np.moveaxis(means.reshape(*means.shape[:-1], 2, 4, len(seeds)), -2, -1))
+        las = _las_of(in_parts(means))
         return las[..., 0, :] - las[..., 1, :]
 
     statistic = lambda means: differences(means).mean(-1, keepdims=True)
-    flat = cube.reshape(len(both), -1)
     (value,), (low,), (high,), info = bootstrap(flat, statistic, draws=2000)
-    per_seed = differences(flat.mean(0)).tolist()
-    return make_score(value, low, high, len(both), per_seed=per_seed, **info)
+    influence = _las_influence(cube)
+    overlap = counted_twice((influence[:, 0] - influence[:, 1]).T)
+    seeds = {"per_seed": differences(flat.mean(0)).tolist(), "overlap": overlap}
+    return make_score(value, low, high, len(both), **seeds, **info)
 
 # %% ../../nbs/88a_pairs.ipynb #88a00014
 def as_difference(score: Score) -> dict:

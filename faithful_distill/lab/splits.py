@@ -12,7 +12,7 @@ from pathlib import Path
 from ..files import BadInput
 from ..hashes import stable_seed
 from ..question_rows import as_questions
-from ..questions import Question, normalized, without_punctuation
+from ..questions import Question, normalized, question_key, without_punctuation
 from ..sources import load_questions, sources
 
 # %% ../../nbs/17_splits.ipynb #17000006
@@ -20,7 +20,7 @@ def usable(questions, left_out: dict[str, int]) -> list[Question]:
     "The questions that may be asked, in order; why the others may not is counted in `left_out`."
     kept, seen = [], set()
     for q in questions:
-        asked = (normalized(q.question), *sorted(map(normalized, q.choices)))
+        asked = question_key(q)
         reason = (
             "without an answer"
             if q.answer is None

@@ -10,7 +10,7 @@ import json
 import os
 import re
 import shutil
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -19,14 +19,15 @@ from typing import Any, Iterable
 
 from filelock import FileLock
 
-from ..files import BadInput, shipped, writable_folder, write_json, write_text
+from ..files import BadInput, shipped, unwritable, writable_folder, write_json, write_text
 from .comparisons import as_scores
 from .grid import Grid, chosen, load_grid
 from .kept import Kept, grid_with_kept, keep_rows, left_out, read_by_figures, row_tables
 from .keys import Run
 from .plan import Outcome, last_seconds, run_plan
 from .report import cost_report
-from .tables import metrics_of, note_origin, read_table, tidy, write_table
+from .tables import metrics_of, note_origin, read_origins, read_table, tidy, write_table
+from ..ownership import claimed_names, note_names
 
 # %% ../../nbs/93_study.ipynb #e27f1408
 def _known_seconds(cells: list[str], seconds: dict[str, float]) -> float | None:
@@ -145,6 +146,10 @@ def _check_gathered_folder(grid: Grid, runs: Path) -> None:
         made_from = Path((folder / ".grid").read_text(encoding="utf-8").rstrip("\n"))
     except OSError:
         return  # gathered before there was such a file
+    except ValueError:
+        raise BadInput(
+            "does not say which grid was gathered here", file=folder / ".grid", remedy=remedy
+        ) from None
     if not _same_grid(grid.file, made_from):
         problem = f"holds the results of another grid of this name, {made_from}"
         raise BadInput(problem, file=folder, remedy=remedy)
@@ -206,25 +211,45 @@ def _gather_figures(grid: Grid, done: dict[str, Run], into: Path) -> None:
     if grid.report in done:
         shutil.copyfile(done[grid.report].folder / "report.html", into / "report.html")
 
+# %% ../../nbs/93_study.ipynb #93c0de01
+def _replace_gathered(folder: Path, new: Path) -> None:
+    "Moves the files in `new` to `folder`. Of what is there, only what was gathered before is replaced or goes."
+    files = [path.relative_to(new).as_posix() for path in sorted(new.rglob("*")) if path.is_file()]
+    before = claimed_names(writable_folder(folder)).get("reproduce")
+    for name in files if before is not None else ():
+        if name not in before and os.path.lexists(folder / name):
+            remedy = "Move it away and call again: nothing is computed twice."
+            raise BadInput("is not of this package, and would be replaced", file=folder / name, remedy=remedy)
+    note_names(folder, "reproduce", {*files, *(before or ())})
+    for name in files:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        os.replace(new / name, folder / name)
+    for name in {*(before or ())} - {*files}:
+        if ".." not in Path(name).parts and not Path(name).is_absolute():
+            with suppress(OSError):  # it may be gone already, and its folder may hold something else
+                (folder / name).unlink()
+                (folder / name).parent.rmdir()
+    note_names(folder, "reproduce", files)
+
 # %% ../../nbs/93_study.ipynb #1c7fb97e
 def gather(grid: Grid, runs="runs") -> Path:
     """Collects what is finished of a grid in `runs/<profile>`, and returns that folder.
 
-    Files of an earlier time that no longer come from it go.
+    Of what was gathered there at an earlier time, what no longer comes from it goes; files of yours stay.
     """
     runs = Path(runs).absolute()
     done = {name: run for name, run in grid.plan.runs(runs).items() if run.finished}
-    folder, new, old = runs / grid.name, runs / f".{grid.name}.new", runs / f".{grid.name}.old"
+    folder, new = runs / grid.name, runs / f".{grid.name}.new"
     with _gathering(runs, grid.name):
         _check_gathered_folder(grid, runs)
-        for path in (new, old):
-            shutil.rmtree(path, ignore_errors=True)
+        shutil.rmtree(new, ignore_errors=True)
         _gather_results(grid, done, new)
         _gather_figures(grid, done, new)
-        if folder.exists():
-            os.rename(folder, old)
-        os.rename(new, folder)
-        shutil.rmtree(old, ignore_errors=True)
+        try:
+            _replace_gathered(folder, new)
+        except OSError as e:
+            raise unwritable(folder, e) from None
+        shutil.rmtree(new, ignore_errors=True)
     return folder
 
 # %% ../../nbs/93_study.ipynb #6c2838f6
@@ -319,6 +344,8 @@ def reproduce(
         print(forecast(grid, runs, names, workers))
         return Reproduction(runs / grid.name, [])
     _check_gathered_folder(grid, runs)
+    if keep is not None:
+        _check_kept(keep, _kept_names(grid))
     idle = _restored(grid, runs, keep) if keep is not None else ()
     outcomes = run_plan(grid.plan, runs, workers, only=names, threads=threads, title=grid.name, without=idle)
     return Reproduction(gather(grid, runs), outcomes)
@@ -395,6 +422,26 @@ def _note_origins(gathered: Path, into: Path, groups: dict[str, Iterable[str]], 
         kept = into / f"{gathered.name}_{Path(name).name}"
         note_origin([kept], **_origin_of([gathered.parent / made.get(cell, cell)]))
 
+# %% ../../nbs/93_study.ipynb #93c0de02
+def _check_kept(into, names: Iterable[str]) -> None:
+    "Raises `BadInput` where a file of these names is there that `origin.json` does not list."
+    known = read_origins(Path(into))
+    for name in names:
+        if os.path.lexists(Path(into) / name) and name not in known:
+            remedy = "Move it away, or name another folder."
+            raise BadInput("would be replaced, and is no kept result", file=Path(into) / name, remedy=remedy)
+
+
+def _kept_names(grid: Grid) -> list[str]:
+    "What `keep_profile` writes for a grid, but for the list of cells that are done."
+    tables, files = read_by_figures(grid)
+    names = [
+        *(f"{name}.csv" for name in tables),
+        *(f"{name}_rows.csv" for name in row_tables(grid)),
+        "times.csv",
+    ]
+    return [f"{grid.name}_{name}" for name in (*names, *(Path(file).name for _, file in files))]
+
 # %% ../../nbs/93_study.ipynb #b8ab1e37
 def keep_results(
     gathered,
@@ -422,6 +469,7 @@ def keep_results(
         raise BadInput("holds no results", file=gathered, remedy="Let `reproduce` make them first.")
     groups = groups if isinstance(groups, dict) else {group: [group] for group in groups}
     tables, files = _kept_tables(gathered, groups), _kept_files(gathered, asked)
+    _check_kept(into, [*(f"{gathered.name}_{name}.csv" for name in tables), *files])
     kept = [
         write_table(into / f"{gathered.name}_{name}.csv", small_table(table))
         for name, table in tables.items()
@@ -467,6 +515,7 @@ def keep_profile(profile, into="data/results", runs="runs", seeds=None, data_dir
         as `reproduce` was given them
     """
     grid = grid_with_kept(profile, into, seeds, data_dir)
+    _check_kept(into, _kept_names(grid))
     kept = keep_results(Path(runs) / grid.name, into, *_computed(grid, runs))
     kept += keep_rows(grid, runs, into)
     _note_rows(grid, runs, Path(into))

@@ -9,7 +9,7 @@ __all__ = ['CachedReasoner']
 import logging
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -44,27 +44,26 @@ class CachedReasoner(Reasoner):
 
     def __init__(self, reasoner: Any, path, chunk: int = 64):
         self.reasoner, self.chunk = as_reasoner(reasoner), chunk
-        for name in ("name", "prefix", "tokenizer", "answer_only", "unable"):
+        for name in ("name", "prefix", "tokenizer", "answer_only", "unable", "comparable"):
             setattr(self, name, getattr(self.reasoner, name))
         self.student = getattr(self.reasoner, "student", None)
         self.computed = 0  # answers, in this process
         self.journal = Journal(path, fields=("key", "reasoner"))
-        self._check_reasoner()
-        self.known = {}
-        for line, row in enumerate(self.journal.records, 1):
-            if "key" in row:
-                _check_kept(row, path, line)
-                self.known[row["key"]] = row
+        try:
+            self._check_reasoner()
+            self.known = {row["key"]: row for row in _kept(self.journal)}
+        except BaseException:
+            self.close()
+            raise
 
     def _check_reasoner(self) -> None:
         own = self.reasoner.describe()
         if not self.journal.records:
             self.journal.append({"reasoner": own})
         theirs = self.journal.records[0].get("reasoner")
-        if theirs == own:
-            return
-        self.close()
         other = theirs if isinstance(theirs, dict) else {}
+        if _nameless(other) == _nameless(own):
+            return
         changed = [name for name in {**other, **own} if other.get(name) != own.get(name)]
         first = ("name", "style")  # what explains the rest
         changed.sort(key=lambda name: (first.index(name) if name in first else len(first), name))
@@ -82,7 +81,7 @@ class CachedReasoner(Reasoner):
         return self.reasoner.describe()
 
     def close(self) -> None:
-        "Closes the file."
+        "Closes the file; the reasoner stays as it is."
         self.journal.close()
 
     def ask(self, questions, rationales=None, prefix=None, continue_from=False):
@@ -127,6 +126,12 @@ class CachedReasoner(Reasoner):
         return self.ask(questions, rationales)
 
 # %% ../../nbs/67_cached.ipynb #2dd7a306
+def _nameless(described: dict) -> dict:
+    "Without the name, where the weights are known: a folder may move, and be spelt in several ways."
+    known = described.get("weights") and "url" not in described
+    return {k: v for k, v in described.items() if k != "name" or not known}
+
+
 _fields = ("rationale", "text", "choice", "scores", "truncated", "problem")
 
 
@@ -144,11 +149,20 @@ def _plain(answer: Any) -> dict:
     return row | {"scores": None if row["scores"] is None else [float(s) for s in row["scores"]]}
 
 
+def _kept(journal: Journal) -> Iterator[dict]:
+    "The answers in a journal."
+    for line, row in enumerate(journal.records, 1):
+        if "key" in row:
+            _check_kept(row, journal.path, line)
+            yield row
+
+
 def _check_kept(row: dict, path, line: int) -> None:
     "Raises `BadInput` for a row that is no answer as it is kept here."
     scores, choice = row.get("scores"), row.get("choice")
     good = isinstance(row["key"], str) and all(name in row for name in _fields)
-    good = good and isinstance(row["rationale"], str) and isinstance(choice, int | None)
+    good = good and all(isinstance(row[name], str) for name in ("rationale", "text", "problem"))
+    good = good and isinstance(choice, int | None) and isinstance(row["truncated"], bool)
     numbers = scores if isinstance(scores, list) else ()
     good = good and (scores is None or isinstance(scores, list))
     good = good and all(isinstance(s, (int, float)) and math.isfinite(s) for s in numbers)

@@ -20,10 +20,11 @@ from ..questions import Question, choice_text, match_choice
 from .protocol import Reasoner, WrittenRationale, unanswered
 from .styles import Style, make_style
 from ..student.answers import Answer
-from ..student.decoding import DecoderBatch, choice_scores
+from ..student.decoding import DecoderBatch, choice_scores, continue_rows
 from ..student.rows import batches_by_length
 from ..teacher.generate import context_limit
 from ..teacher.loading import Teacher, as_teacher
+from ..teacher.prompts import without_end
 
 # %% ../../nbs/67_causal.ipynb #54d620a0
 @dataclass
@@ -95,12 +96,17 @@ class CausalDecoder:
 
     def _batches(self, contexts, more: list[int], desc: str):
         "Numbers of contexts, some at a time, with what has read them."
-        longest = max((len(c) + m for c, m in zip(contexts, more)), default=0)
+        longest = _longest(contexts, more)
         make = _padded_batches if refused(self.model, _power_of_two(longest)) else _tree_batches
         with progress(total=len(contexts), desc=desc, unit="q") as bar:
-            for rows, batch in make(self, contexts, more, longest) if contexts else ():
+            for rows, batch in make(self, contexts, more) if contexts else ():
                 yield rows, batch
                 bar.update(len(rows))
+
+
+def _longest(contexts, more: list[int]) -> int:
+    "Tokens that any context may come to with what follows it."
+    return max((len(c) + m for c, m in zip(contexts, more)), default=0)
 
 
 def _power_of_two(n: int) -> int:
@@ -125,8 +131,8 @@ class _OnTree:
         return [self.contexts[i] for i in rows]
 
 
-def _tree_batches(decoder: CausalDecoder, contexts, more, longest: int):
-    root = Root(decoder.model, contexts, longest)
+def _tree_batches(decoder: CausalDecoder, contexts, more):
+    root = Root(decoder.model, contexts, _longest(contexts, more))
     budget = token_budget(decoder.model)
     for clusters in windows(contexts, more, len(root.ids), decoder.batch_size, budget):
         tree = PrefixTree(root, clusters)
@@ -147,25 +153,11 @@ class _Padded:
     def write(self, rows, limits, over):
         if len(rows) < len(self.rows):
             self.batch.keep([self.rows.index(i) for i in rows])
-        limits, written, ended = dict(zip(rows, limits)), {i: [] for i in rows}, dict.fromkeys(rows, False)
-        alive, logits = list(rows), self.batch.logits
-        while alive:
-            tokens, going = logits.argmax(-1), []
-            for k, (i, token) in enumerate(zip(alive, tokens.tolist())):
-                ended[i] = token in self.decoder.ends
-                written[i] += [] if ended[i] else [token]
-                if not ended[i] and len(written[i]) < limits[i] and not over(i, written[i]):
-                    going.append(k)
-            if going and len(going) < len(alive):
-                self.batch.keep(going)
-                tokens = tokens[going]
-            alive = [alive[k] for k in going]
-            if alive:
-                logits = self.batch.feed(tokens[:, None])[:, -1]
-        return [(written[i], ended[i]) for i in rows]
+        enough = lambda k, tokens: over(rows[k], tokens)
+        return list(zip(*continue_rows(self.batch, limits, self.decoder.ends, enough)))
 
 
-def _padded_batches(decoder: CausalDecoder, contexts, more, longest: int):
+def _padded_batches(decoder: CausalDecoder, contexts, more):
     lengths = [len(c) + m for c, m in zip(contexts, more)]
     for rows in batches_by_length(lengths, min(16, decoder.batch_size)):
         yield rows, _Padded(decoder, DecoderBatch(decoder, [contexts[i] for i in rows]), rows)
@@ -176,8 +168,7 @@ def text_ids(tokenizer: Any, texts: Sequence[str], special_tokens: bool) -> list
     if not texts:
         return []
     ids = tokenizer(list(texts), add_special_tokens=special_tokens)["input_ids"]
-    eos = tokenizer.eos_token_id
-    return [row[:-1] if special_tokens and row and row[-1] == eos else row for row in ids]
+    return [without_end(tokenizer, row) for row in ids] if special_tokens else ids
 
 
 def split_tails(context: list[int], wholes: list[list[int]]) -> tuple[list[int], list[list[int]]]:
@@ -225,6 +216,7 @@ class CausalReasoner(Reasoner):
         self.tokenizer, self.name = self.teacher.tokenizer, self.teacher.name
         self.style = make_style(self.tokenizer, style, **prompt)
         self.max_new_tokens, self.answers = max_new_tokens or self.style.max_new_tokens, answers
+        self.comparable = answers == "likely"
         self.decoder = CausalDecoder(self.teacher.model, self.teacher.end_ids(), batch_size)
         self.limit = context_limit(self.teacher.model) or 1 << 30
 
@@ -233,14 +225,15 @@ class CausalReasoner(Reasoner):
 
     def describe(self):
         made = dict(name=self.name, weights=self.teacher.weights, answers=self.answers)
+        made |= {"scores": "per token"} if self.comparable else {}
         dtype = str(self.teacher.model.dtype).removeprefix("torch.")
         return made | dict(dtype=dtype, max_new_tokens=self.max_new_tokens) | self.style.describe()
 
     @torch.inference_mode()
     def write(self, questions, beginnings=None):
         starts = [self.style.begin(text) for text in beginnings or [""] * len(questions)]
-        texts = [self.style.prompt(q) + start for q, start in zip(questions, starts)]
-        contexts, reserve = self._ids(texts), [_longest(q) for q in questions]
+        texts = [self.style.prompt(q) + start for q, start in zip(questions, starts, strict=True)]
+        contexts, reserve = self._ids(texts), [_answer_length(q) for q in questions]
         limits = [min(self.max_new_tokens, self.limit - len(c) - r) for c, r in zip(contexts, reserve)]
         able = [i for i, limit in enumerate(limits) if limit > 0]
         shown = {i: _Shown(self.tokenizer, contexts[i]) for i in able}
@@ -255,7 +248,7 @@ class CausalReasoner(Reasoner):
     @torch.inference_mode()
     def read(self, questions, rationales):
         prompts = list(map(self.style.prompt, questions))
-        asked = [self._fitted(*given) for given in zip(questions, prompts, rationales)]
+        asked = [self._fitted(*given) for given in zip(questions, prompts, rationales, strict=True)]
         able = [i for i, one in enumerate(asked) if one is not None]
         shown = {i: _Shown(self.tokenizer, asked[i].context) for i in able}
         over = lambda k, tokens: _answer_ends(shown[able[k]].text(tokens))
@@ -272,7 +265,8 @@ class CausalReasoner(Reasoner):
     def _answer(self, q, rationale, scores, greedy, said, asked: "_Asked") -> Answer:
         text = said if greedy is None else choice_text(q, greedy)
         lengths = [len(tail) if self.answers == "likely" else 1 for tail in asked.tails]
-        choice = max(range(len(scores)), key=lambda i: scores[i] / lengths[i])
+        scores = [score / length for score, length in zip(scores, lengths)]
+        choice = max(range(len(scores)), key=scores.__getitem__)
         if self.answers == "said":
             choice = match_choice(q, text) if greedy is None else greedy
         return Answer(q.id, rationale, text, choice, scores, asked.cut)
@@ -326,7 +320,7 @@ def _first(rows):
     return rows[0], rows[1:]
 
 
-def _longest(q: Question) -> int:
+def _answer_length(q: Question) -> int:
     "About how many tokens the answer of a question takes at most, with the words that lead to it."
     return 16 + 2 * max(len(c.split()) + 2 for c in q.choices)
 

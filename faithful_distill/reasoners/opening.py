@@ -119,7 +119,7 @@ def open_causal(
             remedy = "Let style be 'student'." if trained else "Give a causal model, or a student."
             raise BadInput(problem, field="model", value=str(model), remedy=remedy)
         try:
-            model = load_teacher(model, dtype=_precision(dtype))
+            model = load_teacher(model, dtype=dtype)
         except BadInput as e:
             field = "model" if e.field == "teacher" else e.field
             problem = e.problem.replace("a teacher", "a reasoner")
@@ -127,12 +127,6 @@ def open_causal(
     prompted = dict(prompt=prompt, shots=shots, system=system, tags=tuple(tags))
     sizes = dict(max_new_tokens=max_new_tokens, batch_size=batch_size)
     return CausalReasoner(as_teacher(model), style, answers=answers, **sizes, **prompted)
-
-
-def _precision(dtype: str) -> str:
-    import torch
-
-    return "float32" if dtype == "auto" and not torch.cuda.is_available() else dtype
 
 # %% ../../nbs/67_opening.ipynb #dcd01f31
 def _is_student(model: Any, style: str) -> bool:

@@ -51,7 +51,7 @@ def read_by_echo(reasoner: "ServedReasoner", questions, contexts, rationales) ->
             answers.append(unanswered(q, r, "the server refuses its prompt"))
             continue
         compared = [p.total / (p.tokens if reasoner.answers == "likely" else 1) for p in ps]
-        answers.append(_answer(q, r, [p.total for p in ps], _best(compared)))
+        answers.append(_answer(q, r, compared, _best(compared)))
     return answers
 
 # %% ../../nbs/67_served.ipynb #fac46495
@@ -215,11 +215,13 @@ class ServedReasoner(Reasoner):
         if self.chats:
             self.unable["continue"] = "a chat does not go on from a beginning; name the model's tokenizer"
         self.reads, self.why = _way_to_read(self, reads)
+        self.comparable = self.reads != "echo" or answers == "likely"
 
     def describe(self):
         made = self.model.describe() | dict(
             answers=self.answers, reads=self.reads, max_new_tokens=self.max_new_tokens
         )
+        made |= {"scores": "per token"} if self.reads == "echo" and self.comparable else {}
         made |= {"samples": self.samples} if self.reads == "samples" else {}
         return made | {"template": "the server's" if self.chats else "ours"} | self.style.describe()
 
@@ -234,6 +236,9 @@ class ServedReasoner(Reasoner):
             *filter(None, [ways[self.reads]]),
             self.model.usage.summary(self.model.price),
         ]
+
+    def close(self):
+        self.model.close()
 
     def write(self, questions, beginnings=None):
         starts = [self.style.begin(text) for text in beginnings or [""] * len(questions)]

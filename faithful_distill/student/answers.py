@@ -50,8 +50,8 @@ class Answer:
     choice
         the choice they name; None: unparsable
     scores
-        log-likelihood of each choice after the rationale, end-of-text token included, in nats; None where
-        there is none
+        log-likelihood of each choice after the rationale, end-of-text token included, in nats, or its mean per
+        token where `choice` is the likeliest by that; None where there is none
     truncated
         the rationale did not fit, or did not end
     problem

@@ -153,26 +153,42 @@ def greedy_continue(batch: DecoderBatch | TreeBatch, limits: list[int]) -> tuple
     """
     if isinstance(batch, TreeBatch):
         return batch.tree.write(batch.rows, batch.contexts, limits, batch.student.eos)
+    return continue_rows(batch, limits, {batch.student.eos})
+
+
+def continue_rows(
+    batch: DecoderBatch,
+    limits: list[int],
+    ends: set[int],
+    over: Callable[[int, list[int]], bool] | None = None,
+) -> tuple[list[list[int]], list[bool]]:
+    """`greedy_continue` of a padded batch.
+
+    Parameters
+    ----------
+    ends
+        ids of the tokens that end a text
+    over
+        (row, its tokens so far) -> is that enough?; None: never
+    """
     written, ended = [[] for _ in limits], [False] * len(limits)
     rows, logits = list(range(len(limits))), batch.logits  # rows[i]: whose text is in row i of the batch
-
-    def unfinished(row):
-        return not ended[row] and len(written[row]) < limits[row]
-
-    while any(map(unfinished, rows)):
+    unfinished = {row for row in rows if limits[row] > 0}
+    while unfinished:
         tokens = logits.argmax(-1)
         for row, token in zip(rows, tokens.tolist()):
-            if unfinished(row) and token == batch.student.eos:
-                ended[row] = True
-            elif unfinished(row):
-                written[row].append(token)
-        alive = [i for i, row in enumerate(rows) if unfinished(row)]
-        if not alive:
-            break
-        if 4 * len(alive) <= 3 * len(rows):
+            if row not in unfinished:
+                continue
+            ended[row] = token in ends
+            written[row] += [] if ended[row] else [token]
+            if ended[row] or len(written[row]) >= limits[row] or over is not None and over(row, written[row]):
+                unfinished.remove(row)
+        alive = [i for i, row in enumerate(rows) if row in unfinished]
+        if alive and 4 * len(alive) <= 3 * len(rows):
             batch.keep(alive)
             rows, tokens = [rows[i] for i in alive], tokens[alive]
-        logits = batch.feed(tokens[:, None])[:, -1]
+        if alive:
+            logits = batch.feed(tokens[:, None])[:, -1]
     return written, ended
 
 # %% ../../nbs/52_decoding.ipynb #9e01c343

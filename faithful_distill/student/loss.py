@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Callable, Iterable
 
+from ..caches import input_device
 from ..files import BadInput, did_you_mean
 
 # %% ../../nbs/45_loss.ipynb #eeda74aa
@@ -405,7 +406,7 @@ def target_log_probs(student, row):
         inputs = dict(input_ids=[row.source], decoder_input_ids=[[student.start, *written[:-1]]])
     else:
         inputs = dict(input_ids=[row.source + written[:-1]])
-    here = {name: torch.tensor(ids, device=student.model.device) for name, ids in inputs.items()}
+    here = {name: torch.tensor(ids, device=input_device(student.model)) for name, ids in inputs.items()}
     logits = student.model(**here).logits[0]
     log_p = logits[-len(row.target) :].log_softmax(-1)  # (target, vocabulary)
     return log_p[range(len(row.target)), row.target]

@@ -92,7 +92,16 @@ class Student:
     def trained_on(self) -> frozenset[str]:
         "The `question_hash`s of what it was trained on, where its folder says so."
         noted = Path(self.name) / "trained_on.json"
-        return frozenset(json.loads(noted.read_text(encoding="utf-8"))) if noted.is_file() else frozenset()
+        if not noted.is_file():
+            return frozenset()
+        try:
+            hashes = json.loads(noted.read_text(encoding="utf-8"))
+        except (OSError, ValueError, RecursionError):
+            hashes = None
+        if not isinstance(hashes, list) or not all(isinstance(one, str) for one in hashes):
+            remedy = "Restore it, or move it away: then nobody is warned of questions it was trained on."
+            raise BadInput("is no list of the questions of a training", file=noted, remedy=remedy)
+        return frozenset(hashes)
 
     @cached_property
     def affixes(self) -> tuple[list[int], list[int]]:

@@ -52,9 +52,7 @@ def _margin(tokens, weights):
     )
 
 
-_by_margin = register_objective(
-    Objective("margin", ("gold", "pairs"), _margin, ("beta", "margin"), "wrong_reads")
-)
+_ = register_objective(Objective("margin", ("gold", "pairs"), _margin, ("beta", "margin"), "wrong_reads"))
 
 # %% ../../nbs/46_objectives.ipynb #a32373b7
 def consistency_terms(likelihoods):
@@ -78,7 +76,7 @@ def _consistency(tokens, weights):
     return _learned(tokens) + weights.gamma * over_pairs(tokens, consistency_terms(pair_likelihoods(tokens)))
 
 
-_by_consistency = register_objective(
+_ = register_objective(
     Objective("consistency", ("gold", "gold_pairs"), _consistency, ("gamma",), "choice_reads")
 )
 
@@ -90,7 +88,7 @@ def _both(tokens, weights):
     )
 
 
-_by_both = register_objective(
+_ = register_objective(
     Objective(
         "counterfactual+consistency",
         ("gold", "counterfactual", "gold_pairs"),
@@ -115,4 +113,4 @@ def _multitask(tokens, weights):
     return combine(*task_parts(tokens), 0.5, weights.reduction)
 
 
-_by_tasks = register_objective(Objective("multitask", ("gold",), _multitask, ("reduction",), "tasks"))
+_ = register_objective(Objective("multitask", ("gold",), _multitask, ("reduction",), "tasks"))

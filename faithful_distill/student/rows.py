@@ -208,7 +208,7 @@ def encode_sources(
     check_tags(student, prefixes)
     before, after = _around_source(student)
     listing = [student.settings.get(name, usual) for name, usual in _listing]
-    rows = [_source_parts(q, prefix, *listing) for q, prefix in zip(questions, prefixes)]
+    rows = [_source_parts(q, prefix, *listing) for q, prefix in zip(questions, prefixes, strict=True)]
     sources = []
     for q, (tag, question, choices) in zip(questions, token_pieces(student.tokenizer, rows)):
         free = student.max_source - len(before) - len(tag) - len(choices) - len(after)

@@ -156,10 +156,10 @@ class Choice:
             uniforms = torch.stack([row.uniforms[len(row.generation.tokens)] for row in rows])
             chosen = draw(scores, uniforms, self.temperature, self.alpha)
         favourites = gold.argmax(-1) if self.stop.rule == "either" else chosen
-        if self.scores:
-            _keep_scores(rows, chosen, gold, gold if perturbed is None else perturbed)
         for row, token, favourite in zip(rows, chosen.tolist(), favourites.tolist()):
             row.take(token, favourite, self.stop)
+        if self.scores:
+            _keep_scores(rows, chosen, gold, gold if perturbed is None else perturbed)
 
 # %% ../../nbs/26_choice.ipynb #a7d37f8a
 def _refuse_not_finite(rows: list[Row], best: torch.Tensor) -> None:
@@ -177,6 +177,7 @@ def _refuse_not_finite(rows: list[Row], best: torch.Tensor) -> None:
 def _keep_scores(rows: list[Row], chosen: torch.Tensor, gold: torch.Tensor, perturbed: torch.Tensor) -> None:
     logp, logp_perturbed = (x.gather(1, chosen[:, None]).squeeze(1).tolist() for x in (gold, perturbed))
     for row, a, b in zip(rows, logp, logp_perturbed):
-        row.generation.logp.append(a)
-        row.generation.logp_perturbed.append(b)
-        row.generation.growth.append(a - b)
+        if row.generation.stop != "stop":  # the token that ended it is not among its tokens
+            row.generation.logp.append(a)
+            row.generation.logp_perturbed.append(b)
+            row.generation.growth.append(a - b)

@@ -162,12 +162,11 @@ class Generation:
     tail
         text that the ending token still carried ('.' of '.\n\n')
     growth
-        plausibility growth G of each token, in nats (log P* where nothing is contrasted); None if scores were not
-        asked for
+        plausibility growth G of each token, `logp - logp_perturbed`, in nats; None if scores were not asked for
     logp
         log P(token | gold context)
     logp_perturbed
-        log P(token | perturbed context), the mean over several
+        log P(token | perturbed context), the mean over several; `logp` where nothing is contrasted, so that G is 0
     """
 
     tokens: list[int] = field(default_factory=list)
@@ -274,10 +273,9 @@ def reference_generate(
         generation, written = Generation(growth=[]), ""
         while not generation.stop:
             log_p = _log_p(model, gold_context + generation.tokens)  # (V,)
-            log_p_perturbed = sum(_log_p(model, other + generation.tokens) for other in others) / max(
-                1, len(others)
-            )
-            score = log_p - alpha * log_p_perturbed if alpha else log_p
+            perturbed = [_log_p(model, other + generation.tokens) for other in others]
+            log_p_perturbed = sum(perturbed) / len(others) if others else log_p
+            score = log_p - alpha * log_p_perturbed if alpha and others else log_p
             never = (log_p == -math.inf) | (log_p.exp() < beta * log_p.exp().max())
             token = torch.where(never, -math.inf, score).argmax().item()
             candidates = [token] if stop.rule == "contrast" else [token, log_p.argmax().item()]

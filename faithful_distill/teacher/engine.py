@@ -6,10 +6,8 @@
 __all__ = ['refused', 'needed_bytes', 'needs']
 
 # %% ../../nbs/28_engine.ipynb #e87aace8
-import weakref
 from dataclasses import dataclass
 from types import SimpleNamespace
-from typing import Any
 
 import torch
 
@@ -209,14 +207,9 @@ class SharedPrefix(Tree):
         return tokens, streams, max(streams, *costs, min(self.chunk, max(sum(costs), self.start)))
 
 # %% ../../nbs/28_engine.ipynb #cc4c5c24
-_verdicts: Any = weakref.WeakKeyDictionary()
-
-
 def refused(model) -> str:
-    "Why the engine does not serve `model`, '' if it does. Tried once."
-    if model not in _verdicts:
-        _verdicts[model] = reason_to_refuse(model, lambda: _trial_distance(model))
-    return _verdicts[model]
+    "Why the engine does not serve `model`, '' if it does. Tried once on each device and in each precision."
+    return reason_to_refuse(model, lambda: _trial_distance(model), "engine")
 
 # %% ../../nbs/28_engine.ipynb #1e2d1a52
 def _trial_rows(size: int) -> list:

@@ -11,7 +11,7 @@ from typing import Callable, Sequence
 
 import torch
 
-from ..attention import Unserved
+from ..attention import Unserved, out_of_memory
 from ..caches import token_budget as default_budget
 from ..files import BadInput, check_number
 from ..progress import progress
@@ -98,13 +98,6 @@ def _run(engine, choice: Choice, done: Callable[[Row], None]) -> None:
             turn(list(engine.streams), engine.step())
         if engine.waiting and (entered := engine.admit()):
             turn(*entered)
-
-# %% ../../nbs/30_generate.ipynb #bbe88d2e
-def out_of_memory(error: Exception) -> bool:
-    "Whether an error says that the memory of a device or of the computer is full."
-    if isinstance(error, torch.OutOfMemoryError):
-        return True
-    return "not enough memory" in str(error) or "can't allocate memory" in str(error)
 
 # %% ../../nbs/30_generate.ipynb #0b490ebb
 def _through(

@@ -9,30 +9,22 @@ __all__ = ['stated_log_p', 'plausibility_growth']
 from copy import deepcopy
 from typing import Sequence
 
-from ..caches import cache_name
+from ..caches import cache_name, input_device, shared_tokens
 from ..files import BadInput
 from ..progress import progress
 from ..questions import Question
 from ..records import Rationale
 from .loading import Teacher
-from .prompts import contrast_ids, few_shot, worked_turns
+from .prompts import contrast_ids, few_shot, without_end, worked_turns
 from .strategy import argument
 
 # %% ../../nbs/43_growth.ipynb #43000006
-def _common(rows: Sequence[Sequence[int]]) -> int:
-    "How many first tokens all rows share."
-    first, last = min(rows), max(rows)
-    return next((i for i, (a, b) in enumerate(zip(first, last)) if a != b), min(len(first), len(last)))
-
-
 def read_ids(teacher: Teacher, q: Question, stated: int, rationale: str, shots) -> tuple[list[int], int]:
     "Token ids of a context that states an answer and a rationale after it; where the rationale begins."
     context, _ = contrast_ids(teacher.tokenizer, q, stated, [], shots)
     text = (" " if isinstance(shots, str) else "") + rationale if rationale.strip() else ""
     more = teacher.tokenizer(text, add_special_tokens=False, split_special_tokens=True).input_ids
-    if more and more[-1] == teacher.tokenizer.eos_token_id:
-        more = more[:-1]
-    return context + more, len(context)
+    return context + without_end(teacher.tokenizer, more), len(context)
 
 # %% ../../nbs/43_growth.ipynb #43000008
 def _prefix_cache(teacher: Teacher, prefix: list[int]):
@@ -42,7 +34,7 @@ def _prefix_cache(teacher: Teacher, prefix: list[int]):
 
     cache = DynamicCache(config=teacher.model.config)
     if prefix:
-        ids = torch.tensor([prefix], device=teacher.model.device)
+        ids = torch.tensor([prefix], device=input_device(teacher.model))
         teacher.model(ids, **{cache_name(teacher.model): cache}, use_cache=True)
     return cache
 
@@ -54,7 +46,7 @@ def _batch_log_p(teacher: Teacher, cache, n: int, rows: list[tuple[list[int], in
     width, filler = max(len(ids) for ids, _ in rows) - n, 0
     ids = torch.tensor([[*row[n:], *[filler] * (width + n - len(row))] for row, _ in rows])
     mask = torch.tensor([[1] * len(row) + [0] * (width + n - len(row)) for row, _ in rows])
-    where, own = teacher.model.device, deepcopy(cache)
+    where, own = input_device(teacher.model), deepcopy(cache)
     if n:
         own.batch_repeat_interleave(len(rows))
     read = {"input_ids": ids.to(where), "attention_mask": mask.to(where), cache_name(teacher.model): own}
@@ -62,7 +54,7 @@ def _batch_log_p(teacher: Teacher, cache, n: int, rows: list[tuple[list[int], in
     found = []
     for at, (row, begin) in enumerate(rows):
         seen = logits[at, begin - n - 1 : len(row) - n - 1].float().log_softmax(-1)
-        chosen = torch.tensor(row[begin:], device=where)[:, None]
+        chosen = torch.tensor(row[begin:], device=seen.device)[:, None]
         found.append(seen.gather(1, chosen).mean().item())
     return found
 
@@ -100,6 +92,10 @@ def stated_log_p(
 
     if batch_size < 1:
         raise BadInput("must be at least 1", field="batch_size", value=batch_size)
+    for name, given in (("stated", stated), ("rationales", rationales)):
+        if len(given) != len(questions):
+            problem = f"are {len(given)} for {len(questions)} questions"
+            raise BadInput(problem, field=name, remedy="Give one for each question.")
     examples = (few_shot if style == "worked" else worked_turns)(prompt, shots)
     rows = [read_ids(teacher, *given, examples) for given in zip(questions, stated, rationales)]
     asked = sorted(
@@ -108,7 +104,8 @@ def stated_log_p(
     found: list[float | None] = [None] * len(rows)
     if not asked:
         return found
-    n = min(_common([rows[i][0] for i in asked]), *(rows[i][1] - 1 for i in asked))
+    texts = [rows[i][0] for i in asked]
+    n = min(shared_tokens(min(texts), max(texts)), *(rows[i][1] - 1 for i in asked))
     with torch.inference_mode():
         cache = _prefix_cache(teacher, rows[asked[0]][0][:n])
         for at in progress(range(0, len(asked), batch_size), desc="growth", unit="batch"):

@@ -71,7 +71,7 @@ def load_teacher(
     name_or_dir
         hub name, local folder or .gguf file
     dtype
-        'auto' (as it is stored, or float32 on a CPU that is slow in that), 'float32', 'bfloat16', ...
+        'auto' (float32 on a CPU, as it is stored on a GPU), 'float32', 'bfloat16', ...
     device_map
         as in `from_pretrained`; None: see `placement`
     tensor_parallel

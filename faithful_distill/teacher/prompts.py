@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['styles', 'chat_request', 'answer_lead', 'context', 'block', 'demonstrations', 'few_shot', 'worked_turns',
-           'contrast_ids']
+           'contrast_ids', 'without_end']
 
 # %% ../../nbs/20_prompts.ipynb #8eda5b5d
 from functools import cache
@@ -83,6 +83,8 @@ def _example(row: dict, path: Path, line: int) -> tuple[Question, str]:
         if value is None:
             remedy = "A worked example needs both answer and rationale."
             raise BadInput("is missing", file=path, line=line, field=field, remedy=remedy)
+    if not isinstance(row["rationale"], str):
+        raise BadInput("must be a text", file=path, line=line, field="rationale", value=row["rationale"])
     return q, row["rationale"].strip()
 
 # %% ../../nbs/20_prompts.ipynb #87deb2e8
@@ -211,10 +213,13 @@ def contrast_ids(
     else:
         texts = [chat_text(tokenizer, q, i, shots) for i in [target, *others]]
         how = dict(add_special_tokens=False)
-    ids = tokenizer(texts, **how).input_ids
-    if tokenizer.eos_token_id is not None:  # some tokenizers end every text with it
-        ids = [row[:-1] if row and row[-1] == tokenizer.eos_token_id else row for row in ids]
+    ids = [without_end(tokenizer, row) for row in tokenizer(texts, **how).input_ids]
     return ids[0], ids[1:]
+
+
+def without_end(tokenizer, ids: list[int]) -> list[int]:
+    "The tokens of a text without the end-of-text token that some tokenizers put behind every text."
+    return ids[:-1] if ids and ids[-1] == tokenizer.eos_token_id else ids
 
 # %% ../../nbs/20_prompts.ipynb #7e6cf61a
 def prompt_hash(shots: str | Sequence[dict] = "") -> str:

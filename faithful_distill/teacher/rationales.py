@@ -44,7 +44,7 @@ def _rationale(
     "What was written, without the sentence in which the teacher states the answer, or a half character."
     q, growth = job.question, generation.growth
     if growth is not None:  # the fourth decimal depends on which rows share the batch
-        growth = tuple(round(g, 3) for g in growth[: len(generation.tokens)])
+        growth = tuple(round(g, 3) for g in growth)
     extra = ({"half_character": True} if half else {}) | ({"sample": job.sample} if job.sample else {})
     extra |= {} if log_p is None else {"log_p": log_p}
     return Rationale(
@@ -189,7 +189,7 @@ def rationalize(
     chunk
         rationales between two writes to the disk
     scores
-        keep the plausibility growth of each token
+        keep the plausibility growth of each token (0 where nothing is contrasted)
     samples
         draw so many of each question and role (at temperature 1, if none is given), and keep one; the others go to a
         file beside `out` (rationales.rejected.jsonl)

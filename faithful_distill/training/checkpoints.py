@@ -20,7 +20,7 @@ from pathlib import Path
 from transformers import TrainerCallback
 import torch
 
-from ..files import BadInput, write_json
+from ..files import BadInput, to_disk, write_json
 from ..hashes import content_key, sha256_file
 from ..ranks import over_ranks, resume_command
 
@@ -130,11 +130,11 @@ class AtomicCheckpoints(TrainerCallback):
     def mark(self, step: int) -> None:
         checkpoint, self.step = self.folder / f"checkpoint-{step}", step
         files = _files(checkpoint)
-        _to_disk(*files.values(), *{p.parent for p in files.values()})
+        to_disk(*files.values(), *{p.parent for p in files.values()})
         noted = {name: dict(size=p.stat().st_size, sha256=sha256_file(p)) for name, p in files.items()}
         mark = dict(self.about, step=step, files=noted)
         write_json(checkpoint / "whole.json", mark | dict(seal=seal(mark)))
-        _to_disk(self.folder)
+        to_disk(self.folder)
 
     def sweep(self, best: str = "") -> None:
         found = checkpoints(self.folder)
@@ -148,15 +148,6 @@ class AtomicCheckpoints(TrainerCallback):
         for torn in self.folder.glob("checkpoint-*"):
             if not is_whole(torn):
                 shutil.rmtree(torn, ignore_errors=True)
-
-
-def _to_disk(*paths):
-    for path in paths:
-        handle = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
 
 # %% ../../nbs/57_checkpoints.ipynb #57000004
 def _best_beside(checkpoint: Path) -> Path | None:

@@ -15,10 +15,11 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 
-from ..files import BadInput, write_json, write_text
+from ..files import BadInput, to_disk, write_json, write_text
 from ..hashes import content_key, model_identity, sha256_file, weights_hash
 from ..jsonl import read_jsonl
 from ..overlaps import question_hash
+from ..ownership import claimed_names, note_names
 from ..records import Rationale
 from ..student.model import Student, load_student, read_settings
 from .adapters import merged_lora, write_adapter
@@ -95,7 +96,6 @@ def weights_key(student: Student | str | Path) -> str:
     return hashlib.sha256(str(student).encode()).hexdigest()[:12]
 
 # %% ../../nbs/61_folder.ipynb #61000002
-_marker = ".faithful_distill"
 _always = (
     "student.json",
     "README.md",
@@ -120,28 +120,26 @@ def checked_out(out) -> Path:
 # %% ../../nbs/61_folder.ipynb #61000003
 def written_here(out: Path) -> set[str] | None:
     "Names in `out` that this package wrote, or is about to write; None if it is not the folder of a run."
-    found = None
-    for name in (_marker, "student.json"):
-        path = out / name
-        if path.is_file() and not path.is_symlink():
-            names = _listed(path, out)
-            found = found if names is None else (found or set()) | names | set(_always)
-    return found
-
-
-def _listed(path, out):
-    "Names that a marker or a `student.json` lists; None where it is neither."
-    try:
-        note = json.loads(path.read_text(encoding="utf-8"))
-        own = note.get("program") == "faithful_distill" if path.name == _marker else "run" in note
-        listed = list(note["written"]) if own and note.get("written") is not None else None
-    except (OSError, ValueError, AttributeError, TypeError):
+    noted = [claimed_names(out).get("train"), _listed(out)]
+    if noted == [None, None]:
         return None
-    if not own:
+    names = {name for some in noted for name in some or ()} | set(_always)
+    return {name for name in names if name == Path(name).name}  # nothing outside of `out`
+
+
+def _listed(out):
+    "Names that `student.json` lists; None where it is none, or not there."
+    path = out / "student.json"
+    try:
+        note = None if path.is_symlink() else json.loads(path.read_text(encoding="utf-8"))
+        if "run" not in note:
+            return None
+        listed = None if note.get("written") is None else list(note["written"])
+    except (OSError, ValueError, AttributeError, TypeError, RecursionError):
         return None
     if listed is None:  # an older version wrote it
         return {p.name for pattern in _of_a_model for p in out.glob(pattern)}
-    return {name for name in map(str, listed) if name == Path(name).name}  # nothing outside of `out`
+    return {*map(str, listed)}
 
 # %% ../../nbs/61_folder.ipynb #61000004
 def check_out(out: Path, student) -> None:
@@ -153,14 +151,14 @@ def check_out(out: Path, student) -> None:
     if not out.is_dir():
         return
     ours = written_here(out)
+    found = {p.name for pattern in (*_always, *_of_a_model) for p in out.glob(pattern)}
     if ours is None:
         if (out / "student.json").is_file():
             read_note(out)  # a broken one says what is wrong with it
-        foreign = sorted(p.name for p in out.iterdir() if not _harmless(p))
+        of_others = {name for names in claimed_names(out).values() for name in names} - found
+        foreign = sorted(p.name for p in out.iterdir() if p.name not in of_others and not _harmless(p))
     else:
-        patterns = [*_always, *_of_a_model]
-        found = sorted({p.name for pattern in patterns for p in out.glob(pattern)})
-        foreign = [name for name in found if name not in ours or (out / name).is_symlink()]
+        foreign = [name for name in sorted(found) if name not in ours or (out / name).is_symlink()]
     if foreign:
         more = f" and {len(foreign) - 3} more" if len(foreign) > 3 else ""
         raise BadInput(
@@ -172,18 +170,17 @@ def check_out(out: Path, student) -> None:
 
 
 def _harmless(path) -> bool:
-    "Locks and half-written markers of a run, empty folders of a trainer, and what desktops leave."
+    "Locks and notes of this package, half-written ones too, empty folders of a trainer, and what desktops leave."
     if path.name == "checkpoints" and path.is_dir() and not path.is_symlink():
         return not any(path.iterdir())
-    own = (".rank", "..rank", ".writable.", f".{_marker}.")  # "..": of a `write_text` that goes on
-    return path.name.startswith(own) or path.name in (".DS_Store", ".gitkeep", ".ipynb_checkpoints")
+    own = (".rank", "..rank", ".writable.", "..faithful_distill.")  # "..": of a `write_text` that goes on
+    left = (".faithful_distill", ".DS_Store", ".gitkeep", ".ipynb_checkpoints")
+    return path.name.startswith(own) or path.name in left
 
 # %% ../../nbs/61_folder.ipynb #61000005
-def claim(out: Path, run: str, more=()) -> None:
+def claim(out: Path, more=()) -> None:
     "Note in `out` what this run writes there, before it is written."
-    names = (written_here(out) or set(_always)) | set(more)
-    note = dict(program="faithful_distill", run=run, written=sorted(names))
-    write_json(out / _marker, note)
+    note_names(out, "train", (written_here(out) or set(_always)) | set(more))
 
 
 def clear(out: Path) -> None:
@@ -260,7 +257,7 @@ def finished(out: Path, key: str) -> TrainingResult | None:
     if not _has_its_model(out, note.get("written")):
         return None
     remove_checkpoints(out)  # there if it died between its last two acts
-    (out / _marker).unlink(missing_ok=True)
+    note_names(out, "train", ())
     cost = note.get("cost", {}) | _processor_seconds(out)
     return TrainingResult(out, note["steps"], note["metrics"], note["rows"], 0.0, cost)
 
@@ -338,10 +335,12 @@ def write_model(student: Student, state: dict, out: Path) -> dict[str, str]:
     student.model.save_pretrained(hidden, state_dict=state)
     student.tokenizer.save_pretrained(hidden)
     written = {path.name: sha256_file(path) for path in sorted(hidden.iterdir())}
-    if (out / _marker).exists():
-        claim(out, json.loads((out / _marker).read_text(encoding="utf-8"))["run"], written)
+    if "train" in claimed_names(out):
+        claim(out, written)
     for name in written:
+        to_disk(hidden / name)
         os.replace(hidden / name, out / name)
+    to_disk(out)  # before the checkpoints are removed
     hidden.rmdir()
     return written
 
@@ -382,7 +381,7 @@ def write_student(
         write_json(run.out / "trained_on.json", sorted(trained_on))
         write_json(run.out / "student.json", note)
         remove_checkpoints(run.out)
-        (run.out / _marker).unlink(missing_ok=True)
+        note_names(run.out, "train", ())
     trainer.accelerator.wait_for_everyone()
     return result
 

@@ -40,7 +40,7 @@ def train_seeds(
     seeds
         how many, from 0; or which
     """
-    seeds, out = list(range(seeds)) if isinstance(seeds, int) else list(seeds), checked_out(out)
+    out, seeds = checked_out(out), range(seeds) if isinstance(seeds, int) else seeds
     if "seed" in settings:
         raise BadInput(
             "conflicts with seeds",
@@ -48,13 +48,10 @@ def train_seeds(
             value=settings["seed"],
             remedy="Give one of them; seeds=[...] names several.",
         )
-    if not seeds or len(set(seeds)) < len(seeds):
-        raise BadInput(
-            "must be one or more different seeds",
-            field="seeds",
-            value=seeds,
-            remedy="Give a number of seeds, or a list of them.",
-        )
+    if not isinstance(seeds, Sequence) or not 1 <= len(seeds) <= 10_000 or len(set(seeds)) < len(seeds):
+        remedy = "Give a number of seeds, or a list of them."
+        raise BadInput("must be 1 to 10,000 different seeds", field="seeds", value=seeds, remedy=remedy)
+    seeds = list(seeds)
     for seed in seeds:  # all are checked before the first is trained
         Settings(seed=seed, **{k: v for k, v in settings.items() if k in Settings.model_fields})
     _check_summary(out / "seeds.json")

@@ -232,7 +232,7 @@ def _train(student, run: Run, callbacks, overwrite) -> TrainingResult:
         trainer.add_callback(callback)
     try:
         if trainer.is_world_process_zero():
-            claim(run.out, run.key)
+            claim(run.out)
             if overwrite:
                 clear(run.out)
         trainer.accelerator.wait_for_everyone()
