@@ -454,7 +454,7 @@ def shipped(*parts: str) -> Path:
     here = Path(__file__).resolve().parent
     root = here / "shipped" if (here / "shipped").is_dir() else here.parent
     path = root.joinpath(*parts)
-    if not path.exists():
+    if not os.path.exists(path):
         remedy = "Reinstall the package, or run from a whole checkout."
         raise BadInput("is not part of this installation", file=path, remedy=remedy)
     return path
