@@ -10,6 +10,7 @@ __all__ = ['inherit', 'AtLeastOne', 'Some', 'parameter_docs', 'Text', 'Words', '
 import errno
 import inspect
 import logging
+import os
 import sys
 import tempfile
 import traceback
@@ -219,6 +220,10 @@ class Commands(click.Group):
         return list(self.commands)
 
     def invoke(self, ctx):
+        try:
+            os.getcwd()
+        except OSError:
+            raise Refused("the working folder is gone, or may not be read: change to another one.") from None
         try:
             return super().invoke(ctx)
         except BadInput as e:

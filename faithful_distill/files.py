@@ -182,6 +182,11 @@ def check_number(
         at_least = "" if least == -math.inf else f", at least {least}"
         raise BadInput(f"must be {words}{at_least}", field=name, value=value)
 
+
+def plain_number(value: Any) -> Any:
+    "The Python number that a scalar of numpy or torch holds; anything else as it is."
+    return value.item() if hasattr(value, "item") and not getattr(value, "shape", True) else value
+
 # %% ../nbs/00_files.ipynb #f22ec256
 def check_target(path) -> None:
     "Raises `BadInput` unless there is a plain file at `path`, or nothing."
@@ -459,7 +464,7 @@ def shipped(*parts: str) -> Path:
     here = Path(__file__).resolve().parent
     root = here / "shipped" if (here / "shipped").is_dir() else here.parent
     path = root.joinpath(*parts)
-    if not path.exists():
+    if not os.path.exists(path):
         remedy = "Reinstall the package, or run from a whole checkout."
         raise BadInput("is not part of this installation", file=path, remedy=remedy)
     return path

@@ -9,6 +9,7 @@ __all__ = ['sources', 'Source', 'register_source', 'load_questions', 'questions_
 import difflib
 import json
 import logging
+import os
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -18,7 +19,7 @@ from os import PathLike
 from pathlib import Path
 from typing import Any
 
-from .files import BadInput, did_you_mean, write_text
+from .files import BadInput, check_number, did_you_mean, plain_number, write_text
 from .formats import check_columns, names_a_file, read_rows, rows_of, with_columns
 from faithful_distill.layouts import (
     read_boolq,
@@ -197,6 +198,7 @@ def _find(data, split: str, path, config: str | None, bad: list | None) -> _Foun
     if path is not None:
         problem, remedy = "is not a dataset that path= can be given for", did_you_mean(name, sources)
         raise BadInput(problem, field="data", value=name, remedy=remedy)
+<<<<<<< HEAD
     here = Path(name).exists() or Path(name).is_symlink() or Path(name).parent.is_dir()
     if re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", name) and not here and not names_a_file(name):
         source = Source(plain_fields, {}, name, config=config or "")
@@ -205,6 +207,12 @@ def _find(data, split: str, path, config: str | None, bad: list | None) -> _Foun
         folder = Path(name).parent
         beside = [str(folder / p.name) for p in folder.iterdir()] if "/" in name and folder.is_dir() else []
         near = f"{did_you_mean(name, beside)} " if beside else ""
+=======
+    if re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", name) and not os.path.exists(name) and not names_a_file(name):
+        source = Source(plain_fields, {}, name, config=config or "")
+        return _Found(name, enumerate(_hub_rows(name, source, split, None), 1), None, name.split("/")[1])
+    if not os.path.exists(name):
+>>>>>>> fix-h5
         raise BadInput(
             "is neither a known dataset nor a file",
             field="data",
@@ -217,7 +225,7 @@ def _find(data, split: str, path, config: str | None, bad: list | None) -> _Foun
 
 # %% ../nbs/03_sources.ipynb #0d644187
 def _find_known(name: str, source: Source, split: str, path, bad: list | None) -> _Found:
-    if path is not None and not Path(path).is_dir():
+    if path is not None and not os.path.isdir(path):
         return _Found(str(path), read_rows(Path(path), bad), source.read, name)
     if split not in source.files:
         remedy = f"{name} has {', '.join(source.files)}."
@@ -350,7 +358,11 @@ def load_questions(
     config
         the part of a hub dataset, where it has several
     """
-    if skip_bad is not None and Path(skip_bad).is_dir():
+    check_number("limit", limit := plain_number(limit), 0, none=True)
+    for name, given in (("path", path), ("skip_bad", skip_bad)):
+        if not isinstance(given, (str, PathLike, type(None))):
+            raise BadInput("is no name of a file or folder", field=name, value=given)
+    if skip_bad is not None and os.path.isdir(skip_bad):
         remedy = "Name a file for the list of bad records."
         raise BadInput("is a folder, not a file", file=skip_bad, field="skip_bad", remedy=remedy)
     if skip_bad is not None:

@@ -109,3 +109,71 @@ def test_a_seed_that_a_figure_names_must_be_among_those_chosen():
     with pytest.raises(BadInput, match="Add it to the seeds \\(2\\): the grid reads it by name"):
         load_grid("study", seeds=[2]).plan.cells
     assert load_grid("study", seeds=[1, 2]).plan.cells
+
+
+def notebook_with(path, parameters, source=""):
+    import nbformat
+    from nbformat.v4 import new_code_cell, new_notebook
+
+    cell = new_code_cell(parameters)
+    cell.metadata["tags"] = ["parameters"]
+    nbformat.write(new_notebook(cells=[cell, new_code_cell(source)]), path)
+    return path
+
+
+@pytest.mark.parametrize("default", ["b'a'", "{1, 2}", "1j", "...", r"'\ud800'", "[" * 3000])
+def test_a_default_that_json_has_no_word_for_is_named(tmp_path, default):
+    from faithful_distill.lab.keys import planned_run
+
+    file = notebook_with(tmp_path / "n.ipynb", f"x = {default}\nout: str = 'o'")
+    with pytest.raises(BadInput, match="n.ipynb: "):
+        planned_run(file)
+
+
+def test_a_notebook_that_is_nested_too_deeply_is_named(tmp_path):
+    from faithful_distill.lab.declared import notebook_parameters
+
+    (tmp_path / "n.ipynb").write_text("[" * 100_000)
+    with pytest.raises(BadInput, match="n.ipynb: is not a notebook: it is nested too deeply"):
+        notebook_parameters(tmp_path / "n.ipynb")
+
+
+@pytest.mark.parametrize(
+    "groups, problem",
+    [
+        ("a: {notebook: %s.ipynb}" % ("n" * 300), "grid.yaml: field 'a.notebook': there is no such notebook"),
+        (r'a: {notebook: n.ipynb, params: {x: "\ud800"}}', "grid.yaml: .*half a character"),
+        (r'a: {notebook: n.ipynb, for: {x: ["\ud800"]}}', "grid.yaml: .*half a character"),
+        ("a: {notebook: n.ipynb, params: {x: 5}}", r"grid.yaml: .*should be str .*\(got 5\)"),
+    ],
+)
+def test_an_error_of_a_grid_names_the_grid(tmp_path, monkeypatch, groups, problem):
+    from faithful_distill.lab.grid import load_grid
+
+    notebook_with(tmp_path / "n.ipynb", "x: str = ''\nout: str = 'o'")
+    (tmp_path / "grid.yaml").write_text("groups:\n  " + groups + "\n")
+    monkeypatch.chdir(tmp_path.parent)
+    for file in (tmp_path / "grid.yaml", f"{tmp_path.name}/grid.yaml"):  # absolute, and relative
+        with pytest.raises(BadInput, match=problem):
+            load_grid(file).plan.runs(tmp_path / "runs")
+
+
+def test_cells_of_one_name_and_circles_name_their_file(tmp_path):
+    from faithful_distill.lab.plan import Cell, From, Plan
+
+    for cells in ([Cell("a", "n"), Cell("a", "n")], [Cell("a", "n", {"x": From("a")})]):
+        with pytest.raises(BadInput, match="grid.yaml: "):
+            Plan(cells, tmp_path / "grid.yaml")
+
+
+def test_a_working_folder_that_is_gone_is_one_clear_line(tmp_path, monkeypatch):
+    from click.testing import CliRunner
+
+    from faithful_distill.cli import main
+
+    (tmp_path / "gone").mkdir()
+    monkeypatch.chdir(tmp_path / "gone")
+    (tmp_path / "gone").rmdir()
+    for command in (["reproduce", "--dry-run"], ["train", "--rationales", "r", "--out", "o"]):
+        done = CliRunner().invoke(main, command)
+        assert done.exit_code == 2 and "the working folder is gone" in done.output

@@ -912,3 +912,71 @@ def test_a_measurement_to_compare_with_is_checked_through(tmp_path):
         written(tmp_path / "rows.jsonl", good | {field: wrong})
         with pytest.raises(BadInput, match=f"rows.jsonl:1: field '{field}': is not as a measurement has it"):
             read_suite(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "given, problem",
+    [
+        (dict(limit=-1), "field 'limit': must be a whole number, at least 0"),
+        (dict(limit=1.5), "field 'limit': must be a whole number"),
+        (dict(path=3), "field 'path': is no name of a file or folder"),
+        (dict(skip_bad=3), "field 'skip_bad': is no name of a file or folder"),
+        (dict(data="n" * 5000), "is neither a known dataset nor a file"),
+        (dict(data="csqa", path="n" * 5000), "nnn: "),
+        (dict(skip_bad="n" * 5000), "cannot be written"),
+    ],
+)
+def test_where_questions_are_from_is_checked(given, problem):
+    with pytest.raises(BadInput, match=problem):
+        load_questions(**({"data": [ROW]} | given))
+
+
+def test_numbers_of_numpy_are_numbers(teacher, tmp_path):
+    assert len(load_questions([OURS], limit=np.int64(1))) == 1
+    how = dict(max_new_tokens=np.int64(2), strategy="greedy", roles=["gold"], out=tmp_path / "r.jsonl")
+    for _ in range(2):
+        [r] = rationalize(teacher, [OURS], seed=np.int64(3), **how)
+        assert r.seed == 3
+    with pytest.raises(BadInput, match=r"field 'seed': must be a whole number \(got None\)"):
+        rationalize(teacher, [OURS], seed=None, **how)
+
+
+@pytest.mark.parametrize(
+    "given, problem",
+    [
+        (dict(metrics=None), "field 'metrics': must be a list of names"),
+        (dict(metrics=[5]), "field 'metrics': must be a list of names"),
+        (dict(draws=1.5), r"field 'draws': must be a whole number, at least 1 \(got 1.5\)"),
+        (dict(interval={"lvl": 0.9}), "field 'interval.lvl': is not a setting of an interval"),
+        (dict(interval={"level": 2}), "field 'interval.level': must lie between 0 and 1"),
+        (dict(interval={"draws": 0}), "field 'interval.draws': must be a whole number"),
+    ],
+)
+def test_a_measurement_is_checked_before_anything_is_asked(given, problem):
+    from faithful_distill.faithfulness.interventions import measure
+    from faithful_distill.faithfulness.suite import measure_suite
+
+    def never(*_):
+        raise AssertionError("was asked")
+
+    for call in (measure, measure_suite):
+        with pytest.raises(BadInput, match=problem):
+            call(never, [OURS], **given)
+
+
+def test_credits_are_lists():
+    from faithful_distill.faithfulness.metrics import perturbation_drop
+
+    with pytest.raises(BadInput, match="field 'own': must be a list of numbers"):
+        perturbation_drop(1, 1)
+
+
+def test_a_student_is_asked_by_its_folder_and_rationales_are_texts():
+    from faithful_distill.student.answers import answer
+
+    student = Path(faithful_distill.__file__).parents[1] / "data" / "models" / "student"
+    [a] = answer(student, [OURS], ["It has wings."])
+    assert a.rationale == "It has wings." and len(a.scores) == 2
+    for wrong in ([5], [["a"]]):
+        with pytest.raises(BadInput, match="field 'rationales': must be texts"):
+            answer(student, [OURS], wrong)

@@ -79,6 +79,8 @@ def _plain(x):
 def as_credits(values, name: str, low: float = 0.0, high: float = 1.0) -> np.ndarray:
     "`values` as floats. Raises `BadInput`, which names the array, for an entry outside `low` to `high` and for NaN."
     values = np.asarray(values, dtype=float)
+    if not values.ndim:
+        raise BadInput("must be a list of numbers", field=name, value=float(values))
     bad = ~((values >= low) & (values <= high))
     if bad.any():
         first = float(values[bad].flat[0])

@@ -18,6 +18,7 @@ from .families import families as text_families, none_of
 from faithful_distill.faithfulness.interventions import (
     Measurement,
     choose_interventions,
+    listed_metrics,
     families as groups,
     measure,
 )
@@ -186,7 +187,7 @@ def measure_suite(
         of the model's rationales, for the control paraphrased: a JSON-lines file (rationale, paraphrase), the address
         of an OpenAI-compatible server that writes them, or a function
     """
-    metrics = [metrics] if isinstance(metrics, str) else list(metrics)
+    metrics = listed_metrics(metrics)
     chosen, of_text = suite_names(metrics)
     check_handed(metrics, rationales)
     chosen = with_paraphrases(chosen, paraphrases)

@@ -18,7 +18,7 @@ from typing import Any
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 from pydantic.errors import PydanticUserError
 
-from ..files import BadInput, check_json, did_you_mean
+from ..files import BadInput, check_encodable, check_json, did_you_mean
 from .parameters import check_choice, trailing_comments
 
 # %% ../../nbs/79a_declared.ipynb #cc29be0a
@@ -59,6 +59,8 @@ def _declared(statement: ast.stmt, comments: dict[int, str], notebook) -> Parame
             value=ast.unparse(statement),
             remedy="Compute in the next cell.",
         ) from None
+    except (RecursionError, MemoryError):
+        raise BadInput("has a default that is nested too deeply", file=notebook, field=target.id) from None
 
 # %% ../../nbs/79a_declared.ipynb #11c99465
 def code_cells(notebook) -> list[dict]:
@@ -73,6 +75,9 @@ def code_cells(notebook) -> list[dict]:
         raise BadInput(f"is not UTF-8 text: {e.reason} at byte {e.start}", file=notebook) from None
     except json.JSONDecodeError as e:
         raise BadInput(f"is not a notebook: {e.msg}", file=notebook, line=e.lineno) from None
+    except RecursionError:
+        remedy = "Save it with Jupyter (nbformat 4)."
+        raise BadInput("is not a notebook: it is nested too deeply", file=notebook, remedy=remedy) from None
     try:
         return [
             {"source": "".join(c["source"]), "tags": c.get("metadata", {}).get("tags") or []}
@@ -92,8 +97,13 @@ def parameters_in(cells: list[dict], notebook) -> dict[str, Parameter]:
         raise BadInput(problem, file=notebook, remedy="Tag exactly one.")
     try:
         statements, comments = ast.parse(tagged[0]).body, trailing_comments(tagged[0])
-    except SyntaxError as e:
-        problem = f"the parameters cell is not Python: {e.args[0]}"
+    except (
+        SyntaxError,
+        ValueError,
+        RecursionError,
+        MemoryError,
+    ) as e:  # such as a null byte, or endless brackets
+        problem = f"the parameters cell is not Python: {e.args[0] if e.args else 'it is nested too deeply'}"
         raise BadInput(problem, file=notebook, remedy="Mend the cell.") from None
     found = [_declared(s, comments, notebook) for s in statements]
     return {p.name: p for p in found}
@@ -227,11 +237,11 @@ def _checked(value, parameter: Parameter, notebook):
         kind = type(parameter.default).__name__
     if _refers(value):
         return value
-    if isinstance(value, (int, float, list, dict)):
-        try:
-            check_json(value, parameter.name)
-        except BadInput as e:
-            raise e.located(notebook, None) from None
+    try:
+        check_json(value, parameter.name)
+        check_encodable(value, parameter.name)
+    except BadInput as e:
+        raise e.located(notebook, None) from None
     try:
         value = fitted(value, kind or "Any")
     except ValidationError:

@@ -9,6 +9,7 @@ __all__ = ['Grid', 'load_grid']
 import fnmatch
 import itertools
 import math
+import os
 import re
 from dataclasses import dataclass
 from functools import lru_cache
@@ -17,7 +18,7 @@ from typing import Any, Iterable, Iterator
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from ..files import BadInput, did_you_mean, shipped
+from ..files import BadInput, check_encodable, did_you_mean, shipped
 from .declared import notebook_parameters
 from .keys import found_notebook
 from .plan import Cell, From, Plan, TableOf
@@ -80,6 +81,10 @@ def _read_yaml(path) -> dict:
     if not isinstance(tree, dict):
         raise BadInput("should hold `groups:`", file=path)
     _check_size(tree, path)
+    try:
+        check_encodable(tree, None)
+    except BadInput as e:
+        raise e.located(path, None) from None
     return tree
 
 # %% ../../nbs/84_grid.ipynb #f7db8adb
@@ -292,7 +297,7 @@ def _group_notebook(name: str, spec: GroupSpec, file: Path) -> Path:
         where = {"file": file, "field": f"{name}.notebook", "value": spec.notebook}
         raise BadInput(problem, **where, remedy=remedy)
     beside = file.parent / spec.notebook
-    if beside.exists():
+    if os.path.exists(beside):
         return beside
     try:
         return found_notebook(spec.notebook)
@@ -478,7 +483,7 @@ def _shipped_grid(profile) -> Path:
     known = sorted(p.stem for p in folder.glob("*.yaml"))
     if profile not in known:
         remedy = did_you_mean(profile, known) if known else "Name a YAML file."
-        if Path(f"{profile}.yaml").is_file():
+        if os.path.isfile(f"{profile}.yaml"):
             remedy = f"Did you mean {f'{profile}.yaml'!r}?"
         raise BadInput("is not a profile", field="profile", value=profile, remedy=remedy)
     return folder / f"{profile}.yaml"

@@ -217,7 +217,7 @@ def computed_on(modules: Iterable[str]) -> dict[str, str]:
 def found_notebook(name) -> Path:
     "A notebook by path, or by its place in the package's `nbs/`: 'experiments/train.ipynb'."
     path = Path(name)
-    if path.exists() or path.is_absolute():
+    if os.path.exists(path) or path.is_absolute():
         return path.absolute()
     try:
         return shipped("nbs", *path.parts)

@@ -8,6 +8,7 @@ __all__ = ['From', 'TableOf', 'Cell', 'Plan', 'Outcome', 'run_plan']
 # %% ../../nbs/83_plan.ipynb #bca57147
 import json
 import math
+import os
 import sys
 import threading
 import time
@@ -94,14 +95,15 @@ class Cell:
         return any(isinstance(v, TableOf) and v.times for v in self.params.values())
 
 # %% ../../nbs/83_plan.ipynb #986ccb70
-def _in_order(reads: dict[str, list[str]]) -> list[str]:
+def _in_order(reads: dict[str, list[str]], file: Path | None = None) -> list[str]:
     "Names so that each cell stands after those that it reads."
     graph = TopologicalSorter(reads)
     try:
         graph.prepare()
     except CycleError as e:
         circle = " reads ".join(map(repr, reversed(e.args[1])))
-        raise BadInput(f"cells read each other in a circle: {circle}") from None
+        remedy = "Let one of them read something else."
+        raise BadInput(f"cells read each other in a circle: {circle}", file=file, remedy=remedy) from None
     names, place = list(reads), {name: i for i, name in enumerate(reads)}
     ready, order = [], []
     while graph.is_active():
@@ -130,7 +132,8 @@ class Plan:
         self.file = file
         for cell in cells:
             if cell.name in self.cells:
-                raise BadInput("names two cells", field=cell.name, remedy="Give each cell a name of its own.")
+                remedy = "Give each cell a name of its own."
+                raise BadInput("names two cells", file=file, field=cell.name, remedy=remedy)
             self.cells[cell.name] = cell
         reads = {name: cell.upstream() for name, cell in self.cells.items()}
         for name, others in reads.items():
@@ -138,7 +141,7 @@ class Plan:
                 if other not in self.cells:
                     problem = f"reads a cell {other!r} that is not in the plan"
                     raise BadInput(problem, field=name, remedy=did_you_mean(other, self.cells))
-        self.order = _in_order(reads)
+        self.order = _in_order(reads, file)
 
     def needed_for(self, names: Iterable[str]) -> set[str]:
         "The named cells and all that they read, directly or through others."
@@ -185,7 +188,7 @@ def planned_cell(
     except BadInput as e:
         known = {k: getattr(e, k) for k in ("file", "line", "field", "value", "remedy")}
         problem = f"cell {name!r}: {e.problem}"
-        if plan.file is not None and Path(str(e.file)) == Path(
+        if plan.file is not None and os.path.abspath(str(e.file)) == os.path.abspath(
             cell.notebook
         ):  # what is wrong is not wrong there
             problem, known["file"] = f"{problem} ({Path(cell.notebook).name})", plan.file

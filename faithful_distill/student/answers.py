@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import NamedTuple, Sequence
 
 from ..answer_sentences import answer_sentence, answer_sentences, strip_answer
-from ..files import BadInput
+from ..files import BadInput, check_number, plain_number
 from ..progress import progress
 from ..questions import Question, choice_text, match_choice
 from ..records import Rationale
@@ -231,7 +231,7 @@ def _as_written(a: Answer, written: Written | None) -> Answer:
 
 # %% ../../nbs/53_answers.ipynb #1af0f46e
 def answer(
-    student: Student,
+    student: Student | str | Path,
     questions,
     rationales: Sequence[str | None] | None = None,
     prefix: str | None = None,
@@ -245,6 +245,8 @@ def answer(
 
     Parameters
     ----------
+    student
+        a student, or its folder or hub name, which is then loaded at each call
     questions
         in any form of `questions_from`: Questions, dicts, a data frame, a Dataset, a file
     rationales
@@ -261,9 +263,12 @@ def answer(
     import torch
 
     for name, value in (("batch_size", batch_size), ("max_new_tokens", max_new_tokens)):
-        if value is not None and value < 1:
-            raise BadInput("must be at least 1", field=name, value=value)
+        check_number(name, plain_number(value), 1, none=name == "max_new_tokens")
+    student = student if isinstance(student, Student) else load_student(student)
     questions = questions_from(questions)
+    for text in rationales or ():
+        if not isinstance(text, str | None):
+            raise BadInput("must be texts, or None for the student's own", field="rationales", value=text)
     texts = [None] * len(questions) if rationales is None else list(rationales)
     prefix, limit = prefix or student.prefix, max_new_tokens or student.max_target
     if len(texts) != len(questions):

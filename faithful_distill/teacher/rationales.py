@@ -16,7 +16,7 @@ from typing import Any, Iterable, Sequence
 from .. import __version__
 
 from ..answer_sentences import strip_answer
-from ..files import BadInput, check_number, check_target, did_you_mean
+from ..files import BadInput, check_number, check_target, did_you_mean, plain_number
 from ..ownership import sole_writer
 from ..progress import progress
 from ..question_rows import require_answers
@@ -207,6 +207,9 @@ def rationalize(
     for name, value in unknown.items():
         remedy = did_you_mean(name, list(inspect.signature(rationalize).parameters)[:-1])
         raise BadInput("is not a setting of rationalize", field=name, value=value, remedy=remedy)
+    seed, samples, max_new_tokens = map(
+        plain_number, (seed, samples, max_new_tokens)
+    )  # they are noted as JSON
     changes = dict(alpha=alpha, beta=beta, temperature=temperature, perturbation=perturbation)
     strategy = as_strategy(strategy, **changes)
     texts = as_text_teacher(teacher)
@@ -222,6 +225,7 @@ def rationalize(
     whole = dict(max_new_tokens=max_new_tokens, shots=shots, chunk=chunk, token_budget=token_budget)
     for name, value in whole.items():
         check_number(name, value, 0 if name == "shots" else 1, none=name in ("shots", "token_budget"))
+    check_number("seed", seed)
     _check_parts(roles, shard)
     if style not in styles:
         raise BadInput(f"must be one of {', '.join(styles)}", field="style", value=style)
