@@ -198,21 +198,14 @@ def _find(data, split: str, path, config: str | None, bad: list | None) -> _Foun
     if path is not None:
         problem, remedy = "is not a dataset that path= can be given for", did_you_mean(name, sources)
         raise BadInput(problem, field="data", value=name, remedy=remedy)
-<<<<<<< HEAD
-    here = Path(name).exists() or Path(name).is_symlink() or Path(name).parent.is_dir()
+    here = os.path.lexists(name) or os.path.isdir(Path(name).parent)
     if re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", name) and not here and not names_a_file(name):
         source = Source(plain_fields, {}, name, config=config or "")
         return _Found(name, enumerate(_hub_rows(name, source, split, None), 1), None, name.split("/")[1])
-    if not Path(name).exists():
+    if not os.path.exists(name):
         folder = Path(name).parent
         beside = [str(folder / p.name) for p in folder.iterdir()] if "/" in name and folder.is_dir() else []
         near = f"{did_you_mean(name, beside)} " if beside else ""
-=======
-    if re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", name) and not os.path.exists(name) and not names_a_file(name):
-        source = Source(plain_fields, {}, name, config=config or "")
-        return _Found(name, enumerate(_hub_rows(name, source, split, None), 1), None, name.split("/")[1])
-    if not os.path.exists(name):
->>>>>>> fix-h5
         raise BadInput(
             "is neither a known dataset nor a file",
             field="data",
