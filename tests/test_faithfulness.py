@@ -1611,7 +1611,7 @@ def test_a_phrase_is_found_with_its_letters_composed_or_not(form):
 def test_a_text_of_one_token_is_damaged_too_and_unknown_words_stay():
     from faithful_distill.faithfulness import perturb
 
-    of_words = perturb.TokenPerturber(None, ["see lamp yes", "see chair yes"])
+    of_words = perturb.TokenPerturber(None, ["see lamp yes", "see chair yes"], least=1)
     assert (
         all(of_words("lamp", 0.5, seed) != "lamp" for seed in range(5)) and of_words("lamp", 0, 1) == "lamp"
     )

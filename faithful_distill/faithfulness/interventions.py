@@ -253,7 +253,7 @@ def measure(
     own = [without_answer(a.rationale, q.choices) for q, a in zip(questions, written)]
     handed = _handed(rationales, questions)
     tokenizer = reasoner.tokenizer if tokenizer is None else tokenizer
-    perturb = TokenPerturber(tokenizer, [*own, *(h.rationale for h in handed["handed"])])
+    perturb = TokenPerturber(tokenizer, [*own, *(h.rationale for h in handed["handed"])], least=1)
     context = Context(
         questions,
         written,

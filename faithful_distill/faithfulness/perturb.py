@@ -111,7 +111,9 @@ def split_steps(rationale: str, step: str = "sentence", max_steps: int = 8) -> l
     return [join_words(steps[a:b]) for a, b in zip(ends, ends[1:])]
 
 # %% ../../nbs/71_perturb.ipynb #5ec79272
-def perturb_tokens(ids: Sequence, rho: float, seed: int, vocabulary: dict[Any, Sequence]) -> list:
+def perturb_tokens(
+    ids: Sequence, rho: float, seed: int, vocabulary: dict[Any, Sequence], least: int = 0
+) -> list:
     """A copy of `ids` with a fraction of its tokens replaced by others.
 
     Parameters
@@ -119,17 +121,19 @@ def perturb_tokens(ids: Sequence, rho: float, seed: int, vocabulary: dict[Any, S
     ids
         a rationale's token ids, or words
     rho
-        fraction to replace; round(rho * number of replaceable tokens) are, at least one where rho is above 0
+        fraction to replace: round(rho * number of replaceable tokens) are
     seed
         of places and replacements
     vocabulary
         for each replaceable token, what may replace it; tokens that are not in it stay
+    least
+        so many are replaced at least, where rho is above 0 and there are so many
     """
     if not 0 <= rho <= 1:
         raise BadInput("must be a fraction from 0 to 1", field="rho", value=rho)
     rng, ids = random.Random(seed), list(ids)
     places = [i for i, token in enumerate(ids) if len(vocabulary.get(token, ())) > 1]
-    count = max(1, round(rho * len(places))) if rho and places else 0
+    count = max(round(rho * len(places)), min(least, len(places)) if rho else 0)
     for i in rng.sample(places, count):
         new = ids[i]
         while new == ids[i]:
@@ -158,10 +162,12 @@ class TokenPerturber:
         whose tokens are replaced; None: words are
     texts
         without a tokenizer, the words that occur in these texts replace each other; others stay
+    least
+        tokens replaced of each text, where rho is above 0 and it has so many
     """
 
-    def __init__(self, tokenizer: Any = None, texts: Iterable[str] = ()):
-        self.tokenizer = tokenizer
+    def __init__(self, tokenizer: Any = None, texts: Iterable[str] = (), least: int = 0):
+        self.tokenizer, self.least = tokenizer, least
         if tokenizer is None:
             groups = [sorted({word for text in texts for word in words_of(text)})]
         else:
@@ -171,7 +177,7 @@ class TokenPerturber:
     def __call__(self, text: str, rho: float, seed: int) -> str:
         "`text` with a fraction `rho` of its tokens replaced; the text itself where none is."
         ids = self._encode(text)
-        new = perturb_tokens(ids, rho, seed, self.vocabulary)
+        new = perturb_tokens(ids, rho, seed, self.vocabulary, self.least)
         return text if new == ids else self._decode(new)
 
     def _encode(self, text: str) -> list:
