@@ -44,7 +44,7 @@ def _refuse_ambiguous(answer, readings: list[int], choices, field: str) -> None:
     if len(set(readings)) > 1:
         meant = " or ".join(f"{i} ({choices[i]!r})" for i in sorted(set(readings)))
         raise BadInput(
-            f"is ambiguous: as index, letter or text it is choice {meant}",
+            f"is ambiguous: as index, letter, label or text it is choice {meant}",
             field=field,
             value=answer,
             remedy="Give the choice's letter in brackets, such as '(b)', or its text where only one reading fits.",

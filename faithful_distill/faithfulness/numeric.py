@@ -91,9 +91,9 @@ def same_number(a: float, b: float) -> bool:
 
 # %% ../../nbs/78_numeric.ipynb #50007a16
 _marked = re.compile(r"####\s*([^\n]+)|\\boxed\s*\{([^{}]*)\}")
-_in_words = re.compile(rf"(?<![\w.,-])(?=\S*\d|minus|negative){_amount}(?!\w|[.,]\d)", re.IGNORECASE)
+_in_words = re.compile(rf"(?<![\w.,-])(?=[-+$€£.\d]|minus|negative){_amount}(?!\w|[.,]\d)", re.IGNORECASE)
 _unclear = re.compile(
-    r"(?i:\b(?:not|nor|neither|never)\b|n['’]t\b)[^\d]*\d"  # not 5
+    r"(?i:\b(?:not|nor|neither|never)\b|n['’]t\b)[^\d]{0,60}\d"  # not 5
     r"|\d[)%]?\s*[-+*×·÷/^:x]\s*[($€£+-]?\s*[.\d]|\d\s+[.\d]"  # 3 + 3, 12:30, 1 001
     r"|[√≠<>≤≥±\u2014]\s*[$€£-]?[.\d]|-\s+[$€£.\d]|(?i:\d\s+and\s+an?\b)"  # '- 5' may be a bullet
     rf"|(?i:\b(?:{'|'.join(_scales)})\s+(?:{'|'.join(_scales)})\b)|(?<![$€£\d.,])[\d.,]+\s?[KMB]\b"
