@@ -8,7 +8,7 @@ __all__ = ['usual_tags', 'evaluate', 'measure']
 # %% ../nbs/94f_measure_commands.ipynb #94f00004
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Literal
+from typing import Iterable, Literal
 
 import click
 
@@ -57,11 +57,13 @@ def _update_card(student: str, scores: dict, of: str) -> None:
 
 # %% ../nbs/94f_measure_commands.ipynb #b39bbcf6
 @contextmanager
-def _alone(folder: Path, lock: str):
-    "Within, no other process writes to the folder, and the library's log lines are shown."
-    from faithful_distill.ownership import sole_writer
+def _alone(folder: Path, by: str, names: Iterable[str] = ()):
+    "Within, no other process writes to the folder, what a command opens there is its own, and log lines are shown."
+    from faithful_distill.ownership import own_folder, sole_writer
 
-    with sole_writer(folder, folder / lock), shown_log():
+    with sole_writer(folder, folder / f".{by}.lock"), shown_log():
+        if names:
+            own_folder(folder, by, names)
         yield
 
 
@@ -140,7 +142,7 @@ def evaluate(
     if rationales:
         read_records(rationales, questions=questions)  # what is wrong is said before a model is loaded
     folder = check_folder(out, "evaluate", (*suite_files, "answers.json"), (data, path, rationales))
-    with _alone(folder, ".evaluate.lock"), _paraphrases(paraphrases, folder, "evaluate") as others:
+    with _alone(folder, "evaluate"), _paraphrases(paraphrases, folder, "evaluate") as others:
         simulator = _las_simulator(simulator, data, questions)
         facts = [fact_of(q) for q in questions] if is_world(data) else None
         model = load_student(student)
@@ -311,10 +313,10 @@ def measure(
     facts = [fact_of(q) for q in questions] if is_world(data) else None
     how = dict(metrics=metrics, draws=draws, seed=seed, simulator=simulator, interval={"cluster": facts})
     with (
-        _alone(folder, ".measure.lock"),
+        _alone(folder, "measure", names),
         _paraphrases(paraphrases, folder, "measure") as how["paraphrases"],
         open_reasoner(model, style, **given) as opened,
-        CachedReasoner(opened, own_folder(folder, "measure", names) / "answers.jsonl") as reasoner,
+        CachedReasoner(opened, folder / "answers.jsonl") as reasoner,
     ):
         before = read_scores(folder)
         suite = measure_suite(reasoner, questions, rationales or (), **how)

@@ -468,6 +468,7 @@ def test_a_tag_is_learned_and_choices_are_left_out_where_the_settings_say_so(kin
         dict(
             id="1",
             question="Can a bird fly ?",
+            choices=("yes", "no"),
             answer=0,
             target=t,
             kind="boolean",
