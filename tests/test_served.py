@@ -305,9 +305,15 @@ def test_an_interrupt_waits_for_no_request_and_what_still_comes_is_kept(teacher,
 
     with serve_locally(teacher, slow) as url:
         model = ServedModel(url, cache=tmp_path / "c.jsonl", concurrency=1)
+        before = signal.signal(
+            signal.SIGINT, signal.default_int_handler
+        )  # a job in the background ignores it
         threading.Thread(target=interrupt).start()
-        with pytest.raises(KeyboardInterrupt):
-            model.complete(["Q: Who", "Q: What"], 2)
+        try:
+            with pytest.raises(KeyboardInterrupt):
+                model.complete(["Q: Who", "Q: What"], 2)
+        finally:
+            signal.signal(signal.SIGINT, before)
         assert not goes_on.is_set() and not model.requests.known
         goes_on.set()
         assert model.complete(["Q: Who"], 2)[0].text
