@@ -202,6 +202,10 @@ def test_an_objective_is_known_by_its_name_and_refused_without_its_rows():
     foreign.__qualname__ = own.compute.__qualname__
     with pytest.raises(BadInput, match="is registered already"):
         register_objective(replace(own, compute=foreign))
+    on_its_page = types.FunctionType(own.compute.__code__, {"__name__": "__main__"})
+    on_its_page.__qualname__ = own.compute.__qualname__
+    assert register_objective(replace(own, compute=on_its_page)).name == "factual"
+    register_objective(own)
     with pytest.raises(BadInput, match="must be one of gold, counterfactual, pairs"):
         register_objective(Objective("silver_toy", ("silver",), print))
     assert list(registry)[:2] == ["factual", "counterfactual"]

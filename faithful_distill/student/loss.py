@@ -185,7 +185,7 @@ def register_objective(objective: Objective) -> Objective:
     unknown.
     """
     known = registry.get(objective.name)
-    if known and _definition(known) != _definition(objective):
+    if known and not _same_definition(known, objective):
         raise BadInput(
             "is registered already",
             field="objective",
@@ -199,9 +199,12 @@ def register_objective(objective: Objective) -> Objective:
     return objective
 
 
-def _definition(objective: Objective) -> tuple:
-    compute = objective.compute
-    return compute.__module__, compute.__qualname__, objective.needs, objective.uses, objective.rows
+def _same_definition(a: Objective, b: Objective) -> bool:
+    "Whether two objectives are one, defined again: in its module, or in its page and in the module of that page."
+    locals_of = lambda o: getattr(getattr(o.compute, "__code__", None), "co_varnames", ())
+    said = lambda o: (o.compute.__qualname__, locals_of(o), o.needs, o.uses, o.rows)
+    modules = {a.compute.__module__, b.compute.__module__}
+    return said(a) == said(b) and (len(modules) == 1 or "__main__" in modules)
 
 # %% ../../nbs/45_loss.ipynb #b1c5d2ad
 def _factual(tokens, weights):
