@@ -18,6 +18,7 @@ from faithful_distill.files import (
     BadInput,
     check_named,
     check_target,
+    json_in,
     try_lock,
     writable_folder,
     write_json,
@@ -84,12 +85,7 @@ def own_folder(path, by: str, written: Iterable[str], inputs: Iterable = ()) -> 
 def claimed_names(folder: Path) -> dict[str, list[str]]:
     "The names that each command noted in a folder. Raises `BadInput` for a file of that name which is no such list."
     file = folder / _claims
-    try:
-        found = json.loads(file.read_text(encoding="utf-8"))
-    except (FileNotFoundError, NotADirectoryError):
-        return {}
-    except (OSError, ValueError, RecursionError):
-        found = None
+    found = json_in(file, {})
     lists = isinstance(found, dict) and all(isinstance(names, list) for names in found.values())
     if not lists or not all(isinstance(n, str) for names in found.values() for n in names):
         remedy = "Move it away, or name another folder."

@@ -14,7 +14,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Iterable, Sequence
 
-from .files import BadInput, did_you_mean, shipped, write_json, write_text
+from .files import BadInput, did_you_mean, json_in, shipped, write_json, write_text
 from .hashes import content_key
 from .jsonl import read_jsonl
 from .lineage import shared_provenance, without_question
@@ -40,10 +40,7 @@ def _row(r: Rationale, shared: dict) -> dict:
 
 # %% ../nbs/05a_release.ipynb #05a00017
 def _card(path: Path) -> dict:
-    try:
-        card = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
-        card = None
+    card = json_in(path)
     if not isinstance(card, dict) or not {"name", "dataset", "made with"} <= set(card):
         raise BadInput("is no card of released rationales", file=path, remedy="Restore it, or move it away.")
     return card

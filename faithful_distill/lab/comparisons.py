@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['as_scores', 'summarise', 'in_order', 'number', 'enough_digits', 'paired', 'difference', 'pooled', 'measured',
-           'with_values', 'unmeasured', 'along', 'growth_of_difference', 'points', 'came_out', 'repetitions']
+           'with_values', 'unmeasured', 'in_points', 'in_brief', 'along', 'growth_of_difference', 'points', 'came_out',
+           'repetitions']
 
 # %% ../../nbs/88_comparisons.ipynb #bfdbd07e
 import re
@@ -230,6 +231,27 @@ def unmeasured(table, names: dict[str, str]) -> str:
         reason = next((r for r in rows["reason"].dropna() if r), "not measured")
         missing.append(f"{title} ({reason})")
     return f" Not shown: {'; '.join(missing)}." if missing else ""
+
+# %% ../../nbs/88_comparisons.ipynb #88c0f002
+def in_points(summary):
+    "A summary of differences of shares, its numbers in percentage points."
+    if len(summary) == 0:
+        return summary
+    seeds = [tuple(100 * share for share in values) for values in summary["points"]]
+    return summary.assign(**100 * summary[["value", "low", "high"]].astype(float), points=seeds)
+
+
+_leaking_bin = "the bin whose rationale does not leak"  # as LAS says why it is undefined
+_in_few_words = {"the student writes no rationale": "writes no rationale"}
+
+
+def in_brief(summary):
+    "A summary whose reasons for missing values are short: 'nearly all leak' where that leaves LAS undefined."
+    reasons = [
+        "nearly all leak" if _leaking_bin in str(reason) else _in_few_words.get(reason, reason)
+        for reason in summary["reason"]
+    ]
+    return summary.assign(reason=reasons)
 
 # %% ../../nbs/88_comparisons.ipynb #0e632cee
 def along(table, metric: str, parameter: str, axis: str, a, b) -> dict:

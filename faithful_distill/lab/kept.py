@@ -13,7 +13,7 @@ import shutil
 from pathlib import Path
 from typing import Any, Iterable
 
-from ..files import BadInput, writable_folder, write_json, write_text
+from ..files import BadInput, json_in, writable_folder, write_json, write_text
 from ..hashes import content_key
 from .comparisons import as_scores
 from .declared import checked_parameters
@@ -83,10 +83,7 @@ def _done_file(grid_name: str, folder) -> Path:
 def done_cells(grid_name: str, folder) -> dict[str, str]:
     "Cells whose results stand in the tables of a folder, with the keys of their settings. Raises `BadInput`."
     file = _done_file(grid_name, folder)
-    try:
-        found = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
-    except (OSError, ValueError, RecursionError):
-        found = None
+    found = json_in(file, {})
     if not isinstance(found, dict) or not all(isinstance(v, str) for v in found.values()):
         remedy = "Restore it, or remove it: then all is computed again."
         raise BadInput("is not a list of finished cells", file=file, remedy=remedy)

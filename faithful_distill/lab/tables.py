@@ -14,7 +14,7 @@ import numbers
 from pathlib import Path
 from typing import Iterable, Sequence
 
-from ..files import BadInput, write_json, write_text
+from ..files import BadInput, json_in, write_json, write_text
 from ..jsonl import read_jsonl
 from .comparisons import as_scores, enough_digits, number
 
@@ -265,12 +265,7 @@ def _as_numbers(column):
 def read_origins(folder: Path) -> dict[str, dict]:
     "What `origin.json` in a folder says of each table; {} where there is none."
     path, needed = folder / "origin.json", {"version", "date", "commit", "sha256"}
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (FileNotFoundError, NotADirectoryError):
-        return {}
-    except (OSError, ValueError, RecursionError):
-        found = None
+    found = json_in(path, {})
     if not isinstance(found, dict) or not all(
         isinstance(o, dict) and needed <= set(o) for o in found.values()
     ):

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Iterable, Iterator, Mapping
 
 from ..answer_sentences import answer_sentence
-from ..files import BadInput
+from ..files import BadInput, json_in
 from ..models import check_name, load_pretrained
 from ..questions import letter
 
@@ -92,12 +92,7 @@ class Student:
     def trained_on(self) -> frozenset[str]:
         "The `question_hash`s of what it was trained on, where its folder says so."
         noted = Path(self.name) / "trained_on.json"
-        if not noted.is_file():
-            return frozenset()
-        try:
-            hashes = json.loads(noted.read_text(encoding="utf-8"))
-        except (OSError, ValueError, RecursionError):
-            hashes = None
+        hashes = json_in(noted, [])
         if not isinstance(hashes, list) or not all(isinstance(one, str) for one in hashes):
             remedy = "Restore it, or move it away: then nobody is warned of questions it was trained on."
             raise BadInput("is no list of the questions of a training", file=noted, remedy=remedy)
