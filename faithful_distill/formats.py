@@ -139,6 +139,50 @@ def _array_rows(path: Path, bad: list | None) -> Iterator[tuple[int, dict]]:
             else:
                 bad.append(problems[0].located(path, line))
 
+# %% ../nbs/01_formats.ipynb #01c0de01
+def _check_nothing_follows(text: str, file, path, line: int) -> None:
+    while text:
+        if text.strip():
+            remedy = "Put all records into one array, or write one a line."
+            raise BadInput(
+                "has text after its JSON array", file=path, line=line, value=text.strip()[:40], remedy=remedy
+            )
+        text = file.read(_chunk)
+
+
+def _object(pairs: list, problems: list[BadInput]) -> dict:
+    try:
+        return unique_keys(pairs)
+    except BadInput as e:
+        problems.append(e)
+        return dict(pairs)
+
+
+def _item_problems(row, escapes: bool) -> list[BadInput]:
+    if not isinstance(row, dict):
+        return [BadInput("is not a JSON object", value=row)]
+    try:
+        check_encodable(row if escapes else None, None)
+    except BadInput as e:
+        return [e]
+    return []
+
+# %% ../nbs/01_formats.ipynb #01c0de02
+def _cut_off(e: Exception, text: str) -> bool:
+    "Whether a JSON error may only be that the text read so far ends too early."
+    if not isinstance(e, json.JSONDecodeError):
+        return False
+    return e.msg.startswith("Unterminated string") or e.pos >= len(text) - 8
+
+
+def _broken_item(e: Exception, path, line: int, text: str) -> BadInput:
+    remedy = "Mend or remove the record."
+    if isinstance(e, json.JSONDecodeError):
+        inside = text.count("\n", 0, e.pos - (len(e.doc) - len(text)))
+        return BadInput(f"broken JSON: {e.msg}", file=path, line=line + inside, remedy=remedy)
+    problem = "is nested too deeply to be read" if isinstance(e, RecursionError) else f"cannot be read: {e}"
+    return BadInput(problem.split(";")[0], file=path, line=line, remedy=remedy)
+
 # %% ../nbs/01_formats.ipynb #977c7d37
 _chunk = 1 << 16  # characters
 
@@ -173,50 +217,6 @@ def _array_items(file, path) -> Iterator[tuple[int, Any, list[BadInput]]]:
             continue
         yield line, row, problems or _item_problems(row, "\\u" in text[at:end])
         line, at = line + text.count("\n", at, end), end
-
-
-def _check_nothing_follows(text: str, file, path, line: int) -> None:
-    while text:
-        if text.strip():
-            remedy = "Put all records into one array, or write one a line."
-            raise BadInput(
-                "has text after its JSON array", file=path, line=line, value=text.strip()[:40], remedy=remedy
-            )
-        text = file.read(_chunk)
-
-
-def _object(pairs: list, problems: list[BadInput]) -> dict:
-    try:
-        return unique_keys(pairs)
-    except BadInput as e:
-        problems.append(e)
-        return dict(pairs)
-
-
-def _item_problems(row, escapes: bool) -> list[BadInput]:
-    if not isinstance(row, dict):
-        return [BadInput("is not a JSON object", value=row)]
-    try:
-        check_encodable(row if escapes else None, None)
-    except BadInput as e:
-        return [e]
-    return []
-
-
-def _cut_off(e: Exception, text: str) -> bool:
-    "Whether a JSON error may only be that the text read so far ends too early."
-    if not isinstance(e, json.JSONDecodeError):
-        return False
-    return e.msg.startswith("Unterminated string") or e.pos >= len(text) - 8
-
-
-def _broken_item(e: Exception, path, line: int, text: str) -> BadInput:
-    remedy = "Mend or remove the record."
-    if isinstance(e, json.JSONDecodeError):
-        inside = text.count("\n", 0, e.pos - (len(e.doc) - len(text)))
-        return BadInput(f"broken JSON: {e.msg}", file=path, line=line + inside, remedy=remedy)
-    problem = "is nested too deeply to be read" if isinstance(e, RecursionError) else f"cannot be read: {e}"
-    return BadInput(problem.split(";")[0], file=path, line=line, remedy=remedy)
 
 # %% ../nbs/01_formats.ipynb #4da7a00c
 def rows_of(given) -> list:

@@ -14,15 +14,14 @@ import time
 import warnings
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Iterator, Sequence
+from typing import Sequence
 
 from ..exchange import as_stated
 from ..files import BadInput, writable_folder
-from ..formats import read_rows, rows_of
 from ..models import check_name
 from ..ownership import sole_writer
 from ..ranks import count_nodes, launched
-from ..records import Rationale, check_one_question, read_records
+from ..records import Rationale, check_one_question, read_with_rows
 from ..student.loss import check_needs, find_objective
 from ..student.model import Student, add_tags, expresses, load_student, task_tags
 from ..student.rows import check_choices, unknown_tokens
@@ -48,17 +47,12 @@ def checked_records(given, name: str = "rationales") -> list[Rationale]:
     Rows that do not say what they argue for are read as `import_rationales` reads them: by their answer sentence.
     Raises `BadInput` where records of one id are about different questions; says how many are there twice.
     """
-    in_file = isinstance(given, (str, Path))
-    given = list(given) if isinstance(given, Iterator) else given
-    records = read_records(given, name)
-    rows = [given] if isinstance(given, Rationale) else read_rows(given) if in_file else rows_of(given)
-    lines, rows = zip(*rows) if in_file else (range(1, len(records) + 1), rows)
-    told = [r if _says_its_target(row) else as_stated(r, row) for r, row in zip(records, rows)]
-    if other := sum(a.target != b.target for a, b in zip(records, told)):
-        said = f"{name}: {other} of {len(told)} state another answer than theirs: they are counterfactual"
+    lines, rows, written = zip(*read_with_rows(given, name))
+    records = [r if _says_its_target(row) else as_stated(r, row) for row, r in zip(rows, written)]
+    if other := sum(a.target != b.target for a, b in zip(written, records)):
+        said = f"{name}: {other} of {len(records)} state another answer than theirs: they are counterfactual"
         logging.getLogger("faithful_distill").warning(said)
-    records = told
-    check_one_question(records, lines, given if in_file else None)
+    check_one_question(records, lines, given if isinstance(given, (str, Path)) else None)
     seen, twice = {}, []
     for line, r in zip(lines, records):
         again = seen.setdefault((r.id, r.role, r.target, r.rationale), line)
