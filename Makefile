@@ -55,6 +55,7 @@ drift: .venv/.ready ## notebooks and modules are the same, and formatted
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python tests/drift.py
 	$(BIN)/ruff format --check --quiet nbs tests setup.py
 	$(BIN)/ruff check --quiet nbs tests setup.py
+	$(BIN)/ruff check --quiet --isolated --select E9,F,B --ignore B008,B023,B905 faithful_distill # what only a page's examples use is not exported
 
 notebooks: .venv/.ready ## every notebook runs, top to bottom
 	OMP_NUM_THREADS=1 $(BIN)/nbdev_test --n_workers 2 --timing --skip_folder_re "experiments|figures"

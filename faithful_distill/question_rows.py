@@ -281,7 +281,7 @@ def as_dataset(questions: Iterable[Question]):
     import pyarrow
 
     text, integer = datasets.Value("string"), datasets.Value("int64")
-    columns = {name: text for name in Question.__dataclass_fields__}
+    columns = dict.fromkeys(Question.__dataclass_fields__, text)
     features = datasets.Features(columns | {"choices": datasets.List(text), "answer": integer})
     schema, waiting = features.arrow_schema, iter(questions)
     tables, digest = [schema.empty_table()], hashlib.sha256()

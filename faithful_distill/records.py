@@ -241,9 +241,9 @@ def _from_row(row: Mapping, question: Question | None) -> Rationale:
     if not isinstance(row, Mapping):
         raise BadInput("is not a JSON object", value=row, remedy="Write one {...} object a line.")
     named = {k: v for k, v in row.items() if k in _known and v is not None}
-    named |= {
-        "answer": row[k] for k in ("answerKey", "gold") if "answer" not in named and row.get(k) is not None
-    }
+    for k in ("gold", "answerKey"):  # other names of it
+        if row.get(k) is not None:
+            named.setdefault("answer", row[k])
     columns = [] if "choices" in named else choice_columns(row)
     named |= {"choices": column_choices(row, columns)} if columns else {}
     if question is not None:

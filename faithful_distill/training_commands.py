@@ -101,7 +101,8 @@ def train(
     named, embedded = settings.pop("student", None), shipped("data", "models", "student")
     base = next(str(name) for name in (student, named, embedded) if name is not None)
     if dry_run:
-        return click.echo(memory_report(base, rationales, dev, **settings))
+        click.echo(memory_report(base, rationales, dev, **settings))
+        return
     call = dict(out=out, dev=dev, overwrite=overwrite, **settings)
     if seeds:
         results = train_seeds(base, rationales, seeds=seeds, **call)

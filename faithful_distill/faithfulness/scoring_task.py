@@ -283,7 +283,7 @@ def unmet(task: ScoringTask, needs: str) -> tuple[str, int]:
     if needs == "simulators":
         reason = _too_few(task)
         if not reason:
-            task.base  # loaded now: what is wrong with it is reported before hours of training
+            _ = task.base  # loaded now: what is wrong with it is reported before hours of training
         return reason, len(task.predicted)
     if needs == "ratings":
         n = sum(bool(b.ratings) for b in task.rows)

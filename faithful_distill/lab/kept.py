@@ -6,7 +6,6 @@
 __all__ = ['settings_keys', 'read_by_figures', 'row_tables', 'done_cells', 'keep_rows', 'Kept', 'left_out', 'grid_with_kept']
 
 # %% ../../nbs/92a_kept.ipynb #92a00004
-import json
 import os
 import re
 import shutil

@@ -21,7 +21,7 @@ from filelock import FileLock
 
 from ..files import BadInput, shipped, unwritable, writable_folder, write_json, write_text
 from .comparisons import as_scores
-from .grid import Grid, chosen, load_grid
+from .grid import Grid, chosen
 from .kept import Kept, grid_with_kept, keep_rows, left_out, read_by_figures, row_tables
 from .keys import Run
 from .plan import Outcome, last_seconds, run_plan

@@ -37,7 +37,7 @@ def _check_context(ids: list[int], limit: int | None, vocabulary: int, name: str
     if not ids:
         remedy = "Give at least one token, such as the beginning-of-text token."
         raise BadInput("is an empty context", field=name, remedy=remedy)
-    if not (0 <= min(ids) and max(ids) < vocabulary):
+    if min(ids) < 0 or max(ids) >= vocabulary:
         problem = f"has a token id outside the model's {vocabulary}: {max(ids)}"
         raise BadInput(problem, field=name, remedy="Use the teacher's own tokenizer.")
     if limit and len(ids) >= limit:

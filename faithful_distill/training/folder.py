@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 
-from ..files import BadInput, to_disk, write_json, write_text
+from ..files import BadInput, to_disk, write_json
 from ..hashes import content_key, model_identity, sha256_file, weights_hash
 from ..jsonl import read_jsonl
 from ..overlaps import question_hash

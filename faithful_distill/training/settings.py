@@ -13,7 +13,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from ..files import BadInput, check_number, did_you_mean
-from ..student import objectives  # registers them
+from ..student import objectives  # noqa: F401 - it registers them
 from ..student.loss import find_objective
 
 # %% ../../nbs/55_settings.ipynb #b0043281

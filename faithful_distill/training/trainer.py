@@ -25,7 +25,6 @@ from faithful_distill.student.examples import (
     ReadRow,
     collate_examples,
     count_rows,
-    example_lengths,
     token_counts,
     training_examples,
 )
