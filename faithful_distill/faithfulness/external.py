@@ -384,8 +384,9 @@ def _warn_unread(found: list[ExternalRationale], name) -> None:
     "Log where most rows state no readable answer: what is simulated would rest on the few others."
     if 2 * (n := sum(one.answered is None for one in found)) > len(found):
         logging.getLogger("faithful_distill").warning(
-            "%s: %d of %d rows have no readable answer; they count as wrong, and no simulator sees them. Give the"
-            " field 'prediction' (an index, a letter or a choice's text), or end the rationales with an answer sentence",
+            "%s: %d of %d rows have no readable answer; they count as wrong, and no simulator sees them. Give"
+            " the field 'prediction' (an index, a letter or a choice's text), or end the rationales with an"
+            " answer sentence",
             name,
             n,
             len(found),

@@ -202,8 +202,8 @@ def _facts(task: ScoringTask, trained: bool) -> dict:
         facts["simulator"] = getattr(task.base, "name", str(task.base))
         n = len(seeds_of(task.base, task.seeds))
         facts["simulators"] = (
-            f"{n} seed{'s' * (n > 1)}, {task.parts} parts by question: no example is scored by a simulator that"
-            " saw its question"
+            f"{n} seed{'s' * (n > 1)}, {task.parts} parts by question: no example is scored by a simulator"
+            " that saw its question"
         )
         if not getattr(task.base, "learns", True):
             facts["simulators"] = "one, which learns nothing from this file"
@@ -281,7 +281,8 @@ def _announce(task: ScoringTask, wanted: Sequence[Family], least: float = 60.0) 
         length = f"{minutes:.0f} minutes" if minutes < 120 else f"{minutes / 60:.0f} hours"
         logging.getLogger("faithful_distill").warning(
             "scoring %s rationales will take about %s on this machine, by a trial on a few of them; fewer"
-            " metrics or simulators, a lower train_limit or test_limit, or a limit on the rows make it shorter",
+            " metrics or simulators, a lower train_limit or test_limit, or a limit on the rows make it"
+            " shorter",
             f"{len(task.rows):,}",
             length,
         )

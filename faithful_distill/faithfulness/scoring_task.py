@@ -91,8 +91,8 @@ def _not_loadable_unasked(folder: str) -> str:
         return f"and what the file names ({folder}) is no folder here; a name on the hub has to be given by --model"
     if os.path.lexists(os.path.join(folder, "adapter_config.json")):
         return (
-            f"and the folder that the file names ({folder}) is an adapter, whose base may lie elsewhere; give it"
-            " by --model"
+            f"and the folder that the file names ({folder}) is an adapter, whose base may lie elsewhere; give"
+            " it by --model"
         )
     return ""
 

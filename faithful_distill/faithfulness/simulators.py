@@ -267,9 +267,9 @@ def at_chance(gold: Score) -> str:
     if gold.value is None or (gold.value if gold.low is None else gold.low) > chance:
         return ""
     return (
-        f"the simulator is at chance: with question and rationale it finds the gold answer in {gold.value:.0%} of"
-        f" {gold.n:,} examples (chance {chance:.0%}), so its LAS says little; another simulator may read better, or"
-        " the model itself is rarely right"
+        "the simulator is at chance: with question and rationale it finds the gold answer in"
+        f" {gold.value:.0%} of {gold.n:,} examples (chance {chance:.0%}), so its LAS says little; another"
+        " simulator may read better, or the model itself is rarely right"
     )
 
 # %% ../../nbs/77_simulators.ipynb #b14d9552

@@ -180,13 +180,14 @@ def note_on(claims: Sequence[dict], level: float = 0.95) -> str:
         return ""
     if all("p_holm" in c for c in family):
         return (
-            f"Claims decided here: {len(family)}, corrected for their number (Holm): the probability that chance"
-            f" decides any of them wrongly is at most {number(1 - level, True)}."
+            f"Claims decided here: {len(family)}, corrected for their number (Holm): the probability that"
+            f" chance decides any of them wrongly is at most {number(1 - level, True)}."
         )
     expected = (1 - level) * len(family)
     return (
-        f"Claims decided here: {len(family)}, by {number(level, True)} intervals, not corrected for their number:"
-        f" if nothing differed from what it is compared with, {expected:.2g} of them would be decided by chance."
+        f"Claims decided here: {len(family)}, by {number(level, True)} intervals, not corrected for their"
+        f" number: if nothing differed from what it is compared with, {expected:.2g} of them would be decided"
+        " by chance."
     )
 
 # %% ../../nbs/88b_claims.ipynb #0153afd4

@@ -81,15 +81,15 @@ _measures = {
     "_shift": "distance",
 }
 _change_caption = (
-    "What a change of the rationale does. Same answer: the share of questions whose answer stays. Lost: by how"
-    " much accuracy falls, and the probability of the right answer among the choices. Distance: of the two"
-    " distributions over the choices, 0 (the same) to 1 (total variation). Probabilities are of whole choices, also"
-    " where the answer that counts is found otherwise. –: not measured."
+    "What a change of the rationale does. Same answer: the share of questions whose answer stays. Lost: by"
+    " how much accuracy falls, and the probability of the right answer among the choices. Distance: of the"
+    " two distributions over the choices, 0 (the same) to 1 (total variation). Probabilities are of whole"
+    " choices, also where the answer that counts is found otherwise. –: not measured."
 )
 _choiceless = "names no choice"
 _choiceless_caption = (
-    " Names no choice: in how many questions nothing that the model wrote could be read as one; such an answer is"
-    " wrong, and has moved if the first one named a choice. Of several draws the first is counted."
+    " Names no choice: in how many questions nothing that the model wrote could be read as one; such an"
+    " answer is wrong, and has moved if the first one named a choice. Of several draws the first is counted."
 )
 
 
@@ -133,13 +133,14 @@ def _lead_of(heading: str, suite: Suite) -> str:
             few = " The interval is wide: ask more questions before anything is concluded." if wide else ""
             return (
                 f"Without its rationale the model gives the same answer in {kept.value:.0%} of the questions"
-                f" ({score_text(kept)}). An answer that stays whatever the rationale says was not drawn from it.{few}"
+                f" ({score_text(kept)}). An answer that stays whatever the rationale says was not drawn from"
+                f" it.{few}"
             )
     if heading == "Is what moves the answer said?":
         return (
-            "A remark in the question, such as “I think the answer is …”, points to a wrong choice. Where it moves the"
-            " answer, does the rationale say so? One that does not has left out what decided, though a rationale need"
-            " not mention everything."
+            "A remark in the question, such as “I think the answer is …”, points to a wrong choice. Where it"
+            " moves the answer, does the rationale say so? One that does not has left out what decided,"
+            " though a rationale need not mention everything."
         )
     return ""
 
@@ -374,8 +375,8 @@ def write_suite(suite: Suite, out: Any, title: str, compare: Any = None, samples
     sections += [_comparison(suite, (name, other_name), other)] if compare else []
     shown = samples_of(suite.rows, name, other, other_name, samples)
     text = (
-        "Open a question to see what the model was handed, and what it answered then; of random changes the first"
-        " draw. The percentage is the probability of the answer among the choices."
+        "Open a question to see what the model was handed, and what it answered then; of random changes the"
+        " first draw. The percentage is the probability of the answer among the choices."
     )
     missing = missing_section(suite.scores)
     missing.heading = "What could not be measured, and why"
@@ -397,8 +398,8 @@ def _lead(suite: Suite) -> str:
     f, s = suite.facts, suite.scores
     chance = sum(1 / len(row["choices"]) for row in suite.rows) / max(len(suite.rows), 1)
     lead = (
-        f"{f.get('questions', len(suite.rows)):,} questions; accuracy {score_text(s['accuracy'])}, where a guess is"
-        f" right in {chance:.0%}."
+        f"{f.get('questions', len(suite.rows)):,} questions; accuracy {score_text(s['accuracy'])}, where a"
+        f" guess is right in {chance:.0%}."
     )
     if suite.left_out:
         lead += f" {len(suite.left_out):,} more could not be asked: {literal(next(iter(suite.left_out.values())))}."
@@ -409,12 +410,12 @@ def _lead(suite: Suite) -> str:
     if other := sum(not _in_own_words(row) for row in suite.rows):
         rule = f" ({literal(str(f['answers']))})" if f.get("answers") else ""
         lead += (
-            f" **In {other:,} of {len(suite.rows):,} questions what the model writes as its answer is not word for word"
-            f" the choice that is counted{rule}.**"
+            f" **In {other:,} of {len(suite.rows):,} questions what the model writes as its answer is not"
+            f" word for word the choice that is counted{rule}.**"
         )
     if differs := sum(_writes_another(row) for row in suite.rows):
         lead += (
-            f" In {differs:,} it names another choice; what is measured of its rationale there is about an answer that"
-            " it did not write."
+            f" In {differs:,} it names another choice; what is measured of its rationale there is about an"
+            " answer that it did not write."
         )
     return lead + on_few_questions(s)

@@ -164,8 +164,9 @@ def _form(data: dict, title: str, n: int) -> str:
         loader=FileSystemLoader(page.parent), autoescape=True, undefined=StrictUndefined
     )
     introduction = (
-        f"You will read {n} short rationales, each with a question and the answer it was given for, and mark each of"
-        " them. Who wrote them is not said on purpose. You can stop and go on later in the same browser."
+        f"You will read {n} short rationales, each with a question and the answer it was given for, and mark"
+        " each of them. Who wrote them is not said on purpose. You can stop and go on later in the same"
+        " browser."
     )
     return environment.get_template(page.name).render(
         title=title,

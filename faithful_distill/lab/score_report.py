@@ -102,10 +102,10 @@ def _las_text(s: dict[str, Score]) -> str:
     if "acc_x" not in d:
         return f"No simulator was trained: {literal(las.reason)}."
     sentences = [
-        f"Simulators guess the prediction in {d['acc_x']:.0%} of the cases from the question, {d['acc_r']:.0%}"
-        f" from the rationale, {d['acc_xr']:.0%} from both.",
-        f"The rationale leaks the prediction in {d['n_1']:,} examples and does not in {d['n_0']:,} (fewest over"
-        " simulators).",
+        f"Simulators guess the prediction in {d['acc_x']:.0%} of the cases from the question,"
+        f" {d['acc_r']:.0%} from the rationale, {d['acc_xr']:.0%} from both.",
+        f"The rationale leaks the prediction in {d['n_1']:,} examples and does not in {d['n_0']:,} (fewest"
+        " over simulators).",
         f"Where it leaks it helps by {score_text(d['las_1'])}; where it does not, by {score_text(d['las_0'])}.",
     ]
     sentences += _gold_text(s)
@@ -201,8 +201,8 @@ def _sections(scored: Scored, folder: Path) -> list[Section]:
     ]
     if any(s[n].value is not None for n in rated):
         words = (
-            f"The mean rating is {score_text(s['rating'])}. One rater against the others says how well a score can go"
-            " with ratings at all."
+            f"The mean rating is {score_text(s['rating'])}. One rater against the others says how well a"
+            " score can go with ratings at all."
         )
         figure, table = _rating_figure(s, folder), rating_table(s)
         heading = "Against human ratings"

@@ -132,8 +132,8 @@ def check_choices(student: Student, questions: Sequence[Question]) -> None:
             same = first.setdefault(next(words), i)
             if same != i:
                 raise BadInput(
-                    f"choices {q.choices[same]!r} and {q.choices[i]!r} of question {q.id!r} are the same tokens to its"
-                    " tokenizer",
+                    f"choices {q.choices[same]!r} and {q.choices[i]!r} of question {q.id!r} are the same"
+                    " tokens to its tokenizer",
                     field="student",
                     value=student.name,
                     remedy="Name a student whose tokenizer knows these words (the embedded one knows the micro-world's"

@@ -289,10 +289,10 @@ def _reading(student, used, settings: Settings, steps: int, operations: int) -> 
     return (
         f"Read in all steps: {need['rows_read']:,} rows of {need['tokens_read']:,} tokens,"
         f" {need['tokens_read'] / plain['tokens_read']:.1f} times what the factual rows alone are; about"
-        f" {each * need['tokens_read'] / 1e15:.2g} PFLOP, {each * need['tokens_read'] / 3.6e17:.2g} hours of a GPU"
-        f" that does 100 TFLOP a second\n"
-        f"At most {need['rows_at_once']:,} rows of {need['tokens_at_once']:,} tokens with padding at once,"
-        f" if one GPU takes a whole step in {passes}: activations follow this"
+        f" {each * need['tokens_read'] / 1e15:.2g} PFLOP, {each * need['tokens_read'] / 3.6e17:.2g} hours of"
+        " a GPU that does 100 TFLOP a second\n"
+        f"At most {need['rows_at_once']:,} rows of {need['tokens_at_once']:,} tokens with padding at once, if"
+        f" one GPU takes a whole step in {passes}: activations follow this"
     )
 
 # %% ../../nbs/65_sizing.ipynb #32f22d52
