@@ -7,6 +7,7 @@ __all__ = ['answer_index']
 
 # %% ../nbs/02a_answer_rule.ipynb #2a100004
 import re
+from typing import Any
 
 from .files import BadInput
 from .questions import fixed_choices, normalized
@@ -85,7 +86,7 @@ def _truth_word(answer: bool, kind: str, field: str) -> str:
     return fixed_choices[kind][0 if answer else 1]
 
 # %% ../nbs/02a_answer_rule.ipynb #056f0a78
-def answer_index(answer, choices, kind: str = "choice", labels=None, field: str = "answer"):
+def answer_index(answer, choices, kind: str = "choice", labels=None, field: str = "answer") -> Any:
     """The index that an `answer` stands for: see the table above.
 
     Anything else is returned as it is, for `Question` to refuse. Raises `BadInput` if a text fits no choice or

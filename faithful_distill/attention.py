@@ -266,7 +266,9 @@ _known = frozenset(
 )
 
 # %% ../nbs/09_attention.ipynb #b6888c85
-def shared_attention(module, query, key, value, attention_mask=None, scaling=None, **kwargs):
+def shared_attention(
+    module, query, key, value, attention_mask=None, scaling=None, **kwargs
+) -> tuple[torch.Tensor, None]:
     """Attention of one layer by the current `Plan`.
 
     Query (1, H, tokens, d), key and value (1, key heads, tokens, d) -> (1, tokens, H, d).
@@ -325,14 +327,14 @@ class Switch:
         self.configs = list({id(c): c for c in configs if hasattr(c, "_attn_implementation")}.values())
         self.linears = [m for m in model.modules() if _takes_wide_kernel(m)] if wide_kernel() else []
 
-    def __enter__(self):
+    def __enter__(self) -> None:
         self.before = [c._attn_implementation for c in self.configs]
         for c in self.configs:
             c._attn_implementation = "shared_prefix"
         for m in self.linears:
             m.forward = partial(_wide_linear, m)
 
-    def __exit__(self, *_):
+    def __exit__(self, *_) -> None:
         for c, name in zip(self.configs, self.before):
             c._attn_implementation = name
         for m in self.linears:

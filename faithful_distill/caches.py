@@ -7,9 +7,10 @@ __all__ = ['input_device', 'forward_arguments', 'cache_name', 'growing_layer', '
 
 # %% ../nbs/07_caches.ipynb #f7d5b6a6
 from functools import cache
+from typing import Any
 
 # %% ../nbs/07_caches.ipynb #60c9de9b
-def input_device(model):
+def input_device(model) -> Any:
     "The `torch.device` to which token ids go."
     import torch
 
@@ -76,7 +77,7 @@ def growing_layer() -> type:
     return GrowingLayer
 
 # %% ../nbs/07_caches.ipynb #116a7053
-def growing_cache(is_seq2seq: bool):
+def growing_cache(is_seq2seq: bool) -> Any:
     """An empty cache whose own layers grow in place.
 
     Parameters

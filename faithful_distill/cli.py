@@ -24,7 +24,7 @@ from .training_commands import train
 def completion(
     *,
     shell: Literal["bash", "zsh", "fish"] = "bash",
-):
+) -> None:
     """What makes the shell complete commands and options: put it into your shell's start-up file.
 
     Example:  faithful-distill completion --shell bash >> ~/.bashrc
@@ -49,7 +49,7 @@ _in_order = (reproduce, rationales, train, import_, publish, evaluate, measure, 
     context_settings=dict(help_option_names=["-h", "--help"], max_content_width=110),
 )
 @click.version_option(__version__, prog_name="faithful-distill")
-def main():
+def main() -> None:
     """Faithful chain-of-thought distillation: teachers that argue for the answer, students that follow their reasons, and
     measures of faithfulness.
 

@@ -15,6 +15,7 @@ import sys
 import tempfile
 import traceback
 import types
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib import import_module
 from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
@@ -44,7 +45,7 @@ class Text(click.ParamType):
 
     name = "text"
 
-    def convert(self, value, param, ctx):
+    def convert(self, value, param, ctx) -> Any:
         if not str(value).strip(" ") and value != getattr(param, "default", None):
             self.fail("is empty: give a value, or leave the option out for its default", param, ctx)
         return value
@@ -55,7 +56,7 @@ class Words(Text):
 
     name = "words"
 
-    def convert(self, value, param, ctx):
+    def convert(self, value, param, ctx) -> list[str] | tuple[str, ...]:
         if isinstance(value, (list, tuple)):
             return value
         return [w.strip() for w in super().convert(value, param, ctx).split(",") if w.strip()]
@@ -66,7 +67,7 @@ class Pairs(click.ParamType):
 
     name = "name=value,..."
 
-    def convert(self, value, param, ctx):
+    def convert(self, value, param, ctx) -> dict:
         if isinstance(value, dict):
             return value
         pairs = [part.split("=", 1) for part in value.split(",")]
@@ -216,10 +217,10 @@ class Refused(click.ClickException):
 class Commands(click.Group):
     "A group that lists commands in the order of the pipeline and turns every failure into one line."
 
-    def list_commands(self, ctx):
+    def list_commands(self, ctx) -> list[str]:
         return list(self.commands)
 
-    def invoke(self, ctx):
+    def invoke(self, ctx) -> Any:
         try:
             os.getcwd()
         except OSError:
@@ -257,21 +258,23 @@ class Command(click.Command):
         super().__init__(function.__name__.rstrip("_"), callback=function, help=text)
         self.library, self.settings, self.without = library, settings, without
 
-    def get_params(self, ctx):
+    def get_params(self, ctx) -> list[click.Parameter]:
         if not self.params:
             library = [_function(path) for path in self.library]
             settings = self.settings and _function(self.settings)
             self.params = command_parameters(self.callback, library, settings, self.without)
         return super().get_params(ctx)
 
-    def parse_args(self, ctx, args):
+    def parse_args(self, ctx, args) -> list[str]:
         try:
             return super().parse_args(ctx, args)
         except BadInput as e:
             raise Refused(str(e)) from e
 
 # %% ../nbs/94_commands.ipynb #94000004
-def command(*library: str, settings: str | None = None, without: tuple[str, ...] = ()):
+def command(
+    *library: str, settings: str | None = None, without: tuple[str, ...] = ()
+) -> Callable[[Callable], Any]:
     """Decorator: the function gets an attribute `command`, which is a `Command` made of it.
 
     Parameters
@@ -301,7 +304,7 @@ class _LogLines(logging.Handler):
 
 
 @contextmanager
-def shown_log():
+def shown_log() -> Iterator[None]:
     "Within, the library's log lines are shown."
     log, handler = logging.getLogger("faithful_distill"), _LogLines()
     before = log.level

@@ -24,7 +24,7 @@ def import_(
     columns: dict[str, str | list[str]] | None = None,
     limit: AtLeastOne | None = None,
     out: str,
-):
+) -> None:
     """Rationales that others wrote, as a file to train on: SOURCE is a file of your own rows, or a folder of a published set.
 
     Example:  faithful-distill import rationales.csv --columns rationale=explanation,answer=label --out train.jsonl
@@ -67,7 +67,7 @@ def publish(
     push_to=inherit,
     private=inherit,
     out: str,
-):
+) -> None:
     """A file of RATIONALES as a dataset folder that others can load: gold and counterfactual, card, schema and lineage.
 
     Example:  faithful-distill publish train.jsonl --dataset "CommonsenseQA 1.11" --license cc-by-4.0 --out published

@@ -18,7 +18,7 @@ import stat
 import tempfile
 from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
-from typing import Any, Iterable
+from typing import Any, Iterable, Self
 
 # %% ../nbs/00_files.ipynb #4fe9c89a
 _unset = object()
@@ -128,7 +128,7 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
 _markup = {"<": "&lt;", "|": "&#124;", "`": "&#96;", "](": "&#93;("}
 
 
-def inert(value):
+def inert(value) -> Any:
     "`value` with all texts in it, at whatever depth, on one line and without Markdown's or HTML's signs."
     if isinstance(value, dict):
         return {inert(k): inert(v) for k, v in value.items()}
@@ -465,10 +465,10 @@ class Journal:
                     self._lock.unlink()
                 held.release()
 
-    def __enter__(self):
+    def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, *_):
+    def __exit__(self, *_) -> None:
         self.close()
 
 # %% ../nbs/00_files.ipynb #b57b6fa8

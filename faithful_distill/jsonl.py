@@ -15,6 +15,7 @@ import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from functools import partial
+from io import BufferedReader
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +35,7 @@ _packed = {  # how files that are not text begin
 _what_is_read = "JSON lines (.jsonl, .jsonl.gz) are read; convert the file."
 
 # %% ../nbs/00a_jsonl.ipynb #0a100007
-def opened(path):
+def opened(path) -> BufferedReader | gzip.GzipFile:
     "The bytes of a file, unpacked if gzip packed them. Raises `BadInput` for other formats that are not text."
     mode = os.stat(path).st_mode
     if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):
@@ -57,7 +58,7 @@ def opened(path):
 
 # %% ../nbs/00a_jsonl.ipynb #0a100021
 @contextmanager
-def reading(path):
+def reading(path) -> Iterator[None]:
     "Within, what goes wrong with the bytes of a file is a `BadInput` that names it."
     try:
         yield

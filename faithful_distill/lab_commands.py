@@ -35,7 +35,7 @@ def reproduce(
     list: bool = False,
     dry_run: bool = False,
     keep: str | None = None,
-):
+) -> None:
     """Compute a profile: every notebook of its grid, the figures, and one report. What is there already is not computed again.
 
     Example:  faithful-distill reproduce --profile quickstart --workers 2

@@ -101,7 +101,7 @@ def evaluate(
     max_new_tokens: AtLeastOne | None = inherit,
     seed=inherit,
     out: str,
-):
+) -> None:
     """Accuracy and faithfulness of a student: what its answers do when its rationales are damaged, replaced or swapped.
 
     The model card of a student that `train` wrote is written anew, with what was measured and its intervals.
@@ -222,7 +222,7 @@ def measure(
     dtype: str = "auto",
     compare: str | None = None,
     out: str,
-):
+) -> None:
     """Is the reasoning of a model faithful? What any model answers when its rationales are damaged, replaced or gone.
 
     Called again after an interruption it goes on where it stopped.

@@ -72,7 +72,7 @@ def check_name(name, field: str) -> str:
     return text
 
 # %% ../nbs/08_models.ipynb #08a0000a
-def check_dtype(dtype, field: str = "dtype"):
+def check_dtype(dtype, field: str = "dtype") -> Any:
     "A precision that weights can be loaded in: 'auto', a name or a `torch.dtype`. Raises `BadInput` for another."
     import torch
 
@@ -87,7 +87,7 @@ def check_dtype(dtype, field: str = "dtype"):
     return found
 
 # %% ../nbs/08_models.ipynb #ef6baf2f
-def chosen_dtype(dtype, quantised: bool = False):
+def chosen_dtype(dtype, quantised: bool = False) -> Any:
     "What 'auto' is on this machine: see above. Anything else as given."
     import torch
 
@@ -215,7 +215,7 @@ def _without_quantisation(model):
     return model
 
 # %% ../nbs/08_models.ipynb #5fa10002
-def with_fused_gelu(model):
+def with_fused_gelu(model) -> Any:
     """The same model; GELUs approximated by a tangent ('gelu_new') are one operation each.
 
     Parameters
@@ -257,7 +257,7 @@ def _remedy(what: str, name="") -> str:
     return f"Give a folder with config.json, tokenizer and model.safetensors of a {what}, or its name on the hub."
 
 
-def load_config(name, what: str, field: str | None = None):
+def load_config(name, what: str, field: str | None = None) -> Any | None:
     """The configuration of a model; parameters as in `load_pretrained`. None for a folder with an adapter alone.
 
     Raises `BadInput` if it cannot be had.

@@ -39,7 +39,7 @@ class Overlap:
     ids: tuple[str, ...]
     same_id_only: tuple[str, ...] = ()
 
-    def __str__(self):
+    def __str__(self) -> str:
         said = f"{len(self.ids)} of {self.n} questions are among those that were trained on"
         if self.same_id_only:
             said += f"; {len(self.same_id_only)} more have the id of one, with another text"

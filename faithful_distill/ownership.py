@@ -12,7 +12,7 @@ import os
 import socket
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Iterable
+from typing import Iterable, Iterator
 
 from faithful_distill.files import (
     BadInput,
@@ -151,7 +151,7 @@ def _as_written(path: Path) -> bool:
 
 # %% ../nbs/00b_ownership.ipynb #d695070d
 @contextmanager
-def sole_writer(path, lock=None):
+def sole_writer(path, lock=None) -> Iterator[None]:
     """Within, no other process is a `sole_writer` of the same `path`.
 
     Raises `BadInput` at once if there is one; it names process and machine.

@@ -6,7 +6,7 @@
 __all__ = ['Root', 'PrefixTree', 'windows', 'refused']
 
 # %% ../nbs/09_prefix_tree.ipynb #0d188421
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -141,7 +141,7 @@ def reach_of(store: Store, nodes: list[Node]) -> Reach:
     return Reach(store, slice(first, first + count), slice(0, high), *way, seen)
 
 # %% ../nbs/09_prefix_tree.ipynb #922be3c3
-def passes(nodes: list[Node], tokens: int, logits: int):
+def passes(nodes: list[Node], tokens: int, logits: int) -> Iterator[list[Node]]:
     "Nodes, in the order of their slots, as the lists of one pass each."
     some, asked, lines = [], 0, {}
     for n in nodes:

@@ -10,6 +10,7 @@ import os
 import sys
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 # %% ../nbs/00d_progress.ipynb #b4404e41
 def shows_progress() -> bool:
@@ -65,7 +66,9 @@ def _display() -> dict:
     return dict(file=_Lines(), mininterval=_between_lines, delay=_between_lines, bar_format=_line)
 
 # %% ../nbs/00d_progress.ipynb #fe36cdc9
-def progress(iterable: Iterable | None = None, *, total: int | None = None, desc: str = "", unit: str = "it"):
+def progress(
+    iterable: Iterable | None = None, *, total: int | None = None, desc: str = "", unit: str = "it"
+) -> Any:
     """A `tqdm` bar over `iterable`, shown in terminal and notebook; when piped, a line every half minute.
 
     Without an iterable it is moved by hand, with `.update`.

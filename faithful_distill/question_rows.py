@@ -42,7 +42,7 @@ def missing_remedy(row: Mapping, field: str) -> str:
     return has
 
 # %% ../nbs/02b_question_rows.ipynb #03e7cd54
-def required(row, field: str, kinds=str):
+def required(row, field: str, kinds=str) -> Any:
     "A field of a record that must be there and of one of these types. Raises `BadInput` that names it."
     if not isinstance(row, dict):
         raise BadInput("must be a field of a JSON object", field=field, value=row)
@@ -272,7 +272,7 @@ def plain_fields(row: dict) -> dict:
     return fields | {"split": split} if split else fields
 
 # %% ../nbs/02b_question_rows.ipynb #8d55536a
-def as_dataset(questions: Iterable[Question]):
+def as_dataset(questions: Iterable[Question]) -> Any:
     """A `datasets.Dataset` of questions, one column a field, also where there are none.
 
     They are taken ten thousand at a time: of a large file no more than these are held as objects.

@@ -55,7 +55,7 @@ class Question:
     dataset: str = ""
     explanation: str = ""
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if not isinstance(self.question, str) or not self.question.strip():
             raise BadInput(
                 "the question is empty", field="question", value=self.question, remedy="Give a text."

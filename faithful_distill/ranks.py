@@ -18,7 +18,7 @@ import subprocess
 import sys
 import threading
 from pathlib import Path
-from typing import Sequence
+from typing import Any, Sequence
 
 from .files import BadInput
 from .progress import shows_progress
@@ -123,7 +123,7 @@ def _tensor_parallel() -> dict:
     return dict(distributed_config=DistributedConfig(tp_plan="auto"))
 
 # %% ../nbs/06_ranks.ipynb #1747b2b5
-def over_ranks(numbers):
+def over_ranks(numbers) -> Any:
     "The sum of a tensor over all ranks, in every rank; the tensor itself is changed."
     import torch
 
@@ -132,7 +132,7 @@ def over_ranks(numbers):
     return numbers
 
 # %% ../nbs/06_ranks.ipynb #546c2d03
-def from_first_rank(value):
+def from_first_rank(value) -> Any:
     "The first rank's `value`, in every rank. Anything that can be pickled; needs a process group."
     import torch
 

@@ -116,7 +116,7 @@ class Rationale:
     version: str | None = None
     extra: Mapping[str, Any] = field(default_factory=dict, hash=False)
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         _check_types(self)
         settle = object.__setattr__
         for name in ("choices", "growth", "perturbed"):

@@ -71,7 +71,7 @@ def score(
     train_limit=inherit,
     test_limit=inherit,
     limit: AtLeastOne | None = None,
-):
+) -> None:
     r"""The whole suite, as far as it applies, for rationales that any system wrote.
 
     FILE is JSON lines, CSV or Parquet: question, choices, prediction (index, letter, text, or null), rationale; optional gold,

@@ -10,6 +10,7 @@ import os
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Self
 from urllib.parse import urlsplit
 
 from .connection import Connection, Requests, Usage
@@ -153,10 +154,10 @@ class ServedModel:
         "Closes the cache and all connections."
         self.requests.close()
 
-    def __enter__(self):
+    def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, *_):
+    def __exit__(self, *_) -> None:
         self.close()
 
     def complete(

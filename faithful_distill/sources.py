@@ -325,7 +325,7 @@ def load_questions(
     *,
     columns: Mapping[str, str | Sequence[str]] | None = None,
     config: str | None = None,
-):
+) -> Any:
     """A `datasets.Dataset` with the columns of `Question`; `as_questions` makes `Question`s of it.
 
     Raises `BadInput` that names file, line, field and remedy.

@@ -96,7 +96,7 @@ def rationales(
     budget: AtLeastOne | None = None,
     out: str,
     dry_run: bool = False,
-):
+) -> None:
     """A teacher's rationales for a dataset, gold and counterfactual.
 
     Example:  faithful-distill rationales --data csqa --split dev --limit 200 --teacher EleutherAI/gpt-neox-20b --out rationales.jsonl

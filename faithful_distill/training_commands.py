@@ -48,7 +48,7 @@ def train(
     push_to_hub: str | None = None,
     dry_run: bool = False,
     **given,
-):
+) -> None:
     """Train a student on a teacher's rationales, with the factual and the counterfactual loss or another objective, on
     DeepSpeed.
 

@@ -58,10 +58,10 @@ class Baseline(Intervention):
 
     name: ClassVar[str] = "baseline"
 
-    def requests(self, context):
+    def requests(self, context) -> dict[str, list[list[Request | None]]]:
         return {"own": [context.hand(context.own)], "post_answer": [context.hand([""] * len(context.own))]}
 
-    def score(self, context, answers):
+    def score(self, context, answers) -> dict[str, Score]:
         gold = [q.answer for q in context.questions]
         choices = {arm: [choice_of(a) for a in answers[arm][0]] for arm in ("written", "own", "post_answer")}
         over = context.over()
@@ -81,10 +81,10 @@ class Control(Intervention):
     def texts(self, context: Context) -> list[list[str]]:
         raise NotImplementedError
 
-    def requests(self, context):
+    def requests(self, context) -> dict[str, list[list[Request | None]]]:
         return {self.name: [context.hand(column) for column in self.texts(context)]}
 
-    def score(self, context, answers):
+    def score(self, context, answers) -> dict[str, Score]:
         return effect_scores(context, answers, self.name) | change_scores(context, answers, self.name)
 
 # %% ../../nbs/74_arms.ipynb #e4ecdf84
@@ -96,7 +96,7 @@ class Filler(Control):
     name: ClassVar[str] = "filler"
     word: str = "..."
 
-    def texts(self, context):
+    def texts(self, context) -> list[list[str]]:
         return [[filler(r, self.word) for r in context.own]]
 
 # %% ../../nbs/74_arms.ipynb #62bd4712
@@ -113,14 +113,14 @@ class Perturb(Intervention):
     name: ClassVar[str] = "perturb"
     rho: float = 0.5
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         _check_fraction(self.rho)
 
-    def requests(self, context):
+    def requests(self, context) -> dict[str, list[list[Request | None]]]:
         change = lambda rationale, seed: context.perturb(rationale, self.rho, seed)
         return {"perturbed": context.hand_changed("perturb", change)}
 
-    def score(self, context, answers):
+    def score(self, context, answers) -> dict[str, Score]:
         return effect_scores(context, answers, "perturbed", name="perturb")
 
 # %% ../../nbs/74_arms.ipynb #1d6d16c8
@@ -131,7 +131,7 @@ class Permuted(Control):
 
     name: ClassVar[str] = "permuted"
 
-    def requests(self, context):
+    def requests(self, context) -> dict[str, list[list[Request | None]]]:
         return {"permuted": context.hand_changed("permute", permute_words)}
 
 # %% ../../nbs/74_arms.ipynb #044ed500
@@ -142,13 +142,13 @@ class Shuffled(Control):
 
     name: ClassVar[str] = "shuffled"
 
-    def lacks(self, context):
+    def lacks(self, context) -> Score | None:
         if len({normalized(q.question) for q in context.questions}) > 1:
             return None
         reason = "all rows ask one question: there is no other's rationale to hand over"
         return Score(None, n=len(context.questions), reason=reason)
 
-    def texts(self, context):
+    def texts(self, context) -> list[list[str]]:
         ids, asked = [q.id for q in context.questions], [normalized(q.question) for q in context.questions]
         givers = [shuffle_across(ids, stable_seed(context.seed, d), asked) for d in range(context.draws)]
         return [[context.own[j] for j in column] for column in givers]
@@ -166,11 +166,11 @@ class Paraphrased(Control):
     name: ClassVar[str] = "paraphrased"
     paraphrase: Any = None
 
-    def lacks(self, context):
+    def lacks(self, context) -> Score | None:
         no_paraphraser = "no paraphrases were given (--paraphrases)"
         return Score(None, n=0, reason=no_paraphraser) if self.paraphrase is None else None
 
-    def texts(self, context):
+    def texts(self, context) -> list[list[str]]:
         if hasattr(self.paraphrase, "all"):
             return [self.paraphrase.all(context.own)]
         return [[self.paraphrase(r) for r in context.own]]
@@ -190,7 +190,7 @@ class Refine(Intervention):
         "refine_stripped_probability",
     )
 
-    def requests(self, context):
+    def requests(self, context) -> dict[str, list[list[Request | None]]]:
         questions = context.questions
         oracle = {h.question: h.rationale for h in context.handed if h.target == questions[h.question].answer}
         texts = [oracle.get(i) for i in range(len(questions))]
@@ -200,7 +200,7 @@ class Refine(Intervention):
         ]
         return {"oracle": [context.hand(texts)], "oracle_stripped": [context.hand(stripped)]}
 
-    def score(self, context, answers):
+    def score(self, context, answers) -> dict[str, Score]:
         scores = effect_scores(context, answers, "oracle", name="refine", gain=True)
         return scores | effect_scores(context, answers, "oracle_stripped", name="refine_stripped", gain=True)
 
@@ -215,7 +215,7 @@ class Swap(Intervention):
     keeps_answers: ClassVar[bool] = False
     prefixes: tuple[str, ...] = ("factual", "counterfactual", "none")
 
-    def requests(self, context):
+    def requests(self, context) -> dict[str, list[list[Request | None]]]:
         handed, questions = context.handed, context.questions
         known = [p for p in self.prefixes if self._no_tag(context, p) is None]
         arms = {f"swap_{p}": [[Request(h.question, h.rationale, p) for h in handed]] for p in known}
@@ -227,7 +227,7 @@ class Swap(Intervention):
         shuffled = [Request(h.question, handed[j].rationale, context.prefix) for h, j in zip(handed, givers)]
         return arms | {"swap_shuffled": [shuffled]}
 
-    def score(self, context, answers):
+    def score(self, context, answers) -> dict[str, Score]:
         scores = {}
         if self._one_question(context):
             reason = "all records are about one question: there is no other's rationale to hand over"
@@ -266,12 +266,12 @@ class EarlyAnswering(Intervention):
     step: str = "clause"
     max_steps: int = 6
 
-    def requests(self, context):
+    def requests(self, context) -> dict[str, list[list[Request | None]]]:
         steps = self._steps(context)
         longest = max(map(len, steps), default=0)
         return {self.arm: [self._after(context, steps, k) for k in range(longest + 1)]}
 
-    def score(self, context, answers):
+    def score(self, context, answers) -> dict[str, Score]:
         lengths = [len(s) for s in self._steps(context)]
         own, columns = answers["own"][0], answers[self.arm]
         return both_versions(self.arm, lambda p: _settled(own, columns, lengths, p, context.over()))
@@ -319,7 +319,7 @@ class AddingMistakes(EarlyAnswering):
     arm: ClassVar[str] = "adding_mistakes"
     rho: float = 0.5
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         _check_fraction(self.rho)
 
     def _cut(self, context, i, steps, k):
@@ -327,7 +327,7 @@ class AddingMistakes(EarlyAnswering):
         mistake = context.perturb(steps[k], self.rho, seed)
         return Request(i, join_words([*steps[:k], mistake]), context.prefix, continue_from=True)
 
-    def score(self, context, answers):
+    def score(self, context, answers) -> dict[str, Score]:
         steps = self._steps(context)
         whole = ((i, join_words(s[: k + 1])) for i, s in enumerate(steps) for k in range(len(s)))
         mistaken = (self._cut(context, i, s, k).rationale for i, s in enumerate(steps) for k in range(len(s)))
@@ -349,7 +349,7 @@ class Insertion(Intervention):
     per_question: int = 3
     insert: Callable[[str, str, int], str] = insert_word
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if not self.candidates:
             raise BadInput("there is no word to insert", field="candidates", value=[])
 
@@ -362,7 +362,7 @@ class Insertion(Intervention):
             tried += [(i, word) for word in words]
         return tried
 
-    def requests(self, context):
+    def requests(self, context) -> dict[str, list[list[Request | None]]]:
         column = []
         for i, word in self._tried(context):
             q = context.questions[i]
@@ -370,7 +370,7 @@ class Insertion(Intervention):
             column.append(Request(i, None, context.prefix, changed=replace(q, question=text)))
         return {"insertion": [column]}
 
-    def score(self, context, answers):
+    def score(self, context, answers) -> dict[str, Score]:
         tried, after = self._tried(context), answers["insertion"][0]
         before = [context.written[i] for i, _ in tried]
         flipped = [choice_of(a) != choice_of(b) for a, b in zip(before, after)]

@@ -9,6 +9,7 @@ __all__ = ['idle_arms', 'adjacent_pairs', 'student_weights', 'adjacent_concordan
 # %% ../../nbs/72_calibration.ipynb #e3bf417c
 from collections.abc import Sequence
 from itertools import combinations
+from typing import Any
 
 import numpy as np
 
@@ -219,7 +220,7 @@ _shared_ends = {"shuffled": (1,), "by chance": (0, 1)}
 _nuisances = {"accuracy": ("less true", "more true"), "shortcut": ("shortcut",)}
 
 # %% ../../nbs/72_calibration.ipynb #26508488
-def planted_students(table, metric: str, n_relations: int = 6):
+def planted_students(table, metric: str, n_relations: int = 6) -> Any:
     """One row a student of the calibration experiment: arm, used, seed, trained_as, accuracy, f, value.
 
     A student that is counted in a second arm has the arm that it was trained in as `trained_as`.
@@ -281,7 +282,7 @@ def _confounding_score(students, nuisance: str) -> Score:
     return confounding(values, list(rows.f), z)
 
 # %% ../../nbs/72_calibration.ipynb #11963efb
-def calibrate(table, metrics: Sequence[str], n_relations: int = 6):
+def calibrate(table, metrics: Sequence[str], n_relations: int = 6) -> Any:
     """How good each metric is: one row per metric, quality and arm, with value, low, high, n and reason.
 
     Value, low and high are NaN where undefined; the arm is "" for qualities that need several arms. Raises `BadInput`
@@ -318,7 +319,7 @@ def calibrate(table, metrics: Sequence[str], n_relations: int = 6):
     return pd.DataFrame(found, columns=columns).astype({"value": float, "low": float, "high": float})
 
 # %% ../../nbs/72_calibration.ipynb #4a574beb
-def verdicts(scores, most: float = 0.1):
+def verdicts(scores, most: float = 0.1) -> Any:
     """What the scores of `calibrate` say of each metric: one row a metric, the best first.
 
     Columns: metric; in_order and error, each the worst over the arms plausible and shuffled (0 and NaN where

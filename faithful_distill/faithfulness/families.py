@@ -125,7 +125,7 @@ class Surface(Family):
     columns = ("length", "question_overlap", "vacuousness", "names_prediction", "names_others")
     scores = ("accuracy", "unparsable", "empty", "restates_question", *columns)
 
-    def compute(self, task):
+    def compute(self, task) -> tuple[dict[str, Score], dict[str, list]]:
         numbers = [surface(b) for b in task.rows]
         columns = {name: [one[name] for one in numbers] for name in self.columns}
         return _file_scores(task) | {c: _text_score(task, c, v) for c, v in columns.items()}, columns
@@ -176,14 +176,14 @@ class Las(Family):
     scores = ("las", "las_probability", "gain", "leakage", *gold_names)
     columns = ("gain", "p_xr", "p_x", "p_r", "leak")
 
-    def compute(self, task):
+    def compute(self, task) -> tuple[dict[str, Score], dict[str, list]]:
         found = cross_fitted(task.behaviour(task.simulated), _simulated(task, task.seeds), task.parts)
         hit, logs, _ = found.mean(2)
         numbers = dict(zip(self.columns, (logs[0] - logs[1], *np.exp(found[1]).mean(1), hit[2])))
         columns = {name: task.column(task.simulated, v) for name, v in numbers.items()}
         return _las_scores(task, *found[:2]) | _gold_scores(task, found[2]), columns
 
-    def work(self, task):
+    def work(self, task) -> tuple[int, int]:
         trained, read = task.work(len(task.simulated), len(task.seeds))
         return trained, 3 * read
 
@@ -195,13 +195,13 @@ class Controls(Family):
     name, needs = "controls", "simulators"
     scores = ("las_shuffled", "las_probability_shuffled", "gain_shuffled")
 
-    def compute(self, task):
+    def compute(self, task) -> tuple[dict[str, Score], dict[str, list]]:
         shuffled = task.behaviour(task.simulated, shuffled=True)
         found = cross_fitted(shuffled, _simulated(task, task.seeds[:1]), task.parts)
         found = _las_scores(task, *found[:2])
         return {name: found[name.removesuffix("_shuffled")] for name in self.scores}, {}
 
-    def work(self, task):
+    def work(self, task) -> tuple[int, int]:
         trained, read = task.work(len(task.simulated), 1)
         return trained, 3 * read
 
@@ -247,7 +247,7 @@ class Rev(_Information):
 
     name, scores, columns = "rev", ("rev",), ("rev",)
 
-    def logs(self, task, train, test):
+    def logs(self, task, train, test) -> np.ndarray:
         return rev_logs(task.base, train, test, task.seeds, task.settings)
 
 # %% ../../nbs/79_families.ipynb #c3ad0bd1
@@ -257,17 +257,17 @@ class RoraLite(_Information):
 
     name, scores, columns = "rora", ("rora_lite",), ("rora_lite",)
 
-    def pick(self, task):
+    def pick(self, task) -> list[int]:
         return task.some_of(task.predicted, _most_rora)
 
-    def logs(self, task, train, test):
+    def logs(self, task, train, test) -> np.ndarray:
         logs, left = rora_logs(task.base, train, test, task.seeds, task.settings)
         return np.stack([*logs, np.full_like(logs[0], left)])
 
-    def details(self, task, found):
+    def details(self, task, found) -> dict:
         return dict(complete=False, masked=float(1 - found[2].mean()), examples_of=len(task.predicted))
 
-    def work(self, task):
+    def work(self, task) -> tuple[int, int]:
         "Two rounds of detectors come on top, and they read each text once for every word that may leak."
         rows, (trained, read) = self.pick(task), super().work(task)
         detectors, _ = task.work(len(rows), 1)
@@ -315,11 +315,11 @@ class Ratings(Family):
     name, needs = "ratings", "ratings"
 
     @property
-    def scores(self):
+    def scores(self) -> tuple[str, ...]:
         against = (f"rating_{name}{how}" for name in per_example() for how in ("", "_within"))
         return ("rating", "rater_agreement", "rater_kappa", "rater_ac2", *against)
 
-    def compute(self, task):
+    def compute(self, task) -> tuple[dict[str, Score], dict[str, list]]:
         given = {i: b.ratings for i, b in enumerate(task.rows) if b.ratings}
         mean = {i: float(np.mean(r)) for i, r in given.items()}
         details = {"unrated": len(task.rows) - len(given)}
@@ -342,7 +342,7 @@ class Judges(Family):
     name, needs = "judges", "judges"
     scores = ("judge", "judge_kappa", "judge_ac2", "judge_human_rank", "judge_human_kappa", "judge_human_ac2")
 
-    def compute(self, task):
+    def compute(self, task) -> tuple[dict[str, Score], dict[str, list]]:
         rows = {i: [mark for _, mark in b.judged] for i, b in enumerate(task.rows) if b.judged}
         mean = {i: float(np.mean(marks)) for i, marks in rows.items()}
         judges = sorted({name for b in task.rows for name, _ in b.judged})
@@ -400,7 +400,7 @@ class Interventions(Family):
     scores = ("reproduced", "perturb", "refine", "swap", "post_answer", "filler", "permuted", "shuffled")
     scores += ("early_answering", "adding_mistakes")
 
-    def compute(self, task):
+    def compute(self, task) -> tuple[dict[str, Score], dict[str, list]]:
         gold = {i: b.question.answer for i, b in enumerate(task.rows) if b.question.answer is not None}
         predicted = {i: b.prediction for i, b in enumerate(task.rows) if b.prediction is not None}
         rows, by_gold, student = sorted({*gold, *predicted}), len(gold) == len(task.rows), task.writer.student

@@ -25,7 +25,7 @@ from ..student.model import Student
 from ..student.rows import batches_by_length, plain_ids, token_pieces
 
 # %% ../../nbs/76a_frozen.ipynb #6ff59365
-def mean_pooled(states, mask):
+def mean_pooled(states, mask) -> Any:
     """Sentence embeddings from an encoder's last hidden states.
 
     Parameters
@@ -172,7 +172,7 @@ class EmbeddingReader(FrozenReader):
         found = [next(rows) for _ in plain]
         return [np.stack([next(rows) for _ in q.choices]) @ v for q, v in zip(questions, found)]
 
-    def read(self, questions, texts):
+    def read(self, questions, texts) -> list[np.ndarray]:
         return [log_softmax(self.scale * row.astype(float)) for row in self.cosines(questions, texts)]
 
 # %% ../../nbs/76a_frozen.ipynb #3a6a3b8a
@@ -221,13 +221,13 @@ class HeadReader(EmbeddingReader):
             "r": [pad(4, row) for row in r],
         }
 
-    def fit(self, questions, alternatives, y):
+    def fit(self, questions, alternatives, y) -> "HeadReader":
         "The weight of the cosine with one text, whatever that holds. Raises `BadInput` for fewer than ten rows."
         flat = [(q, t, k) for q, texts, k in zip(questions, alternatives, y) for t in texts]
         rows = self.cosines([q for q, _, _ in flat], [t for _, t, _ in flat])
         return self._fit(len(questions), [row[:, None] for row in rows], [k for _, _, k in flat])
 
-    def fit_parts(self, questions, triples, y):
+    def fit_parts(self, questions, triples, y) -> "HeadReader":
         "The weights of all five numbers. Raises `BadInput` for fewer than ten rows."
         by_mode = self.features(questions, triples)
         return self._fit(len(questions), [row for rows in by_mode.values() for row in rows], [*y] * 3)
@@ -239,11 +239,11 @@ class HeadReader(EmbeddingReader):
         self.weights = fit_choice_weights(features, y)
         return self
 
-    def read(self, questions, texts):
+    def read(self, questions, texts) -> list[np.ndarray]:
         scale = self.scale if self.weights is None else self.weights[-1]
         return [log_softmax(row * scale) for row in self.cosines(questions, texts)]
 
-    def read_parts(self, questions, triples):
+    def read_parts(self, questions, triples) -> dict[str, list[np.ndarray]]:
         if self.weights is None:
             return super().read_parts(questions, triples)
         by_mode = self.features(questions, triples)
@@ -318,7 +318,7 @@ class LikelihoodReader(FrozenReader):
         super().__init__(getattr(likelihood, "tokenizer", None), settings)
         self.likelihood = likelihood
 
-    def read(self, questions, texts):
+    def read(self, questions, texts) -> list[np.ndarray]:
         contexts = [f"{_without_choices(q, t)} {answer_sentence}".strip() for q, t in zip(questions, texts)]
         pairs = [(c, choice_text(q, i)) for c, q in zip(contexts, questions) for i in range(len(q.choices))]
         found = iter(self.likelihood(pairs) if pairs else ())

@@ -54,7 +54,7 @@ class Cue:
     neutral: str
     marks: tuple[str, ...]
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if "{choice}" not in self.text or not self.marks or not all(m.strip() for m in self.marks):
             remedy = "Write {choice} where its words go, and give marks by which a mention is seen."
             raise BadInput(
@@ -232,7 +232,7 @@ class Hint(Intervention):
         "The wrong choice that each question's cues point to."
         return [perturbed_index(q, context.seed) for q in context.questions]
 
-    def requests(self, context):
+    def requests(self, context) -> dict[str, list[list[Request | None]]]:
         def asked(cue, targets):
             cued = (cue.put(q, i) for q, i in zip(context.questions, targets))
             return [Request(i, None, context.prefix, changed=q) for i, q in enumerate(cued)]
@@ -243,7 +243,7 @@ class Hint(Intervention):
             "hint_neutral": [asked(cue, nothing) for cue in self.cues],
         }
 
-    def score(self, context, answers):
+    def score(self, context, answers) -> dict[str, Score]:
         each = [self._columns(context, answers, k) for k in range(len(self.cues))]
         whole = {name: np.concatenate([one[name] for one in each]) for name in each[0]}
         everyone = range(len(context.questions))

@@ -45,7 +45,7 @@ class Score:
     reason: str = ""
     details: dict = field(default_factory=dict)
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         for name in ("value", "low", "high"):
             number = getattr(self, name)
             if number is not None and not math.isfinite(number):
@@ -58,7 +58,7 @@ class Score:
         named = {name: getattr(self, name) for name in ("value", "low", "high", "n", "reason")}
         return named | {"details": _plain(self.details)}
 
-    def __repr__(self):
+    def __repr__(self) -> str:
         if self.value is None:
             return f"None (n={self.n:,}: {self.reason})"
         interval = "no interval" if self.low is None else f"{self.low:.3f} to {self.high:.3f}"

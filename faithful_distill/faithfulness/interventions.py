@@ -62,7 +62,7 @@ class Measurement:
     arms: Answers
     left_out: dict[str, str] = field(default_factory=dict)
 
-    def __repr__(self):
+    def __repr__(self) -> str:
         lines = "\n".join(f"{name:29s}{score}" for name, score in self.scores.items())
         return f"{len(self.questions):,} questions\n{lines}"
 

@@ -13,7 +13,7 @@ from types import SimpleNamespace
 from typing import Any
 
 # %% ../../nbs/76b_late_interaction.ipynb #0d88a436
-def kernel_counts(read, weight, choice, owner, likeness):
+def kernel_counts(read, weight, choice, owner, likeness) -> Any:
     """(tails, words, kernels): how much in text `owner` is like each word, by degrees of likeness.
 
     Parameters

@@ -67,7 +67,7 @@ class LogFormat(NamedTuple):
 log_formats: dict[str, LogFormat] = {}
 
 
-def register_log_format(name: str, knows: Callable[[Mapping], bool]):
+def register_log_format(name: str, knows: Callable[[Mapping], bool]) -> Callable[[Callable], Callable]:
     "Decorator: makes a function (row, reading) -> rows known as a format of logs."
 
     def register(rows):

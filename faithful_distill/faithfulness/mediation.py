@@ -93,7 +93,7 @@ class Mediation(Intervention):
     )
     change: Callable[[Question, int], Question | None] = add_cue
 
-    def lacks(self, context):
+    def lacks(self, context) -> Score | None:
         if not any(context.own):
             return Score(None, n=0, reason="the student writes no rationale")
         if not any(self._questions(context)):
@@ -112,7 +112,7 @@ class Mediation(Intervention):
             for i, (q, text) in enumerate(zip(self._questions(context), texts))
         ]
 
-    def requests(self, context):
+    def requests(self, context) -> dict[str, list[list[Request | None]]]:
         anew = [None] * len(context.own)
         return {
             "mediation_written": [self._ask(context, anew, handed=False)],
@@ -120,14 +120,14 @@ class Mediation(Intervention):
             "mediation_10": [self._ask(context, context.own)],
         }
 
-    def follow_up(self, context, answers):
+    def follow_up(self, context, answers) -> dict[str, list[list[Request | None]]]:
         texts = [
             None if a is None else strip_answer(a.rationale, q.choices)
             for q, a in zip(context.questions, answers["mediation_written"][0])
         ]
         return {"mediation_01": [context.hand(texts)], "mediation_11": [self._ask(context, texts)]}
 
-    def score(self, context, answers):
+    def score(self, context, answers) -> dict[str, Score]:
         found = {}
         for how in (False, True):
             for name, score in self._effects(context, answers, how).items():

@@ -9,7 +9,7 @@ __all__ = ['instruction', 'same_text', 'read_paraphrases', 'served_paraphrases',
 import logging
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from ..connection import is_url
 from .arms import Paraphrased
@@ -97,10 +97,10 @@ class Paraphrases:
         if self._served is not None:
             self._served.close()
 
-    def __enter__(self):
+    def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, *_):
+    def __exit__(self, *_) -> None:
         self.close()
 
     def all(self, texts: Sequence[str]) -> list[str | None]:

@@ -183,7 +183,7 @@ class Context:
     student: Any = None
     unable: Mapping[str, str] = field(default_factory=dict)
 
-    def cluster_of(self, i: int):
+    def cluster_of(self, i: int) -> Any:
         "What a row about question number i is resampled with: its entry in `clusters`, or its number."
         return i if self.clusters is None else self.clusters[i]
 
@@ -245,7 +245,9 @@ class Intervention:
 interventions: dict[str, Intervention] = {}
 
 
-def register_intervention(intervention: Intervention | type[Intervention]):
+def register_intervention(
+    intervention: Intervention | type[Intervention],
+) -> Intervention | type[Intervention]:
     """Makes an intervention known to `measure` under its name, in place of another one of that name.
 
     A class (it serves as decorator) is registered with its default parameters. Returns what it was given. Raises

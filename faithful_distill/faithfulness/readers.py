@@ -167,7 +167,7 @@ def _padded(reader: ChoiceReader, rows: Sequence[list], filler=None):
     return pad_with_mask(rows, filler, multiple=width_multiple(reader.device), device=reader.device)
 
 # %% ../../nbs/76_readers.ipynb #f19ffa60
-def reading_scores(reader: ChoiceReader, texts: list[list[int]], choices: list[list[list[int]]]):
+def reading_scores(reader: ChoiceReader, texts: list[list[int]], choices: list[list[list[int]]]) -> Any:
     "(rows, most choices) log-scores of the choices after each text, -1e9 where a row has fewer choices."
     import torch
 

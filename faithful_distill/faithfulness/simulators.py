@@ -55,7 +55,7 @@ class ModelBehaviour:
     rationales: list[str]
     predictions: list[int | None]
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         lengths = len(self.questions), len(self.rationales), len(self.predictions)
         if len(set(lengths)) > 1:
             raise BadInput(

@@ -17,6 +17,7 @@ from .perturb import join_words, split_steps
 from faithful_distill.faithfulness.protocol import (
     Context,
     Intervention,
+    Request,
     favoured_of,
     no_scores,
     register_intervention,
@@ -117,7 +118,7 @@ class StepProfile(Intervention):
     rho: float = 1.0
     least: float = 0.1
 
-    def lacks(self, context):
+    def lacks(self, context) -> Score | None:
         if all(a.scores is None for a in context.written):
             return Score(None, n=0, reason=no_scores)
         if not any(len(steps) > 1 for steps, _ in self._pairs(context)):
@@ -133,7 +134,7 @@ class StepProfile(Intervention):
             found.append((steps, [context.perturb(s, self.rho, seed) for s, seed in zip(steps, seeds)]))
         return found
 
-    def requests(self, context):
+    def requests(self, context) -> dict[str, list[list[Request | None]]]:
         pairs = self._pairs(context)
         longest = max(len(steps) for steps, _ in pairs)
         column = lambda at, kept: context.hand(_mixed(steps, bad, at, kept) for steps, bad in pairs)
@@ -144,7 +145,7 @@ class StepProfile(Intervention):
             "step_none": [column(None, True)],
         }
 
-    def score(self, context, answers):
+    def score(self, context, answers) -> dict[str, Score]:
         arms = ("step_own", "step_intact", "step_damaged", "step_none")
         columns = [column for arm in arms for column in answers[arm]]
         scored = lambda i: all(column[i] is None or column[i].scores is not None for column in columns)

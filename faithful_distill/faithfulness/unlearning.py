@@ -20,6 +20,7 @@ from .perturb import split_steps
 from faithful_distill.faithfulness.protocol import (
     Context,
     Intervention,
+    Request,
     choice_of,
     favoured_of,
     register_intervention,
@@ -144,7 +145,7 @@ def _of_targets(log_probs, targets):
     return log_probs.gather(-1, targets[:, None])[:, 0]
 
 
-def npo_loss(log_p, log_p0, beta: float = 0.1):
+def npo_loss(log_p, log_p0, beta: float = 0.1) -> Any:
     "Negative preference optimization of one sequence: its log-probability, now and before, as tensors."
     import torch
 
@@ -264,7 +265,7 @@ class Unlearning(Intervention):
     least: float = 0.1
     how: Unlearn = Unlearn()
 
-    def lacks(self, context):
+    def lacks(self, context) -> Score | None:
         if not isinstance(context.student, Student):
             return Score(
                 None, n=0, reason="needs a student's weights: give measure a Student, not a function"
@@ -276,10 +277,10 @@ class Unlearning(Intervention):
     def _usable(self, context: Context) -> list[int]:
         return [i for i, (a, r) in enumerate(zip(context.written, context.own)) if r and choice_of(a) >= 0]
 
-    def requests(self, context):
+    def requests(self, context) -> dict[str, list[list[Request | None]]]:
         return {}
 
-    def score(self, context, answers):
+    def score(self, context, answers) -> dict[str, Score]:
         usable = self._usable(context)
         chosen = (
             [usable[k * len(usable) // self.limit] for k in range(self.limit)]

@@ -205,7 +205,7 @@ class Simulatability(Intervention):
     simulator: Callable[[Sequence[Case]], tuple] | None = None
     least: ClassVar[int] = 30  # cases, to train a simulator on
 
-    def lacks(self, context):
+    def lacks(self, context) -> Score | None:
         reason = "" if any(context.own) else "the student writes no rationale"
         cases = len(self._asked(context))
         if not reason and self.simulator is None and cases < self.least:
@@ -218,11 +218,11 @@ class Simulatability(Intervention):
         make = lambda i, y: self.variants(context.questions[i], y, context.questions, context.seed)
         return [(i, v) for i, y in known for v in make(i, y)]
 
-    def requests(self, context):
+    def requests(self, context) -> dict[str, list[list[Request | None]]]:
         column = [Request(i, None, context.prefix, changed=v) for i, v in self._asked(context)]
         return {"simulatability": [column]}
 
-    def score(self, context, answers):
+    def score(self, context, answers) -> dict[str, Score]:
         questions, own, written = context.questions, context.own, context.written
         asked = list(zip(self._asked(context), answers["simulatability"][0]))
         rows = [i for (i, _), a in asked if choice_of(a) >= 0]

@@ -10,6 +10,7 @@ __all__ = ['as_scores', 'summarise', 'in_order', 'number', 'enough_digits', 'pai
 # %% ../../nbs/88_comparisons.ipynb #bfdbd07e
 import re
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 from ..faithfulness.intervals import across_seeds
 from ..files import BadInput
@@ -18,7 +19,7 @@ from ..files import BadInput
 as_scores = ("value", "low", "high", "n", "reason")
 
 # %% ../../nbs/88_comparisons.ipynb #ed104365
-def summarise(table, by: Sequence[str], level: float = 0.95):
+def summarise(table, by: Sequence[str], level: float = 0.95) -> Any:
     """One row per group of a tidy table, in order of appearance.
 
     Columns: `by`, value, low, high, n (questions per seed), seeds, reason, points (each seed's value).
@@ -58,7 +59,7 @@ def _summary(group, level: float) -> dict:
     return row | {"value": mean.value, "low": mean.low, "high": mean.high, "points": points}
 
 # %% ../../nbs/88_comparisons.ipynb #c98c8b37
-def in_order(table, **orders: Sequence):
+def in_order(table, **orders: Sequence) -> Any:
     """Rows of a table whose columns have the named values, sorted by these orders.
 
     Parameters
@@ -105,7 +106,7 @@ def enough_digits(ends: Iterable[float], bounds: Iterable[float] = (0.0,), digit
     return digits
 
 # %% ../../nbs/88_comparisons.ipynb #089d1a58
-def paired(table, axis: str, a, b):
+def paired(table, axis: str, a, b) -> Any:
     """Long table of value[axis = a] - value[axis = b] over rows that agree on all other labels.
 
     Low and high are over questions. Raises `BadInput` where several rows agree on all labels.
@@ -164,7 +165,7 @@ def difference(table, axis: str, a, b, *, level: float = 0.95) -> dict:
     return {**ends, "n": n, "seeds": int(row["seeds"]), "reason": row["reason"]}
 
 # %% ../../nbs/88_comparisons.ipynb #f1797091
-def pooled(table, over: str):
+def pooled(table, over: str) -> Any:
     """Long table without the label `over`: the mean over its parts, each weighing as much as it has questions.
 
     Low and high are those of independent parts.
@@ -188,7 +189,7 @@ def pooled(table, over: str):
     return pd.DataFrame(rows, columns=[*labels, *as_scores]).astype({"n": "Int64"})
 
 # %% ../../nbs/88_comparisons.ipynb #ceb9b1cf
-def measured(table, names: dict[str, str], by: Sequence[str], **orders):
+def measured(table, names: dict[str, str], by: Sequence[str], **orders) -> Any:
     """Summary of the chosen metrics, in the order of `names` and `orders`, without panels that have no value.
 
     Columns: `by`, panel (the metric's name for readers), and those of `summarise`.
@@ -207,7 +208,7 @@ def measured(table, names: dict[str, str], by: Sequence[str], **orders):
     return with_values(in_order(summary, panel=names.values(), **orders))
 
 # %% ../../nbs/88_comparisons.ipynb #06df1bc9
-def with_values(summary, panel: str = "panel"):
+def with_values(summary, panel: str = "panel") -> Any:
     "A summary without those panels in which nothing has a value."
     valued = summary.loc[summary["value"].notna(), panel]
     return summary[summary[panel].isin(valued)].reset_index(drop=True)
@@ -233,7 +234,7 @@ def unmeasured(table, names: dict[str, str]) -> str:
     return f" Not shown: {'; '.join(missing)}." if missing else ""
 
 # %% ../../nbs/88_comparisons.ipynb #88c0f002
-def in_points(summary):
+def in_points(summary) -> Any:
     "A summary of differences of shares, its numbers in percentage points."
     if len(summary) == 0:
         return summary
@@ -245,7 +246,7 @@ _leaking_bin = "the bin whose rationale does not leak"  # as LAS says why it is 
 _in_few_words = {"the student writes no rationale": "writes no rationale"}
 
 
-def in_brief(summary):
+def in_brief(summary) -> Any:
     "A summary whose reasons for missing values are short: 'nearly all leak' where that leaves LAS undefined."
     reasons = [
         "nearly all leak" if _leaking_bin in str(reason) else _in_few_words.get(reason, reason)

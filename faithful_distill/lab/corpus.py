@@ -9,7 +9,7 @@ __all__ = ['CorpusFaults', 'vacuous_share', 'teacher_blocks', 'facts', 'reading_
 # %% ../../nbs/12_corpus.ipynb #f34ea9d5
 import random
 from dataclasses import dataclass
-from typing import Iterable, Iterator
+from typing import Any, Iterable, Iterator
 
 from ..answer_sentences import answer_sentence
 from ..files import BadInput
@@ -231,7 +231,7 @@ def _all_questions() -> Iterator[Question]:
             yield from world_questions(kind, split, 2, shortcut=shortcut)
 
 # %% ../../nbs/12_corpus.ipynb #6001bd57
-def build_tokenizer(extra_texts: Iterable[str] = ()):
+def build_tokenizer(extra_texts: Iterable[str] = ()) -> Any:
     """A whole-word `PreTrainedTokenizerFast` for the world: ids 0 pad, 1 end, 2 unknown.
 
     Parameters

@@ -167,7 +167,7 @@ def _plain(value):
     return str(value) if isinstance(value, Path) else value
 
 
-def fitted(value, annotation: str):
+def fitted(value, annotation: str) -> Any:
     """`value` as an annotation asks for it: `1` as `1.0` where it says `float`, a tuple as a list.
 
     Raises `ValueError` if it does not fit.

@@ -9,7 +9,7 @@ __all__ = ['Strip', 'token_boxes', 'heat_strip', 'matrix']
 import math
 from dataclasses import dataclass
 from itertools import product
-from typing import Sequence
+from typing import Any, Sequence
 
 from .comparisons import number
 from faithful_distill.lab.style import (
@@ -117,7 +117,7 @@ def heat_strip(
     width: float = 7.2,
     size: float = 10.5,
     most: float | None = None,
-):
+) -> Any:
     """Rationales as text, one below the other, each token on the shade of its plausibility growth.
 
     Returns the figure.
@@ -207,7 +207,7 @@ def matrix(
     limits: tuple[float, float] = (0.0, 1.0),
     columns: int = 3,
     width: float = 7.2,
-):
+) -> Any | None:
     """A matrix for each value of `panel`: value, interval and n in each cell, on a shade of the value.
 
     Returns the figure; None if there is nothing to draw.

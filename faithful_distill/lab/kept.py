@@ -160,7 +160,7 @@ class Kept:
         self.rows = row_tables(grid)
         self._read: dict[str, Any] = {}
 
-    def table(self, name: str):
+    def table(self, name: str) -> Any | None:
         "A kept table; None where it is not there."
         file = self.folder / f"{self.grid.name}_{name}.csv"
         if name not in self._read:

@@ -17,6 +17,7 @@ import sys
 import tempfile
 from functools import lru_cache
 from pathlib import Path
+from typing import Self
 
 import filelock
 
@@ -242,10 +243,10 @@ class WarmKernel:
             self.lock.release()
         self.km = self.kc = self.folder = self.lock = None
 
-    def __enter__(self):
+    def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, *_):
+    def __exit__(self, *_) -> None:
         self.stop()
 
 # %% ../../nbs/81_kernel.ipynb #43aed755

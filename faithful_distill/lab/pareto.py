@@ -6,7 +6,7 @@
 __all__ = ['undominated', 'pareto']
 
 # %% ../../nbs/90a_pareto.ipynb #4dd9307c
-from typing import Sequence
+from typing import Any, Sequence
 
 from .style import blank_panels, faint, frame_panel, looks
 
@@ -35,7 +35,7 @@ def pareto(
     columns: int = 2,
     width: float = 7.2,
     height: float = 3.0,
-):
+) -> Any | None:
     """Every measure of a summary against one of them, a point with both intervals for each name.
 
     Returns the figure; None if there is nothing to draw.

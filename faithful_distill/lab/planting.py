@@ -56,7 +56,7 @@ class Plant:
     shortcut: float | None = None
     seed: int = 0
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         n = self.n_deciding_relations
         if n not in range(7):
             raise BadInput("must be a number of relations, 0 to 6", field="n_deciding_relations", value=n)

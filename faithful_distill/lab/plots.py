@@ -7,7 +7,7 @@ __all__ = ['dots', 'lines', 'slopes']
 
 # %% ../../nbs/90_plots.ipynb #12297c52
 import math
-from typing import Iterable, Sequence
+from typing import Any, Iterable, Sequence
 
 from .comparisons import number
 from faithful_distill.lab.style import (
@@ -105,7 +105,7 @@ def dots(
     digits: int = 2,
     columns: int = 3,
     width: float = 7.2,
-):
+) -> Any | None:
     """A panel for each value of `panel`, a row for each value of `row`: dot, interval, value.
 
     Returns the figure; None if there is nothing to draw.
@@ -252,7 +252,7 @@ def lines(
     columns: int = 3,
     width: float = 7.2,
     height: float = 2.9,
-):
+) -> Any | None:
     """A panel for each value of `panel`, a line with its band for each value of `line`.
 
     Returns the figure; None if there is nothing to draw.
@@ -352,7 +352,7 @@ def slopes(
     columns: int = 3,
     width: float = 7.2,
     height: float = 3.2,
-):
+) -> Any | None:
     """A slope for each value of `line`, from the first to the second (or further) value of `side`.
 
     Returns the figure; None if there is nothing to draw.

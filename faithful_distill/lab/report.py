@@ -155,7 +155,7 @@ class Draft:
     origins: dict = field(default_factory=dict)
     samples: list = field(default_factory=list)
 
-    def read(self, path, pooled_by_hand: bool = False, **labels):
+    def read(self, path, pooled_by_hand: bool = False, **labels) -> Any:
         """`read_results`; if they are not there, the section will say so.
 
         Raises `BadInput` for results that vary in a label which is not named: its levels would be pooled, and the
@@ -186,7 +186,7 @@ class Draft:
         "What was planted in a table's numbers by construction, as its origin says it; '' if nothing."
         return self.origins.get(Path(path).name, {}).get("planted", {}).get(what, "")
 
-    def picture(self, name: str, figure, caption: str, formats: Sequence[str] = ("png", "svg")):
+    def picture(self, name: str, figure, caption: str, formats: Sequence[str] = ("png", "svg")) -> Any | None:
         "Saves a figure and returns its PNG for the notebook to show; None if there is no figure."
         if figure is None:
             return None
@@ -196,7 +196,7 @@ class Draft:
         self.figures.append((name, caption))
         return Image(filename=png, width=css_width(png))
 
-    def table(self, name: str, rows: list[list[str]], caption: str):
+    def table(self, name: str, rows: list[list[str]], caption: str) -> Any | None:
         "Saves rows of text and returns them for the notebook to show; None if there is only the head."
         if len(rows) < 2:
             return None

@@ -17,7 +17,7 @@ from contextlib import contextmanager
 from functools import lru_cache
 from importlib import metadata
 from pathlib import Path
-from typing import Iterable, Iterator
+from typing import Any, Iterable, Iterator
 
 from ..files import try_lock, writable_folder, write_json, write_text
 from ..hashes import stable_seed
@@ -91,7 +91,7 @@ def _stable_output(output, number: int, times: dict):
     return output
 
 # %% ../../nbs/82_runs.ipynb #de987d6c
-def stable_notebook(nb, times: dict):
+def stable_notebook(nb, times: dict) -> Any:
     """An executed notebook without what differs from one execution to the next.
 
     Seconds of each cell and messages on the error stream go into `times`.

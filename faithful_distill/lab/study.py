@@ -351,7 +351,7 @@ def reproduce(
     return Reproduction(gather(grid, runs), outcomes)
 
 # %% ../../nbs/93_study.ipynb #fe8c3afb
-def small_table(table, digits: int = 6):
+def small_table(table, digits: int = 6) -> Any:
     """A table of results as it is kept: scores with their n, and what has no interval by nature.
 
     No details, nothing of training questions, no columns without labels; rounded.

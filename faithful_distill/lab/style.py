@@ -156,7 +156,7 @@ def use_style() -> None:
     matplotlib.rcParams.update(style)
 
 # %% ../../nbs/87_style.ipynb #90cefc1f
-def blank_figure(width: float, height: float, rows: int = 1, columns: int = 1, **options):
+def blank_figure(width: float, height: float, rows: int = 1, columns: int = 1, **options) -> tuple[Any, Any]:
     """A figure in this style, and its axes as an array of `rows` x `columns`.
 
     Parameters
@@ -302,7 +302,9 @@ class Panel:
     across: int = 1  # panels in its row
 
 # %% ../../nbs/87_style.ipynb #5cb5d33d
-def blank_panels(width, height, n: int, most: int, *, same_x: bool = True, same_y: bool = True):
+def blank_panels(
+    width, height, n: int, most: int, *, same_x: bool = True, same_y: bool = True
+) -> tuple[Any, list[Panel]]:
     """A figure, and `n` panels in it without title and rows, `most` in a row.
 
     `width` is that of the figure, `height` that of a row of panels, both in inches.
@@ -326,7 +328,9 @@ def blank_panels(width, height, n: int, most: int, *, same_x: bool = True, same_
     return figure, panels
 
 # %% ../../nbs/87_style.ipynb #f7414101
-def panels_of(summary, by, columns, width, height, *, same_x: bool = True, same_y: bool = True):
+def panels_of(
+    summary, by, columns, width, height, *, same_x: bool = True, same_y: bool = True
+) -> tuple[Any, list[Panel]]:
     """A figure with a panel for each value of the column `by`, and these panels; one panel without `by`.
 
     `width` is that of the figure, `height` that of a row of panels, both in inches.

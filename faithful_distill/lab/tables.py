@@ -12,7 +12,7 @@ import hashlib
 import json
 import numbers
 from pathlib import Path
-from typing import Iterable, Sequence
+from typing import Any, Iterable, Sequence
 
 from ..files import BadInput, json_in, write_json, write_text
 from ..jsonl import read_jsonl
@@ -112,7 +112,7 @@ def _sorted(table, columns: Sequence[str]):
     return table.iloc[order].reset_index(drop=True)
 
 # %% ../../nbs/86_tables.ipynb #2fe3102f
-def tidy(results: Iterable, times: bool = False):
+def tidy(results: Iterable, times: bool = False) -> Any:
     """A long pandas table, one row per run and metric: labels, metric, value, low, high, n, reason.
 
     A label that is called like one of the other columns gets a `_`.
@@ -140,7 +140,7 @@ def tidy(results: Iterable, times: bool = False):
     return _sorted(table, [*columns, "metric"])
 
 # %% ../../nbs/86_tables.ipynb #104195a9
-def rows_of(results: Iterable, file: str = "rows.jsonl"):
+def rows_of(results: Iterable, file: str = "rows.jsonl") -> Any:
     """The rows of a JSON-lines file in each of some run folders as one table: labels, id, role, then other fields.
 
     Truth values become 0 and 1. A field that is called like a label gets a `_`.
@@ -171,7 +171,7 @@ def write_table(path, table) -> Path:
     return write_text(path, table.to_csv(index=False, lineterminator="\n"))
 
 
-def read_table(path):
+def read_table(path) -> Any:
     "A table that `write_table` wrote. Words such as 'None' and 'NA' stay words; an empty cell is missing."
     import pandas as pd
 
@@ -187,7 +187,7 @@ def read_table(path):
     return table
 
 
-def read_metrics(path):
+def read_metrics(path) -> Any:
     "`read_table`, of a table of metrics. Raises `BadInput` for one without metrics, or with what is no finite number."
     import numpy as np
     from pandas.api.types import is_numeric_dtype
@@ -205,7 +205,7 @@ def read_metrics(path):
     return table
 
 # %% ../../nbs/86_tables.ipynb #da1ee2a4
-def read_results(path, **labels):
+def read_results(path, **labels) -> Any:
     """A tidy table of results, labels that are numbers as numbers; if the file is not there, an empty one.
 
     That one holds a line for the reader in `attrs['absent']`.
@@ -306,7 +306,7 @@ def note_origin(paths: Iterable, version: str, date: str, commit: str, planted: 
     return write_json(noted, dict(sorted(origins.items())))
 
 # %% ../../nbs/86_tables.ipynb #bfbfc6c4
-def split_metrics(table, pattern: str):
+def split_metrics(table, pattern: str) -> Any:
     """Rows whose whole metric name matches a pattern, with the pattern's named groups as columns.
 
     Parameters

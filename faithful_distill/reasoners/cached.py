@@ -74,17 +74,17 @@ class CachedReasoner(Reasoner):
             remedy="Write to another folder, or ask in the same way.",
         )
 
-    def notes(self):
+    def notes(self) -> list[str]:
         return self.reasoner.notes()
 
-    def describe(self):
+    def describe(self) -> dict:
         return self.reasoner.describe()
 
     def close(self) -> None:
         "Closes the file; the reasoner stays as it is."
         self.journal.close()
 
-    def ask(self, questions, rationales=None, prefix=None, continue_from=False):
+    def ask(self, questions, rationales=None, prefix=None, continue_from=False) -> list[Answer]:
         questions, prefix = as_questions(questions), prefix or self.prefix
         texts = [None] * len(questions) if rationales is None else list(rationales)
         keys = [request_key(q, r, prefix, continue_from) for q, r in zip(questions, texts, strict=True)]
@@ -118,11 +118,11 @@ class CachedReasoner(Reasoner):
         self.known |= {row["key"]: row for row in rows}
         self.computed += len(rows)
 
-    def write(self, questions, beginnings=None):
+    def write(self, questions, beginnings=None) -> list[WrittenRationale]:
         answers = self.ask(questions, beginnings, continue_from=beginnings is not None)
         return [WrittenRationale(a.rationale, a.truncated, a.problem) for a in answers]
 
-    def read(self, questions, rationales):
+    def read(self, questions, rationales) -> list[Answer]:
         return self.ask(questions, rationales)
 
 # %% ../../nbs/67_cached.ipynb #2dd7a306

@@ -220,17 +220,17 @@ class CausalReasoner(Reasoner):
         self.decoder = CausalDecoder(self.teacher.model, self.teacher.end_ids(), batch_size)
         self.limit = context_limit(self.teacher.model) or 1 << 30
 
-    def notes(self):
+    def notes(self) -> list[str]:
         return self.style.notes()
 
-    def describe(self):
+    def describe(self) -> dict:
         made = dict(name=self.name, weights=self.teacher.weights, answers=self.answers)
         made |= {"scores": "per token"} if self.comparable else {}
         dtype = str(self.teacher.model.dtype).removeprefix("torch.")
         return made | dict(dtype=dtype, max_new_tokens=self.max_new_tokens) | self.style.describe()
 
     @torch.inference_mode()
-    def write(self, questions, beginnings=None):
+    def write(self, questions, beginnings=None) -> list[WrittenRationale]:
         starts = [self.style.begin(text) for text in beginnings or [""] * len(questions)]
         texts = [self.style.prompt(q) + start for q, start in zip(questions, starts, strict=True)]
         contexts, reserve = self._ids(texts), [_answer_length(q) for q in questions]
@@ -246,7 +246,7 @@ class CausalReasoner(Reasoner):
         return written
 
     @torch.inference_mode()
-    def read(self, questions, rationales):
+    def read(self, questions, rationales) -> list[Answer]:
         prompts = list(map(self.style.prompt, questions))
         asked = [self._fitted(*given) for given in zip(questions, prompts, rationales, strict=True)]
         able = [i for i, one in enumerate(asked) if one is not None]

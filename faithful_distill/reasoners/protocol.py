@@ -11,7 +11,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from numbers import Integral
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 from ..answer_sentences import answer_sentences, strip_answer
 from ..files import BadInput
@@ -83,7 +83,7 @@ class Reasoner:
         "For each question what follows from a rationale: the choice, and the log-likelihood of each."
         raise NotImplementedError
 
-    def __repr__(self):
+    def __repr__(self) -> str:
         return f"{type(self).__name__}({self.name})"
 
     def notes(self) -> list[str]:
@@ -97,10 +97,10 @@ class Reasoner:
     def close(self) -> None:
         "Closes its files and connections, where it has any."
 
-    def __enter__(self):
+    def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, *_):
+    def __exit__(self, *_) -> None:
         self.close()
 
     def ask(
@@ -113,7 +113,7 @@ class Reasoner:
         """The answer to each question, from a rationale of its own or a given one. See `asked`."""
         return asked(self, questions, rationales, prefix, continue_from)
 
-    def __call__(self, questions, rationales=None, prefix=None, continue_from=False):
+    def __call__(self, questions, rationales=None, prefix=None, continue_from=False) -> list[Answer]:
         return self.ask(questions, rationales, prefix, continue_from)
 
 # %% ../../nbs/66_protocol.ipynb #f5ca842b
@@ -194,12 +194,12 @@ class Scripted(Reasoner):
         self.copies, self.name = copies, "copies" if copies else "ignores"
         self.own = write or (lambda q: f"it must be the {q.choices[q.answer]}")
 
-    def write(self, questions, beginnings=None):
+    def write(self, questions, beginnings=None) -> list[WrittenRationale]:
         starts = [""] * len(questions) if beginnings is None else beginnings
         texts = [f"{start} {self.own(q)}".strip() for q, start in zip(questions, starts)]
         return list(map(WrittenRationale, texts))
 
-    def read(self, questions, rationales):
+    def read(self, questions, rationales) -> list[Answer]:
         return list(map(self._answer, questions, rationales))
 
     def _answer(self, q: Question, rationale: str) -> Answer:
@@ -230,18 +230,18 @@ class StudentReasoner(Reasoner):
         self.name, self.prefix, self.tokenizer = student.name, student.prefix, student.tokenizer
         self.answer_only = not student.writes_rationales
 
-    def ask(self, questions, rationales=None, prefix=None, continue_from=False):
+    def ask(self, questions, rationales=None, prefix=None, continue_from=False) -> list[Answer]:
         sizes = self.batch_size, self.max_new_tokens
         return answer(self.student, questions, rationales, prefix, *sizes, continue_from=continue_from)
 
-    def write(self, questions, beginnings=None):
+    def write(self, questions, beginnings=None) -> list[WrittenRationale]:
         answers = self.ask(questions, beginnings, continue_from=beginnings is not None)
         return [WrittenRationale(a.rationale, a.truncated) for a in answers]
 
-    def read(self, questions, rationales):
+    def read(self, questions, rationales) -> list[Answer]:
         return self.ask(questions, rationales)
 
-    def describe(self):
+    def describe(self) -> dict:
         student, limit = self.student, self.max_new_tokens or self.student.max_target
         weights = model_identity(student.model, student.tokenizer)
         lengths = dict(max_source=student.max_source, max_target=student.max_target, max_new_tokens=limit)
@@ -277,15 +277,15 @@ class FunctionReasoner(Reasoner):
         self.prefix, self.tokenizer = getattr(ask, "prefix", "factual"), getattr(ask, "tokenizer", None)
         self.answer_only = bool(getattr(ask, "settings", {}).get("answer_only"))
 
-    def ask(self, questions, rationales=None, prefix=None, continue_from=False):
+    def ask(self, questions, rationales=None, prefix=None, continue_from=False) -> list[Answer]:
         texts = [None] * len(questions) if rationales is None else rationales
         return _checked(questions, self.function(questions, texts, prefix or self.prefix, continue_from))
 
-    def write(self, questions, beginnings=None):
+    def write(self, questions, beginnings=None) -> list[WrittenRationale]:
         answers = self.ask(questions, beginnings, continue_from=beginnings is not None)
         return [WrittenRationale(a.rationale, getattr(a, "truncated", False)) for a in answers]
 
-    def read(self, questions, rationales):
+    def read(self, questions, rationales) -> list[Answer]:
         return self.ask(questions, rationales)
 
 # %% ../../nbs/66_protocol.ipynb #201e4e45
@@ -348,23 +348,23 @@ class ByLikelihood(Reasoner):
         self.name, self.prefix, self.tokenizer = inner.name, inner.prefix, inner.tokenizer
         self.answer_only, self.unable, self.comparable = inner.answer_only, inner.unable, True
 
-    def ask(self, questions, rationales=None, prefix=None, continue_from=False):
+    def ask(self, questions, rationales=None, prefix=None, continue_from=False) -> list[Answer]:
         questions = as_questions(questions)
         return self._decided(questions, self.reasoner.ask(questions, rationales, prefix, continue_from))
 
-    def write(self, questions, beginnings=None):
+    def write(self, questions, beginnings=None) -> list[WrittenRationale]:
         return self.reasoner.write(questions, beginnings)
 
-    def read(self, questions, rationales):
+    def read(self, questions, rationales) -> list[Answer]:
         return self._decided(questions, self.reasoner.read(questions, rationales))
 
-    def notes(self):
+    def notes(self) -> list[str]:
         return self.reasoner.notes()
 
-    def describe(self):
+    def describe(self) -> dict:
         return self.reasoner.describe() | {"choice": "the likeliest per token"}
 
-    def close(self):
+    def close(self) -> None:
         self.reasoner.close()
 
     def _decided(self, questions, answers) -> list[Answer]:

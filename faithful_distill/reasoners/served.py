@@ -217,7 +217,7 @@ class ServedReasoner(Reasoner):
         self.reads, self.why = _way_to_read(self, reads)
         self.comparable = self.reads != "echo" or answers == "likely"
 
-    def describe(self):
+    def describe(self) -> dict:
         made = self.model.describe() | dict(
             answers=self.answers, reads=self.reads, max_new_tokens=self.max_new_tokens
         )
@@ -225,7 +225,7 @@ class ServedReasoner(Reasoner):
         made |= {"samples": self.samples} if self.reads == "samples" else {}
         return made | {"template": "the server's" if self.chats else "ours"} | self.style.describe()
 
-    def notes(self):
+    def notes(self) -> list[str]:
         ways = {
             "echo": "",
             "top": f"choices are read from the likeliest next tokens, as {self.why}",
@@ -237,10 +237,10 @@ class ServedReasoner(Reasoner):
             self.model.usage.summary(self.model.price),
         ]
 
-    def close(self):
+    def close(self) -> None:
         self.model.close()
 
-    def write(self, questions, beginnings=None):
+    def write(self, questions, beginnings=None) -> list[WrittenRationale]:
         starts = [self.style.begin(text) for text in beginnings or [""] * len(questions)]
         if self.chats:
             replies = self.model.chat([self.style.messages(q) for q in questions], self.max_new_tokens)
@@ -249,7 +249,7 @@ class ServedReasoner(Reasoner):
             replies = self.model.complete(asked, self.max_new_tokens, stop=self.style.stops)
         return [_written(self.style, start, reply) for start, reply in zip(starts, replies)]
 
-    def read(self, questions, rationales):
+    def read(self, questions, rationales) -> list[Answer]:
         contexts = [self._context(*one) for one in zip(questions, rationales)]
         return ways_to_read[self.reads](self, questions, contexts, rationales)
 

@@ -108,7 +108,7 @@ class Worked(Style):
     max_new_tokens: ClassVar[int] = 96
     stops: ClassVar[tuple[str, ...]] = ("\n\n", "\nQ:")
 
-    def prompt(self, q):
+    def prompt(self, q) -> str:
         blocks = [self._block(shown, rationale) for shown, rationale in self.examples]
         return "".join([*blocks, self._lead(question_as_data(q, self.marks))])
 
@@ -118,16 +118,16 @@ class Worked(Style):
     def _block(self, q: Question, rationale: str) -> str:
         return f"{self._lead(q)}{self.conclude(rationale)} {choice_text(q, q.answer).rstrip('.')}.\n\n"
 
-    def begin(self, beginning):
+    def begin(self, beginning) -> str:
         return f" {parted(beginning, self.marks)}" if beginning else ""
 
-    def conclude(self, rationale):
+    def conclude(self, rationale) -> str:
         return f"{self.begin(rationale)} {answer_sentence}"
 
-    def over(self, written):
+    def over(self, written) -> bool:
         return self._cut(written) != written.lstrip() or bool(answer_sentences(written))
 
-    def rationale(self, written, ended):
+    def rationale(self, written, ended) -> tuple[str, bool]:
         return before_answer(self._cut(written)).strip(), ended or self.over(written)
 
     def _cut(self, written: str) -> str:
@@ -136,7 +136,7 @@ class Worked(Style):
         ends = [at for mark in self.stops if (at := text.find(mark)) >= 0]
         return text[: min(ends, default=len(text))]
 
-    def describe(self):
+    def describe(self) -> dict:
         return super().describe() | {"examples": len(self.examples), "prompt": content_key(self._texts())}
 
     def _texts(self) -> list[str]:
@@ -199,7 +199,7 @@ class Chat(Style):
     max_new_tokens: ClassVar[int] = 192
     special_tokens: ClassVar[bool] = False
 
-    def prompt(self, q):
+    def prompt(self, q) -> str:
         text = rendered(self.tokenizer, self.messages(q), enable_thinking=self.thinking)
         opening, closing = self.tags
         if self.thinking or not text.rstrip().endswith(opening):
@@ -217,21 +217,21 @@ class Chat(Style):
     def _user(self, q: Question) -> dict:
         return {"role": "user", "content": f"{question_text(q)}\n\n{self.instruction}"}
 
-    def begin(self, beginning):
+    def begin(self, beginning) -> str:
         return parted(beginning, self.marks)
 
-    def conclude(self, rationale):
+    def conclude(self, rationale) -> str:
         text = self.begin(rationale)
         gap = "\n\n" if "\n" in text else " "
         return f"{text}{gap}{answer_sentence}" if text else answer_sentence
 
-    def over(self, written):
+    def over(self, written) -> bool:
         return bool(answer_sentences(written))
 
-    def rationale(self, written, ended):
+    def rationale(self, written, ended) -> tuple[str, bool]:
         return before_answer(written).strip(), ended or self.over(written)
 
-    def describe(self):
+    def describe(self) -> dict:
         shown = [[q.question, *q.choices, q.answer, r] for q, r in self.examples]
         template = getattr(self.tokenizer, "chat_template", None)
         text = content_key([template, self.system, self.instruction, shown])
@@ -246,23 +246,23 @@ class Think(Chat):
     max_new_tokens: ClassVar[int] = 1024
     thinking: ClassVar[bool] = True
 
-    def prompt(self, q):
+    def prompt(self, q) -> str:
         text, opening = super().prompt(q), self.tags[0]
         return text if text.rstrip().endswith(opening) else f"{text}{opening}\n"
 
-    def begin(self, beginning):
+    def begin(self, beginning) -> str:
         return parted(beginning, (*self.marks, *self.tags))
 
-    def conclude(self, rationale):
+    def conclude(self, rationale) -> str:
         return f"{self.begin(rationale)}\n{self.tags[1]}\n\n{answer_sentence}"
 
-    def over(self, written):
+    def over(self, written) -> bool:
         return self.tags[1] in written
 
-    def rationale(self, written, ended):
+    def rationale(self, written, ended) -> tuple[str, bool]:
         return written.split(self.tags[1])[0].replace(self.tags[0], "").strip(), self.over(written)
 
-    def notes(self):
+    def notes(self) -> list[str]:
         if self.tokenizer is None:
             return ["a thought is handed over as an ordinary turn: the server puts it into the template"]
         if keeps_thinking(self.tokenizer, self.tags):
@@ -271,7 +271,7 @@ class Think(Chat):
             "the chat template drops the thinking of a turn, so it is added by hand where it is handed over"
         ]
 
-    def describe(self):
+    def describe(self) -> dict:
         return super().describe() | {"tags": list(self.tags)}
 
 # %% ../../nbs/66_styles.ipynb #b25eb44d

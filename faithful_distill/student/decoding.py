@@ -60,7 +60,7 @@ class DecoderBatch:
         self.mask = mask[:, :0]  # of all that is in the cache: nothing yet
         self.logits = self.feed(ids, mask, pick=lambda states: states[:, -1])
 
-    def feed(self, tokens, mask=None, pick: Callable = lambda states: states):
+    def feed(self, tokens, mask=None, pick: Callable = lambda states: states) -> Any:
         "Read tokens [rows, n]; their logits [rows, n, vocabulary], or those that `pick` takes (see `forward_at`)."
         import torch
 

@@ -7,7 +7,7 @@ __all__ = ['ReadRow', 'RationaleRow', 'LabelRow', 'training_examples', 'count_ro
 
 # %% ../../nbs/54_examples.ipynb #48827929
 from dataclasses import dataclass
-from typing import Sequence
+from typing import Any, Sequence
 
 from ..records import Rationale, read_records
 from faithful_distill.student.loss import (
@@ -218,7 +218,7 @@ def _marks(rows):
     )
 
 # %% ../../nbs/54_examples.ipynb #65b70f1f
-def token_counts(batch: dict):
+def token_counts(batch: dict) -> Any:
     "Of a batch: [factual tokens, counterfactual tokens, pairs, factual tokens of rationale rows]."
     import torch
 

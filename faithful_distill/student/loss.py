@@ -16,7 +16,7 @@ from ..caches import input_device
 from ..files import BadInput, did_you_mean
 
 # %% ../../nbs/45_loss.ipynb #eeda74aa
-def combine(l_f, l_c, n_f, n_c, alpha_cf: float, reduction: str):
+def combine(l_f, l_c, n_f, n_c, alpha_cf: float, reduction: str) -> Any:
     """Sums of both parts (nats) and their token counts as one number. A part without tokens adds nothing.
 
     Raises `BadInput` for a reduction other than 'per_part' and 'per_token'.
@@ -353,7 +353,7 @@ def distillation_loss(
     return DistillationLoss(total, l_f.detach(), l_c.detach(), n_f, n_c, *pairs)
 
 # %% ../../nbs/45_loss.ipynb #dce0138a
-def student_logits(model, batch: dict):
+def student_logits(model, batch: dict) -> Any:
     "Forward pass over a batch of `collate`: [rows, positions, vocabulary]."
     return model(**_inputs(batch), use_cache=False).logits
 
@@ -364,7 +364,7 @@ def _inputs(batch):
     }
 
 # %% ../../nbs/45_loss.ipynb #a7108094
-def forward_at(model, pick: Callable, **inputs):
+def forward_at(model, pick: Callable, **inputs) -> Any:
     """A forward pass that computes logits at some positions only.
 
     Parameters
@@ -391,7 +391,7 @@ def forward_at(model, pick: Callable, **inputs):
     return out
 
 # %% ../../nbs/45_loss.ipynb #2d0f425b
-def learned_logits(model, batch: dict):
+def learned_logits(model, batch: dict) -> Any:
     """Logits of the positions with a label alone, in the order of `labels[labels != -100]`.
 
     [learned tokens, vocabulary].
@@ -400,7 +400,7 @@ def learned_logits(model, batch: dict):
     return forward_at(model, lambda states: states[learned], **_inputs(batch), use_cache=False).logits
 
 # %% ../../nbs/45_loss.ipynb #b1c5d2b9
-def target_log_probs(student, row):
+def target_log_probs(student, row) -> Any:
     "Log-probability of each token of `row.target`, by one forward pass over this row alone: [target]."
     import torch
 

@@ -45,13 +45,13 @@ class Student:
     max_target: int = 256
     settings: dict = field(default_factory=dict)
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         positions = None if self.is_seq2seq else getattr(self.model.config, "max_position_embeddings", None)
         if positions and self.max_source + self.max_target > positions:
             self.max_source, self.max_target = positions - positions // 2, positions // 2
         check_student(self)
 
-    def __repr__(self):
+    def __repr__(self) -> str:
         kind, size = self.model.config.model_type, self.model.num_parameters()
         lengths = f"max_source {self.max_source}, max_target {self.max_target}"
         return f"Student({Path(self.name).name}: {kind}, {size:,} parameters, {self.model.device}, {lengths})"
@@ -258,7 +258,7 @@ def tiny_student(
     return Student(model.eval(), tokenizer, f"tiny-{kind}")
 
 # %% ../../nbs/50_model.ipynb #62c026fe
-def model_class(config):
+def model_class(config) -> type:
     "The `transformers` class for a model with this configuration and a language-model head."
     import transformers
 

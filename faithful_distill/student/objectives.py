@@ -8,12 +8,12 @@ __all__ = ['pair_likelihoods', 'over_pairs', 'margin_terms', 'reference_margin',
 
 # %% ../../nbs/46_objectives.ipynb #0e856535
 import math
-from typing import Sequence
+from typing import Any, Sequence
 
 from .loss import Objective, combine, find_objective, register_objective
 
 # %% ../../nbs/46_objectives.ipynb #109d3111
-def pair_likelihoods(tokens):
+def pair_likelihoods(tokens) -> Any:
     """Log-likelihood of the answers that are compared: [pairs, 2 rationales, choices], in nats.
 
     -inf where a pair has no such choice. `tokens` are `LearnedTokens` whose `marks` say what makes a pair.
@@ -25,14 +25,14 @@ def pair_likelihoods(tokens):
     return per_row[marks["pairs"].clamp(min=0)].masked_fill(marks["pairs"] < 0, -math.inf)
 
 # %% ../../nbs/46_objectives.ipynb #67637097
-def over_pairs(tokens, terms):
+def over_pairs(tokens, terms) -> Any:
     "The mean of `terms` (one a pair) over all pairs of the step; their sum is noted for the log."
     tokens.pair_terms = terms.sum().detach()
     n = len(terms) if tokens.totals is None else tokens.totals[2]
     return terms.sum() / (n + (n == 0))
 
 # %% ../../nbs/46_objectives.ipynb #e3c3462f
-def margin_terms(likelihoods, margin: float):
+def margin_terms(likelihoods, margin: float) -> Any:
     "max(0, m - [log p(a*|q,r) - log p(a*|q,r')]) of each pair, from `pair_likelihoods` with one choice."
     return (margin - (likelihoods[:, 0, 0] - likelihoods[:, 1, 0])).clamp(min=0)
 
@@ -55,7 +55,7 @@ def _margin(tokens, weights):
 _ = register_objective(Objective("margin", ("gold", "pairs"), _margin, ("beta", "margin"), "wrong_reads"))
 
 # %% ../../nbs/46_objectives.ipynb #a32373b7
-def consistency_terms(likelihoods):
+def consistency_terms(likelihoods) -> Any:
     "Half the sum of both Kullback-Leibler divergences of each pair, from `pair_likelihoods`, in nats."
     log_p = likelihoods.log_softmax(-1)
     p = log_p.exp()

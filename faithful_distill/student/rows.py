@@ -9,7 +9,7 @@ __all__ = ['source_text', 'target_text', 'Target', 'Row', 'training_rows', 'row_
 # %% ../../nbs/51_rows.ipynb #3e90ba32
 import random
 from dataclasses import dataclass
-from typing import Sequence
+from typing import Any, Sequence
 
 from ..answer_sentences import answer_sentence
 from ..caches import shared_tokens
@@ -380,7 +380,7 @@ def examples_of(rows: Sequence[Row], ids: Sequence[str]) -> list[list[Row]]:
     return examples
 
 # %% ../../nbs/51_rows.ipynb #1bc84e2e
-def pad_rows(rows: Sequence[Sequence], filler, multiple: int = 1, *, left: bool = False, device=None):
+def pad_rows(rows: Sequence[Sequence], filler, multiple: int = 1, *, left: bool = False, device=None) -> Any:
     "Rows of unequal length as one tensor [rows, width]; the width is a multiple of `multiple`."
     import torch
 
@@ -390,7 +390,7 @@ def pad_rows(rows: Sequence[Sequence], filler, multiple: int = 1, *, left: bool 
     return torch.tensor(padded, device=device)
 
 
-def pad_with_mask(rows: Sequence[Sequence[int]], filler: int, **how):
+def pad_with_mask(rows: Sequence[Sequence[int]], filler: int, **how) -> tuple[Any, Any]:
     "Padded rows, and a mask of the same shape: 1 for what is not padding. Keywords as for `pad_rows`."
     return pad_rows(rows, filler, **how), pad_rows([[1] * len(row) for row in rows], 0, **how)
 

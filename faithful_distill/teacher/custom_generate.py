@@ -61,7 +61,7 @@ def contrastive(
     token_budget: int | None = None,
     engine: str = "auto",
     **model_kwargs,
-):
+) -> torch.Tensor | Any:
     """A decoding loop for `model.generate(input_ids, custom_generate=contrastive, perturbed_ids=...)`.
 
     Raises `BadInput` for settings of `generate` that it does not follow.

@@ -6,6 +6,7 @@
 __all__ = ['refused', 'needed_bytes', 'needs']
 
 # %% ../../nbs/28_engine.ipynb #e87aace8
+from collections.abc import Iterator
 from dataclasses import dataclass
 from types import SimpleNamespace
 
@@ -35,7 +36,7 @@ class Group:
     root: int
     slot: int = -1
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         self.streams = [(row, k) for row in self.rows for k in range(len(row.contexts))]
         self.holders: dict = {}  # distinct context -> the numbers of its streams
         for number, (row, k) in enumerate(self.streams):
@@ -49,7 +50,7 @@ class Group:
             n - self.trunk for n in lengths
         )  # tokens to compute before the first new one
 
-    def spans(self):
+    def spans(self) -> Iterator[tuple[list[int], tuple[int, ...], int]]:
         """What to compute before the first new token: (streams that keep it, tokens, position of the first).
 
         The trunk is stream -1.

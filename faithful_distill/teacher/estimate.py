@@ -46,7 +46,7 @@ class Estimate:
     trial: int
     read: int = 0
 
-    def __str__(self):
+    def __str__(self) -> str:
         hours, minutes = self.seconds / 3600, self.seconds / 60
         length = (
             f"{hours:.1f} h"

@@ -12,7 +12,7 @@ import re
 from collections import Counter
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
-from typing import Iterable, Iterator, Sequence
+from typing import Iterable, Iterator, Self, Sequence
 
 from ..files import BadInput, Journal
 from ..jsonl import read_jsonl
@@ -254,10 +254,10 @@ class Ledger:
         self.journal.close()
         self.journal.path.unlink()
 
-    def __enter__(self):
+    def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, error, *_):
+    def __exit__(self, error, *_) -> None:
         failed = True
         try:
             self.write()

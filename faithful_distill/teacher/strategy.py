@@ -40,7 +40,7 @@ class Strategy:
     beta: float = 0.0
     temperature: float = 0.0
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.perturbation not in perturbations:
             problem = f"must be one of {', '.join(perturbations)}"
             raise BadInput(problem, field="perturbation", value=self.perturbation)

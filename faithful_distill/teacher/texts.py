@@ -62,13 +62,13 @@ class ServedTeacher(TextTeacher):
         self.model = ServedModel(model) if isinstance(model, str) else model
         self.name = self.model.name
 
-    def write(self, prompts, seeds, max_new_tokens, temperature):
+    def write(self, prompts, seeds, max_new_tokens, temperature) -> list[Reply]:
         how = dict(temperature=temperature, seeds=seeds if temperature else None)
         if prompts and not isinstance(prompts[0], str):
             return self.model.chat(prompts, max_new_tokens, **how)
         return self.model.complete(prompts, max_new_tokens, stop=["\n\n", "\nQ:"], **how)
 
-    def log_p(self, prompts, texts):
+    def log_p(self, prompts, texts) -> list[LogP | None]:
         problem = self.model.echo_problem()
         if problem:
             remedy = "Use strategy 'greedy' or 'sampled', or a server that repeats a prompt with its log-probabilities."
@@ -88,7 +88,7 @@ class FunctionTeacher(TextTeacher):
     def __init__(self, function: Callable[[str, int], str]):
         self.function, self.name = function, getattr(function, "__name__", type(function).__name__)
 
-    def write(self, prompts, seeds, max_new_tokens, temperature):
+    def write(self, prompts, seeds, max_new_tokens, temperature) -> list[Reply]:
         texts = [self.function(prompt, seed) for prompt, seed in zip(prompts, seeds)]
         for text in texts:
             if not isinstance(text, str):
@@ -106,7 +106,7 @@ def as_text_teacher(teacher: Any) -> TextTeacher | None:
     return FunctionTeacher(teacher) if callable(teacher) and not hasattr(teacher, "generate") else None
 
 # %% ../../nbs/44_texts.ipynb #b0be13d6
-def text_prompt(q: Question, stated: int | str | None, shots: str | list[dict]):
+def text_prompt(q: Question, stated: int | str | None, shots: str | list[dict]) -> str | list[dict]:
     "What a teacher is asked with an answer stated: a text, or turns of a conversation."
     asked = part_special_words(None, context(q, stated))
     if isinstance(shots, str):
@@ -133,7 +133,7 @@ def check_texts(strategy: Strategy, samples: int, style: str) -> None:
 # %% ../../nbs/44_texts.ipynb #814bed7c
 def write_texts(
     teacher: TextTeacher, jobs: list, strategy: Strategy, shots, seed: int, max_new_tokens: int, finished
-):
+) -> None:
     "Rationales of all jobs, some at a time; `finished(job, text, generation, log_p)` is called for each."
     for at in range(0, len(jobs), 32):
         some = jobs[at : at + 32]

@@ -7,7 +7,7 @@ __all__ = []
 
 # %% ../../nbs/59_adapters.ipynb #a5bdc45b
 import warnings
-from typing import Iterator
+from typing import Any, Iterator
 
 from ..files import BadInput, writable_folder
 from ..student.model import Student
@@ -25,7 +25,7 @@ def fuse_activations(model) -> None:
                 setattr(module, name, torch.nn.GELU(approximate="tanh"))
 
 # %% ../../nbs/59_adapters.ipynb #963f5dad
-def add_adapters(model, lora: dict):
+def add_adapters(model, lora: dict) -> Any:
     """`peft.get_peft_model` for a plain LoRA.
 
     Raises `BadInput` for one that cannot be merged into the weights afterwards.
@@ -76,7 +76,7 @@ def _unmergeable(model) -> Iterator[str]:
             yield name
 
 # %% ../../nbs/59_adapters.ipynb #9ed4c579
-def with_lora(student: Student, settings: Settings):
+def with_lora(student: Student, settings: Settings) -> Any:
     "The student's model with adapters; their first values depend on the seed alone."
     import torch
 

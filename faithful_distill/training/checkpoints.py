@@ -120,7 +120,7 @@ class AtomicCheckpoints(TrainerCallback):
     def __init__(self, folder: Path, about: dict, keep: int = 2):
         self.folder, self.about, self.keep, self.step = Path(folder), about, keep, 0
 
-    def on_save(self, args, state, control, **_):
+    def on_save(self, args, state, control, **_) -> None:
         if torch.distributed.is_initialized():
             torch.distributed.barrier()
         if state.is_world_process_zero:

@@ -10,7 +10,7 @@ import copy
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Sequence
+from typing import Any, Sequence
 
 from ..files import BadInput
 from ..models import load_config, source_of
@@ -157,7 +157,7 @@ def _config(name):
     return load_config(name, "student")
 
 # %% ../../nbs/65_sizing.ipynb #b26c9629
-def meta_model(student: Student | str | Path):
+def meta_model(student: Student | str | Path) -> Any:
     "The model of a student (a Student, a folder, a hub name or a name of `t5_sizes`) without weights."
     import torch
 

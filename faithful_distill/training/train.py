@@ -14,7 +14,7 @@ import time
 import warnings
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Sequence
+from typing import Iterator, Sequence
 
 from ..exchange import as_stated
 from ..files import BadInput, writable_folder
@@ -194,7 +194,7 @@ def disk_is_full(e: Exception) -> bool:
 
 # %% ../../nbs/60_train.ipynb #64db347b
 @contextmanager
-def reports(reporters: list[str]):
+def reports(reporters: list[str]) -> Iterator[None]:
     """Closes what a reporter leaves open.
 
     The next student of this process gets a Weights & Biases run of its own, unless there was one before

@@ -11,6 +11,7 @@ import json
 import random
 import time
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 
 from transformers import EarlyStoppingCallback, Trainer, TrainerCallback
@@ -63,10 +64,10 @@ class Examples(torch.utils.data.Dataset):
     def __init__(self, examples: list[list[Row]]):
         self.examples = examples
 
-    def __len__(self):
+    def __len__(self) -> int:
         return len(self.examples)
 
-    def __getitem__(self, i):
+    def __getitem__(self, i) -> list[Row]:
         return self.examples[i] if i >= 0 else []
 
 # %% ../../nbs/58_trainer.ipynb #8d049378
@@ -121,7 +122,7 @@ class StepBatches(torch.utils.data.Sampler):
     def steps(self) -> int:
         return -(-len(self.lengths) // self.batch_size)  # steps in an epoch
 
-    def __len__(self):
+    def __len__(self) -> int:
         return self.steps * self.micro_batches
 
     def plan(self, epoch: int) -> list[list[int]]:
@@ -136,14 +137,14 @@ class StepBatches(torch.utils.data.Sampler):
             rng.shuffle(steps)
         return [step + [-1] * (self.batch_size - len(step)) for step in steps]
 
-    def __iter__(self):
+    def __iter__(self) -> Iterator[list[int]]:
         for step in self.plan(self.epoch):
             for k in range(self.micro_batches):
                 at = (k * self.ranks + self.rank) * self.share
                 yield step[at : at + self.share]
 
 # %% ../../nbs/58_trainer.ipynb #5cf81955
-def loss_sums(loss):
+def loss_sums(loss) -> torch.Tensor:
     """What is added up over batches: [factual, counterfactual] losses summed over tokens, their token counts, and the
     summed terms of pairs with their number."""
     parts = (loss.factual, loss.counterfactual, loss.tokens_factual, loss.tokens_counterfactual)
@@ -195,7 +196,7 @@ class StepLossTrainer(Trainer):
         self.loss_is_scaled_for_ga = True  # and is not to be divided by the number of micro-batches
         self.sums = torch.zeros(6, dtype=torch.float64, device=self.args.device)
 
-    def get_train_dataloader(self):
+    def get_train_dataloader(self) -> torch.utils.data.DataLoader:
         return torch.utils.data.DataLoader(
             self.train_dataset,
             batch_sampler=self.batches,
@@ -203,12 +204,14 @@ class StepLossTrainer(Trainer):
             pin_memory=self.args.device.type == "cuda",
         )
 
-    def get_batch_samples(self, epoch_iterator, num_batches, device):
+    def get_batch_samples(self, epoch_iterator, num_batches, device) -> tuple[list[dict], torch.Tensor]:
         "The micro-batches of a step, and its `token_counts` over all ranks."
         batches = [batch for _, batch in zip(range(num_batches), epoch_iterator)]
         return batches, over_ranks(sum(token_counts(batch) for batch in batches).to(device))
 
-    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+    def compute_loss(
+        self, model, inputs, return_outputs=False, num_items_in_batch=None
+    ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
         logits, labels, counterfactual = (
             learned_logits(model, inputs),
             inputs["labels"],
@@ -222,7 +225,7 @@ class StepLossTrainer(Trainer):
         total = loss.total * self.accelerator.num_processes
         return (total, logits) if return_outputs else total
 
-    def log(self, logs, start_time=None):
+    def log(self, logs, start_time=None) -> None:
         if "loss" in logs:
             logs = {**logs, **loss_parts(over_ranks(self.sums.clone()).tolist())}
             self.sums.zero_()
@@ -230,7 +233,7 @@ class StepLossTrainer(Trainer):
         super().log(numbers, start_time)  # a reporter such as TensorBoard takes nothing else
         self.state.log_history[-1] |= {name: None for name in logs if name not in numbers}
 
-    def floating_point_ops(self, inputs):
+    def floating_point_ops(self, inputs) -> int:
         return 0  # counting them costs more than a small model's step
 
 # %% ../../nbs/58_trainer.ipynb #58000002
@@ -275,7 +278,7 @@ class DistillationTrainer(StepLossTrainer):
         self.dev = dev
         super().__init__(*args, **kwargs)
 
-    def evaluate(self, *args, **kwargs):
+    def evaluate(self, *args, **kwargs) -> dict[str, float | None]:
         metrics = {f"eval_{name}": value for name, value in self.dev(self).items()}
         self.log(dict(metrics))
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
@@ -301,7 +304,7 @@ class MetricsFile(TrainerCallback):
     def __init__(self, path: Path):
         self.path = Path(path)
 
-    def on_train_begin(self, args, state, control, **_):
+    def on_train_begin(self, args, state, control, **_) -> None:
         if not state.is_world_process_zero:
             return
         lines = self.path.read_text(encoding="utf-8").splitlines() if self.path.exists() else []
@@ -309,7 +312,7 @@ class MetricsFile(TrainerCallback):
         kept = [line for line in whole if json.loads(line)["step"] <= state.global_step]
         write_text(self.path, "".join(line + "\n" for line in kept))
 
-    def on_log(self, args, state, control, logs=None, **_):
+    def on_log(self, args, state, control, logs=None, **_) -> None:
         if not state.is_world_process_zero or not logs or "train_runtime" in logs:
             return
         of = next((p for p in ("", "eval_") if f"{p}loss" in logs), None)
@@ -324,20 +327,20 @@ class MetricsFile(TrainerCallback):
 class Bar(TrainerCallback):
     "A progress bar with the loss, the rate and the time left, on rank 0."
 
-    def on_train_begin(self, args, state, control, **_):
+    def on_train_begin(self, args, state, control, **_) -> None:
         if state.is_world_process_zero:
             self.bar = progress(total=state.max_steps, desc="training", unit="step")
             self.bar.update(state.global_step)
 
-    def on_step_end(self, args, state, control, **_):
+    def on_step_end(self, args, state, control, **_) -> None:
         if state.is_world_process_zero:
             self.bar.update()
 
-    def on_log(self, args, state, control, logs=None, **_):
+    def on_log(self, args, state, control, logs=None, **_) -> None:
         if state.is_world_process_zero and logs and "loss" in logs:
             self.bar.set_postfix(loss=f"{logs['loss']:.3f}", refresh=False)
 
-    def on_train_end(self, args, state, control, **_):
+    def on_train_end(self, args, state, control, **_) -> None:
         if state.is_world_process_zero:
             self.bar.close()
 
@@ -356,7 +359,7 @@ class AutoSave:
         late = self.asked - self.last >= max(self.seconds, self.ratio * self.cost)
         return bool(over_ranks(torch.tensor(float(first and late), device=device)))
 
-    def saved(self):
+    def saved(self) -> None:
         self.last = time.monotonic()
         self.cost = self.last - self.asked
 
@@ -388,14 +391,14 @@ class TrainingSchedule(TrainerCallback):
     def __init__(self, trainer, every: int | None = None):
         self.trainer, self.every, self.pace = trainer, every, None if every else AutoSave()
 
-    def on_train_begin(self, *_, **__):
+    def on_train_begin(self, *_, **__) -> None:
         if self.trainer.deepspeed.zero_optimization_stage() == 0:
             keep_grad_norm(self.trainer.deepspeed)
 
-    def on_epoch_begin(self, args, state, control, **_):
+    def on_epoch_begin(self, args, state, control, **_) -> None:
         self.trainer.batches.epoch = state.global_step // self.trainer.batches.steps
 
-    def on_step_end(self, args, state, control, **_):
+    def on_step_end(self, args, state, control, **_) -> None:
         norm = self.trainer.deepspeed.get_global_grad_norm()
         if norm is not None and not 0 <= norm < float("inf"):
             raise BadInput(
@@ -410,9 +413,9 @@ class TrainingSchedule(TrainerCallback):
         if self.pace and control.should_log and not last:
             control.should_save |= self.pace.due(args.device)
 
-    def on_epoch_end(self, args, state, control, **_):
+    def on_epoch_end(self, args, state, control, **_) -> None:
         control.should_log |= control.should_save or control.should_evaluate
 
-    def on_save(self, *_, **__):
+    def on_save(self, *_, **__) -> None:
         if self.pace:
             self.pace.saved()

@@ -13,8 +13,10 @@ import os
 import random
 import warnings
 from collections import defaultdict
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -25,7 +27,7 @@ from .settings import Settings
 
 # %% ../../nbs/56_zero.ipynb #f5cd370d
 @contextmanager
-def deepspeed_session():
+def deepspeed_session() -> Iterator[None]:
     "DeepSpeed ready for use within, and no trace of it after."
     before = dict(os.environ)
     import numpy
@@ -239,7 +241,7 @@ def _ceil(x: float) -> int:
     return -(-int(x * 1000) // 1000)  # what is over by a rounding error is not another step
 
 # %% ../../nbs/56_zero.ipynb #ceb27c61
-def engine_arguments(settings: Settings, n_examples: int, out: Path, dev: bool):
+def engine_arguments(settings: Settings, n_examples: int, out: Path, dev: bool) -> Any:
     """`TrainingArguments` of a run. To be called within `deepspeed_session`.
 
     Parameters
