@@ -19,8 +19,8 @@ help:            ## list what can be made
 quickstart: .venv/.ready ## the whole pipeline on the embedded world: runs/quickstart/report.html
 	$(BIN)/faithful-distill reproduce --profile quickstart
 
-study: .venv/.ready ## every figure and table on several seeds, resumable: runs/study/report.html
-	$(BIN)/faithful-distill reproduce --profile study
+study: .venv/.ready ## every figure and table on several seeds, resumable: runs/study/report.html; COMPARE=data/results: which kept results came out again
+	$(BIN)/faithful-distill reproduce --profile study $(if $(COMPARE),--compare '$(COMPARE)')
 
 results: .venv/.ready ## the study's small tables into data/results (what is there is not computed again); then `make figures`
 	$(BIN)/faithful-distill reproduce --profile study --keep data/results

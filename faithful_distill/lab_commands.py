@@ -35,6 +35,7 @@ def reproduce(
     list: bool = False,
     dry_run: bool = False,
     keep: str | None = None,
+    compare: str | None = None,
 ) -> None:
     """Compute a profile: every notebook of its grid, the figures, and one report. What is there already is not computed again.
 
@@ -63,15 +64,23 @@ def reproduce(
         study was computed; ?: not known
     keep
         folder such as data/results: what stands in its tables is not computed again, and when all is done the small tables that the figures read are written there
+    compare
+        folder such as data/results: when all is done, say which of the results that it keeps came out the same
     """
+    from faithful_distill.lab.replication import check_comparable, compare_profile
     from faithful_distill.lab.study import keep_profile
     from faithful_distill.lab.study import reproduce as run
 
     if seed and seeds:
         remedy = "Name the seeds, or say how many."
         raise BadInput("cannot be given beside --seeds", field="--seed", value=" ".join(seed), remedy=remedy)
+    if keep and compare:
+        remedy = "Compare first, then keep."
+        raise BadInput("cannot be given beside --keep", field="--compare", value=compare, remedy=remedy)
     plan_only = dry_run or list
     seeds = _numbers(seed) or seeds
+    if compare:
+        check_comparable(profile, compare, seeds, data_dir)
     how = dict(only=[*only] or None, seeds=seeds, workers=workers, runs=runs, data_dir=data_dir, keep=keep)
     result = run(profile, **how, dry_run=plan_only)
     if plan_only:
@@ -82,5 +91,7 @@ def reproduce(
         click.echo(f"Report: {report}")
     if not result.ok:
         sys.exit(1)
+    if compare:
+        click.echo(compare_profile(profile, compare, runs, seeds, data_dir))
     for path in keep_profile(profile, keep, runs, seeds, data_dir) if keep else []:
         click.echo(f"Kept: {path}")

@@ -989,6 +989,13 @@ def test_one_call_keeps_all_that_the_figures_of_a_profile_read(tmp_path, monkeyp
     names = {"toy_rationales.csv", "toy_strategies.csv", "toy_times.csv", "toy_done.json", "origin.json"}
     assert {p.name for p in (tmp_path / "part").iterdir()} == names
     assert set(read_table(tmp_path / "part" / "toy_rationales.csv").group) == {"strategies"}
+    how = ["--only", "strategies", "--runs", "elsewhere", "--compare", "kept"]
+    compared = CliRunner().invoke(main, ["reproduce", "--profile", "toy.yaml", "--workers", "1", *how])
+    assert compared.exit_code == 0 and "toy_rationales.csv: 2 of 2 rows the same" in compared.output
+    for more, problem in ((["--keep", "kept"], "cannot be given beside"), ([], "keeps no result of toy")):
+        how = ["--runs", "never", "--compare", "nowhere", *more]
+        refused = CliRunner().invoke(main, ["reproduce", "--profile", "toy.yaml", *how])
+        assert refused.exit_code == 2 and problem in refused.output and not (tmp_path / "never").exists()
     with pytest.raises(BadInput, match="is not a group"):
         keep_results(tmp_path / "runs" / "toy", tmp_path / "kept", {"rationales": ["rationale"]})
     with pytest.raises(BadInput, match="is not there"):
