@@ -1651,3 +1651,10 @@ def test_shares_of_ordered_pairs_of_few_students_are_widened_and_say_so():
     drawn = sum(np.einsum("di,ij,dj->d", weights[:, a], c, weights[:, b]) for _, a, b, c in pairs) / 32
     low = score.value - intervals.small_sample_factor(12) * (score.value - np.quantile(drawn, 0.025))
     assert score.low == pytest.approx(max(0, low))
+
+
+@pytest.mark.filterwarnings("error")
+def test_an_undefined_number_of_few_rows_has_no_ends_and_no_warning():
+    ratio = lambda means: means[..., :1] / means[..., 1:]
+    point, low, high, details = intervals.bootstrap(np.array([[1.0, 0.0]] * 30), ratio, draws=50)
+    assert np.isinf(point[0]) and np.isnan([low[0], high[0]]).all() and details["undefined_draws"] == 50

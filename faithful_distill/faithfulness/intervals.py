@@ -215,7 +215,8 @@ def bootstrap(
     point, (low, high), info = np.asarray(point), np.array(ends).T, {"units": int(counts.sum())}
     if not defined.all():
         info["undefined_draws"] = int((~defined).any(-1).sum())
-    low, high, warning = widened(point, low, high, info["units"], level)
+    with np.errstate(invalid="ignore"):  # an undefined number has undefined ends
+        low, high, warning = widened(point, low, high, info["units"], level)
     return point, low, high, info | warning
 
 # %% ../../nbs/68_intervals.ipynb #82449591

@@ -260,7 +260,8 @@ def meta_student(student: Student | str | Path, settings: Settings) -> Student |
 # %% ../../nbs/65_sizing.ipynb #b58e81e2
 def reading_need(student: Student, rationales: list[Rationale], settings: Settings, steps: int) -> dict:
     "Rows and tokens that a run reads, and the largest forward pass: `rows_at_once`, `tokens_at_once` (padded)."
-    from faithful_distill.training.trainer import StepBatches, example_lengths, make_examples, training_cost
+    from faithful_distill.student.examples import example_lengths
+    from faithful_distill.training.trainer import StepBatches, make_examples, training_cost
 
     examples, _ = make_examples(student, rationales, settings)
     parts = dict(seed=settings.seed, micro_batches=settings.accumulation)
