@@ -276,18 +276,22 @@ def _from_row(row: Mapping, question: Question | None) -> Rationale:
 # %% ../nbs/05_records.ipynb #28c13fbb
 def _check_one_answer(row: Mapping, read: Mapping) -> None:
     "Raises `BadInput` where a row has two fields for the answer that say two choices."
-    for name in ("answerKey", "gold"):
-        if "answer" in row and isinstance(row.get(name), (str, int)):
+    given = [name for name in ("answer", "answerKey", "gold") if row.get(name) is not None]
+    if len(given) < 2:
+        return
+    rest = {k: v for k, v in row.items() if k not in given}
+    for name in given:
+        if isinstance(row[name], (str, int)):
             with suppress(BadInput):
-                other = _plain(row | {"answer": row[name]})["answer"]
+                other = _plain(rest | {"answer": row[name]})["answer"]
                 if other is not None and other != read["answer"]:
                     break
     else:
         return
+    first = next(other for other in given if other != name)
     remedy = f"Keep one of the two: {name!r} is {row[name]!r}."
-    raise BadInput(
-        "is not the answer that another field gives", field="answer", value=row["answer"], remedy=remedy
-    )
+    problem = "is not the answer that another field gives"
+    raise BadInput(problem, field=first, value=row[first], remedy=remedy)
 
 
 def _readable(value: Any) -> Any:

@@ -212,6 +212,10 @@ def test_two_fields_for_the_answer_must_agree():
     for other in ({"gold": "a cup"}, {"answerKey": "B"}, {"gold": 1}):
         with pytest.raises(BadInput, match="another field gives"):
             read_records([ROW | other])
+    unnamed = {k: v for k, v in ROW.items() if k != "answer"}
+    assert read_records([unnamed | {"gold": "a bird", "answerKey": "A"}])[0].answer == 0
+    with pytest.raises(BadInput, match="another field gives"):
+        read_records([unnamed | {"gold": "a bird", "answerKey": "B"}])
 
 
 def test_answers_inside_very_many_wrappings_are_read_at_all():
