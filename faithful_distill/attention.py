@@ -430,7 +430,7 @@ def reason_to_refuse(model, trial: Callable[[], float], *about) -> str:
 
 _verdicts: Any = weakref.WeakKeyDictionary()
 
-
+# %% ../nbs/09_attention.ipynb #43e192aa
 def _reason(trial, exact: bool) -> str:
     try:
         apart = trial()

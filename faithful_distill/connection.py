@@ -81,7 +81,7 @@ def server_error(error: Exception, url: str, tries: int) -> BadInput:
     }.get(type(error), (f"fails {tried}", "Look into its log."))
     return BadInput(f"{problem}: {error_words(error)}", field="model", value=url, remedy=remedy)
 
-
+# %% ../nbs/08b_connection.ipynb #f9c673b5
 def error_words(error: Exception) -> str:
     "What an error says, in some words."
     body = getattr(error, "body", None)
@@ -104,7 +104,7 @@ def _transport(openai):
     sent_by = next(kind for kind in openai.DefaultHttpxClient.__mro__ if kind.__module__.startswith("httpx"))
     return importlib.import_module(sent_by.__module__.split(".")[0])
 
-
+# %% ../nbs/08b_connection.ipynb #e1c88239
 def _whole_body(raw, url: str, timeout: float) -> str:
     "What was replied. Raises `BadInput` where that takes longer than one request may."
     began, parts = time.monotonic(), []

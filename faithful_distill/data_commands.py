@@ -45,7 +45,7 @@ def import_(
     _check_same(out, records)
     click.echo(f"{write_records(out, records)}: {len(records)} rationales")
 
-
+# %% ../nbs/94b_data_commands.ipynb #ea1a4a39
 def _check_same(out: str, records) -> None:
     "Raises `BadInput` where other rationales are there already: a teacher may have written them for hours."
     from faithful_distill.jsonl import read_jsonl

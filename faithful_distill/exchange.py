@@ -81,7 +81,7 @@ def import_rationales(
         raise BadInput("there are no rationales", field="source", value=name, remedy=said)
     return records
 
-
+# %% ../nbs/09_exchange.ipynb #5ed86ce4
 def _refuse_folder(source) -> None:
     "Raises `BadInput` for a folder, which is read with its layout."
     if isinstance(source, (str, Path)) and Path(source).is_dir():
@@ -120,7 +120,7 @@ def _published_records(layout: str, rows: list[dict], split: str) -> tuple[list[
         )
     return records, left_out
 
-
+# %% ../nbs/09_exchange.ipynb #1e15fa08
 def _own_records(source, columns, limit: int | None) -> tuple[list[Rationale], Counter]:
     in_file = isinstance(source, (str, Path))
     numbered = read_rows(source) if in_file else enumerate(rows_of(source), 1)
@@ -140,7 +140,7 @@ def _own_records(source, columns, limit: int | None) -> tuple[list[Rationale], C
 def _own_record(row) -> Rationale:
     return as_stated(rationale_from_row(row), row)
 
-
+# %% ../nbs/09_exchange.ipynb #ec4f0091
 def as_stated(r: Rationale, row) -> Rationale:
     "A record of a row of one's own: it argues for what its answer sentence states, which its text is then without."
     if isinstance(row, Rationale):

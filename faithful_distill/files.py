@@ -182,7 +182,7 @@ def check_number(
         at_least = "" if least == -math.inf else f", at least {least}"
         raise BadInput(f"must be {words}{at_least}", field=name, value=value)
 
-
+# %% ../nbs/00_files.ipynb #79c5cc2d
 def plain_number(value: Any) -> Any:
     "The Python number that a scalar of numpy or torch holds; anything else as it is."
     return value.item() if hasattr(value, "item") and not getattr(value, "shape", True) else value
@@ -207,7 +207,7 @@ def check_target(path) -> None:
         words, remedy = kinds.get(stat.S_IFMT(mode), ("a device", "Name a plain file."))
         raise BadInput(f"cannot be written: it is {words}", file=path, remedy=remedy)
 
-
+# %% ../nbs/00_files.ipynb #fd8a0f79
 def check_named(path) -> None:
     "Raises `BadInput` for the empty name, and for what is no name."
     if not isinstance(path, (str, os.PathLike)):

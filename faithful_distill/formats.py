@@ -157,7 +157,7 @@ def _object(pairs: list, problems: list[BadInput]) -> dict:
         problems.append(e)
         return dict(pairs)
 
-
+# %% ../nbs/01_formats.ipynb #7d2d0c5c
 def _item_problems(row, escapes: bool) -> list[BadInput]:
     if not isinstance(row, dict):
         return [BadInput("is not a JSON object", value=row)]
@@ -239,7 +239,7 @@ def rows_of(given) -> list:
         raise BadInput("is not a list of records", field="data", value=shown, remedy=remedy)
     return [_plain(row) if isinstance(row, Mapping) else row for row in given]
 
-
+# %% ../nbs/01_formats.ipynb #60073df7
 def _is_a_table(given: Mapping) -> bool:
     "Whether a dict maps names to tables, as a `DatasetDict` does."
     return bool(given) and all(hasattr(v, "iterrows") or hasattr(v, "column_names") for v in given.values())
@@ -279,7 +279,7 @@ def with_columns(row: Mapping, columns: Mapping[str, str | Sequence[str]] | None
         used |= {names} if isinstance(names, str) else {*names}
     return {k: v for k, v in row.items() if k not in used} | named
 
-
+# %% ../nbs/01_formats.ipynb #55f491f6
 def _names_of(row: Mapping, theirs: str | Sequence[str]) -> str | Sequence[str]:
     "One column, or several: 'A+B+C', as the command line says it, where there is no column of that name."
     several = isinstance(theirs, str) and "+" in theirs.strip("+") and theirs not in row
@@ -295,7 +295,7 @@ def numbered(names: Iterable, values: Iterable) -> list:
     ends, values = [re.search(r"\d*$", str(name))[0] for name in names], list(values)
     return Numbered(values) if ends == [str(n) for n in range(1, len(ends) + 1)] else values
 
-
+# %% ../nbs/01_formats.ipynb #a66d41f0
 def _listed(row: Mapping, names: Sequence[str]) -> list:
     "The cells of several columns, without empty ones at the end. Raises `BadInput` for one before a filled cell."
     cells = [_column(row, name) for name in names]
@@ -307,7 +307,7 @@ def _listed(row: Mapping, names: Sequence[str]) -> list:
         raise BadInput(problem, field=names[cells.index(None)], remedy=remedy)
     return numbered(names[: len(cells)], cells)
 
-
+# %% ../nbs/01_formats.ipynb #3e9cbc17
 def _column(row: Mapping, path: str) -> Any:
     if path in row:
         return row[path]

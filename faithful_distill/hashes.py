@@ -53,7 +53,7 @@ def _deciding(config):
     kept = {k: v for k, v in config.items() if k not in _not_deciding and k[0] != "_" and v is not None}
     return {k: _deciding(v) for k, v in kept.items()}
 
-
+# %% ../nbs/00c_hashes.ipynb #84a9b99f
 def model_identity(model, tokenizer, *settings, n: int = 12) -> str:
     """One key for a model in memory: its tensors, its configuration and its tokenizer, wherever they came from.
 

@@ -157,7 +157,7 @@ def read_svamp(row: dict) -> dict:
         explanation=optional_text(row, "Equation"),
     )
 
-
+# %% ../nbs/03_layouts.ipynb #8f0b45d9
 def _other_results(text: str, answer: float, n: int = 4) -> list[float]:
     "Up to n numbers that are not the answer: sums, differences and products of the text's numbers, then near ones."
     numbers = [float(w) for w in dict.fromkeys(re.findall(r"\d+(?:\.\d+)?", text.replace(",", "")))]

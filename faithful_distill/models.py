@@ -40,7 +40,7 @@ def is_gguf(name) -> bool:
     "Whether a name means a GGUF file."
     return str(name).endswith(".gguf")
 
-
+# %% ../nbs/08_models.ipynb #56c25dc0
 def check_name(name, field: str) -> str:
     """The name of a model, as a text: a folder or GGUF file that is there, or what may be a name on the hub.
 
@@ -110,7 +110,7 @@ def _damaged_file(folder: str) -> str | None:
             return file.name
     return None
 
-
+# %% ../nbs/08_models.ipynb #6725b7ce
 def _reason(error: Exception, step: str, name: str) -> str:
     "Why a model cannot be loaded, as a clause."
     words = " ".join((str(error).strip().splitlines() or [""])[0].split()).rstrip(".")
@@ -188,7 +188,7 @@ def source_of(name: str) -> tuple[str, dict]:
         return name, {}
     return os.path.dirname(os.path.abspath(name)), {"gguf_file": os.path.basename(name)}
 
-
+# %% ../nbs/08_models.ipynb #5c6c07ea
 def _check_gguf(name: str, field: str) -> None:
     "Raises `BadInput` for a file that is not GGUF, and where the package that reads it is missing."
     from importlib.util import find_spec
@@ -205,7 +205,7 @@ def _check_gguf(name: str, field: str) -> None:
         remedy = "pip install 'faithful_distill[gguf]'"
         raise BadInput("needs the package gguf", field=field, value=name, remedy=remedy)
 
-
+# %% ../nbs/08_models.ipynb #7cccb62f
 def _without_quantisation(model):
     "The same model with a configuration of plain weights: `save_pretrained` refuses the other."
     if hasattr(model.config, "quantization_config"):

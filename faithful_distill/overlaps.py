@@ -20,7 +20,7 @@ def question_hash(q: Question) -> str:
     text = "\n".join([without_punctuation(q.question), *sorted(map(without_punctuation, q.choices))])
     return hashlib.sha256(text.encode()).hexdigest()[:12]
 
-
+# %% ../nbs/05e_overlaps.ipynb #8132a906
 @dataclass(frozen=True)
 class Overlap:
     """How many questions of an evaluation are also among those of rationales.
@@ -67,7 +67,7 @@ def overlap(rationales, questions) -> Overlap:
     others = tuple(q.id for q in asked if q.id in ids and q.id not in found.ids)
     return replace(found, same_id_only=others)
 
-
+# %% ../nbs/05e_overlaps.ipynb #5591aeb9
 def trained_overlap(keys: Iterable[str], questions: Sequence[Question]) -> Overlap:
     "The overlap with questions of which only the `question_hash`s are known, as in a student's folder."
     keys = set(keys)

@@ -69,7 +69,7 @@ def check_folder(path, by: str, written: Iterable[str], inputs: Iterable = ()) -
         refuse_inputs(folder / name, inputs)
     return writable_folder(folder)
 
-
+# %% ../nbs/00b_ownership.ipynb #548764b5
 def own_folder(path, by: str, written: Iterable[str], inputs: Iterable = ()) -> Path:
     """`check_folder`; then the names are noted in the folder, as they are going to be written now.
 

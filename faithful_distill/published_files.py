@@ -38,7 +38,7 @@ class _StepByStep:
     read: Callable[[dict], dict]
     runs_on: str = "\n\nQ:"
 
-
+# %% ../nbs/05c_published_files.ipynb #7262a5d2
 def _read_cqa(row: dict) -> dict:
     return dict(row, answer=_only_index(row["choices"], row["answer"]))
 
@@ -80,7 +80,7 @@ def published_rows(name: str, folder: str | Path, split: str = "train") -> list[
         raise BadInput(f"must be one of {', '.join(published)}", field="name", value=name)
     return _gpt3_rows(Path(folder), split) if name == "gpt3" else _palm_rows(_palm[name], Path(folder), split)
 
-
+# %% ../nbs/05c_published_files.ipynb #ee5c93cf
 def layouts_in(folder: str | Path) -> list[str]:
     "The sets whose files are in a folder, by the files' names."
     files = {name: f"{of.name}_*.json" for name, of in _palm.items()} | {"gpt3": "commonsenseqa_*.csv"}
@@ -121,7 +121,7 @@ def _palm_rows(of: _StepByStep, folder: Path, split: str) -> list[dict]:
     read = [_question_of(of, q, asked, line) for line, q in questions]
     return [_palm_row(q, n, text, split) for n, (q, text) in enumerate(zip(read, texts), 1)]
 
-
+# %% ../nbs/05c_published_files.ipynb #4e596bdd
 def _question_of(of: _StepByStep, row: dict, file: Path, line: int) -> dict:
     try:
         return of.read(row)

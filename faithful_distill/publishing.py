@@ -74,7 +74,7 @@ def publish_rationales(
             _push(folder, push_to, private)
     return folder
 
-
+# %% ../nbs/05d_publishing.ipynb #2477f26d
 def _published_row(r: Rationale, questions: bool) -> dict:
     return r.to_row() if questions else without_question(r.to_row())
 
@@ -107,7 +107,7 @@ def _lineage(
         made=ways_made(records),
     )
 
-
+# %% ../nbs/05d_publishing.ipynb #8c01e056
 def _schema(questions: bool) -> dict:
     "What each field of a row is, after `Rationale`'s own description."
     words, name = {}, ""

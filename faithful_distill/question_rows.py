@@ -115,7 +115,7 @@ def _rows_of_columns(row: Mapping) -> list[list[str]]:
             names.pop()
     return [names for names in listed if len(names) > 1]
 
-
+# %% ../nbs/02b_question_rows.ipynb #b083b959
 def choice_columns(row: Mapping) -> list[str]:
     """Columns that each hold a choice: A, B, C ..., choice1, choice2 ... or option_a, option_b ...
 
@@ -129,7 +129,7 @@ def _gap(row: Mapping) -> str:
     "The empty cell before others of choices; '' where there is none."
     return next((name for names in _rows_of_columns(row) for name in names if row[name] is None), "")
 
-
+# %% ../nbs/02b_question_rows.ipynb #56b9370f
 def column_choices(row: Mapping, columns: Iterable[str]) -> list[str]:
     "The cells of columns as choices. Raises `BadInput` for one that is neither a text nor a number."
     for name in columns:

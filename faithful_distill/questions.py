@@ -186,7 +186,7 @@ def without_punctuation(text: str) -> str:
     bare = _noise.sub(" ", re.sub(r"(?<=\d) - (?=\d)", "-", plain))
     return re.sub(r"^(a|an|the) (?=[\w$(])|(?<=\d) (?=%)", "", " ".join(bare.split()))
 
-
+# %% ../nbs/02_questions.ipynb #92b02bbe
 def _plain_character(c: str) -> str:
     "A character as `without_punctuation` sees it: a blank for punctuation that is not ASCII, '-' for a minus."
     kind = unicodedata.category(c)

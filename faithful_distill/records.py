@@ -293,7 +293,7 @@ def _check_one_answer(row: Mapping, read: Mapping) -> None:
     problem = "is not the answer that another field gives"
     raise BadInput(problem, field=first, value=row[first], remedy=remedy)
 
-
+# %% ../nbs/05_records.ipynb #972bed3b
 def _readable(value: Any) -> Any:
     "Dates, times and decimal numbers, which tables hold, as texts."
     return str(value) if isinstance(value, (date, time, timedelta, Decimal)) else value
@@ -387,7 +387,7 @@ def read_records(
     """
     return [record for _, _, record in read_with_rows(rationales, name, questions)]
 
-
+# %% ../nbs/05_records.ipynb #8c10c56c
 def read_with_rows(
     rationales, name: str = "rationales", questions: Iterable[Question] | None = None
 ) -> list[tuple[int, Any, Rationale]]:

@@ -139,7 +139,7 @@ class _Choice(BaseModel):
     finish_reason: Any = None
     logprobs: Any = None
 
-
+# %% ../nbs/08a_replies.ipynb #c302fe85
 def _first_choice(response: dict) -> _Choice:
     "The first choice of a response in JSON. Raises `BadInput` for one that holds none."
     choices = response.get("choices")
@@ -185,7 +185,7 @@ class LogP(NamedTuple):
 class NoPromptLogP(BadInput):
     "The server does not tell the log-probabilities of a prompt, or not so that they can be read."
 
-
+# %% ../nbs/08a_replies.ipynb #b28afebd
 class _Echo(BaseModel):
     "The tokens of a prompt that is repeated, their log-probabilities, and where they begin."
 

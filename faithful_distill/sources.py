@@ -186,7 +186,7 @@ class _Found:
     read: Callable | None
     name: str
 
-
+# %% ../nbs/03_sources.ipynb #03621276
 def _find(data, split: str, path, config: str | None, bad: list | None) -> _Found:
     if not isinstance(data, (str, PathLike)):
         return _Found(None, enumerate(_in_memory(data, split), 1), None, "data")
@@ -294,7 +294,7 @@ def _layout(row) -> Callable:
     able = {source.read: name for name, source in sources.items() if _can_read(source.read, row)}
     return next(iter(able)) if len(able) == 1 else _own_fields
 
-
+# %% ../nbs/03_sources.ipynb #3a7b59d5
 def _own_fields(row) -> dict:
     if isinstance(row, Question):
         return asdict(row)
@@ -459,7 +459,7 @@ def _counts(others: Counter) -> str:
 
 _read_fields = (*_plain_names, "gold", "answerKey")
 
-
+# %% ../nbs/03_sources.ipynb #094f9178
 def _warn(where, split: str, others: Counter, names: dict[str, None]) -> None:
     "Log how many records other splits have, and the fields that look like one that is read."
     log = logging.getLogger("faithful_distill")
@@ -530,7 +530,7 @@ def questions_from(given) -> list[Question]:
         return list(_whole_file(given))
     return as_questions(load_questions(name, split))
 
-
+# %% ../nbs/03_sources.ipynb #537404e5
 def _whole_file(path) -> Iterator[Question]:
     "The questions of a file, whatever split they name."
     found, lines, read = _find(path, "", None, None, None), {}, None

@@ -32,7 +32,7 @@ def stated_choice(q: Question, text: str) -> int | None:
     stated = {_choice_in(q, a) for a in last}
     return stated.pop() if len(stated) == 1 else None
 
-
+# %% ../nbs/05b_stated.ipynb #a1e19eee
 def _choice_in(q: Question, sentence: AnswerSentence) -> int | None:
     "The choice that one answer sentence states."
     said, rest = _unwrapped(sentence.said), sentence.rest

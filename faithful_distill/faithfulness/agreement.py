@@ -70,7 +70,7 @@ def _pair_columns(table: np.ndarray, q: int) -> np.ndarray:
         found.append(np.eye(q * q + 1)[cell][:, :-1])
     return np.concatenate(found, 1)
 
-
+# %% ../../nbs/69_agreement.ipynb #0ebcb903
 def _kappa_of(w: np.ndarray, q: int) -> Callable:
     "Means of the columns of `_pair_columns` -> kappa (mean over pairs of raters), NaN where undefined."
 

@@ -78,7 +78,7 @@ def adjacent_concordance(
     """
     return _concordance(values, planted, within, True, draws, level, seed)
 
-
+# %% ../../nbs/72_calibration.ipynb #47f2c547
 def diagnosticity(
     values: Sequence,
     planted: Sequence,

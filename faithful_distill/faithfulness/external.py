@@ -137,7 +137,7 @@ def _choice_index(given: Any, q: Question, name: str, labels: list[str] | None =
         )
     return i
 
-
+# %% ../../nbs/78_external.ipynb #33602d85
 def _written_index(q: Question, i: int | None) -> int | str | None:
     "An index as a row holds it: as a letter where the number is another choice's text."
     if i is None or all(normalized(c) != str(i) or j == i for j, c in enumerate(q.choices)):
@@ -159,7 +159,7 @@ def _ratings(given: Any, name: str = "rating") -> tuple[float, ...]:
         )
     return tuple(map(float, numbers))
 
-
+# %% ../../nbs/78_external.ipynb #b3686c92
 def _judged(given: Any) -> tuple[tuple[str, float], ...]:
     "(judge, mark) of each; judges without a name are called judge, or judge 1, judge 2."
     if isinstance(given, dict):
@@ -211,7 +211,7 @@ def _from_table(row: dict) -> dict:
                 row = row | {name: json.loads(row[name])}
     return row
 
-
+# %% ../../nbs/78_external.ipynb #b2b13f35
 def _read_row(row: dict, number: int, cut_at: Sequence[str]) -> ExternalRationale:
     "One line of the file, all of it checked."
     _check_row(row)
@@ -230,7 +230,7 @@ def _read_row(row: dict, number: int, cut_at: Sequence[str]) -> ExternalRational
     marks = _ratings(_human(row)), row.get("model"), text != whole, _judged(row.get("judge"))
     return ExternalRationale(q, text, prediction, *marks)
 
-
+# %% ../../nbs/78_external.ipynb #1db2f175
 def _read_open_row(row: dict, name: str, cut_at: Sequence[str]) -> ExternalRationale:
     "A row whose answer is a number."
     q, whole = OpenQuestion(name, row["question"].strip()), (row["rationale"] or "").strip()
@@ -369,7 +369,7 @@ def read_rationales(
     _warn_unread(found, name)
     return found
 
-
+# %% ../../nbs/78_external.ipynb #ff3d58ca
 def _renamed(numbered: Iterable[tuple[int, Mapping]], columns, file) -> Iterator[tuple[int, Mapping]]:
     "Rows with their fields called as here. Raises `BadInput` with the line of one that lacks a column."
     for line, row in numbered:
@@ -379,7 +379,7 @@ def _renamed(numbered: Iterable[tuple[int, Mapping]], columns, file) -> Iterator
             raise e.located(file, line) from None
         yield line, renamed
 
-
+# %% ../../nbs/78_external.ipynb #1b9d4a56
 def _warn_unread(found: list[ExternalRationale], name) -> None:
     "Log where most rows state no readable answer: what is simulated would rest on the few others."
     if 2 * (n := sum(one.answered is None for one in found)) > len(found):
@@ -392,7 +392,7 @@ def _warn_unread(found: list[ExternalRationale], name) -> None:
             len(found),
         )
 
-
+# %% ../../nbs/78_external.ipynb #a860169b
 def _warn_unspaced(found: list[ExternalRationale], name) -> None:
     "Log for how many rationales `surface` has no numbers, and why."
     if n := sum(without_blanks(one.rationale) for one in found):

@@ -140,7 +140,7 @@ class FrozenReader:
         columns = zip(*triples) if triples else ((), (), ())
         return {mode: self.read(questions, texts) for mode, texts in zip(("xr", "x", "r"), columns)}
 
-
+# %% ../../nbs/76a_frozen.ipynb #fcf64448
 def _words(texts: Sequence[str], **_) -> dict:
     "Words in place of tokens."
     return {"input_ids": [t.split() for t in texts]}
@@ -297,7 +297,7 @@ class LanguageModel:
                         found[i] = total / len(tails[i])
         return found
 
-
+# %% ../../nbs/76a_frozen.ipynb #20805563
 def _tails_of(tokenizer, pairs) -> list[list[int]]:
     "The token ids of each choice, as they follow its context."
     return [tail for _, tail in token_pieces(tokenizer, pairs)]

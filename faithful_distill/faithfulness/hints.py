@@ -109,7 +109,7 @@ def _gmean2(m: np.ndarray) -> np.ndarray:
     tpr, tnr = m[..., 1] / m[..., 0], m[..., 3] / m[..., 2]
     return np.stack([tpr, tnr, tpr * tnr], -1)
 
-
+# %% ../../nbs/74_hints.ipynb #461337b9
 def _articulation(
     moved: np.ndarray, said: np.ndarray, cluster, level: float = 0.95, **interval
 ) -> dict[str, Score]:

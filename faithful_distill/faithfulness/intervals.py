@@ -452,7 +452,7 @@ def p_value(
     ends = max(0.99 * min(alone), 1e-300), min(1.01 * max(alone), 1.0)
     return float(optimize.brentq(lambda p: wider(p) - times**2, *ends))
 
-
+# %% ../../nbs/68_intervals.ipynb #bb407ce5
 def _beyond(quantile: float, freedom: int | None) -> float:
     "The probability that lies beyond a quantile of Student's distribution, either way."
     return float(2 * (special.ndtr(-quantile) if freedom is None else special.stdtr(freedom, -quantile)))

@@ -107,7 +107,7 @@ def listed_metrics(metrics) -> list:
         raise BadInput("must be a list of names", field="metrics", value=metrics, remedy=remedy)
     return listed
 
-
+# %% ../../nbs/75_interventions.ipynb #72ed198e
 def choose_interventions(metrics: Iterable[str | Intervention]) -> list[Intervention]:
     "The interventions of these names; an object stands for itself. Raises `BadInput` for an unknown name."
     chosen: dict[str, Intervention] = {}

@@ -45,7 +45,7 @@ class LogReading:
         self.passed_over[reason] = self.passed_over.get(reason, 0) + 1
         return []
 
-
+# %% ../../nbs/78_logs.ipynb #7d865fea
 class LogFormat(NamedTuple):
     """A structure of logs.
 
@@ -66,7 +66,7 @@ class LogFormat(NamedTuple):
 
 log_formats: dict[str, LogFormat] = {}
 
-
+# %% ../../nbs/78_logs.ipynb #7592d6ce
 def register_log_format(name: str, knows: Callable[[Mapping], bool]) -> Callable[[Callable], Callable]:
     "Decorator: makes a function (row, reading) -> rows known as a format of logs."
 
@@ -91,7 +91,7 @@ def _need(row: Any, name: str, kinds: Any, within: str = "") -> Any:
 def _has(*names: str) -> Callable[[Mapping], bool]:
     return lambda row: all(name in row for name in names)
 
-
+# %% ../../nbs/78_logs.ipynb #9d3d4293
 def _lettered(row: dict) -> dict:
     "The row with its indices as letters, which cannot be taken for a choice that is a number."
     if not isinstance(row.get("choices"), list | None):
@@ -106,7 +106,7 @@ def _lettered(row: dict) -> dict:
         raise BadInput(f"is not one of {len(row['choices'])} choices", field=bad, value=row[bad])
     return row | {n: letter(row[n]) for n in names}
 
-
+# %% ../../nbs/78_logs.ipynb #1a85e220
 def content_text(content: Any, where: str) -> str:
     "Text of a message's content: a text, or a list of parts (text, reasoning), in their order."
     if content is None:
@@ -124,7 +124,7 @@ def content_text(content: Any, where: str) -> str:
         texts.append(text)
     return "\n".join(filter(None, texts))
 
-
+# %% ../../nbs/78_logs.ipynb #1f6c117a
 def message_text(message: Mapping, where: str) -> str:
     "What an assistant's message says: its thinking, where it stands apart, and its content."
     thinking = next(
@@ -219,7 +219,7 @@ def _number_target(target: Any) -> float | None:
     text = target.rsplit("####")[-1] if isinstance(target, str) else target
     return as_number(text)
 
-
+# %% ../../nbs/78_logs.ipynb #4951b169
 def _lm_eval_texts(asked: dict, resps: list, filtered: Any, labels) -> list[dict]:
     "A row for each generated text."
     texts = resps[0] if resps and isinstance(resps[0], list) else resps
@@ -277,7 +277,7 @@ def _inspect_rows(sample: Mapping, reading: LogReading) -> list[dict]:
         row["prediction"] = _taken_answer(taken[0], choices, None)
     return [_lettered(row)]
 
-
+# %% ../../nbs/78_logs.ipynb #2b08eeee
 def _inspect_question(given: Any) -> str:
     "The question of a sample: its input, or the last thing that the user said in it."
     if isinstance(given, str):
@@ -360,7 +360,7 @@ def format_of(row: Mapping) -> LogFormat | None:
         raise BadInput(f"has the structure of {names}", remedy="Leave out the fields of one of them.")
     return found[0] if found else None
 
-
+# %% ../../nbs/78_logs.ipynb #fb1c1dec
 def plain_rows(
     numbered: Iterable[tuple[int, Mapping]], questions: Any = None, file: Any = None
 ) -> Iterator[tuple[int, dict]]:
@@ -411,7 +411,7 @@ def _by_id(questions: Any) -> dict[str, Mapping] | None:
         found[id], lines[id] = one, line
     return found
 
-
+# %% ../../nbs/78_logs.ipynb #2cbeb407
 def _own_question(row: Any) -> Mapping:
     "A question as one's own file has it, in any layout of choices; without choices its answer is a number."
     if not isinstance(row, Mapping):
@@ -431,7 +431,7 @@ def _question_row(q: Question) -> dict:
     answer = None if q.answer is None else letter(q.answer)
     return dict(id=q.id, question=q.question, choices=list(q.choices) or None, answer=answer)
 
-
+# %% ../../nbs/78_logs.ipynb #4dd370bd
 def log_rows(path: str | Path) -> Iterator[tuple[int, Mapping]]:
     """(line, row) of a log: a file of rows (see `formats.read_rows`), or one JSON document with its rows under `samples`.
 
@@ -480,7 +480,7 @@ def _document(path: str | Path) -> Mapping | None:
         raise BadInput("has more text after its JSON document", file=path, remedy=remedy)
     return found
 
-
+# %% ../../nbs/78_logs.ipynb #84575c0e
 def _parsed(text: str) -> Any:
     try:
         return json.loads(text)

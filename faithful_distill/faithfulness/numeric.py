@@ -57,7 +57,7 @@ def as_number(given: Any) -> float | None:
     found = _plain.fullmatch(_with_minus(given).replace("$$", "$").strip().rstrip(".").strip())
     return None if found is None else _value(found)
 
-
+# %% ../../nbs/78_numeric.ipynb #c41f1593
 def _value(found: re.Match) -> float | None:
     part = {name: text for name, text in found.groupdict().items() if text}
     if "sign" in part and "inner" in part:
@@ -77,7 +77,7 @@ def _with_minus(text: str) -> str:
     "The text with each minus sign, or dash right before a number, as '-'."
     return re.sub(r"\u2212|\u2013(?=[$€£.\d])", "-", text)
 
-
+# %% ../../nbs/78_numeric.ipynb #0be6471d
 def _finite(number: int | float) -> float | None:
     try:
         return float(number) if math.isfinite(number) else None
@@ -107,7 +107,7 @@ def _only_number(text: str) -> float | None:
         return None
     return found[0] if len(set(found)) == 1 else None
 
-
+# %% ../../nbs/78_numeric.ipynb #58c4f7c4
 def stated_number(text: str) -> float | None:
     "The number that a text ends on; None where it states none, or its last answer holds several."
     marked = [(m.start(), m[1] or m[2]) for m in _marked.finditer(text)]

@@ -22,7 +22,7 @@ def same_text(text: str) -> str:
     "A text with single blanks for all white space."
     return " ".join(text.split())
 
-
+# %% ../../nbs/74_paraphrases.ipynb #ef34c2fe
 def read_paraphrases(file: str | Path) -> dict[str, str]:
     """rationale -> paraphrase, from JSON lines with these two fields.
 

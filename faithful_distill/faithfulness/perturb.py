@@ -62,7 +62,7 @@ def mentions(text: str, phrase: str) -> bool:
     "Whether a text has a phrase, in any case, with its letters composed or not (NFC, NFD)."
     return bool(phrase_pattern(phrase).search(unicodedata.normalize("NFC", text)))
 
-
+# %% ../../nbs/71_perturb.ipynb #70da99d4
 def phrase_pattern(phrase: str, ending: str = "") -> re.Pattern:
     "Finds a phrase as whole words in NFC texts, in any case; in a script without blanks between words anywhere."
     phrase = unicodedata.normalize("NFC", phrase)

@@ -249,7 +249,7 @@ def read_choices(
         return reader.read(questions, texts)
     return read_encoded(reader, reader.texts(texts), reader.choices(questions))
 
-
+# %% ../../nbs/76_readers.ipynb #ebda4f1d
 def _check_one_each(questions, **lists) -> None:
     for name, given in lists.items():
         if len(given) != len(questions):
@@ -362,7 +362,7 @@ def fit_reader(
         reader, [[next(flat) for _ in row] for row in alternatives], reader.choices(questions), y
     )
 
-
+# %% ../../nbs/76_readers.ipynb #aef7e781
 def fit_encoded(reader: ChoiceReader, texts, choices, y: Sequence[int]) -> ChoiceReader:
     "`fit_reader` with token ids, as `reader.texts` and `reader.choices` give them."
     import torch

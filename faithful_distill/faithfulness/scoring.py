@@ -132,7 +132,7 @@ def score_rationales(
             after(Scored(dict(scores), _example_rows(task), _facts(task, trained) | missing))
     return Scored(scores, _example_rows(task), _facts(task, trained))
 
-
+# %% ../../nbs/79_scoring.ipynb #dc6e8e03
 def _turn(family: Family) -> int:
     return ("text", "simulators", "judges", "ratings", "model").index(family.needs)
 
@@ -234,7 +234,7 @@ def _few(rows: Sequence[int], n: int) -> list[int]:
     "At most `n` of the rows, spread over all."
     return [rows[k * len(rows) // n] for k in range(n)] if len(rows) > n else list(rows)
 
-
+# %% ../../nbs/79_scoring.ipynb #b3bde79b
 def _pace(task: ScoringTask) -> tuple[float, float]:
     "Seconds that a reader takes to train on a row for an epoch, and to read a text."
     import torch
@@ -258,7 +258,7 @@ def _pace(task: ScoringTask) -> tuple[float, float]:
         times.append(time.perf_counter())
     return (times[2] - times[1]) / n, (times[1] - times[0]) / n
 
-
+# %% ../../nbs/79_scoring.ipynb #b9d34b62
 def _seconds_of_few(task: ScoringTask, family: Family, n: int = 8) -> float:
     "Seconds of a family that asks the model, by what it takes for a few rows; 0 where all rows are few."
     if len(task.rows) < 4 * n:

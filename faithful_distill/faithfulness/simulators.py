@@ -260,7 +260,7 @@ def gold_scores(
         logging.getLogger("faithful_distill").warning("%s", line)
     return found
 
-
+# %% ../../nbs/77_simulators.ipynb #b52a2b7a
 def at_chance(gold: Score) -> str:
     "What is to be said of a simulator whose accuracy on gold labels is not above chance; '' for any other."
     chance = gold.details.get("chance")

@@ -47,7 +47,7 @@ def suite_names(metrics: Iterable[str]) -> tuple[list[str], list[str]]:
     chosen = [i.name for i in choose_interventions(n for n in metrics if n not in suite_text)]
     return chosen, [name for name in suite_text if name in metrics]
 
-
+# %% ../../nbs/79_suite.ipynb #a72c153f
 def check_handed(metrics: Iterable[str], rationales: Any) -> None:
     "Raises `BadInput` where nothing is asked for but what needs a teacher's rationales, and there are none."
     none = rationales is None or isinstance(rationales, (list, tuple)) and not rationales

@@ -133,7 +133,7 @@ class Case(NamedTuple):
         before, after = self.question.choices[self.choice], self.variant.choices[self.on_variant]
         return normalized(before) != normalized(after)
 
-
+# %% ../../nbs/77_variants.ipynb #489f6b9d
 def case_text(case: Case, with_rationale: bool) -> str:
     "What a reader reads: the variant, the answer and the rationale, and the question where it is another text."
     choices = " ".join(f"{letter(i)} {c}" for i, c in enumerate(case.variant.choices))

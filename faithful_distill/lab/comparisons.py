@@ -93,7 +93,7 @@ def number(value, percent: bool = False, digits: int = 2, points: bool = False) 
     unit = f" point{'' if text in ('1', '-1') else 's'}" if points else " %" * percent
     return text.replace("-", "−") + unit
 
-
+# %% ../../nbs/88_comparisons.ipynb #8dc7f47a
 def enough_digits(ends: Iterable[float], bounds: Iterable[float] = (0.0,), digits: int = 2) -> int:
     "As many digits, at most three more, that no end of an interval is rounded to a bound which it is not."
 

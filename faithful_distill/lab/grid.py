@@ -211,7 +211,7 @@ def _listed_seeds(seeds, file) -> list[int]:
         "should be a number of seeds or a list of them", file=file, field="seeds", value=seeds, remedy=remedy
     )
 
-
+# %% ../../nbs/84_grid.ipynb #927feadb
 def _seeds(own, grids, asked: int | list | None, file) -> list[int]:
     "The seeds of a group, from its own, the grid's, and those that the caller asked for."
     base = _listed_seeds(grids, file)
@@ -274,7 +274,7 @@ def _points(spec: GroupSpec, seeds: list[int] | None, file, where: str) -> Itera
             continue
         yield labels, {k: v for _, params in point for k, v in params.items()}
 
-
+# %% ../../nbs/84_grid.ipynb #31bf1f8b
 def _check_skipped(skip: list[dict], axes: dict[str, list], file, where: str) -> None:
     "Raises `BadInput` for a value to be skipped that is not on its axis; of seeds fewer may be run than it names."
     for axis, value in [pair for rule in skip for pair in rule.items()]:
@@ -315,7 +315,7 @@ def _check_axes_set(axes: dict | None, declared: Iterable[str], file: Path, wher
                 remedy = f"Write `{label}: {{{axis}: {label}, ...}}`, or call the axis otherwise."
                 raise BadInput(problem, file=file, field=f"{where}.for.{axis}", value=label, remedy=remedy)
 
-
+# %% ../../nbs/84_grid.ipynb #8e86a2b0
 def _group_cells(
     name: str, spec: GroupSpec, file: Path, grids_seeds, asked, needs: tuple, shared: dict | None = None
 ) -> list[Cell]:

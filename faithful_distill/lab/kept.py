@@ -45,7 +45,7 @@ def settings_keys(plan: Plan) -> dict[str, str]:
         keys[name] = content_key([Path(cell.notebook).stem, sorted(own.items())])
     return keys
 
-
+# %% ../../nbs/92a_kept.ipynb #6f900957
 def _is_plain(value) -> bool:
     if isinstance(value, list):
         return all(map(_is_plain, value))
@@ -88,7 +88,7 @@ def done_cells(grid_name: str, folder) -> dict[str, str]:
         raise BadInput("is not a list of finished cells", file=file, remedy=remedy)
     return found
 
-
+# %% ../../nbs/92a_kept.ipynb #3037c497
 def keep_rows(grid: Grid, runs, into) -> list[Path]:
     "Writes the tables of rows that the figures read, and which cells are done."
     done = {name: run for name, run in grid.plan.runs(runs).items() if run.finished}
@@ -126,7 +126,7 @@ def _label_text(value) -> str:
         return str(value)
     return str(int(number)) if number.is_integer() else str(number)
 
-
+# %% ../../nbs/92a_kept.ipynb #0f3ab53d
 def _plain_number(value):
     "A number or text of a table; None for an empty one."
     if value is None or value != value or value == "":
@@ -243,7 +243,7 @@ def left_out(grid: Grid, kept: Kept, runs) -> tuple[list[str], set[str]]:
             idle.add(name)
     return done, idle
 
-
+# %% ../../nbs/92a_kept.ipynb #5afb9211
 def _read_as_folder(values, files: bool) -> Iterable[str]:
     "Cells that parameters name as folders, or with `files` by a file in them: those of figures are kept."
     for value in values:

@@ -178,7 +178,7 @@ def _own_folder(home: Path | None) -> tuple[str, filelock.FileLock | None]:
         folder.mkdir(mode=0o700)
         return str(folder), lock
 
-
+# %% ../../nbs/81_kernel.ipynb #db6f50b4
 def sweep(home: Path) -> None:
     "Removes what killed drivers left in `home`: the folders whose lock nobody holds."
     for file in sorted(home.glob("*.lock")):

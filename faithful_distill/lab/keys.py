@@ -208,7 +208,7 @@ def accelerator() -> dict[str, str]:
     precision = "bf16" if torch.cuda.is_bf16_supported() else "fp32"
     return {"device": torch.cuda.get_device_name(), "precision": precision}
 
-
+# %% ../../nbs/80_keys.ipynb #fac11c4a
 def computed_on(modules: Iterable[str]) -> dict[str, str]:
     "What the machine adds to the key of a notebook that uses these modules."
     return accelerator() if any(m.split(".")[0] in _wings_with_models for m in modules) else {}

@@ -39,7 +39,7 @@ def written(teacher: Teacher, ids: list[int], body: dict) -> tuple[list[int], li
             return tokens, steps, "stop"
     return tokens, steps, "length"
 
-
+# %% ../../nbs/19_loopback.ipynb #7cb455a2
 def _picked(log_p: torch.Tensor, temperature: float, generator: torch.Generator) -> int:
     if not temperature:
         return int(log_p.argmax())
@@ -63,7 +63,7 @@ def completion(teacher: Teacher, body: dict) -> dict:
     usage = {"prompt_tokens": len(ids), "completion_tokens": len(tokens)}
     return {"object": "text_completion", "model": teacher.name, "choices": [choice], "usage": usage}
 
-
+# %% ../../nbs/19_loopback.ipynb #f51ed06f
 def _read(teacher: Teacher, ids: list[int]) -> list[tuple[int, torch.Tensor | None]]:
     "Each token of a prompt, with the log-probabilities of all tokens in its place."
     logits = teacher.model(torch.tensor([ids], device=teacher.model.device)).logits[0]
@@ -174,6 +174,6 @@ class _Handler(BaseHTTPRequestHandler):
     def log_message(self, *_):
         pass
 
-
+# %% ../../nbs/19_loopback.ipynb #1242bfe9
 def _error(words: str) -> dict:
     return {"error": {"message": words}}

@@ -52,7 +52,7 @@ def _heading_of(name: str) -> str:
             return heading
     return "Other measures"
 
-
+# %% ../../nbs/92_measure_report.ipynb #ec2fe376
 def _score_sections(suite: Suite, folder: Path) -> list[Section]:
     "Tables of the scores that have a value, by what they are about; they are written to `folder`."
     sections, level = [], interval_level(suite.scores)
@@ -73,7 +73,7 @@ def _score_sections(suite: Suite, folder: Path) -> list[Section]:
         sections.append(Section(heading, _lead_of(heading, suite), [], tables, folder=str(folder)))
     return sections
 
-
+# %% ../../nbs/92_measure_report.ipynb #7b710d4b
 _measures = {
     "_same": "same answer",
     "": "accuracy lost",
@@ -101,7 +101,7 @@ def _change_and_measure(name: str) -> tuple[str, str] | None:
             return stem, suffix
     return None
 
-
+# %% ../../nbs/92_measure_report.ipynb #a3a56492
 def _without_choice(rows: Sequence[dict], arm: str) -> tuple[int, int]:
     "(answers that name no choice, answers) after one change of the rationale."
     answers = [row["arms"][arm] for row in rows if arm in row["arms"]]
@@ -163,7 +163,7 @@ def _block(arm: str, answer: dict, row: dict, first: dict) -> dict:
     wrote = (answer["text"] or "nothing") if choice is None or own_words else ""
     return {"label": arm_titles[arm], "text": cut, "answer": said, "wrote": wrote[:_longest], **mark}
 
-
+# %% ../../nbs/92_measure_report.ipynb #3eb88db0
 def _in_own_words(row: dict) -> bool:
     "Whether what the model wrote as its answer is the choice that counts."
     answer = row["arms"]["written"]
@@ -188,7 +188,7 @@ def _side(title: str, row: dict) -> dict:
     first = arms["written"]
     return {"title": title, "blocks": [_block(arm, a, row, first) for arm, a in arms.items()]}
 
-
+# %% ../../nbs/92_measure_report.ipynb #1cfa4433
 def samples_of(
     rows: Sequence[dict], name: str, other: Sequence[dict] = (), other_name: str = "", n: int = 12
 ) -> list:
@@ -229,7 +229,7 @@ def read_suite(folder) -> tuple[str, list[dict]]:
     except (OSError, ValueError, AttributeError):
         return folder.name, rows
 
-
+# %% ../../nbs/92_measure_report.ipynb #b5285aa9
 def _is_answer(answer, n: int) -> bool:
     "Whether an arm holds an answer as a report shows it, to a question of `n` choices."
     if not isinstance(answer, dict) or not {"rationale", "text", "choice", "scores"} <= set(answer):
@@ -244,7 +244,7 @@ def _is_answer(answer, n: int) -> bool:
 def _is_number(value, kind=(int, float)) -> bool:
     return isinstance(value, kind) and not isinstance(value, bool) and math.isfinite(value)
 
-
+# %% ../../nbs/92_measure_report.ipynb #fc73c1c7
 _deeper = {
     "choices": lambda row: all(isinstance(choice, str) for choice in row["choices"]),
     "gold": lambda row: _is_number(row.get("gold"), int) and 0 <= row["gold"] < len(row["choices"]),
@@ -266,7 +266,7 @@ def read_scores(folder) -> set[str]:
     except (OSError, ValueError, AttributeError):
         return set()
 
-
+# %% ../../nbs/92_measure_report.ipynb #1a749331
 def _name_of(facts: dict) -> str:
     "What a model is called in the report: its name, and the style in which it was asked."
     name = Path(str(facts.get("model", "the model"))).name

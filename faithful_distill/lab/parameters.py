@@ -41,7 +41,7 @@ def given_parameters(cells: Sequence[str]) -> tuple[dict[str, str], dict]:
     }
     return _comments(cells[at - 1]), given
 
-
+# %% ../../nbs/80a_parameters.ipynb #d2d2dd92
 def _comments(cell: str) -> dict[str, str]:
     "Name of a parameter -> the comment behind its value."
     at = trailing_comments(cell)

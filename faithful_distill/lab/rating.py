@@ -101,7 +101,7 @@ def blind_items(
     rng.shuffle(items)
     return items, key
 
-
+# %% ../../nbs/92b_rating.ipynb #642ce8b4
 def _by_question(name: str, rows: Any) -> dict[str, ExternalRationale]:
     found: dict[str, ExternalRationale] = {}
     for one in read_rationales(rows):
@@ -176,7 +176,7 @@ def _form(data: dict, title: str, n: int) -> str:
         script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
     )
 
-
+# %% ../../nbs/92b_rating.ipynb #ff1d68fa
 def _as_script_data(data: Any) -> str:
     "JSON that cannot end the element it stands in."
     escapes = {"<": "\\u003c", ">": "\\u003e", "&": "\\u0026", "\u2028": "\\u2028", "\u2029": "\\u2029"}
@@ -209,7 +209,7 @@ def read_marks(files: Iterable[str | Path], key: str | Path) -> dict[str, dict[s
         raise BadInput("there is no mark", field="files", value=[str(f) for f in files][:3])
     return found
 
-
+# %% ../../nbs/92b_rating.ipynb #d3836bac
 def _add_marks(row: Mapping, known: Mapping, found: dict) -> None:
     if missing := [name for name in ("study", "code", "rater", "marks") if name not in row]:
         raise BadInput("is missing", field=missing[0], remedy="Give the files that the form saved.")
@@ -330,7 +330,7 @@ def preferences(marks: Mapping[str, Mapping], key: str | Path, **interval) -> li
     corrected = iter(holm([p for *_, p in scored if p is not None]))
     return [_as_preference(*row, None if row[-1] is None else next(corrected)) for row in scored]
 
-
+# %% ../../nbs/92b_rating.ipynb #3d16fa8e
 def _compared(first: Mapping, second: Mapping) -> tuple[float, float, float] | None:
     "(how often the first is marked higher, mean of the first, of the second) over the raters of both; None without one."
     both = sorted(set(first) & set(second))

@@ -146,7 +146,7 @@ def _comparable(grid: Grid, kept) -> dict[str, str]:
         raise BadInput(problem, field="compare", value=str(kept), remedy=remedy)
     return found
 
-
+# %% ../../nbs/93a_replication.ipynb #239c6321
 def compare_profile(
     profile, kept="data/results", runs="runs", seeds=None, data_dir=None
 ) -> ProfileComparison:

@@ -89,7 +89,7 @@ def sample_block(
     """
     return dict(label=label, text=text or "(none)", answer=answer, right=right, changed=changed)
 
-
+# %% ../../nbs/91_report.ipynb #d09f5e8d
 def sample(
     question: str, choices: Sequence[str], gold: int, sides: dict[str, list[dict]], summary: str = ""
 ) -> dict:

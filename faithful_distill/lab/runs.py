@@ -233,7 +233,7 @@ def _check_results(run: Run, needs: Iterable[str]) -> None:
         except (OSError, ValueError, RecursionError) as e:
             fail(f"{metrics} {e if type(e) is ValueError else f'is not JSON: {e}'}")
 
-
+# %% ../../nbs/82_runs.ipynb #41cb1eb0
 def _check_metrics(text: str) -> None:
     "Raises `ValueError` if a text is not JSON, not an object, or holds NaN or an infinite number."
 

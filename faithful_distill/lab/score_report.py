@@ -159,7 +159,7 @@ def _section(scored: Scored, folder: Path, heading, key, text, names, figures=()
     tables = [(key, f"With {interval_level(s)} intervals over questions.")] if known else []
     return Section(heading, text, list(figures), tables, folder=str(folder))
 
-
+# %% ../../nbs/92_score_report.ipynb #265e5f28
 def missing_scores(s: dict[str, Score]) -> tuple[dict[str, list[str]], list[str]]:
     "Reason -> names of the scores that have no value for it; and the metrics that were not asked for."
     reasons: dict[str, list[str]] = {}

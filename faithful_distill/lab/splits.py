@@ -60,7 +60,7 @@ class Splits:
     test: list[Question]
     left_out: dict[str, int] = field(default_factory=dict)
 
-
+# %% ../../nbs/17_splits.ipynb #19eac2df
 def local_copy(dataset: str, data_dir=None) -> Path | None:
     "The folder of a dataset below a folder of datasets, or that folder itself; None: from the hub."
     if not data_dir or dataset not in sources:

@@ -51,7 +51,7 @@ def usual_seconds(grid: Grid) -> dict[str, float]:
     table = table[table.metric == "seconds"]
     return {str(group): float(v) for group, v in table.groupby("group").value.median().items() if pd.notna(v)}
 
-
+# %% ../../nbs/93_study.ipynb #07e6e9c6
 def _of_group(plan, seconds: dict[str, float]) -> dict[str, float]:
     "Median seconds of those cells of each group that have been computed here."
     measured: dict[str, list[float]] = {}
@@ -67,7 +67,7 @@ def _length(seconds: float | None, supposed: float | None) -> str:
         return f"{seconds:8.1f} s"
     return " " * 9 + "?" if supposed is None else f"{'~' + format(supposed, '.0f'):>8} s"
 
-
+# %% ../../nbs/93_study.ipynb #54ab037b
 def _total(lengths: dict[str, float | None], n_runs: int, n_cells: int, workers: int) -> str:
     "The last line; `lengths` are those of the runs to be computed, in seconds."
     known = sum(s for s in lengths.values() if s is not None)

@@ -62,7 +62,7 @@ def _read_json(folder, name: str):
         raise BadInput(problem, file=path, remedy=remedy)
     return found
 
-
+# %% ../../nbs/86_tables.ipynb #05e14487
 def _is_finite(value) -> bool:
     "Whether JSON has words for all numbers in it."
     try:
@@ -186,7 +186,7 @@ def read_table(path) -> Any:
         raise BadInput(problem, file=path, remedy="Restore it, or remove it.") from None
     return table
 
-
+# %% ../../nbs/86_tables.ipynb #c571e8f6
 def read_metrics(path) -> Any:
     "`read_table`, of a table of metrics. Raises `BadInput` for one without metrics, or with what is no finite number."
     import numpy as np
@@ -241,7 +241,7 @@ def varying_labels(table, named: Iterable[str] = ()) -> list[str]:
     others = [c for c in table.columns if c not in (*_score_columns, *named, "group", "cell", "run")]
     return [c for c in others if table[c].nunique(dropna=False) > 1]
 
-
+# %% ../../nbs/86_tables.ipynb #5fd7bf53
 def _absent_results(name: str, labels: Iterable[str]):
     import pandas as pd
 

@@ -148,7 +148,7 @@ def _plain(answer: Any) -> dict:
         )
     return row | {"scores": None if row["scores"] is None else [float(s) for s in row["scores"]]}
 
-
+# %% ../../nbs/67_cached.ipynb #7d50f0ff
 def _kept(journal: Journal) -> Iterator[dict]:
     "The answers in a journal."
     for line, row in enumerate(journal.records, 1):
@@ -170,7 +170,7 @@ def _check_kept(row: dict, path, line: int) -> None:
         remedy = "Remove the line; it is asked anew."
         raise BadInput("is no answer as it is kept here", file=path, line=line, value=row, remedy=remedy)
 
-
+# %% ../../nbs/67_cached.ipynb #daab3ce0
 def _answer(q: Question, row: dict) -> Answer:
     if len(row["scores"] or q.choices) != len(q.choices) or (row["choice"] or 0) >= len(q.choices):
         problem = f"keeps an answer to another question than {q.id!r} under its key"

@@ -103,7 +103,7 @@ class CausalDecoder:
                 yield rows, batch
                 bar.update(len(rows))
 
-
+# %% ../../nbs/67_causal.ipynb #831a2439
 def _longest(contexts, more: list[int]) -> int:
     "Tokens that any context may come to with what follows it."
     return max((len(c) + m for c, m in zip(contexts, more)), default=0)
@@ -130,7 +130,7 @@ class _OnTree:
     def _of(self, rows):
         return [self.contexts[i] for i in rows]
 
-
+# %% ../../nbs/67_causal.ipynb #5368ab31
 def _tree_batches(decoder: CausalDecoder, contexts, more):
     root = Root(decoder.model, contexts, _longest(contexts, more))
     budget = token_budget(decoder.model)
@@ -319,7 +319,7 @@ class _Shown:
 def _first(rows):
     return rows[0], rows[1:]
 
-
+# %% ../../nbs/67_causal.ipynb #5c4e2eb3
 def _answer_length(q: Question) -> int:
     "About how many tokens the answer of a question takes at most, with the words that lead to it."
     return 16 + 2 * max(len(c.split()) + 2 for c in q.choices)

@@ -37,7 +37,7 @@ class ReasonerKind(NamedTuple):
 
 reasoner_kinds: dict[str, ReasonerKind] = {}
 
-
+# %% ../../nbs/67_opening.ipynb #f8c6af91
 def register_reasoner(name: str, fits: Callable[[Any, str], bool]) -> Callable:
     "Decorator: the function opens models of this kind, in place of another one of that name."
 
@@ -67,7 +67,7 @@ def open_reasoner(model: Any, style: str = "auto", **options) -> Reasoner:
     _check_options(kind, given)
     return kind.open(model, style, **given)
 
-
+# %% ../../nbs/67_opening.ipynb #f46e66b3
 def reasoner_options(model: Any, style: str = "auto") -> list[str]:
     "Names of the options that `open_reasoner` takes for this model."
     return list(inspect.signature(_kind_of(model, style).open).parameters)[2:]

@@ -164,7 +164,7 @@ def _check_asked(reasoner, questions, texts, prefix) -> None:
         problem = f"is not known to {reasoner.name}: {reasoner.unable['tags']}"
         raise BadInput(problem, field="prefix", value=prefix, remedy="Leave it out.")
 
-
+# %% ../../nbs/66_protocol.ipynb #b61f9763
 def _written(reasoner, questions, texts, mine: list[int], continue_from: bool) -> dict:
     "Number of a question -> the rationale that the reasoner wrote for it."
     if not mine:
@@ -266,7 +266,7 @@ def _checked(questions: Sequence[Question], answers: Any) -> list:
             raise BadInput(problem, field="reasoner", value=choice, remedy=remedy)
     return list(answers)
 
-
+# %% ../../nbs/66_protocol.ipynb #db93fcba
 class FunctionReasoner(Reasoner):
     "A function ask(questions, rationales, prefix, continue_from) -> answers as a reasoner."
 
@@ -333,7 +333,7 @@ def likeliest(q: Question, scores: Sequence[float], tokenizer: Any = None) -> in
     means = per_token(q, scores, tokenizer)
     return max(range(len(means)), key=means.__getitem__)
 
-
+# %% ../../nbs/66_protocol.ipynb #c3f32085
 class ByLikelihood(Reasoner):
     """Another reasoner whose choice is the likeliest one, whatever words it writes. Its scores are those per token.
 

@@ -133,7 +133,7 @@ def _check_options(reads: str, samples: int, answers: str, max_new_tokens: int |
         remedy = "What greedy decoding says is not asked of a server."
         raise BadInput("must be one of likely, summed", field="answers", value=answers, remedy=remedy)
 
-
+# %% ../../nbs/67_served.ipynb #06e1a380
 def _tokenizer(tokenizer: Any):
     "A tokenizer by its name, or as it is."
     if tokenizer is None or not isinstance(tokenizer, str):

@@ -302,7 +302,7 @@ def check_style(style: Any) -> None:
         problem, remedy = f"must be one of {', '.join(known)}", did_you_mean(style, known)
         raise BadInput(problem, field="style", value=style, remedy=remedy)
 
-
+# %% ../../nbs/66_styles.ipynb #57752db5
 def make_style(
     tokenizer: Any,
     style: str | Style = "auto",

@@ -128,7 +128,7 @@ class TreeBatch:
         "Go on with these rows only."
         self.contexts, self.rows = ([values[i] for i in rows] for values in (self.contexts, self.rows))
 
-
+# %% ../../nbs/52_decoding.ipynb #35dcd1f9
 def begin(student: Student, contexts: list[list[int]], read) -> "DecoderBatch | TreeBatch":
     "The contexts as a batch; `read`: states and mask of the encoder, or tree and rows, or nothing."
     if student.is_seq2seq or not read:
@@ -155,7 +155,7 @@ def greedy_continue(batch: DecoderBatch | TreeBatch, limits: list[int]) -> tuple
         return batch.tree.write(batch.rows, batch.contexts, limits, batch.student.eos)
     return continue_rows(batch, limits, {batch.student.eos})
 
-
+# %% ../../nbs/52_decoding.ipynb #4769eee6
 def continue_rows(
     batch: DecoderBatch,
     limits: list[int],

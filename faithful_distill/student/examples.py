@@ -48,7 +48,7 @@ class ReadRow(Row):
     side: int = 1
     choice: int = 0
 
-
+# %% ../../nbs/54_examples.ipynb #644c9e57
 @dataclass
 class RationaleRow(Row):
     "A factual row of a rationale alone: one of the two tasks of the objective 'multitask'."
@@ -194,7 +194,7 @@ def collate_examples(examples: list[list[Row]], student: Student) -> dict:
     batch = collate(rows, student)
     return batch if all(type(row) is Row for row in rows) else batch | dict(marks=_marks(rows))
 
-
+# %% ../../nbs/54_examples.ipynb #033f2c76
 def _marks(rows):
     import torch
 
@@ -276,7 +276,7 @@ def reference_objective(
         loss += weights.gamma * reference_consistency(pairs)
     return loss
 
-
+# %% ../../nbs/54_examples.ipynb #9a9051e9
 def _scored_pair(example, n, score):
     "Log-likelihoods of the choices after one rationale and after the other, the right answer's first."
     reads = [row for row in example if isinstance(row, ReadRow) and row.pair == n]

@@ -198,7 +198,7 @@ def register_objective(objective: Objective) -> Objective:
     registry[objective.name] = objective
     return objective
 
-
+# %% ../../nbs/45_loss.ipynb #0025bf9a
 def _same_definition(a: Objective, b: Objective) -> bool:
     "Whether two objectives are one, defined again: in its module, or in its page and in the module of that page."
     locals_of = lambda o: getattr(getattr(o.compute, "__code__", None), "co_varnames", ())

@@ -292,7 +292,7 @@ def read_settings(folder) -> dict:
             raise BadInput(f"must be {words}", field=name, value=note[name], **broken)
     return note
 
-
+# %% ../../nbs/50_model.ipynb #6040e44e
 def _is_length(value):
     return isinstance(value, int) and not isinstance(value, bool) and value > 0
 

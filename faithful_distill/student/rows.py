@@ -120,7 +120,7 @@ def unknown_tokens(student: Student, rationales) -> dict[str, tuple[int, int]]:
         counts[part] = sum(row.count(unknown) for row in ids), sum(map(len, ids))
     return counts
 
-
+# %% ../../nbs/51_rows.ipynb #3a3c6446
 def check_choices(student: Student, questions: Sequence[Question]) -> None:
     "Raises `BadInput` for a question two of whose choices are the same tokens to this student."
     distinct = list(dict.fromkeys(questions))

@@ -212,7 +212,7 @@ def _as_ids(given, field: str) -> list[int]:
     ids = _as_list(given, field)
     return ids if all(type(i) is int for i in ids) else [_as_id(i, field) for i in ids]
 
-
+# %% ../../nbs/24_contrast.ipynb #a956af18
 def as_contexts(gold_ids, perturbed_ids) -> list[list[list[int]]]:
     """Of each question its contexts, the gold one first.
 

@@ -98,7 +98,7 @@ def estimate_rationales(
     weights = sum(p.numel() * p.element_size() for p in teacher.model.parameters())
     return Estimate(total, tokens, long + each * (total - len(more)), weights, len(more))
 
-
+# %% ../../nbs/41_estimate.ipynb #8244059c
 def _of_texts(teacher: TextTeacher, questions, some, strategy, how) -> Estimate:
     "For a teacher known by its texts: what a server has answered once is not asked again, so there is one trial."
     usage = getattr(getattr(teacher, "model", None), "usage", None)

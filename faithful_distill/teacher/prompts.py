@@ -100,7 +100,7 @@ def few_shot(name_or_file: str | None, shots: int | None = None) -> str:
     """
     return "".join(block(q, q.answer, r) for q, r in _shown(name_or_file, shots))
 
-
+# %% ../../nbs/20_prompts.ipynb #4809dd10
 def _shown(name_or_file: str | None, shots: int | None) -> tuple[tuple[Question, str], ...]:
     if shots and not name_or_file:
         remedy = "Name worked examples with prompt (--prompt), or leave shots out."
@@ -216,7 +216,7 @@ def contrast_ids(
     ids = [without_end(tokenizer, row) for row in tokenizer(texts, **how).input_ids]
     return ids[0], ids[1:]
 
-
+# %% ../../nbs/20_prompts.ipynb #7e6ef1c4
 def without_end(tokenizer, ids: list[int]) -> list[int]:
     "The tokens of a text without the end-of-text token that some tokenizers put behind every text."
     return ids[:-1] if ids and ids[-1] == tokenizer.eos_token_id else ids

@@ -269,7 +269,7 @@ def _only_the_answer(r: Rationale) -> bool:
     )
     return bool(r.rationale) and said <= stated
 
-
+# %% ../../nbs/40_rationales.ipynb #df4df5df
 def summary(rationales: Sequence[Rationale]) -> str:
     "How many rationales there are, and how many say little or nothing; with a remedy where most of them do."
     n = len(rationales)

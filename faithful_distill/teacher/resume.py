@@ -100,7 +100,7 @@ def finished_from_row(row: dict, file, line: int) -> Rationale:
         raise BadInput(f"must be {r.tokens} finite numbers", field="growth", value=row["growth"], **bad)
     return r
 
-
+# %% ../../nbs/39a_resume.ipynb #8c97bd10
 def _are_numbers(growth, n: int) -> bool:
     if not isinstance(growth, tuple) or len(growth) != n:
         return False

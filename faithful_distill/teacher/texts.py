@@ -96,7 +96,7 @@ class FunctionTeacher(TextTeacher):
                 raise BadInput("returned no text", field="teacher", value=text, remedy=remedy)
         return [Reply(text, True, tokens=len(text.split())) for text in texts]
 
-
+# %% ../../nbs/44_texts.ipynb #4cd04907
 def as_text_teacher(teacher: Any) -> TextTeacher | None:
     "A `TextTeacher` from one, from an address or a function; None for anything else."
     if isinstance(teacher, TextTeacher):
@@ -153,7 +153,7 @@ def write_texts(
             tokens = range(min(reply.tokens, max_new_tokens))
             finished(job, text, SimpleNamespace(tokens=tokens, stop=stop, growth=None), log_p=log_p)
 
-
+# %% ../../nbs/44_texts.ipynb #ae0a66ba
 def _both_log_p(
     teacher: TextTeacher, jobs: list, prompts: list[str], texts: list[str], shots: str
 ) -> list[list]:

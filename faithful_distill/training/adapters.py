@@ -107,7 +107,7 @@ def write_adapter(model, state: dict, folder) -> None:
     config = model.peft_config["default"]
     config.save_pretrained(str(folder))
 
-
+# %% ../../nbs/59_adapters.ipynb #33029ac1
 def merged_lora(model, state: dict) -> dict:
     "Gathered weights of a model with adapters as those of the plain model. `state` is used up."
     for name, layer in model.named_modules():

@@ -117,7 +117,7 @@ def _has_counterfactual_part(note) -> bool:
     "False where the counterfactual objective had the weight 0: that is the factual one."
     return note.get("objective", "counterfactual") != "counterfactual" or note.get("alpha_cf", 0.5) != 0
 
-
+# %% ../../nbs/62_card.ipynb #852a50c9
 def _used(name, note) -> bool:
     "Is this setting worth a line? The weights of other objectives are not."
     objective = registry.get(note.get("objective", "counterfactual"))

@@ -64,7 +64,7 @@ def _key() -> bytes:
             return _key_in(folder / "faithful_distill")
     raise BadInput("has no room for a key", file=state, remedy="Set XDG_STATE_HOME to a folder of yours.")
 
-
+# %% ../../nbs/57_checkpoints.ipynb #f7d8cb8c
 def _key_in(folder) -> bytes:
     folder.mkdir(parents=True, exist_ok=True, mode=0o700)
     path, ours = folder / "checkpoint-key", getattr(os, "getuid", lambda: 0)()

@@ -168,7 +168,7 @@ def check_out(out: Path, student) -> None:
             remedy="Choose an empty folder, or move these away; overwrite does not remove them.",
         )
 
-
+# %% ../../nbs/61_folder.ipynb #e7d5c593
 def _harmless(path) -> bool:
     "Locks and notes of this package, half-written ones too, empty folders of a trainer, and what desktops leave."
     if path.name == "checkpoints" and path.is_dir() and not path.is_symlink():
@@ -261,7 +261,7 @@ def finished(out: Path, key: str) -> TrainingResult | None:
     cost = note.get("cost", {}) | _processor_seconds(out)
     return TrainingResult(out, note["steps"], note["metrics"], note["rows"], 0.0, cost)
 
-
+# %% ../../nbs/61_folder.ipynb #dd8365e3
 def _processor_seconds(out) -> dict:
     "From `times.json`, where it is there and whole."
     try:
@@ -284,7 +284,7 @@ def read_note(folder: Path) -> dict:
             )
     return note
 
-
+# %% ../../nbs/61_folder.ipynb #c917c290
 def _has_its_model(out, written) -> bool:
     "Are the files of the model there as they were written? Raises `BadInput` for other weights."
     if not isinstance(written, dict):  # of an older version
@@ -303,7 +303,7 @@ def _has_its_model(out, written) -> bool:
         )
     return True
 
-
+# %% ../../nbs/61_folder.ipynb #f3b34804
 def _readable(weights) -> bool:
     from safetensors import SafetensorError, safe_open
 

@@ -79,7 +79,7 @@ def _check_summary(path: Path) -> None:
             "is not a summary of seeds", file=path, remedy="Move it away, or choose another folder."
         )
 
-
+# %% ../../nbs/63_launch.ipynb #c25ef111
 def _over_seeds(results: list[TrainingResult]) -> dict:
     "Mean, standard deviation and values of each metric that all of them have."
     found = {}

@@ -212,7 +212,7 @@ def _argument(name, value):
         return "none"  # peft's own word
     return _value(value) if isinstance(value, str) else value
 
-
+# %% ../../nbs/55_settings.ipynb #9808403e
 def _value(text: str):
     for number in (int, float):
         try:

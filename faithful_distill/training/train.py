@@ -63,7 +63,7 @@ def checked_records(given, name: str = "rationales") -> list[Rationale]:
         logging.getLogger("faithful_distill").warning(said)
     return records
 
-
+# %% ../../nbs/60_train.ipynb #b221dfe5
 def _says_its_target(row) -> bool:
     "Whether a row says itself what it argues for, as all do that this package wrote."
     return isinstance(row, Rationale) or row.get("role") is not None and row.get("target") is not None

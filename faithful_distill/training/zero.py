@@ -207,14 +207,14 @@ def _check_undecided(config, settings, ranks):
                 remedy=f"Put 'auto' there, or {value}.",
             )
 
-
+# %% ../../nbs/56_zero.ipynb #3e2d8826
 def uses_bf16(settings: Settings) -> bool:
     "Does a run with these settings compute in bf16 on this machine?"
     if settings.precision is None:
         return torch.cuda.is_available() and torch.cuda.is_bf16_supported()
     return settings.precision == "bf16"
 
-
+# %% ../../nbs/56_zero.ipynb #f222c5e6
 def _check_precision(config, settings):
     "fp16 is not offered, and bf16 is what the settings say."
     for name, value in (("fp16", False), ("amp", False), ("bf16", uses_bf16(settings))):
