@@ -444,6 +444,7 @@ def p_value(
     if half <= 0:
         return 1.0 if bound == value else 0.0
     times = abs(value - bound) / half  # the bound is so many half widths away
+    parts = [part for part in parts if part[0] > 0]
     units = [_quantile(1 - level, freedom) for _, freedom in parts]
     alone = [_beyond(times * unit, freedom) for unit, (_, freedom) in zip(units, parts)]
     if max(alone) - min(alone) < 1e-12:

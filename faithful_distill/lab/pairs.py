@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from ..faithfulness.intervals import Score, bootstrap, counted_twice, make_score, mean_score
+from ..faithfulness.intervals import Score, as_credits, bootstrap, counted_twice, make_score
 
 # %% ../../nbs/88a_pairs.ipynb #88a00006
 def _side(rows, axis: str, name, columns: Sequence[str]):
@@ -22,9 +22,26 @@ def _side(rows, axis: str, name, columns: Sequence[str]):
 def _nothing(a, b, columns) -> Score:
     return Score(None, n=0, reason=f"no questions with {' and '.join(columns)} for both {a} and {b}")
 
+# %% ../../nbs/88a_pairs.ipynb #88a00016
+def _mean_of_seeds(grid: np.ndarray, ends) -> Score:
+    "Mean over the S seeds of their means, of (n, S) numbers, NaN where a question has none in a seed."
+    n, seeds = grid.shape
+    there = np.isfinite(grid)
+    as_credits(grid[there], "differences", *ends)
+    sums = np.concatenate([np.where(there, grid, 0.0), there], 1)
+    of_seed = lambda means: means[..., :seeds] / means[..., seeds:]
+    statistic = lambda means: of_seed(means).mean(-1, keepdims=True)
+    (value,), (low,), (high,), info = bootstrap(sums, statistic)
+    per_seed = of_seed(sums.mean(0))
+    influence = np.where(there, grid - per_seed, 0.0) / there.mean(0)
+    details = {"per_seed": per_seed.tolist(), "overlap": counted_twice(influence.T), **info}
+    return make_score(value, low, high, n, ends=ends, **details)
+
 # %% ../../nbs/88a_pairs.ipynb #88a00007
-def question_difference(rows, axis: str, a, b, column: str, ends=(-1.0, 1.0)) -> Score:
+def question_difference(rows, axis: str, a, b, column: str, ends=(-1.0, 1.0), where=None) -> Score:
     """Mean of column[axis = a] - column[axis = b] over the questions and seeds that both have.
+
+    Each seed's mean counts alike. Questions are resampled; the spread of the seeds is in the interval.
 
     Parameters
     ----------
@@ -36,14 +53,19 @@ def question_difference(rows, axis: str, a, b, column: str, ends=(-1.0, 1.0)) ->
         the number that is compared, missing where it was not measured
     ends
         range of a difference
+    where
+        pairs of answers that count: booleans, indexed by question and seed; None: all
     """
     if column not in rows or len(rows) == 0:
         return _nothing(a, b, [column])
     sides = [_side(rows, axis, name, [column])[column].unstack("seed") for name in (a, b)]
-    grid = (sides[0] - sides[1]).dropna(axis="columns", how="all").dropna()
+    grid = sides[0] - sides[1]
+    if where is not None:
+        grid = grid.where(where.unstack("seed").reindex_like(grid).eq(True))
+    grid = grid.dropna(axis="columns", how="all").dropna(how="all")
     if grid.size == 0:
         return _nothing(a, b, [column])
-    return mean_score(grid.to_numpy(float).T, ends=ends)
+    return _mean_of_seeds(grid.to_numpy(float), ends)
 
 # %% ../../nbs/88a_pairs.ipynb #88a00010
 _guesses = ("guess_r", "guess_xr", "guess_x")
