@@ -8,13 +8,15 @@ __all__ = ['TableComparison', 'compare_tables', 'ProfileComparison', 'check_comp
 # %% ../../nbs/93a_replication.ipynb #93a00004
 import csv
 import tempfile
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Iterable
 
 from ..files import BadInput
 from .comparisons import as_scores
 from .grid import Grid, load_grid
-from .kept import done_cells, settings_keys
+from .kept import done_cells, is_restored, label_text, read_by_figures, settings_keys
 from .study import keep_profile
 
 # %% ../../nbs/93a_replication.ipynb #93a00006
@@ -52,17 +54,36 @@ class TableComparison:
         return "; ".join(parts)
 
 # %% ../../nbs/93a_replication.ipynb #93a00007
-def _named_rows(file: Path) -> dict[tuple, dict[str, str]]:
-    "Rows of a table, by what names them: columns up to the metric or the question; empty cells are left out."
+def _named_rows(file: Path, without: Iterable[dict] = ()) -> dict[tuple, dict[str, str]]:
+    """Rows of a table, by what names them: columns up to the metric, or the question and its role.
+
+    Empty cells are left out, and so are the rows of cells whose labels are in `without`.
+    """
     with open(file, encoding="utf-8", newline="") as f:
         reader = csv.DictReader(f)
         columns = reader.fieldnames or []
         last = next((c for c in ("metric", "id") if c in columns), columns[-1] if columns else "")
         names = columns[: columns.index(last) + 1] if last else []
+        names += [c for c in columns[len(names) :][:1] if (last, c) == ("id", "role")]
         rows = [{k: v for k, v in row.items() if v} for row in reader]
-    return {tuple((k, row.pop(k)) for k in names if k in row): row for row in rows}
+    named, number, without = {}, Counter(), list(without)
+    for row in (row for row in rows if not _is_of(row, columns, without)):
+        name = tuple((k, row.pop(k)) for k in names if k in row)
+        number[name] += 1
+        named[name if number[name] == 1 else (*name, ("row", str(number[name])))] = row
+    return named
 
+# %% ../../nbs/93a_replication.ipynb #93a00101
+def _is_of(row: dict[str, str], columns: list[str], cells: Iterable[dict]) -> bool:
+    "Whether a row has the labels of one of some cells; a label that is called like a score has a `_`."
+    score = {k: f"{k}_" for k in ("metric", *as_scores) if "metric" in columns and f"{k}_" in columns}
+    return any(
+        row.get("group") == labels["group"]
+        and all(label_text(row.get(score.get(k, k))) == label_text(v) for k, v in labels.items())
+        for labels in cells
+    )
 
+# %% ../../nbs/93a_replication.ipynb #93a00102
 def _number(text: str | None) -> float | None:
     try:
         return float(text or "")
@@ -70,7 +91,7 @@ def _number(text: str | None) -> float | None:
         return None
 
 # %% ../../nbs/93a_replication.ipynb #93a00008
-def compare_tables(new, kept) -> TableComparison:
+def compare_tables(new, kept, without: Iterable[dict] = ()) -> TableComparison:
     """Compares a table with the kept one, row by row; any other file as a whole.
 
     Parameters
@@ -79,6 +100,8 @@ def compare_tables(new, kept) -> TableComparison:
         a file that was computed again
     kept
         the one that is kept; it may have more rows, and may be absent
+    without
+        labels of cells whose rows are not compared
     """
     new, kept = Path(new), Path(kept)
     if new.suffix != ".csv":
@@ -86,7 +109,7 @@ def compare_tables(new, kept) -> TableComparison:
         return TableComparison(
             new.name, 1, int(known and new.read_bytes() == kept.read_bytes()), int(not known)
         )
-    ours, theirs = _named_rows(new), _named_rows(kept) if kept.is_file() else {}
+    ours, theirs = _named_rows(new, without), _named_rows(kept) if kept.is_file() else {}
     differing = [name for name, row in ours.items() if name in theirs and theirs[name] != row]
     unknown = sum(name not in theirs for name in ours)
     largest, where = None, ""
@@ -109,15 +132,18 @@ class ProfileComparison:
         each table and file
     other_settings
         cells that were kept under other settings, or not at all
+    restored
+        runs that were made from kept tables and so are not compared
     """
 
     folder: str
     tables: tuple[TableComparison, ...]
     other_settings: int = 0
+    restored: int = 0
 
     @property
     def same(self) -> bool:
-        "Whether every row is the same."
+        "Whether every row that is compared is the same."
         return not self.other_settings and all(t.same == t.rows for t in self.tables)
 
     def __str__(self) -> str:
@@ -126,6 +152,8 @@ class ProfileComparison:
         lines = [f"{head}:", *(f"  {table}" for table in self.tables)]
         if self.other_settings:
             lines.append(f"  {self.other_settings} cells were kept under other settings, or are not kept")
+        if self.restored:
+            lines.append(f"  {self.restored} runs were made from kept tables, not computed: left out")
         return "\n".join(lines)
 
 # %% ../../nbs/93a_replication.ipynb #93a00012
@@ -152,7 +180,8 @@ def compare_profile(
 ) -> ProfileComparison:
     """Compares what `reproduce` has computed of a profile with what a folder keeps of it.
 
-    Raises `BadInput` as `check_comparable` does.
+    Runs that were made from kept tables (`--keep`) are left out. Raises `BadInput` as `check_comparable`
+    does, and if there are no others.
 
     Parameters
     ----------
@@ -166,10 +195,24 @@ def compare_profile(
         as `reproduce` was given them
     """
     grid = load_grid(profile, seeds, data_dir)
-    theirs, name = _comparable(grid, kept), grid.name
+    theirs, name, restored = _comparable(grid, kept), grid.name, _restored_cells(grid, runs)
+    own = {f"{name}_times.csv", f"{name}_done.json"}
+    own |= {f"{name}_{file}" for (cell, _), file in read_by_figures(grid)[1].items() if cell in restored}
+    without = [grid.plan.labels(cell) for cell in restored]
     with tempfile.TemporaryDirectory() as folder:
         made = keep_profile(profile, folder, runs, seeds, data_dir)
-        other = len(done_cells(name, folder).keys() - theirs.keys())
-        own = {f"{name}_times.csv", f"{name}_done.json"}
-        tables = [compare_tables(file, Path(kept) / file.name) for file in made if file.name not in own]
-    return ProfileComparison(str(kept), tuple(tables), other)
+        other = len(done_cells(name, folder).keys() - theirs.keys() - restored.keys())
+        tables = [
+            compare_tables(file, Path(kept) / file.name, without) for file in made if file.name not in own
+        ]
+    tables = tuple(table for table in tables if table.rows)
+    if restored and not tables:
+        problem = f"would be compared with kept tables: all runs of {name} in {runs} were made from such"
+        remedy = "Compute it in another folder of runs (--runs), without --keep."
+        raise BadInput(problem, field="compare", value=str(kept), remedy=remedy)
+    return ProfileComparison(str(kept), tables, other, len(set(restored.values())))
+
+# %% ../../nbs/93a_replication.ipynb #93a00103
+def _restored_cells(grid: Grid, runs) -> dict[str, str]:
+    "{cell: its run} of those whose run was made from kept tables."
+    return {n: run.name for n, run in grid.plan.runs(runs).items() if is_restored(run.folder)}

@@ -10,6 +10,7 @@ import json
 import os
 import re
 import shutil
+from collections import Counter
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -22,11 +23,21 @@ from filelock import FileLock
 from ..files import BadInput, shipped, unwritable, writable_folder, write_json, write_text
 from .comparisons import as_scores
 from .grid import Grid, chosen
-from .kept import Kept, grid_with_kept, keep_rows, left_out, read_by_figures, row_tables
+from faithful_distill.lab.kept import (
+    Kept,
+    file_names,
+    grid_with_kept,
+    is_restored,
+    keep_rows,
+    left_out,
+    read_by_figures,
+    row_tables,
+)
 from .keys import Run
 from .plan import Outcome, last_seconds, run_plan
 from .report import cost_report
-from .tables import metrics_of, note_origin, read_origins, read_table, tidy, write_table
+from .tables import joined_origin, metrics_of, note_origin, read_origins, read_table
+from .tables import tidy, write_table
 from ..ownership import claimed_names, note_names
 
 # %% ../../nbs/93_study.ipynb #e27f1408
@@ -284,13 +295,16 @@ class Reproduction:
         return "\n".join([first, *(f"  {o.state}: {o.cell}: {o.problem}" for o in self.broken)])
 
 # %% ../../nbs/93_study.ipynb #d3d11ef7
-def _restored(grid: Grid, runs: Path, keep) -> set[str]:
-    "Makes run folders from kept rows, says how many, and returns the cells that nobody needs any more."
+def _restored(grid: Grid, runs: Path, keep, named: Iterable[str] = ()) -> set[str]:
+    """Makes run folders from kept rows, says how many, and returns the cells that nobody needs any more.
+
+    None of those `named`, nor what they read to be computed, is among these.
+    """
     kept = Kept(grid, keep)
     if not kept.cells:
         return set()
     writable_folder(runs)
-    planned, (done, idle) = grid.plan.runs(runs), left_out(grid, kept, runs)
+    planned, (done, idle) = grid.plan.runs(runs), left_out(grid, kept, runs, named)
     made = [name for name in done if kept.restore(name, planned[name])]
     if made:
         print(
@@ -346,7 +360,7 @@ def reproduce(
     _check_gathered_folder(grid, runs)
     if keep is not None:
         _check_kept(keep, _kept_names(grid))
-    idle = _restored(grid, runs, keep) if keep is not None else ()
+    idle = _restored(grid, runs, keep, names or ()) if keep is not None else ()
     outcomes = run_plan(grid.plan, runs, workers, only=names, threads=threads, title=grid.name, without=idle)
     return Reproduction(gather(grid, runs), outcomes)
 
@@ -384,13 +398,12 @@ def _kept_tables(gathered: Path, groups: dict[str, Iterable[str]]) -> dict[str, 
     return {**tables, "times": read_table(gathered / "times" / "times.csv")}
 
 # %% ../../nbs/93_study.ipynb #4dd665fe
-def _kept_files(gathered: Path, files: Iterable[tuple[str, str]]) -> dict[str, Path]:
+def _kept_files(gathered: Path, files: dict[tuple[str, str], str]) -> dict[str, Path]:
     "The files of runs to be kept: name in `data/results` -> where it lies now."
-    files = list(files)
     made = json.loads((gathered / "runs.json").read_text(encoding="utf-8")) if files else {}
     found = {
-        f"{gathered.name}_{Path(name).name}": gathered.parent / made.get(cell, cell) / name
-        for cell, name in files
+        f"{gathered.name}_{name}": gathered.parent / made.get(cell, cell) / file
+        for (cell, file), name in files.items()
     }
     for path in found.values():
         if not path.is_file():
@@ -398,18 +411,24 @@ def _kept_files(gathered: Path, files: Iterable[tuple[str, str]]) -> dict[str, P
     return found
 
 # %% ../../nbs/93_study.ipynb #06efc4b0
-def _origin_of(folders: Iterable[Path]) -> dict[str, str]:
+def _origin_of(folders: Iterable[Path]) -> dict[str, Any]:
     "Version, date and commit of some runs, as `note_origin` takes them; several versions with commas between them."
-    folders = sorted(set(folders))
-    noted = [json.loads((f / "params.json").read_text(encoding="utf-8")) for f in folders]
-    several = lambda name: ", ".join(sorted({str(n.get(name) or "unknown") for n in noted})) or "unknown"
-    last = max((f / "params.json").stat().st_mtime for f in folders)
-    date = datetime.fromtimestamp(last, UTC).date().isoformat()
-    commits = ", ".join(commit[:7] for commit in several("commit").split(", "))
-    return {"version": several("version"), "date": date, "commit": commits}
+    return joined_origin(map(_run_origin, sorted(set(folders))))
 
+# %% ../../nbs/93_study.ipynb #93a00104
+def _run_origin(folder: Path) -> dict[str, Any]:
+    "Of one run; of one that was made from kept rows the origin of these."
+    file = folder / "params.json"
+    noted = json.loads(file.read_text(encoding="utf-8"))
+    if is_restored(folder):
+        return noted.get("origin", {})
+    date = datetime.fromtimestamp(file.stat().st_mtime, UTC).date().isoformat()
+    return {"version": noted.get("version"), "date": date, "commit": (noted.get("commit") or "unknown")[:7]}
 
-def _note_origins(gathered: Path, into: Path, groups: dict[str, Iterable[str]], files: Iterable) -> None:
+# %% ../../nbs/93_study.ipynb #93a00105
+def _note_origins(
+    gathered: Path, into: Path, groups: dict[str, Iterable[str]], files: dict[tuple[str, str], str]
+) -> None:
     "Notes of each kept file which runs it comes from."
     made = json.loads((gathered / "runs.json").read_text(encoding="utf-8"))
     runs_of = lambda group: [gathered.parent / r for c, r in made.items() if c.split(" ")[0] == group]
@@ -417,9 +436,10 @@ def _note_origins(gathered: Path, into: Path, groups: dict[str, Iterable[str]], 
         folders = [folder for group in of for folder in runs_of(group)]
         note_origin([into / f"{gathered.name}_{name}.csv"], **_origin_of(folders))
     everything = [gathered.parent / run for run in made.values()]
-    note_origin([into / f"{gathered.name}_times.csv"], **_origin_of(everything))
-    for cell, name in files:
-        kept = into / f"{gathered.name}_{Path(name).name}"
+    timed = [folder for folder in everything if not is_restored(folder)] or everything
+    note_origin([into / f"{gathered.name}_times.csv"], **_origin_of(timed))
+    for (cell, _), name in files.items():
+        kept = into / f"{gathered.name}_{name}"
         note_origin([kept], **_origin_of([gathered.parent / made.get(cell, cell)]))
 
 # %% ../../nbs/93_study.ipynb #93c0de02
@@ -440,14 +460,18 @@ def _kept_names(grid: Grid) -> list[str]:
         *(f"{name}_rows.csv" for name in row_tables(grid)),
         "times.csv",
     ]
-    return [f"{grid.name}_{name}" for name in (*names, *(Path(file).name for _, file in files))]
+    names += files.values()
+    if twice := [name for name, number in Counter([*names, "done.json"]).items() if number > 1]:
+        remedy = "Give a group or a file another name."
+        raise BadInput("would be the kept name of two results", file=grid.file, field=twice[0], remedy=remedy)
+    return [f"{grid.name}_{name}" for name in names]
 
 # %% ../../nbs/93_study.ipynb #b8ab1e37
 def keep_results(
     gathered,
     into,
     groups: Iterable[str] | dict[str, Iterable[str]],
-    files: Iterable[tuple[str, str]] = (),
+    files: Iterable[tuple[str, str]] | dict[tuple[str, str], str] = (),
 ) -> list[Path]:
     """Writes `<profile>_<name>.csv` for each table, `<profile>_times.csv` and `<profile>_<file>` for each file.
 
@@ -462,9 +486,10 @@ def keep_results(
     groups
         groups of the grid whose results are kept; or name of a table -> its groups
     files
-        (cell, file in its run folder) to be kept too
+        (cell, file in its run folder) to be kept too; or these -> name of the kept file, without the profile
     """
-    gathered, into, asked = Path(gathered), Path(into), list(files)
+    gathered, into = Path(gathered), Path(into)
+    asked = files if isinstance(files, dict) else file_names(files)
     if not (gathered / "results.csv").is_file():
         raise BadInput("holds no results", file=gathered, remedy="Let `reproduce` make them first.")
     groups = groups if isinstance(groups, dict) else {group: [group] for group in groups}
@@ -479,19 +504,21 @@ def keep_results(
     return kept
 
 # %% ../../nbs/93_study.ipynb #a35ce71d
-def _computed(grid: Grid, runs) -> tuple[dict[str, list[str]], list[tuple[str, str]]]:
+def _computed(grid: Grid, runs) -> tuple[dict[str, list[str]], dict[tuple[str, str], str]]:
     "Of the tables and files that the figures read, those of which something has been computed."
     done = {name for name, run in grid.plan.runs(runs).items() if run.finished}
     groups = {grid.plan.cells[name].group for name in done}
     tables, files = read_by_figures(grid)
     of_done = {name: [g for g in of if g in groups] for name, of in tables.items()}
-    return {name: of for name, of in of_done.items() if of}, [f for f in files if f[0] in done]
+    return {name: of for name, of in of_done.items() if of}, {
+        f: name for f, name in files.items() if f[0] in done
+    }
 
 # %% ../../nbs/93_study.ipynb #4f8448d6
 def _note_rows(grid: Grid, runs, into: Path) -> None:
     "Notes of each kept table of rows which runs it comes from."
     done = {name: run for name, run in grid.plan.runs(runs).items() if run.finished}
-    for table, groups in row_tables(grid).items():
+    for table, (_, groups) in row_tables(grid).items():
         folders = [run.folder for name, run in done.items() if grid.plan.cells[name].group in groups]
         if folders:
             note_origin([into / f"{grid.name}_{table}_rows.csv"], **_origin_of(folders))

@@ -295,15 +295,34 @@ def origin_line(name: str, origin: dict) -> str:
 
 # %% ../../nbs/86_tables.ipynb #b9795f43
 def note_origin(paths: Iterable, version: str, date: str, commit: str, planted: dict | None = None) -> Path:
-    "Notes in `origin.json` beside some tables where they come from; what it says of other tables is kept."
+    """Notes in `origin.json` beside some tables where they come from.
+
+    What it says of other tables is kept, and of these what was planted.
+    """
     paths = [Path(path) for path in paths]
     noted = paths[0].with_name("origin.json")
     origins = read_origins(noted.parent)
     for path in paths:
+        known = origins.get(path.name, {}).get("planted", {}) | (planted or {})
         origins[path.name] = {"version": version, "date": date, "commit": commit}
-        origins[path.name] |= {"planted": planted} if planted else {}
+        origins[path.name] |= {"planted": known} if known else {}
         origins[path.name]["sha256"] = hashlib.sha256(path.read_bytes()).hexdigest()
     return write_json(noted, dict(sorted(origins.items())))
+
+# %% ../../nbs/86_tables.ipynb #86a00102
+def joined_origin(origins: Iterable[dict]) -> dict:
+    """One origin of several: their versions and commits with commas between them, and the last date.
+
+    What is not known is called 'unknown'. What was planted in one of them is planted in the whole.
+    """
+    origins = list(origins)
+    named = lambda field: {
+        word for origin in origins for word in str(origin.get(field) or "unknown").split(", ")
+    }
+    joined = {field: ", ".join(sorted(named(field))) or "unknown" for field in ("version", "commit")}
+    joined["date"] = max(named("date") - {"unknown"}, default="unknown")
+    planted = {thing: what for o in origins for thing, what in o.get("planted", {}).items()}
+    return joined | ({"planted": planted} if planted else {})
 
 # %% ../../nbs/86_tables.ipynb #bfbfc6c4
 def split_metrics(table, pattern: str) -> Any:
