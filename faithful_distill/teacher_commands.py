@@ -50,13 +50,14 @@ def _reader(student: str):
     "A student as a judge of rationales: how likely the answer argued for is to it, once it has read them."
     from faithful_distill.student.answers import reading_shares
     from faithful_distill.student.model import load_student
+    from faithful_distill.training.folder import weights_key
 
     loaded = load_student(student)
 
     def score(rationales):
         return reading_shares(loaded, rationales)
 
-    score.__name__ = f"reader {Path(student).name}"
+    score.__name__ = f"reader {Path(student).name} {weights_key(loaded)[:8]}"  # the same for the same weights
     return score
 
 # %% ../nbs/94c_teacher_commands.ipynb #21aaab7d

@@ -6,6 +6,7 @@ import math
 import os
 
 import numpy as np
+import pandas as pd
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -1659,3 +1660,51 @@ def test_an_undefined_number_of_few_rows_has_no_ends_and_no_warning():
     rows = np.array([[1.0, 1.0], [1.0, -1.0]] * 15)  # the mean is 1 / 0, those of most resamples are not
     point, low, high, details = intervals.bootstrap(rows, ratio, draws=200)
     assert np.isinf(point[0]) and np.isnan([low[0], high[0]]).all() and details["undefined_draws"] < 100
+
+
+def test_a_correlation_with_what_varies_by_rounding_alone_is_undefined():
+    score = metrics.insertion_correlation([0.3, 0.1 + 0.2, 0.3], [0, 1, 0])
+    assert score.value is None and score.reason == "shift is the same for every insert"
+
+
+def test_a_p_value_with_a_part_of_no_weight_is_that_of_the_rest():
+    p = intervals.p_value(0.9, 0.88, 0.92, 0.0, parts=[(1, None), (0, 4)])
+    assert p == intervals.p_value(0.9, 0.88, 0.92, 0.0, parts=[(1, None)])
+
+
+def question_rows(rng, seeds, spread, n=200):
+    "Rows of two methods: a is right more often by a share that differs between seeds."
+    rows = [
+        {"method": m, "seed": s, "id": i, "right": float(rng.random() < 0.4 + (m == "a") * (0.2 + d))}
+        for s, d in zip(range(seeds), spread)
+        for m in "ab"
+        for i in range(n)
+    ]
+    return pd.DataFrame(rows)
+
+
+def test_a_difference_over_questions_holds_the_spread_of_the_seeds():
+    from faithful_distill.lab.pairs import question_difference
+
+    rows = question_rows(np.random.default_rng(0), 4, [-0.2, -0.1, 0.1, 0.2])
+    score = question_difference(rows, "method", "a", "b", "right")
+    over_seeds = intervals.across_seeds(score.details["per_seed"])
+    assert score.high - score.low > 0.95 * (over_seeds.high - over_seeds.low)
+    wide = rows.pivot_table(index=["seed", "id"], columns="method", values="right")
+    grid = (wide.a - wide.b).unstack("id").to_numpy()
+    plain = intervals.mean_score(grid, ends=(-1, 1))
+    assert score.value == pytest.approx(plain.value, abs=1e-12)
+    assert (score.low, score.high) == pytest.approx((plain.low, plain.high), abs=0.01)
+
+
+def test_a_difference_over_some_pairs_of_answers_is_the_mean_of_the_seeds_means():
+    from faithful_distill.lab.pairs import question_difference
+
+    rows = question_rows(np.random.default_rng(1), 3, [0.0, 0.1, 0.2])
+    wide = rows.pivot_table(index=["id", "seed"], columns="method", values="right")
+    errs = wide.b == 0
+    score = question_difference(rows, "method", "a", "b", "right", where=errs)
+    by_hand = [(wide.a - wide.b)[errs & (wide.index.get_level_values("seed") == s)].mean() for s in range(3)]
+    assert score.value == pytest.approx(np.mean(by_hand), abs=1e-12)
+    assert score.details["per_seed"] == pytest.approx(by_hand) and score.low < score.value < score.high
+    assert question_difference(rows, "method", "a", "b", "right", where=errs & False).value is None

@@ -201,3 +201,28 @@ def test_a_rater_who_marks_twice_differently_is_told(tmp_path):
     again.write_text(first.read_text().replace('"supports": 1', '"supports": 2'))
     with pytest.raises(BadInput, match="again.jsonl:1: field 'code': is marked twice"):
         rating.read_marks([first, again], tmp_path / "key.json")
+
+
+def test_two_methods_that_would_share_a_file_and_a_key_that_is_none_are_refused(tmp_path):
+    folder = tmp_path / "form"
+    rating.write_rating_form({"full method": rows("a", 2), "full-method": rows("b", 2)}, folder)
+    key = folder / "key.json"
+    known = json.loads(key.read_text())
+    name = next(iter(known["criteria"]))
+    mark = next(iter(known["criteria"][name]))
+    saved = [
+        {"study": known["study"], "code": code, "rater": "r", "marks": {name: mark}}
+        for code in known["items"]
+    ]
+    file = tmp_path / "marks.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in saved))
+    marks = rating.read_marks([file], key)
+    with pytest.raises(BadInput, match="would both be written"):
+        rating.write_rated(marks, key, name, tmp_path / "rated")
+    file.write_text(json.dumps(saved[0] | {"marks": 3}) + "\n")
+    with pytest.raises(BadInput, match="must be an object"):
+        rating.read_marks([file], key)
+    for text in ("{}", "no JSON", None):
+        key.unlink() if text is None else key.write_text(text)
+        with pytest.raises(BadInput, match="is no key of a form"):
+            rating.read_marks([file], key)

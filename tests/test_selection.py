@@ -1,6 +1,7 @@
 "Selection of one of several sampled rationales: killed, resumed, in parts, by growth and by a reader."
 
 import json
+import re
 
 import pytest
 from click.testing import CliRunner
@@ -140,10 +141,28 @@ def test_a_reader_selects_on_the_command_line(tmp_path):
     ]
     reader = str(shipped("data", "models", "student"))
     done = CliRunner().invoke(main, [*options, "--samples", "2", "--select", reader, "--out", str(out)])
-    assert done.exit_code == 0 and "Kept by reader student: 3 of 6 samples" in done.output, done.output
+    assert done.exit_code == 0 and re.search(
+        r"Kept by reader student [0-9a-f]{8}: 3 of 6 samples", done.output
+    ), done.output
     kept = [row for _, row in read_jsonl(out)]
     assert all(0 <= row["selection"]["score"] <= 1 and "growth" not in row for row in kept)
     assert len((tmp_path / "out.rejected.jsonl").read_text().splitlines()) == 3
     json.loads(out.read_text().splitlines()[0])
     greedy = CliRunner().invoke(main, [*options, "--samples", "2", "--strategy", "greedy", "--out", str(out)])
     assert greedy.exit_code and "needs a contrast" in greedy.output + str(greedy.exception)
+
+
+def test_a_judge_is_known_by_its_weights_and_a_nameless_one_is_refused(teacher, tmp_path):
+    "Else the scores in a file could be those of another judge of the same name."
+    from faithful_distill.student.model import tiny_student
+    from faithful_distill.teacher_commands import _reader
+
+    for text, folder in (("fish live in water", "one"), ("birds live in trees and eat worms", "two")):
+        student = tiny_student([text])
+        student.model.save_pretrained(tmp_path / folder / "student")
+        student.tokenizer.save_pretrained(tmp_path / folder / "student")
+    one, two = (_reader(str(tmp_path / folder / "student")).__name__ for folder in ("one", "two"))
+    assert one != two and _reader(str(tmp_path / "one" / "student")).__name__ == one
+    with pytest.raises(BadInput, match="has no name to be noted"):
+        rationalize(teacher, questions[:1], out=tmp_path / "o.jsonl", select=lambda rs: [0] * len(rs), **call)
+    assert not (tmp_path / "o.jsonl").exists()

@@ -350,3 +350,29 @@ def test_a_students_weights_are_on_the_disk_when_they_are_written(tmp_path, monk
     out.mkdir()
     written = write_model(student, dict(student.model.state_dict()), out)
     assert "model.safetensors" in written and synced == [*written, "out"]
+
+
+def test_a_tokenizer_with_several_chat_templates_is_written_whole(tmp_path):
+    "transformers writes all but the default one into a folder."
+    from faithful_distill.student.model import tiny_student
+    from faithful_distill.training.folder import write_model
+
+    student, out = tiny_student(["fish live in water"]), tmp_path / "out"
+    student.tokenizer.chat_template = {"default": "{{ messages }}", "tool_use": "{{ tools }}"}
+    (out / ".writing").mkdir(parents=True)
+    (out / ".writing" / "stale.bin").write_text("of a run that was killed")
+    written = write_model(student, dict(student.model.state_dict()), out)
+    assert any("/" in name for name in written) and "stale.bin" not in written
+    assert all(sha256_file(out / name) == found for name, found in written.items())
+    assert not (out / ".writing").exists()
+
+
+def test_the_key_of_a_run_knows_the_precision_of_its_machine(monkeypatch):
+    from faithful_distill.training import zero
+    from faithful_distill.training.folder import run_key
+    from faithful_distill.training.settings import Settings
+
+    key = lambda **how: run_key(Settings(**how), ranks.rationales(), None, "w")
+    here = key()
+    monkeypatch.setattr(zero, "uses_bf16", lambda settings: settings.precision != "fp32")
+    assert key() != here and key() == key(precision="bf16")

@@ -391,7 +391,7 @@ def insertion_correlation(shift: Sequence, mentioned: Sequence, *, level: float 
     if n < 3:
         return Score(None, n=n, reason="fewer than three inserts")
     for name, column in (("shift", a), ("mentioned", b)):
-        if np.ptp(column) == 0:
+        if np.ptp(column) < 1e-9:
             return Score(None, n=n, reason=f"{name} is the same for every insert")
     columns = np.stack([np.ones(n), a, b, a * a, b * b, a * b], 1)
     (value,), (low,), (high,), info = bootstrap(columns, _pearson, level=level, **interval)

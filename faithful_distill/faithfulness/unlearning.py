@@ -16,7 +16,7 @@ import numpy as np
 
 from .intervals import Score, as_credits, check_lengths, mean_score
 from .metrics import choice_probability
-from .perturb import split_steps
+from .perturb import join_words, split_steps
 from faithful_distill.faithfulness.protocol import (
     Context,
     Intervention,
@@ -120,7 +120,7 @@ def _mean_over_steps(values, there, interval: dict, ends, details: dict) -> Scor
 def step_row(student: Student, q: Question, steps: Sequence[str], k: int, prefix: str) -> Row | None:
     "Step k to be predicted after the question and the steps before it; None where nothing of it fits."
     [source] = encode_sources(student, [q], [prefix])
-    [pieces] = token_pieces(student.tokenizer, [[tag_of(prefix), " ".join(steps[:k]), steps[k]]])
+    [pieces] = token_pieces(student.tokenizer, [[tag_of(prefix), join_words(steps[:k]), steps[k]]])
     context, step = [*pieces[0], *pieces[1]], pieces[2]
     step = step[: max(0, student.max_target - len(context))]
     return Row(source, context, step, False) if step else None

@@ -102,6 +102,8 @@ def las_difference(rows, axis: str, a, b, min_bin: int = 10) -> Score:
         as in `question_difference`, with guess_xr, guess_x and guess_r: did the simulator guess right from question
         and rationale, question, rationale?
     """
+    import pandas as pd
+
     if not set(_guesses) <= set(rows.columns):
         return _nothing(a, b, ["guesses"])
     sides = []
@@ -112,7 +114,7 @@ def las_difference(rows, axis: str, a, b, min_bin: int = 10) -> Score:
     if not seeds:
         return _nothing(a, b, ["guesses"])
     sums = [s[s.seed.isin(seeds)].groupby(["id", "seed"])[list("abcd")].sum().unstack("seed") for s in sides]
-    both = sums[0].join(sums[1], how="outer", lsuffix="_a", rsuffix="_b").fillna(0.0)
+    both = pd.concat(sums, axis=1).fillna(0.0)
     in_parts = lambda flat: np.moveaxis(flat.reshape(*flat.shape[:-1], 2, 4, len(seeds)), -2, -1)
     flat = both.to_numpy(float)
     cube = in_parts(flat)  # (questions, methods, seeds, 4)

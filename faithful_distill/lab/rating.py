@@ -24,7 +24,7 @@ from markupsafe import Markup
 from ..faithfulness.agreement import agreement_scores
 from ..faithfulness.external import ExternalRationale, read_rationales
 from ..faithfulness.intervals import Score, holm, mean_score, p_value
-from ..files import BadInput, shipped, write_json, write_text
+from ..files import BadInput, json_in, shipped, write_json, write_text
 from ..hashes import stable_seed
 from ..jsonl import read_jsonl
 from ..ownership import own_folder
@@ -183,6 +183,15 @@ def _as_script_data(data: Any) -> str:
     text = json.dumps(data, ensure_ascii=False, allow_nan=False)
     return "".join(escapes.get(c, c) for c in text)
 
+# %% ../../nbs/92b_rating.ipynb #92b00101
+def _read_key(file: str | Path) -> dict:
+    "The `key.json` of a form. Raises `BadInput` for a file that is none."
+    known = json_in(file)
+    if not isinstance(known, dict) or not {"study", "criteria", "items"} <= known.keys():
+        remedy = "Give the key.json that was written with the form."
+        raise BadInput("is no key of a form", file=file, remedy=remedy)
+    return known
+
 # %% ../../nbs/92b_rating.ipynb #bcf599d3
 def read_marks(files: Iterable[str | Path], key: str | Path) -> dict[str, dict[str, dict[str, int]]]:
     """Marks that raters saved: criterion -> code -> rater -> mark.
@@ -197,7 +206,7 @@ def read_marks(files: Iterable[str | Path], key: str | Path) -> dict[str, dict[s
     key
         `key.json` of the same form
     """
-    known = json.loads(Path(key).read_text(encoding="utf-8"))
+    known = _read_key(key)
     found: dict[str, dict] = {name: {} for name in known["criteria"]}
     for file in files:
         for line, row in read_jsonl(file):
@@ -218,6 +227,8 @@ def _add_marks(row: Mapping, known: Mapping, found: dict) -> None:
         raise BadInput("is another study than the key's", field="study", value=row["study"], remedy=remedy)
     if row["code"] not in known["items"]:
         raise BadInput("is not in the key", field="code", value=row["code"])
+    if not isinstance(row["marks"], dict):
+        raise BadInput("must be an object: criterion -> mark", field="marks", value=row["marks"])
     for name, mark in row["marks"].items():
         if mark not in known["criteria"].get(name, ()):
             raise BadInput("is no mark of this form", field=f"marks.{name}", value=mark)
@@ -229,7 +240,7 @@ def _add_marks(row: Mapping, known: Mapping, found: dict) -> None:
 # %% ../../nbs/92b_rating.ipynb #efd8a09e
 def rated_rows(marks: Mapping[str, Mapping], key: str | Path, criterion: str) -> dict[str, list[dict]]:
     "Method -> rows as `score` reads them, with the marks of one criterion as `rating`; raters in order of their names."
-    known = json.loads(Path(key).read_text(encoding="utf-8"))["items"]
+    known = _read_key(key)["items"]
     if criterion not in marks:
         raise BadInput(f"must be one of {', '.join(marks)}", field="criterion", value=criterion)
     rows: dict[str, list[dict]] = {}
@@ -243,15 +254,18 @@ def write_rated(marks: Mapping[str, Mapping], key: str | Path, criterion: str, o
     "The rows of `rated_rows` as files for `score`, out/METHOD.jsonl."
     texts = {}
     for method, rows in rated_rows(marks, key, criterion).items():
-        name = "".join(c if c.isalnum() or c in "-_." else "-" for c in method)
-        texts[f"{name}.jsonl"] = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+        name = "".join(c if c.isalnum() or c in "-_." else "-" for c in method) + ".jsonl"
+        if name in texts:
+            problem = f"and another method would both be written to {name}"
+            raise BadInput(problem, field="method", value=method, remedy="Rename one of them.")
+        texts[name] = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
     folder = own_folder(out, "rated rows", texts, [key])
     return [write_text(folder / name, text) for name, text in texts.items()]
 
 # %% ../../nbs/92b_rating.ipynb #ba38d930
 def rater_agreement(marks: Mapping[str, Mapping], key: str | Path, **interval) -> dict[str, dict[str, Score]]:
     "Criterion -> kappa, ac2 and observed agreement of the raters; questions are resampled."
-    known = json.loads(Path(key).read_text(encoding="utf-8"))
+    known = _read_key(key)
     found = {}
     for name, items in marks.items():
         raters = sorted({rater for given in items.values() for rater in given})
@@ -316,7 +330,7 @@ def preferences(marks: Mapping[str, Mapping], key: str | Path, **interval) -> li
     **interval
         draws, level, seed: see `bootstrap`
     """
-    known = json.loads(Path(key).read_text(encoding="utf-8"))
+    known = _read_key(key)
     compared = []
     for criterion, items in marks.items():
         of: dict[str, dict] = {}

@@ -253,14 +253,15 @@ class CausalReasoner(Reasoner):
         shown = {i: _Shown(self.tokenizer, asked[i].context) for i in able}
         over = lambda k, tokens: _answer_ends(shown[able[k]].text(tokens))
         found = self.decoder.read([asked[i].context for i in able], [asked[i].tails for i in able], over)
-        answers = [
-            unanswered(q, r, self._problem(self._ids([p])[0]))
-            for q, r, p in zip(questions, rationales, prompts)
-        ]
+        answers = {
+            i: unanswered(questions[i], rationales[i], self._problem(self._ids([prompts[i]])[0]))
+            for i, one in enumerate(asked)
+            if one is None
+        }
         for i, (scores, greedy, tokens) in zip(able, found):
             said = shown[i].text(tokens).strip().split("\n")[0].rstrip(". ")
             answers[i] = self._answer(questions[i], rationales[i], scores, greedy, said, asked[i])
-        return answers
+        return [answers[i] for i in range(len(asked))]
 
     def _answer(self, q, rationale, scores, greedy, said, asked: "_Asked") -> Answer:
         text = said if greedy is None else choice_text(q, greedy)

@@ -176,12 +176,12 @@ def _decided_by_ids(student, tails, chosen) -> bool:
     return tails.count(tails[chosen]) == 1 and student.tokenizer.unk_token_id not in tails[chosen]
 
 # %% ../../nbs/53_answers.ipynb #e60b98df
-def _windows(student, sources, texts, limit, batch_size):
+def _windows(student, sources, texts, more, batch_size):
     "Indices of questions, some at a time; what a batch of them has read; and how batches are made."
     from faithful_distill.prefix_tree import refused
 
     if not student.is_seq2seq and not refused(student.model, _longest(student)):
-        yield from _tree_windows(student, sources, texts, limit, batch_size)
+        yield from _tree_windows(student, sources, texts, more, batch_size)
         return
     by_source = sorted(range(len(sources)), key=lambda i: (len(sources[i]), sources[i], i))
     for at in range(0, len(by_source), 8 * batch_size):
@@ -194,11 +194,10 @@ def _windows(student, sources, texts, limit, batch_size):
         yield window, read, lambda some: _batches(student, some, texts, batch_size)
 
 # %% ../../nbs/53_answers.ipynb #9a984579
-def _tree_windows(student, sources, texts, limit, batch_size):
-    "The same for a causal student."
+def _tree_windows(student, sources, texts, more, batch_size):
+    "The same for a causal student, with how many tokens may follow each text."
     ids = plain_ids(student.tokenizer, [text or "" for text in texts])
     contexts = [source + row for source, row in zip(sources, ids)]
-    more = [limit if text is None else 32 for text in texts]  # 32: tag, answer sentence, the choices
     for rows, tree in tree_windows(student.model, sources, contexts, more, _longest(student), batch_size):
         yield rows, lambda batch, tree=tree: (tree, batch), lambda some: [some] if some else []
 
@@ -280,9 +279,11 @@ def answer(
     sources = encode_sources(student, questions, [prefix] * len(questions))
     answers, was_training = [None] * len(questions), student.model.training
     student.model.eval()
+    # 32: tag, answer sentence, the choices
+    more = [limit if text is None or continue_from else 32 for text in texts]
     try:
         with torch.inference_mode(), progress(total=len(questions), desc="answers", unit="q") as bar:
-            for window, read, split in _windows(student, sources, texts, limit, batch_size):
+            for window, read, split in _windows(student, sources, texts, more, batch_size):
                 written, unwritten = {}, [i for i in window if texts[i] is None or continue_from]
                 for batch in split(unwritten):
                     given = _at(batch, sources), _at(batch, texts)

@@ -27,7 +27,13 @@ from ..sources import questions_from
 from .loading import Teacher, as_teacher
 from .prompts import contrast_ids, few_shot, prompt_hash, styles, worked_turns
 from .resume import Expected, Job, Ledger, jobs_of, journal_path
-from .selection import for_samples, kept_share, rejected_path, select_rationales
+from faithful_distill.teacher.selection import (
+    check_named_scorer,
+    for_samples,
+    kept_share,
+    rejected_path,
+    select_rationales,
+)
 from .strategy import Strategy, as_strategy
 from .texts import TextTeacher, as_text_teacher, check_texts, write_texts
 
@@ -217,6 +223,8 @@ def rationalize(
         check_texts(strategy, samples, style)
     select = _select_for(texts, strategy, select)
     strategy, by = for_samples(strategy, samples, select)
+    if by and out is not None:
+        check_named_scorer(select, out)
     questions = require_answers(questions_from(questions), "a rationale for the gold answer")
     if out is not None:
         check_target(out)

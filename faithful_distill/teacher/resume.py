@@ -10,6 +10,7 @@ import glob
 import math
 import re
 from collections import Counter
+from contextlib import suppress
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Iterable, Iterator, Self, Sequence
@@ -197,11 +198,13 @@ def _from_other_parts(out, expected: Expected) -> dict[str, Rationale]:
     "What those have finished of these jobs; what is of other questions, or made otherwise, is passed over."
     found = {}
     for path in [p for part in _other_parts(out) for p in (part, rejected_path(part)) if p.is_file()]:
-        for line, row in read_jsonl(path, bad=[]):
-            try:
+        try:
+            rows = list(read_jsonl(path, bad=[]))
+        except BadInput:  # another process has finished with it meanwhile
+            continue
+        for line, row in rows:
+            with suppress(BadInput):
                 found |= expected.read([(line, row)], path)
-            except BadInput:
-                continue
     return found
 
 # %% ../../nbs/39a_resume.ipynb #c7a0f20f

@@ -44,12 +44,14 @@ def run_key(
         `weights_key` of the student to start from
     """
 
-    from faithful_distill.training.zero import shipped_configurations
+    from faithful_distill.training.zero import shipped_configurations, uses_bf16
 
     def content(rationales):
         return [{name: getattr(r, name) for name in _read_of_a_rationale} for r in rationales]
 
     deciding = settings.model_dump(exclude=_no_part_of_the_key)
+    if settings.precision is None and uses_bf16(settings):
+        deciding["precision"] = "bf16"  # as this machine computes
     own = deciding["deepspeed"]
     if isinstance(own, str) and own not in shipped_configurations() and Path(own).is_file():
         deciding["deepspeed"] = {"file": sha256_file(own)}
@@ -155,7 +157,7 @@ def check_out(out: Path, student) -> None:
     if ours is None:
         if (out / "student.json").is_file():
             read_note(out)  # a broken one says what is wrong with it
-        of_others = {name for names in claimed_names(out).values() for name in names} - found
+        of_others = {n.split("/")[0] for names in claimed_names(out).values() for n in names} - found
         foreign = sorted(p.name for p in out.iterdir() if p.name not in of_others and not _harmless(p))
     else:
         foreign = [name for name in sorted(found) if name not in ours or (out / name).is_symlink()]
@@ -328,20 +330,23 @@ def write_model(student: Student, state: dict, out: Path) -> dict[str, str]:
         each file and its SHA-256
     """
     hidden, first = out / ".writing", {}
+    shutil.rmtree(hidden, ignore_errors=True)  # of a run that was killed
     for name, tensor in student.model.state_dict(keep_vars=True).items():
         original = first.setdefault(id(tensor), name)
         if original in state and name in state:
             state[name] = state[original]
     student.model.save_pretrained(hidden, state_dict=state)
     student.tokenizer.save_pretrained(hidden)
-    written = {path.name: sha256_file(path) for path in sorted(hidden.iterdir())}
+    files = sorted(path for path in hidden.rglob("*") if path.is_file())
+    written = {path.relative_to(hidden).as_posix(): sha256_file(path) for path in files}
     if "train" in claimed_names(out):
         claim(out, written)
     for name in written:
         to_disk(hidden / name)
+        (out / name).parent.mkdir(parents=True, exist_ok=True)  # several chat templates are in a folder
         os.replace(hidden / name, out / name)
     to_disk(out)  # before the checkpoints are removed
-    hidden.rmdir()
+    shutil.rmtree(hidden)
     return written
 
 # %% ../../nbs/61_folder.ipynb #7311de8e

@@ -18,14 +18,14 @@ from typing import Iterator, Sequence
 
 from ..exchange import as_stated
 from ..files import BadInput, writable_folder
-from ..models import check_name
+from ..models import check_name, with_fused_gelu
 from ..ownership import sole_writer
 from ..ranks import count_nodes, launched
 from ..records import Rationale, check_one_question, read_with_rows
 from ..student.loss import check_needs, find_objective
 from ..student.model import Student, add_tags, expresses, load_student, task_tags
 from ..student.rows import check_choices, unknown_tokens
-from .adapters import fuse_activations, with_lora
+from .adapters import with_lora
 from faithful_distill.training.folder import (
     Run,
     TrainingResult,
@@ -254,7 +254,7 @@ def prepared(student, settings: Settings) -> Student:
     if settings.lora is not None:
         student.model = with_lora(student, settings)
     model = student.model
-    fuse_activations(model)
+    with_fused_gelu(model)
     if settings.recompute:  # transformers calls it gradient checkpointing, and is about to rename it
         getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()
     return student
