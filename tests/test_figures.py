@@ -1240,3 +1240,13 @@ def test_a_report_begins_with_its_bottom_line_a_picture_and_what_its_words_mean(
         and "What the words mean"
         not in report.build_report(tmp_path / "e.html", "Title", "Lead.").read_text()
     )
+
+
+def test_an_interval_of_a_share_ends_at_0_and_100_per_cent_and_one_of_a_difference_does_not():
+    from faithful_distill.lab.tables import cell_text
+
+    score = {"value": 0.9, "low": 0.7, "high": 1.1, "n": 20, "seeds": 1, "reason": ""}
+    assert cell_text(score, percent=True) == "90 % [70, 100], n = 20"
+    low = score | {"value": 0.05, "low": -0.1, "high": 0.2}
+    assert cell_text(low, percent=True) == "5 % [0, 20], n = 20"
+    assert cell_text(low, percent=True, points=True).startswith("5 points [−10, 20]")

@@ -167,8 +167,8 @@ def corrected(claims: Sequence[dict], level: float = 0.95) -> list[dict]:
     for i, p in zip(family, holm([claims[i]["p"] for i in family])):
         found[i]["p_holm"] = p
         if found[i]["holds"] is not None and p >= 1 - level:
-            alone = f"{verdict_words[found[i]['holds']]} by itself (p = {claims[i]['p']:.3f})"
-            kept = f"{alone}, but not as one of {len(family)} claims (Holm: p = {p:.2f})"
+            alone = f"its interval alone: {verdict_words[found[i]['holds']]} (p = {claims[i]['p']:.3f})"
+            kept = f"{alone}; not decided as one of {len(family)} claims (Holm: p = {p:.2f})"
             found[i] |= {"holds": None, "remark": kept}
     return found
 
@@ -181,7 +181,8 @@ def note_on(claims: Sequence[dict], level: float = 0.95) -> str:
     if all("p_holm" in c for c in family):
         return (
             f"Claims decided here: {len(family)}, corrected for their number (Holm): the probability that"
-            f" chance decides any of them wrongly is at most {number(1 - level, True)}."
+            f" chance decides any of them wrongly is at most {number(1 - level, True)}. A page with more claims"
+            " may leave the same comparison inconclusive."
         )
     expected = (1 - level) * len(family)
     return (

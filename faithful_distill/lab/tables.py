@@ -370,6 +370,8 @@ def cell_text(
     if points and known:
         digits = enough_digits((low, high), bounds, digits)
     text = number(score["value"], percent, digits, points)
+    if percent and known and not points:  # of a share
+        low, high = max(low, min(0.0, score["value"])), min(high, max(1.0, score["value"]))
     if known:
         low, high = (number(end, percent or points, digits).replace(" %", "") for end in (low, high))
         text += f" [{low}, {high}]"
