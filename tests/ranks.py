@@ -97,6 +97,7 @@ alike = [c for c in alike if every or c[2] != 2 or c[0] == "t5" and c[1] > 1]
 
 
 def run(out, stage, accumulation, kind="t5", **more):
+    "Both ways of averaging: Llama per part, T5 per token."
     held = Held()
     given = dict(
         max_steps=4,
@@ -105,6 +106,7 @@ def run(out, stage, accumulation, kind="t5", **more):
         lr=1e-2,
         log_every=1,
         warmup=0,
+        reduction="per_part" if kind == "llama" else "per_token",
         deepspeed=stage_config(stage),
         callbacks=[held],
     )
@@ -129,6 +131,7 @@ def chosen(folder, metric, *callbacks):
         metric=metric,
         patience=2,
         max_steps=60,
+        reduction="per_part",
         callbacks=callbacks,
         **given[metric],
     )[1]

@@ -254,10 +254,13 @@ def test_accumulation_changes_nothing(tmp_path, objective):
     for want, got in zip(history(whole.out), history(parts.out), strict=True):
         assert got == ranks.log_row(want)
     trained = load_student(whole.out)
-    examples = training_examples(trained, records(), objective)
+    examples, weights = (
+        training_examples(trained, records(), objective),
+        LossWeights(reduction=Settings().reduction),
+    )
     evaluated = [row for row in history(whole.out) if "eval_loss" in row][-1]
     assert evaluated["eval_loss"] == pytest.approx(
-        reference_objective(trained, examples, objective), rel=1e-3
+        reference_objective(trained, examples, objective, weights), rel=1e-3
     )
     assert ("loss_pairs" in history(whole.out)[0]) == (objective in paired)
     note = json.loads((whole.out / "student.json").read_text())

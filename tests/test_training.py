@@ -379,6 +379,8 @@ reference = here / "references" / "trajectories.json"
 
 
 def trajectory(kind, folder):
+    "T5 with the paper's way of averaging, Llama with the default's."
+    reduction = dict(t5="per_part", llama="per_token")[kind]
     result = train_student(
         ranks.base(kind),
         ranks.records(),
@@ -387,6 +389,7 @@ def trajectory(kind, folder):
         batch_size=2,
         lr=3e-3,
         log_every=1,
+        reduction=reduction,
         deepspeed="cpu",
     )
     return [dict(loss=row["loss"], grad_norm=row["grad_norm"]) for row in history(result.out)]
@@ -728,8 +731,10 @@ def dev_loss(folder, records=None):
     from faithful_distill.student.loss import distillation_loss
     from faithful_distill.student.model import load_student
 
-    batch, logits = whole_batch(load_student(folder), records)
-    return float(distillation_loss(logits, batch["labels"], batch["counterfactual"]).total)
+    student = load_student(folder)
+    batch, logits = whole_batch(student, records)
+    how = dict(reduction=student.settings["reduction"])
+    return float(distillation_loss(logits, batch["labels"], batch["counterfactual"], **how).total)
 
 
 @pytest.mark.parametrize("kind", ["t5", "llama", "gpt2"])
@@ -881,7 +886,8 @@ def test_bf16_and_recomputing_change_no_more_than_rounding(tmp_path, kind):
     assert not prepared(base, Settings()).model.is_gradient_checkpointing
 
 
-def test_smoothed_labels_and_what_is_logged_of_them(tmp_path):
+@pytest.mark.parametrize("reduction", ["per_part", "per_token"])
+def test_smoothed_labels_and_what_is_logged_of_them(tmp_path, reduction):
     """One step over all rationales: the logged loss and its parts are the smoothed ones, token by token.
 
     Dev stays unsmoothed.
@@ -891,6 +897,7 @@ def test_smoothed_labels_and_what_is_logged_of_them(tmp_path):
             tmp_path,
             label_smoothing=0.2,
             alpha_cf=0.3,
+            reduction=reduction,
             max_steps=1,
             batch_size=5,
             dev=ranks.records(),
@@ -909,13 +916,18 @@ def test_smoothed_labels_and_what_is_logged_of_them(tmp_path):
         ]
         return sum(float(-(1 - e) * p[label] - e * p.mean()) for p, label in tokens) / len(tokens)
 
+    def both(e):
+        n, m = (
+            row[f"tokens_{name}"] if reduction == "per_token" else 1 for name in ("factual", "counterfactual")
+        )
+        return (0.7 * n * part(False, e) + 0.3 * m * part(True, e)) / (0.7 * n + 0.3 * m)
+
     assert row["loss_factual"] == pytest.approx(part(False, 0.2), rel=1e-5) and row[
         "loss_counterfactual"
     ] == pytest.approx(part(True, 0.2), rel=1e-5)
-    assert row["loss"] == pytest.approx(0.7 * part(False, 0.2) + 0.3 * part(True, 0.2), rel=1e-5)
-    assert dev["eval_loss"] == pytest.approx(0.7 * part(False, 0) + 0.3 * part(True, 0), rel=1e-5) and part(
-        False, 0
-    ) != pytest.approx(part(False, 0.2), rel=1e-3)
+    assert row["loss"] == pytest.approx(both(0.2), rel=1e-5)
+    assert dev["eval_loss"] == pytest.approx(both(0), rel=1e-5)
+    assert part(False, 0) != pytest.approx(part(False, 0.2), rel=1e-3)
 
 
 def test_a_logged_loss_is_the_mean_of_its_steps_and_the_parts_of_their_tokens(tmp_path):
@@ -924,7 +936,9 @@ def test_a_logged_loss_is_the_mean_of_its_steps_and_the_parts_of_their_tokens(tm
         counterfactual = (
             row["loss_counterfactual"] or 0
         )  # None in the step of the beaver alone, which has none
-        assert row["loss"] == pytest.approx((row["loss_factual"] + counterfactual) / 2, rel=1e-5)
+        n, m = row["tokens_factual"], row["tokens_counterfactual"]
+        mean = (row["loss_factual"] * n + counterfactual * m) / (n + m)  # over all tokens, at equal weights
+        assert row["loss"] == pytest.approx(mean, rel=1e-5)
     for k, row in enumerate(three):
         steps = one[3 * k : 3 * k + 3]
         assert row["loss"] == pytest.approx(sum(s["loss"] for s in steps) / 3, rel=1e-4)

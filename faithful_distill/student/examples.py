@@ -262,7 +262,7 @@ def reference_objective(
         kinds = (LabelRow, RationaleRow)
         of_kind = [[float(p) for r in rows if isinstance(r, k) for p in log_p(r)] for k in kinds]
         parts = [-sum(p) for p in of_kind] + [len(p) for p in of_kind]
-        return combine(*parts, 0.5, weights.reduction)
+        return combine(*parts, 0.5, "per_part")
     learned = [row for e in examples for row in e if not isinstance(row, ReadRow)]
     with_wrong = objective.startswith("counterfactual")
     reduction = weights.reduction if with_wrong else "per_part"

@@ -35,7 +35,7 @@ class Settings(BaseModel):
     )
     gamma: float = Field(1.0, gt=0, description="weight of the consistency of two right rationales")
     reduction: Literal["per_part", "per_token"] = Field(
-        "per_part", description="'per_part': mean over each part (the paper); 'per_token': over all tokens"
+        "per_token", description="'per_token': mean over all tokens; 'per_part': over each part (the paper)"
     )
     prefixes: Literal["both", "none", "random"] = Field(
         "both", description="tags that tell gold from counterfactual; 'random': by a coin"
