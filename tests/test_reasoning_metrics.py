@@ -560,6 +560,32 @@ def test_rows_of_one_question_are_one_cluster_in_every_metric():
         assert clusters <= 8 < again[name].n and again[name].n > once[name].n, name
 
 
+def test_a_cluster_that_was_named_holds_for_scores_of_the_text_and_for_comparisons(tmp_path):
+    "Eight topics of two questions each: everything that is said of the sixteen rests on eight."
+    from faithful_distill.faithfulness.intervals import paired_difference
+    from faithful_distill.faithfulness.suite import measure_suite
+    from faithful_distill.lab.claims import decided
+    from faithful_distill.lab.measure_report import compare_rows, read_suite, write_suite
+
+    some = questions[:16]
+    rested = lambda score: int(score.details["warning"].split()[1])  # "only 8 ..."
+    for topics in (None, [i // 2 for i in range(16)]):
+        interval = fast | ({"cluster": topics} if topics else {})
+        suite = measure_suite(wavering, some, metrics=["surface", "controls"], interval=interval)
+        units = 8 if topics else 16
+        of_text = [name for name, score in suite.scores.items() if score.low is not None]
+        assert {"accuracy", "vacuousness", "filler_same"} < set(of_text)
+        assert {name: rested(suite.scores[name]) for name in of_text} == dict.fromkeys(of_text, units)
+        write_suite(suite, tmp_path / str(units), "one")
+        rows = read_suite(tmp_path / str(units))[1]
+        worse = [dict(row, credit={a: c and c / 2 for a, c in row["credit"].items()}) for row in rows]
+        found = compare_rows(rows, worse, ("one", "the other"), draws=100)[0]
+        right = [row["credit"]["written"] for row in rows]
+        by_hand = paired_difference(right, [x / 2 for x in right], cluster=topics or range(16), draws=100)
+        wanted = decided(found["text"], by_hand.to_dict() | {"seeds": 1})
+        assert (found["number"], found["p"]) == (wanted["number"], wanted["p"]), units
+
+
 def wavering(given, rationales, prefix, continue_from=False):
     "Takes a cue in two questions of three, tells of it in half, reads the words of its rationale."
     found = []

@@ -143,9 +143,10 @@ def test_a_file_packed_twice_and_a_pipe_are_named_as_such(tmp_path):
 
 def test_a_parquet_file_with_a_column_twice_is_refused(tmp_path):
     pa = pytest.importorskip("pyarrow")
+    parquet = pytest.importorskip("pyarrow.parquet")
 
     table = pa.table([["a"], ["b"]], names=["question", "question"])
-    pa.parquet.write_table(table, tmp_path / "q.parquet")
+    parquet.write_table(table, tmp_path / "q.parquet")
     with pytest.raises(BadInput, match="names a column twice"):
         list(read_rows(tmp_path / "q.parquet"))
 

@@ -55,12 +55,15 @@ class Measurement:
         arm -> draws -> one answer per question; None where the arm does not apply
     left_out
         id -> why this question could not be asked; it is in none of the scores
+    clusters
+        for each question, what it is resampled with; None: by itself
     """
 
     scores: dict[str, Score]
     questions: list[Question]
     arms: Answers
     left_out: dict[str, str] = field(default_factory=dict)
+    clusters: Sequence | None = None
 
     def __repr__(self) -> str:
         lines = "\n".join(f"{name:29s}{score}" for name, score in self.scores.items())
@@ -268,7 +271,7 @@ def measure(
         **handed,
     )
     scores, arms = carry_out([Baseline(), *chosen], context, reasoner.ask)
-    return Measurement(scores, questions, arms, left_out)
+    return Measurement(scores, questions, arms, left_out, context.clusters)
 
 # %% ../../nbs/75_interventions.ipynb #fe036a0c
 def measure_insertion(

@@ -93,7 +93,7 @@ def score_rationales(
     limit
         at most so many rationales, from the start
     interval
-        draws, level, seed of the bootstrap
+        draws, level, seed of the bootstrap; cluster, see `ScoringTask`
     train_limit
         at most so many rows, drawn evenly, train a simulator
     test_limit

@@ -147,7 +147,8 @@ class ScoringTask:
     settings
         of their training
     interval
-        draws, level, seed of the bootstrap
+        draws, level, seed of the bootstrap; cluster, one entry a row: what is resampled together, if more than the rows
+        of one question
     columns
         numbers of each row by name, as far as families have computed them
     train_limit
@@ -174,8 +175,16 @@ class ScoringTask:
 
     @cached_property
     def clusters(self) -> np.ndarray:
-        "The number of each row's question."
-        return np.unique(np.array(self.groups, object), return_inverse=True)[1].reshape(-1)
+        "The number of what each row is resampled with: its question, or the cluster that `interval` names."
+        named = self.interval.get("cluster")
+        named = self.groups if named is None else [str(name) for name in named]
+        if len(named) != len(self.rows):
+            raise BadInput(
+                f"there must be one entry for each of {len(self.rows)} rows",
+                field="cluster",
+                value=len(named),
+            )
+        return np.unique(np.array(named, object), return_inverse=True)[1].reshape(-1)
 
     @cached_property
     def predicted(self) -> list[int]:
@@ -211,8 +220,8 @@ class ScoringTask:
         return find_writer(self.rows, self.model)
 
     def over(self, rows: Iterable[int]) -> dict:
-        "Arguments of a score over these rows: its interval resamples questions."
-        return dict(self.interval, cluster=self.clusters[list(rows)])
+        "Arguments of a score over these rows: its interval resamples clusters."
+        return self.interval | {"cluster": self.clusters[list(rows)]}
 
     def behaviour(self, rows: Sequence[int], shuffled: bool = False) -> ModelBehaviour:
         "These rows, as simulators are trained on them; shuffled: each with the rationale of another question."

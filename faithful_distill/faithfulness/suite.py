@@ -66,6 +66,8 @@ def suite_rows(measured: Measurement) -> list[dict]:
         row = dict(id=q.id, question=q.question, choices=list(q.choices), gold=q.answer)
         row["arms"] = {arm: _answer_row(a) for arm, a in shown.items()}
         row["credit"] = {arm: _number(values[i]) for arm, values in credit.items()}
+        if measured.clusters is not None:
+            row["cluster"] = str(measured.clusters[i])
         rows.append(row)
     return rows
 
@@ -136,7 +138,9 @@ def text_scores(
         for q, a in zip(measured.questions, measured.arms["written"][0])
     ]
     wanted = [*names, *(["controls"] if "las" in names else [])]
-    how = {k: v for k, v in (interval or {}).items() if k != "cluster"}
+    how = dict(interval or {})
+    if "cluster" in how:  # of the questions that could be asked
+        how["cluster"] = measured.clusters
     found = score_rationales(rows, metrics=wanted or ["surface"], simulator=simulator, interval=how).scores
     scores = {}
     for family in (f for f in suite_text if f != "surface" or f in names):

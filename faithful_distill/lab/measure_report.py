@@ -274,13 +274,14 @@ def _name_of(facts: dict) -> str:
 
 # %% ../../nbs/92_measure_report.ipynb #09368026
 def _credit_pairs(rows: Sequence[dict], other: Sequence[dict]) -> dict[str, tuple[list, list, list]]:
-    "What is compared -> credit of the one and of the other, of the questions that both have, and their ids."
+    "What is compared -> credit of the one and of the other, of the questions that both have, and their clusters."
     beside = {_asked(row): row for row in other}
     both = [(row, beside[_asked(row)]) for row in rows if _asked(row) in beside]
     arms = [a for a in arm_titles if a not in ("written", "own") and any(a in row["credit"] for row in rows)]
-    pairs = {"accuracy": [(a["credit"]["written"], b["credit"]["written"], a["id"]) for a, b in both]}
+    cluster = lambda row: row.get("cluster", str(row["id"]))
+    pairs = {"accuracy": [(a["credit"]["written"], b["credit"]["written"], cluster(a)) for a, b in both]}
     for arm in arms:
-        lost = [(_lost(a, arm), _lost(b, arm), a["id"]) for a, b in both]
+        lost = [(_lost(a, arm), _lost(b, arm), cluster(a)) for a, b in both]
         pairs[f"accuracy lost: {arm_titles[arm]}"] = [one for one in lost if None not in one]
     return {what: tuple(map(list, zip(*found))) for what, found in pairs.items() if found}
 
@@ -305,9 +306,9 @@ def compare_rows(
         draws, level, seed of the bootstrap
     """
     claims = []
-    for what, (a, b, ids) in _credit_pairs(rows, other).items():
+    for what, (a, b, clusters) in _credit_pairs(rows, other).items():
         scale = 1 if what == "accuracy" else 2
-        d = paired_difference(a, b, cluster=ids, **interval).to_dict()
+        d = paired_difference(a, b, cluster=clusters, **interval).to_dict()
         d |= {k: d[k] * scale for k in ("value", "low", "high") if d.get(k) is not None}
         claims.append(decided(f"{what}: {names[0]} is above {names[1]}", d | {"seeds": 1}))
     return corrected(claims)
