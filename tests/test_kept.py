@@ -15,11 +15,12 @@ from faithful_distill.lab.grid import load_grid
 from faithful_distill.lab.kept import Kept, grid_with_kept, left_out, read_by_figures
 from faithful_distill.lab.replication import compare_profile, compare_tables
 from faithful_distill.lab.study import keep_profile, reproduce
-from faithful_distill.lab.tables import note_origin, origin_of, read_origins
+from faithful_distill.lab.tables import note_origin, origin_of, read_origins, read_table
 
 WRITE = """import json
 from pathlib import Path
 Path(out, "s.json").write_text(json.dumps({"of": [who, seed]}))
+Path(out, "seconds.json").write_text(json.dumps(str(Path(out).absolute())))
 for name in ("rows.jsonl", "other.jsonl"):
     found = [{"id": "q", "role": role, "found": f"{name} {who} {role}"} for role in ("gold", "counterfactual")]
     Path(out, name).write_text("".join(json.dumps(row) + "\\n" for row in found))
@@ -126,6 +127,24 @@ def test_what_is_kept_again_keeps_its_origin_and_what_was_planted(study, tmp_pat
     assert read_origins(kept)["toy_a.csv"]["planted"] == planted["planted"]
 
 
+def test_times_of_what_was_computed_before_stay_among_the_kept(study, tmp_path):
+    file, runs, kept = study("{results: {table: a}, rows: {rows: b}}")
+    computed_and_kept(file, runs, kept, seeds=[1])
+    times = lambda: read_table(kept / "toy_times.csv").query("group in ('a', 'b')")
+    before = times()
+    assert computed_and_kept(file, tmp_path / "again", kept, seeds=[1], only=["draw"]) == ["draw"]
+    assert times().to_csv() == before.to_csv() and len(before) == 6
+    assert computed_and_kept(file, tmp_path / "again", kept, only=["draw"]) == [
+        "a seed=2",
+        "b seed=2",
+        "draw",
+    ]
+    assert times().query("seed == 1").to_csv(index=False) == before.to_csv(index=False)
+    assert list(zip(times()["group"], times()["seed"])) == [
+        (g, s) for g in "ab" for s in (1, 2) for _ in range(3)
+    ]
+
+
 def test_files_that_a_figure_reads_in_a_list_are_kept(study, tmp_path):
     file, runs, kept = study("{results: {table: a}, several: {each: a, file: s.json}}")
     computed_and_kept(file, runs, kept, only=["draw"])
@@ -136,6 +155,17 @@ def test_files_that_a_figure_reads_in_a_list_are_kept(study, tmp_path):
     assert computed_and_kept(file, one, tmp_path / "first", only=["draw"], seeds=[1]) == ["a seed=1", "draw"]
     assert computed_and_kept(file, one, tmp_path / "first", only=["draw"], seeds=[2]) == ["a seed=2", "draw"]
     assert computed_and_kept(file, tmp_path / "last", tmp_path / "first", only=["draw"]) == ["draw"]
+
+
+@pytest.mark.parametrize("measured", ["s.json", "seconds.json"])
+def test_how_long_it_took_is_no_result_that_must_come_again(study, tmp_path, measured):
+    file, runs, kept = study(f"{{results: {{table: a}}, several: {{each: a, file: {measured}}}}}")
+    computed_and_kept(file, runs, kept)
+    assert reproduce(file, runs=tmp_path / "again", workers=1).ok
+    found = compare_profile(file, kept, tmp_path / "again")
+    assert found.same and [t.name for t in found.tables if "seed" in t.name] == [
+        f"toy_a_seed={seed}_s.json" for seed in (1, 2) if measured == "s.json"
+    ]
 
 
 def test_files_of_one_name_are_kept_apart(study, tmp_path):

@@ -37,7 +37,7 @@ from .keys import Run
 from .plan import Outcome, last_seconds, run_plan
 from .report import cost_report
 from .tables import joined_origin, metrics_of, note_origin, read_origins, read_table
-from .tables import tidy, write_table
+from .tables import sorted_table, tidy, write_table
 from ..ownership import claimed_names, note_names
 
 # %% ../../nbs/93_study.ipynb #e27f1408
@@ -397,6 +397,19 @@ def _kept_tables(gathered: Path, groups: dict[str, Iterable[str]]) -> dict[str, 
     tables = {name: results[results["group"].isin(list(of))] for name, of in groups.items()}
     return {**tables, "times": read_table(gathered / "times" / "times.csv")}
 
+
+def _with_kept_times(times, file: Path, runs: Iterable[str]) -> Any:
+    "Times as they are kept, with those that stand in `file` of runs that were made from kept tables."
+    import pandas as pd
+
+    known = read_table(file) if file.is_file() else None
+    if known is None or "run" not in known:
+        return times
+    known = known[known["run"].isin(set(runs) - set(times.get("run", ())))]
+    table = pd.concat([times, known], ignore_index=True) if len(known) else times
+    labels = [c for c in table if c not in ("metric", *as_scores)] + ["metric"]
+    return sorted_table(table, labels)[[*labels, *as_scores]]
+
 # %% ../../nbs/93_study.ipynb #4dd665fe
 def _kept_files(gathered: Path, files: dict[tuple[str, str], str]) -> dict[str, Path]:
     "The files of runs to be kept: name in `data/results` -> where it lies now."
@@ -495,6 +508,8 @@ def keep_results(
     groups = groups if isinstance(groups, dict) else {group: [group] for group in groups}
     tables, files = _kept_tables(gathered, groups), _kept_files(gathered, asked)
     _check_kept(into, [*(f"{gathered.name}_{name}.csv" for name in tables), *files])
+    made = json.loads((gathered / "runs.json").read_text(encoding="utf-8")).values()
+    tables["times"] = _with_kept_times(tables["times"], into / f"{gathered.name}_times.csv", made)
     kept = [
         write_table(into / f"{gathered.name}_{name}.csv", small_table(table))
         for name, table in tables.items()
