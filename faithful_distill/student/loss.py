@@ -20,6 +20,17 @@ def combine(l_f, l_c, n_f, n_c, alpha_cf: float, reduction: str) -> Any:
     """Sums of both parts (nats) and their token counts as one number. A part without tokens adds nothing.
 
     Raises `BadInput` for a reduction other than 'per_part' and 'per_token'.
+
+    Parameters
+    ----------
+    l_f, l_c
+        scalars: negative log-likelihoods of the factual and of the counterfactual tokens, summed, in nats
+    n_f, n_c
+        scalars: how many tokens these are, in the whole step
+    alpha_cf
+        weight of the counterfactual part, from 0 to 1
+    reduction
+        'per_part': the mean of each part; 'per_token': one mean over both
     """
     if reduction == "per_part":
         return (1 - alpha_cf) * l_f / _nonzero(n_f) + alpha_cf * l_c / _nonzero(n_c)
@@ -34,7 +45,15 @@ def _nonzero(n):
 
 # %% ../../nbs/45_loss.ipynb #b1c5d2a3
 def answer_token_weight(n_f: int, n_c: int, alpha_cf: float = 0.5, reduction: str = "per_part") -> float:
-    "How many times as much a counterfactual answer token weighs in the loss as a factual token."
+    """How many times as much a counterfactual answer token weighs in the loss as a factual token.
+
+    Parameters
+    ----------
+    n_f, n_c
+        how many factual and how many counterfactual tokens a step has
+    alpha_cf, reduction
+        see `combine`
+    """
     return combine(0.0, 1.0, n_f, n_c, alpha_cf, reduction) / combine(1.0, 0.0, n_f, n_c, alpha_cf, reduction)
 
 # %% ../../nbs/45_loss.ipynb #b1c5d2a6

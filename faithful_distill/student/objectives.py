@@ -26,14 +26,14 @@ def pair_likelihoods(tokens) -> Any:
 
 # %% ../../nbs/46_objectives.ipynb #67637097
 def over_pairs(tokens, terms) -> Any:
-    "The mean of `terms` (one a pair) over all pairs of the step; their sum is noted for the log."
+    "A scalar: the mean of `terms` [pairs] over all pairs of the step; their sum is noted for the log."
     tokens.pair_terms = terms.sum().detach()
     n = len(terms) if tokens.totals is None else tokens.totals[2]
     return terms.sum() / (n + (n == 0))
 
 # %% ../../nbs/46_objectives.ipynb #e3c3462f
 def margin_terms(likelihoods, margin: float) -> Any:
-    "max(0, m - [log p(a*|q,r) - log p(a*|q,r')]) of each pair, from `pair_likelihoods` with one choice."
+    "[pairs] max(0, m - [log p(a*|q,r) - log p(a*|q,r')]), in nats, from `pair_likelihoods` [pairs, 2, 1]."
     return (margin - (likelihoods[:, 0, 0] - likelihoods[:, 1, 0])).clamp(min=0)
 
 
@@ -56,7 +56,7 @@ _ = register_objective(Objective("margin", ("gold", "pairs"), _margin, ("beta", 
 
 # %% ../../nbs/46_objectives.ipynb #a32373b7
 def consistency_terms(likelihoods) -> Any:
-    "Half the sum of both Kullback-Leibler divergences of each pair, from `pair_likelihoods`, in nats."
+    "[pairs] half the sum of both Kullback-Leibler divergences, in nats, from `pair_likelihoods` [pairs, 2, choices]."
     log_p = likelihoods.log_softmax(-1)
     p = log_p.exp()
     known = log_p.masked_fill(likelihoods.isinf(), 0.0)  # a choice that is not there has p = 0
