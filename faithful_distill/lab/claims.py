@@ -182,14 +182,18 @@ def note_on(claims: Sequence[dict], level: float = 0.95) -> str:
         return (
             f"Claims decided here: {len(family)}, corrected for their number (Holm): the probability that"
             f" chance decides any of them wrongly is at most {number(1 - level, True)}. A page with more claims"
-            " may leave the same comparison inconclusive."
+            f" may leave the same comparison inconclusive.{_left_open(len(claims) - len(family))}"
         )
     expected = (1 - level) * len(family)
     return (
         f"Claims decided here: {len(family)}, by {number(level, True)} intervals, not corrected for their"
         f" number: if nothing differed from what it is compared with, {expected:.2g} of them would be decided"
-        " by chance."
+        f" by chance.{_left_open(len(claims) - len(family))}"
     )
+
+
+def _left_open(n: int) -> str:
+    return f" Without an interval, and so not decided: {n}." if n else ""
 
 # %% ../../nbs/88b_claims.ipynb #0153afd4
 def by_side(claims: Iterable[dict]) -> list[tuple[str, list[dict]]]:
@@ -202,7 +206,8 @@ def by_side(claims: Iterable[dict]) -> list[tuple[str, list[dict]]]:
 # %% ../../nbs/88b_claims.ipynb #c1a1m514
 def _counted(claims: Sequence[dict], name: str, listed: bool, heading: str) -> str:
     "The verdicts of some claims as a sentence, and those of one verdict in words."
-    of = {holds: [c["text"] for c in claims if c["holds"] is holds] for holds in (True, False, None)}
+    said = lambda c: f"{c['text']} ({c['number']})" if c.get("number") else c["text"]
+    of = {holds: [said(c) for c in claims if c["holds"] is holds] for holds in (True, False, None)}
     counted = lambda holds, one, more: f"{len(of[holds])} {one if len(of[holds]) == 1 else more}"
     names = name if len(claims) == 1 else re.sub(r"^\w+", r"\g<0>s", name)
     line = f"**Of {len(claims)} {names}, {counted(True, 'holds', 'hold')}**"
