@@ -183,6 +183,7 @@ html_theme_options = {"source_repository": "", "navigation_with_keys": True}
 
 nb_execution_mode = "off"
 nb_merge_streams = True
+nb_render_markdown_format = "gfm"  # outputs have tables
 myst_enable_extensions = ["dollarmath", "colon_fence", "tasklist"]
 myst_heading_anchors = 3
 autosummary_generate = True
