@@ -1264,7 +1264,7 @@ def test_an_interval_of_a_share_ends_at_0_and_100_per_cent_and_one_of_a_differen
 
 
 def test_training_averages_as_the_seeds_that_decide_say():
-    "The default is per token if, on seeds not used to choose, it wins and loses at most 2 points elsewhere."
+    "Per token if it supports more on the fresh seeds, and loses at most 2 points of following and of accuracy."
     from faithful_distill.lab.claims import corrected, decided
     from faithful_distill.lab.comparisons import as_scores, difference
     from faithful_distill.lab.tables import read_table

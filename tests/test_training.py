@@ -379,7 +379,7 @@ reference = here / "references" / "trajectories.json"
 
 
 def trajectory(kind, folder):
-    "T5 with the paper's way of averaging, Llama with the default's."
+    "T5 averages the loss per part, as the paper does, Llama per token, as training does by default."
     reduction = dict(t5="per_part", llama="per_token")[kind]
     result = train_student(
         ranks.base(kind),
